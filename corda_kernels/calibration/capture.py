@@ -1,0 +1,230 @@
+"""Forward hooks that turn the inputs of linear layers into running covariances, one accumulation per tensor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from corda_kernels.calibration.covariance import Covariance
+from corda_kernels.errors import CalibrationError, NonFiniteActivationError
+from corda_kernels.kernels import symmetrize_, syrk_
+
+
+# Groups that new modules can still join. Readers of one tensor are called close together (q, k, v; in a parallel
+# block also the MLP's input layers), so a few suffice, and each one keeps an activation alive.
+_FORMING_GROUPS = 8
+
+
+@dataclass
+class _Sums:
+    """Running sums of one stream of inputs."""
+
+    matrix: Tensor  # (d, d) float32 or float64, lower triangle
+    absmax: Tensor  # (d,) float32
+    outlier_count: Tensor  # (d,) int64
+    tokens: int = 0
+    calls: int = 0
+
+    def clone(self) -> _Sums:
+        return _Sums(
+            self.matrix.clone(), self.absmax.clone(), self.outlier_count.clone(), self.tokens, self.calls
+        )
+
+
+@dataclass
+class _Sighting:
+    """A tensor seen at a module's input. Holding the tensor itself keeps its memory from being reused."""
+
+    tensor: Tensor
+    version: int
+    modules: list[str]
+
+    def matches(self, tensor: Tensor) -> bool:
+        return self.tensor is tensor and self.version == tensor._version
+
+
+@dataclass
+class _Group:
+    """Modules that have read the same tensors so far, and the sums they share."""
+
+    modules: list[str]
+    sums: _Sums
+    pending: _Sighting | None = None  # read by some modules of the group, not yet by all
+    forming: _Sighting | None = None  # the group's first tensor: other new modules that read it join
+
+    def close(self) -> None:
+        """Lets no other module join."""
+        self.forming = None
+
+
+@dataclass
+class InputCapture:
+    """Accumulates the covariance of every given module's input while it is entered as a context.
+
+    Modules share one accumulation when they read the very same tensor object (`is`, with an unchanged version
+    counter) at every call. The first tensor a module is seen with decides whose group it joins; from then on a
+    group's tensor is added when all its modules have read it, and a group whose modules part ways is split before
+    the first tensor that they do not share, so that no sum is ever wrong.
+
+    Attributes:
+        modules: the layers by name; each takes one tensor (..., in) as its first argument.
+        outlier_threshold: |x| above which an activation counts as an outlier, in units of x.
+        normalize: "tokens", or "peft" for each call's input divided by |max x|.
+    """
+
+    modules: Mapping[str, nn.Module]
+    outlier_threshold: float = 6.0
+    normalize: str = "tokens"
+    _groups: dict[str, _Group] = field(default_factory=dict, init=False)
+    _forming: deque[_Group] = field(default_factory=deque, init=False)
+    _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> InputCapture:
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Any:
+        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor):
+                raise CalibrationError(f"layer {name} was called without an input tensor; leave it out of the targets")
+            self._read(name, x)
+
+        return read_input
+
+    def _read(self, name: str, x: Tensor) -> None:
+        group = self._groups.get(name)
+        if group is None:
+            self._join_or_found(name, x)
+        elif len(group.modules) == 1:
+            group.close()
+            self._add(group, x)
+        elif group.pending is None:
+            group.close()
+            group.pending = _Sighting(x, x._version, [name])
+        elif group.pending.matches(x) and name not in group.pending.modules:
+            group.pending.modules.append(name)
+            if len(group.pending.modules) == len(group.modules):
+                self._add(group, group.pending.tensor)
+                group.pending = None
+        else:
+            self._split(group)
+            self._read(name, x)
+
+    def _join_or_found(self, name: str, x: Tensor) -> None:
+        for group in self._forming:
+            if group.forming is not None and group.forming.matches(x):
+                group.modules.append(name)
+                self._groups[name] = group
+                return
+        d = x.shape[-1]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        sums = _Sums(
+            torch.zeros(d, d, dtype=dtype, device=x.device),
+            torch.zeros(d, dtype=torch.float32, device=x.device),
+            torch.zeros(d, dtype=torch.int64, device=x.device),
+        )
+        group = self._groups[name] = _Group([name], sums, forming=_Sighting(x, x._version, [name]))
+        self._forming.append(group)
+        if len(self._forming) > _FORMING_GROUPS:
+            self._forming.popleft().close()
+        self._add(group, x)
+
+    def _split(self, group: _Group) -> None:
+        """Takes the modules that read the pending tensor out into a group of their own, which adds it."""
+        pending = group.pending
+        assert pending is not None
+        if pending.version != pending.tensor._version:
+            raise CalibrationError(
+                f"layers {', '.join(group.modules)} read one tensor at first, but later it was changed in place before "
+                "all of them had read it: calibrate them in separate runs, each with one of them in targets, and merge"
+            )
+        apart = _Group(pending.modules, group.sums.clone())
+        group.modules = [name for name in group.modules if name not in pending.modules]
+        group.pending = None
+        for name in apart.modules:
+            self._groups[name] = apart
+        self._add(apart, pending.tensor)
+
+    def _add(self, group: _Group, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        sums = group.sums
+        alpha = 1.0
+        if self.normalize == "peft" and rows.numel():
+            scale = abs(float(rows.max()))
+            if scale == 0.0:
+                raise CalibrationError(
+                    f'layer {group.modules[0]} received an input whose largest entry is 0, which normalize="peft" '
+                    'divides by: use normalize="tokens"'
+                )
+            alpha = scale**-2
+        syrk_(
+            sums.matrix,
+            rows,
+            alpha=alpha,
+            absmax=sums.absmax,
+            outlier_count=sums.outlier_count,
+            outlier_threshold=self.outlier_threshold,
+        )
+        sums.tokens += rows.shape[0]
+        sums.calls += 1
+
+    def end_pass(self, batch: int) -> None:
+        """Closes a forward pass: settles shared tensors and checks that every sum is finite.
+
+        Raises:
+            NonFiniteActivationError: a layer received NaN or Inf; batch is the index to report.
+        """
+        distinct = self._distinct()
+        for group in distinct:
+            group.close()
+            if group.pending is not None:
+                self._split(group)
+        for group in distinct:
+            diagonal = group.sums.matrix.diagonal()
+            if not bool(torch.isfinite(diagonal.sum())):
+                channels = int((~torch.isfinite(diagonal)).sum())
+                raise NonFiniteActivationError(
+                    f"layer {group.modules[0]} received NaN or Inf in {channels} of {diagonal.numel()} channels in "
+                    f"batch {batch} (counted from 0): check the weights and inputs up to this layer, or use a wider "
+                    "dtype (float16 overflows at 65504; --dtype bfloat16 or float32)",
+                    layer=group.modules[0],
+                    batch=batch,
+                )
+
+    def _distinct(self) -> list[_Group]:
+        return list({id(group): group for group in self._groups.values()}.values())
+
+    def unseen(self) -> list[str]:
+        """Names of the modules that were never called with at least one token."""
+        return [
+            name for name in self.modules if name not in self._groups or not self._groups[name].sums.tokens
+        ]
+
+    def covariances(self) -> dict[str, Covariance]:
+        """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
+        finished: dict[int, Covariance] = {}
+        for group in self._distinct():
+            sums = group.sums
+            count = sums.tokens if self.normalize == "tokens" else sums.calls
+            matrix = symmetrize_(sums.matrix).div_(max(count, 1))
+            finished[id(group)] = Covariance(
+                matrix, sums.tokens, sums.calls, sums.absmax, sums.outlier_count, self.outlier_threshold
+            )
+        unseen = set(self.unseen())
+        return {name: finished[id(self._groups[name])] for name in self.modules if name not in unseen}

@@ -1,0 +1,93 @@
+"""Typed errors and warnings.
+
+Every message says what went wrong and where (the layer, the file), the likely cause, and what to do about it, so
+that the command line can print it as one line and a caller can catch it by type.
+"""
+
+from __future__ import annotations
+
+
+class CordaError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ModelError(CordaError):
+    """A model or tokenizer cannot be loaded, or cannot be used for what was asked."""
+
+
+class TargetError(ModelError):
+    """No layer, or not the right kind of layer, matches the requested targets."""
+
+
+class DataError(CordaError):
+    """Calibration text cannot be read, or does not fit its template."""
+
+
+class CalibrationError(CordaError):
+    """The forward passes did not yield a usable covariance for every layer."""
+
+
+class NonFiniteActivationError(CalibrationError):
+    """A layer received NaN or Inf.
+
+    Attributes:
+        layer: name of the first layer, in execution order, whose inputs were not finite.
+        batch: index, from 0, of the batch in which it happened.
+    """
+
+    def __init__(self, message: str, *, layer: str, batch: int) -> None:
+        super().__init__(message)
+        self.layer = layer
+        self.batch = batch
+
+
+class CovarianceError(CordaError):
+    """A covariance does not fit what it is used for (shape, missing layer, normalisation)."""
+
+
+class CovarianceFileError(CovarianceError):
+    """A covariance file is truncated, altered or of another kind."""
+
+
+class DecompositionError(CordaError):
+    """A matrix cannot be decomposed or inverted as asked."""
+
+
+class RankError(CordaError):
+    """A rank is not possible for a layer."""
+
+
+class ConfigError(CordaError):
+    """An option has a value that is not allowed, or that contradicts another."""
+
+
+class AdapterError(CordaError):
+    """An adapter folder or adapted model is incomplete, altered, or does not belong to its base."""
+
+
+class OutputError(CordaError):
+    """A result cannot be written: no permission, not a folder, or no space left."""
+
+
+class BackendError(CordaError):
+    """A kernel backend was requested that cannot run here."""
+
+
+class CordaWarning(UserWarning):
+    """Base of every warning this package emits."""
+
+
+class RankDeficientWarning(CordaWarning):
+    """A covariance was taken from fewer tokens than it has channels and is singular."""
+
+
+class PaddingWarning(CordaWarning):
+    """A batch looks padded but carries no attention mask."""
+
+
+class LeftOutWarning(CordaWarning):
+    """Weights that "all-linear" does not reach, such as fused experts."""
+
+
+class ConvergenceWarning(CordaWarning):
+    """An iterative method did not converge and the exact one was used instead."""

@@ -1,0 +1,126 @@
+"""Writing results safely: paths are checked before the work, files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from corda_kernels.errors import OutputError
+
+
+def check_output(path: str | os.PathLike[str], *, needed_bytes: int = 0, folder: bool = False) -> Path:
+    """Makes sure, before any work is done, that `path` can be written later.
+
+    The parent folder is created where it is missing; nothing else is left behind.
+
+    Args:
+        path: the file (or, with `folder=True`, the folder) that will be written.
+        needed_bytes: a lower bound of its size.
+        folder: whether `path` is a folder.
+
+    Raises:
+        OutputError: the path is of the other kind, its parent cannot be written, or the disk has too little space.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        kind = "a file" if folder else "a folder"
+        raise OutputError(f"{path} is {kind} already: choose another output path")
+    home = path if folder else path.parent
+    existed = home.exists()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home, prefix=".corda-write-test-"):
+            pass
+        free = shutil.disk_usage(home).free
+        if folder and not existed:
+            home.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {home}: {error.strerror or error}; choose another output path or mend its permissions"
+        ) from error
+    if free < needed_bytes:
+        raise OutputError(
+            f"{path} needs about {format_bytes(needed_bytes)}, but only {format_bytes(free)} is free there: "
+            "free some space or choose another output path"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary file path beside `path`; it replaces `path` only when the block ends without an error.
+
+    Raises:
+        OutputError: the file cannot be written or moved into place.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"cannot write {path}: {reason}; nothing that was there before has been changed"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Writes `value` as indented JSON, atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tensors: contiguous tensors on any device that do not share memory.
+        metadata: string metadata for the file's header.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over `text` and the names, dtypes, shapes and bytes of `tensors`, in the order of their names."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes in the largest binary unit that keeps it at least one: 1536 gives "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

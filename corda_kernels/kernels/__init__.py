@@ -1,0 +1,151 @@
+"""Tensors in, tensors out: the streaming primitives, and the one place that picks an implementation by device.
+
+An operation is looked up in `_TABLE` under the backend in force: the one named by `use_backend`, else the first in
+the device's order of preference that has it. `reference` has every operation and runs on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corda_kernels.errors import BackendError
+from corda_kernels.kernels import cpu, reference
+
+__all__ = ["available_backends", "symmetrize_", "syrk_", "use_backend"]
+
+_TABLE: dict[tuple[str, str], Callable[..., Any]] = {
+    ("syrk_", "reference"): reference.syrk_,
+    ("syrk_", "cpu"): cpu.syrk_,
+    ("symmetrize_", "reference"): reference.symmetrize_,
+}
+_PREFERENCE = {"cpu": ("cpu",)}
+_forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None where it can run here and the reason where it cannot."""
+    return {"reference": None, "cpu": None}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Makes every kernel inside the block run on backend `name`; None restores the choice by device.
+
+    An operation that the backend does not have still runs on `reference`.
+
+    Raises:
+        BackendError: there is no such backend, or it cannot run here.
+    """
+    if name is not None:
+        backends = available_backends()
+        if name not in backends:
+            raise BackendError(f"there is no backend {name!r}; known: {', '.join(backends)}")
+        reason = backends[name]
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
+    forced = _forced.get()
+    order = (forced,) if forced is not None else _PREFERENCE.get(device.type, ())
+    for backend in order:
+        found = _TABLE.get((operation, backend))
+        if found is not None:
+            return found
+    return _TABLE[(operation, "reference")]
+
+
+def syrk_(
+    c: Tensor,  # (d, d)
+    x: Tensor | Sequence[Tensor],  # (n, d) each
+    *,
+    alpha: float = 1.0,
+    absmax: Tensor | None = None,  # (d,)
+    outlier_count: Tensor | None = None,  # (d,)
+    outlier_threshold: float = 6.0,
+    row_mask: Tensor | None = None,  # (n,)
+) -> Tensor:
+    """Adds alpha·xᵀx to the lower triangle of `c`, and folds the channels' statistics into the same pass.
+
+    Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left unspecified; see
+    `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x| > outlier_threshold).sum(0)`.
+
+    Args:
+        c: (d, d) float32 or float64, updated in place.
+        x: (n, d) bf16, fp16, fp32 or fp64, of any row stride, n ≥ 0; or a list of such, with rows of any number.
+        alpha: factor of the product; it does not touch the statistics.
+        absmax: (d,) float32, updated in place with the largest |x| of each channel.
+        outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in each channel.
+        outlier_threshold: in units of x.
+        row_mask: (n,) bool; rows where it is False count nowhere. Only with a single x.
+
+    Returns:
+        c.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    inputs = [x] if isinstance(x, Tensor) else list(x)
+    _check_syrk(c, inputs, absmax, outlier_count, row_mask)
+    if row_mask is not None:
+        inputs = [inputs[0][row_mask]]
+    run = _implementation("syrk_", c.device)
+    for rows in inputs:
+        if rows.shape[0]:
+            run(c, rows, alpha, absmax, outlier_count, outlier_threshold)
+    return c
+
+
+def symmetrize_(c: Tensor) -> Tensor:
+    """Copies the lower triangle of `c` (*batch, d, d) onto its upper triangle, in place, and returns it."""
+    if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
+        raise ValueError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
+    result: Tensor = _implementation("symmetrize_", c.device)(c)
+    return result
+
+
+def _check_syrk(
+    c: Tensor,
+    inputs: list[Tensor],
+    absmax: Tensor | None,
+    outlier_count: Tensor | None,
+    row_mask: Tensor | None,
+) -> None:
+    if c.ndim != 2 or c.shape[0] != c.shape[1] or c.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}")
+    d = c.shape[0]
+    for rows in inputs:
+        if rows.ndim != 2 or rows.shape[1] != d or not rows.is_floating_point() or rows.device != c.device:
+            raise ValueError(
+                f"x must be (n, {d}) in a floating dtype on {c.device}, "
+                f"got {tuple(rows.shape)} in {rows.dtype} on {rows.device}"
+            )
+    for name, statistic, dtype in (
+        ("absmax", absmax, torch.float32),
+        ("outlier_count", outlier_count, torch.int64),
+    ):
+        if statistic is not None and (
+            statistic.shape != (d,) or statistic.dtype != dtype or statistic.device != c.device
+        ):
+            raise ValueError(
+                f"{name} must be ({d},) in {dtype} on {c.device}, "
+                f"got {tuple(statistic.shape)} in {statistic.dtype} on {statistic.device}"
+            )
+    if row_mask is not None:
+        if len(inputs) != 1:
+            raise ValueError("row_mask goes with a single x")
+        if row_mask.shape != inputs[0].shape[:1] or row_mask.dtype != torch.bool:
+            raise ValueError(
+                f"row_mask must be ({inputs[0].shape[0]},) bool, got {tuple(row_mask.shape)} {row_mask.dtype}"
+            )

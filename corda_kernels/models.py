@@ -1,0 +1,203 @@
+"""Models: loading them, running them without their head, and finding their linear layers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.errors import ModelError, TargetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model(
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Loads a causal language model for inference.
+
+    Args:
+        source: a folder, a hub id, or a GGUF file (its weights are dequantised, so that the model can be saved).
+        dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
+        device: where to put it.
+
+    Raises:
+        ModelError: there is no such folder or file, it is not a model, or the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+        dtype = _DTYPES[dtype]
+    where, options = _locate(source)
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        dtype = dtype or torch.float32
+    with _loading_errors(source):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+    if "gguf_file" in options:
+        model.name_or_path = model.config._name_or_path = os.fspath(source)
+    model.eval()
+    try:
+        return model.to(device)  # type: ignore[no-any-return]
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot move the model to device {device!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to a model; `source` as in `load_model`.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    where, options = _locate(source)
+    with _loading_errors(source):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    text = os.fspath(source)
+    path = Path(text)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{text} is a file, but not a GGUF file: give the model's folder, hub id or .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{text} has no config.json: it is not the folder of a transformers model")
+    elif text.count("/") > 1 or text.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise ModelError(f"{text}: no such model folder or file")
+    return text, {}
+
+
+@contextlib.contextmanager
+def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot load {os.fspath(source)}: {_first_line(error)} (a hub id needs network access or a filled cache)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The model without its output head, which computes no logits; the model itself where it has no such part.
+
+    transformers keeps it as `base_model` (Llama, Qwen, Mistral, Gemma, GPT-2 and others were tried).
+    """
+    inner = getattr(model, "base_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one plain matrix: nn.Linear or transformers' Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in): a view, also of Conv1D, which stores it transposed.
+
+    Raises:
+        TargetError: the weight is quantised, or not a matrix of floating numbers.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise TargetError(
+            f"a layer of class {type(module).__name__} holds a quantised or packed weight; load the model in a "
+            "floating dtype (--dtype bfloat16)"
+        )
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that computes the logits, if the model says which it is."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def target_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
+    """The linear layers that `targets` selects, by name, in the model's order.
+
+    Args:
+        model: a transformers model, or any module with linear layers.
+        targets: "all-linear" for every linear layer except the output head; a list of module names or of their
+            endings (`["q_proj", "mlp.up_proj"]`); or a regular expression that the whole name must match.
+
+    Raises:
+        TargetError: nothing matches, or the output head is asked for although it is tied to the embeddings.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    head = output_head(model)
+    if targets == "all-linear":
+        chosen = {name: module for name, module in linears.items() if module is not head}
+    else:
+        chosen = {name: module for name, module in linears.items() if _selected(name, targets)}
+    if not chosen:
+        endings = sorted({name.rpartition(".")[2] for name in linears})
+        raise TargetError(
+            f"no linear layer matches targets {targets!r}; the model's linear layers end in: "
+            f"{', '.join(endings[:20]) or '(it has none)'}"
+        )
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    for name, module in chosen.items():
+        if module is head and embedding is not None and module.weight is getattr(embedding, "weight", None):
+            raise TargetError(
+                f"{name} is tied to the input embeddings: adapting it would change both; leave it out of the targets"
+            )
+    return chosen
+
+
+def _selected(name: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise TargetError(f"targets {targets!r} is not a regular expression: {error}") from error
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def unreached_weights(model: nn.Module) -> dict[str, str]:
+    """Matrices that are in no linear layer, and so in reach of no adapter, by name with the reason.
+
+    Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts of a layer,
+    and their routers. Embeddings, convolutions and the output head are left out on purpose and not listed.
+    """
+    reasons: dict[str, str] = {}
+    for prefix, module in decoder(model).named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                reason = f"{parameter.shape[0]} experts fused in one 3-D parameter of {type(module).__name__}"
+            elif parameter.ndim == 2 and min(parameter.shape) > 1:
+                reason = f"a bare 2-D parameter of {type(module).__name__}"
+            else:
+                continue
+            reasons[f"{prefix}.{name}".lstrip(".")] = reason + ", not a linear layer"
+    return reasons
