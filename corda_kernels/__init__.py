@@ -1,1 +1,3 @@
+"""Context-oriented LoRA initialisation: CorDA and CorDA++."""
+
 __version__ = "0.1.0"

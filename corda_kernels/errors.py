@@ -1,7 +1,7 @@
 """Typed errors and warnings.
 
-Every message says what went wrong and where (the layer, the file), the likely cause, and what to do about it, so
-that the command line can print it as one line and a caller can catch it by type.
+Every message says what went wrong and where (the layer, the file), the likely cause, and what to do
+about it, so that the command line can print it as one line and a caller can catch it by type.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor
 from corda_kernels.errors import OutputError
 
 
-def check_output(path: str | os.PathLike[str], *, needed_bytes: int = 0, folder: bool = False) -> Path:
+def check_output(
+    path: str | os.PathLike[str], *, needed_bytes: int = 0, folder: bool = False
+) -> Path:
     """Makes sure, before any work is done, that `path` can be written later.
 
     The parent folder is created where it is missing; nothing else is left behind.
@@ -31,7 +34,8 @@ def check_output(path: str | os.PathLike[str], *, needed_bytes: int = 0, folder:
         folder: whether `path` is a folder.
 
     Raises:
-        OutputError: the path is of the other kind, its parent cannot be written, or the disk has too little space.
+        OutputError: the path is of the other kind, its parent cannot be written, or the disk has
+            too little space.
     """
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
@@ -48,19 +52,23 @@ def check_output(path: str | os.PathLike[str], *, needed_bytes: int = 0, folder:
             home.rmdir()
     except OSError as error:
         raise OutputError(
-            f"cannot write to {home}: {error.strerror or error}; choose another output path or mend its permissions"
+            f"cannot write to {home}: {error.strerror or error}; choose another output path or "
+            "mend its permissions"
         ) from error
     if free < needed_bytes:
         raise OutputError(
-            f"{path} needs about {format_bytes(needed_bytes)}, but only {format_bytes(free)} is free there: "
-            "free some space or choose another output path"
+            f"{path} needs about {format_bytes(needed_bytes)}, but only {format_bytes(free)} is "
+            "free there: free some space or choose another output path"
         )
     return path
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary file path beside `path`; it replaces `path` only when the block ends without an error.
+    """Yields an empty file beside `path`, which replaces `path` if the block ends without error.
+
+    The file has the mode that any new file has here, however the block writes it (safetensors
+    alone would make it readable to its owner only).
 
     Raises:
         OutputError: the file cannot be written or moved into place.
@@ -69,7 +77,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -79,7 +90,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"cannot write {path}: {reason}; nothing that was there before has been changed"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
@@ -89,10 +101,14 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         OutputError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Writes a safetensors file, atomically.
 
     Args:
@@ -108,12 +124,12 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 over `text` and the names, dtypes, shapes and bytes of `tensors`, in the order of their names."""
+    """SHA-256 over `text` and every tensor's name, dtype, shape and bytes, ordered by name."""
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

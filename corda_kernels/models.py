@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from corda_kernels.errors import ModelError, TargetError
@@ -17,6 +18,7 @@ from corda_kernels.errors import ModelError, TargetError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_NOT_ADAPTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -26,17 +28,22 @@ _DTYPES = {
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Loads a causal language model for inference.
 
     Args:
-        source: a folder, a hub id, or a GGUF file (its weights are dequantised, so that the model can be saved).
+        source: a folder, a hub id, or a GGUF file (its weights are dequantised, so that the model
+            can be saved).
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: where to put it.
 
     Raises:
-        ModelError: there is no such folder or file, it is not a model, or the hub cannot be reached.
+        ModelError: there is no such folder or file, it is not a model, or the hub cannot be
+            reached.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,9 +63,11 @@ def load_model(
         model.name_or_path = model.config._name_or_path = os.fspath(source)
     model.eval()
     try:
-        return model.to(device)  # type: ignore[no-any-return]
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot move the model to device {device!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot move the model to device {device!r}: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -79,11 +88,16 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     path = Path(text)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{text} is a file, but not a GGUF file: give the model's folder, hub id or .gguf file")
+            raise ModelError(
+                f"{text} is a file, but not a GGUF file: give the model's folder, hub id or .gguf "
+                "file"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{text} has no config.json: it is not the folder of a transformers model")
+            raise ModelError(
+                f"{text} has no config.json: it is not the folder of a transformers model"
+            )
     elif text.count("/") > 1 or text.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise ModelError(f"{text}: no such model folder or file")
     return text, {}
@@ -93,9 +107,17 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ModelError(
-            f"cannot load {os.fspath(source)}: {_first_line(error)} (a hub id needs network access or a filled cache)"
+            f"cannot load {os.fspath(source)}: {_first_line(error)} (a hub id needs network access "
+            "or a filled cache)"
         ) from error
 
 
@@ -104,9 +126,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The model without its output head, which computes no logits; the model itself where it has no such part.
+    """The model without its output head, so that no logits are computed; else the model itself.
 
-    transformers keeps it as `base_model` (Llama, Qwen, Mistral, Gemma, GPT-2 and others were tried).
+    transformers keeps it as `base_model` (Llama, Qwen, Mistral, Gemma, GPT-2 and others were
+    tried).
     """
     inner = getattr(model, "base_model", None)
     return inner if isinstance(inner, nn.Module) else model
@@ -120,7 +143,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in): a view, also of Conv1D, which stores it transposed.
+    """The weight of a linear layer as an (out, in) view; Conv1D stores it the other way round.
 
     Raises:
         TargetError: the weight is quantised, or not a matrix of floating numbers.
@@ -128,8 +151,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise TargetError(
-            f"a layer of class {type(module).__name__} holds a quantised or packed weight; load the model in a "
-            "floating dtype (--dtype bfloat16)"
+            f"a layer of class {type(module).__name__} holds a quantised or packed weight; load "
+            "the model in a floating dtype (--dtype bfloat16)"
         )
     return weight if isinstance(module, nn.Linear) else weight.T
 
@@ -141,16 +164,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def target_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
+def target_linears(
+    model: nn.Module, targets: str | Sequence[str] = "all-linear"
+) -> dict[str, nn.Module]:
     """The linear layers that `targets` selects, by name, in the model's order.
 
     Args:
         model: a transformers model, or any module with linear layers.
-        targets: "all-linear" for every linear layer except the output head; a list of module names or of their
-            endings (`["q_proj", "mlp.up_proj"]`); or a regular expression that the whole name must match.
+        targets: "all-linear" for every linear layer except the output head; a list of module names
+            or of their endings (`["q_proj", "mlp.up_proj"]`); or a regular expression that the
+            whole name must match.
 
     Raises:
-        TargetError: nothing matches, or the output head is asked for although it is tied to the embeddings.
+        TargetError: nothing matches, or the output head is asked for although it is tied to the
+            embeddings.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
@@ -165,10 +192,12 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
             f"{', '.join(endings[:20]) or '(it has none)'}"
         )
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    shared = getattr(embedding, "weight", None)
     for name, module in chosen.items():
-        if module is head and embedding is not None and module.weight is getattr(embedding, "weight", None):
+        if module is head and shared is not None and getattr(head, "weight", None) is shared:
             raise TargetError(
-                f"{name} is tied to the input embeddings: adapting it would change both; leave it out of the targets"
+                f"{name} is tied to the input embeddings: adapting it would change both; leave it "
+                "out of the targets"
             )
     return chosen
 
@@ -178,26 +207,30 @@ def _selected(name: str, targets: str | Sequence[str]) -> bool:
         try:
             return re.fullmatch(targets, name) is not None
         except re.error as error:
-            raise TargetError(f"targets {targets!r} is not a regular expression: {error}") from error
+            raise TargetError(
+                f"targets {targets!r} is not a regular expression: {error}"
+            ) from error
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def unreached_weights(model: nn.Module) -> dict[str, str]:
     """Matrices that are in no linear layer, and so in reach of no adapter, by name with the reason.
 
-    Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts of a layer,
-    and their routers. Embeddings, convolutions and the output head are left out on purpose and not listed.
+    Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts
+    of a layer, which come first, and their routers. Embeddings, convolutions and the output head
+    are left out on purpose and not listed.
     """
-    reasons: dict[str, str] = {}
-    for prefix, module in decoder(model).named_modules():
-        if is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    fused: dict[str, str] = {}
+    bare: dict[str, str] = {}
+    inside = set(decoder(model).modules())
+    for prefix, module in model.named_modules():
+        if module not in inside or is_linear(module) or isinstance(module, _NOT_ADAPTED):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        kind = type(module).__name__
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.ndim == 3:
-                reason = f"{parameter.shape[0]} experts fused in one 3-D parameter of {type(module).__name__}"
+                count = parameter.shape[0]
+                fused[name] = f"{count} experts fused in one 3-D parameter of {kind}"
             elif parameter.ndim == 2 and min(parameter.shape) > 1:
-                reason = f"a bare 2-D parameter of {type(module).__name__}"
-            else:
-                continue
-            reasons[f"{prefix}.{name}".lstrip(".")] = reason + ", not a linear layer"
-    return reasons
+                bare[name] = f"a bare 2-D parameter of {kind}"
+    return {name: f"{reason}, not a linear layer" for name, reason in (fused | bare).items()}

@@ -1,8 +1,9 @@
 """Batches as calibration runs them: padding never enters the model.
 
-A padded batch is taken apart into its sequences without their padding, and sequences of equal length run together.
-That is exact for any padding side, any position encoding and any attention kernel, needs no mask further down (where
-routed experts could not apply it), and computes nothing for the padding.
+A padded batch is taken apart into its sequences without their padding, and sequences of equal
+length run together. That is exact for any padding side, any position encoding and any attention
+kernel, needs no mask further down (where routed experts could not apply it), and computes nothing
+for the padding.
 """
 
 from __future__ import annotations
@@ -16,41 +17,50 @@ from torch import Tensor
 
 from corda_kernels.errors import CalibrationError, PaddingWarning
 
-# Not inputs of a calibration pass: the loss needs no computing, and positions follow from the sequence itself.
+# Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
+# sequence itself.
 _DROPPED = ("labels", "position_ids", "attention_mask")
 
 
 def token_count(batch: Tensor | Mapping[str, Any]) -> int:
-    """Number of tokens in a batch that count: all of them, or those the attention mask keeps."""
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) else int(batch["input_ids"].numel())
+    """Number of tokens in a batch that count: all of them, or those the attention mask keeps.
+
+    It is 0 for a malformed batch, which `unpadded` then reports.
+    """
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def unpadded(
     batch: Tensor | Mapping[str, Any], index: int, *, pad_token_id: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields model inputs of equal-length sequences that together hold exactly the tokens that count.
+    """Yields inputs of equal-length sequences that together hold exactly the tokens that count.
 
     Args:
-        batch: token ids (batch, seq) or (seq,), or a mapping with `input_ids` and, where it is padded, an
-            `attention_mask` (batch, seq) of ones and zeros. Other tensors of that shape are passed on to the model.
+        batch: token ids (batch, seq) or (seq,), or a mapping with `input_ids` and, where it is
+            padded, an `attention_mask` (batch, seq) of ones and zeros. Other tensors of that shape
+            are passed on to the model.
         index: the batch's number, for messages.
         pad_token_id: warns where a batch without a mask seems to be padded with it.
 
     Raises:
         CalibrationError: the batch has no token ids, or its mask does not fit them.
     """
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
         raise CalibrationError(
-            f"batch {index} has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids"
+            f"batch {index} has no token ids: give a (batch, seq) integer tensor, or a mapping "
+            "with input_ids"
         )
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        raise CalibrationError(f"batch {index}: attention_mask must have the shape of input_ids, {tuple(ids.shape)}")
+        raise CalibrationError(
+            f"batch {index}: attention_mask must have the shape of input_ids, {tuple(ids.shape)}"
+        )
     fields = {
         name: value if value.ndim == 2 else value[None]
         for name, value in inputs.items()
@@ -63,7 +73,7 @@ def unpadded(
         return
     kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
     lengths = kept.sum(1)
-    for length in lengths.unique().tolist():
+    for length in torch.unique(lengths).tolist():
         if length:
             rows = lengths == length
             yield {name: value[rows][kept[rows]].view(-1, length) for name, value in fields.items()}
@@ -73,11 +83,13 @@ def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
     if pad_token_id is None or ids.shape[1] < 2:
         return
     pads = ids == pad_token_id
-    # One such token at an end may well be an end-of-text that doubles as padding; two in a row are not.
+    # One such token at an end may well be an end-of-text that doubles as padding; two in a row are
+    # not.
     if bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any()):
         warnings.warn(
-            f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention mask: the padding "
-            "counts as text and inflates the covariances; pass a mapping with input_ids and attention_mask",
+            f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
+            "mask: the padding counts as text and inflates the covariances; pass a mapping with "
+            "input_ids and attention_mask",
             PaddingWarning,
             stacklevel=4,
         )

@@ -32,19 +32,22 @@ def calibrate(
     on_unseen: Literal["error", "skip"] = "error",
     progress: bool = True,
 ) -> CovarianceSet:
-    """Runs the model over calibration text and returns the covariance of every target layer's inputs.
+    """Runs the model over calibration text: the covariance of every target layer's inputs.
 
-    The model runs in eval mode without its output head; its hooks, modes and weights are as before afterwards,
-    whatever happens. Layers that read the same tensor share one covariance. Sums are kept in float32 or better.
+    The model runs in eval mode without its output head; its hooks, modes and weights are as before
+    afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
+    kept in float32 or better.
 
     Args:
         model: a transformers model, or any module that takes token ids.
-        batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding never counts.
+        batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding
+            never counts.
         targets: see `corda_kernels.models.target_linears`.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
-        normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x| and takes the mean
-            over calls, as PEFT's own CorDA does.
-        on_unseen: what to do about targets that were never called: "error", or "skip" to leave them out.
+        normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
+            and takes the mean over calls, as PEFT's own CorDA does.
+        on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
+            out.
         progress: whether to show a progress bar with tokens per second.
 
     Returns:
@@ -62,7 +65,11 @@ def calibrate(
     left_out = unreached_weights(model) if targets == "all-linear" else {}
     _warn_left_out(left_out)
     head = output_head(model)
-    runner = model if head is not None and any(module is head for module in linears.values()) else decoder(model)
+    runner = (
+        model
+        if head is not None and any(module is head for module in linears.values())
+        else decoder(model)
+    )
     options = _options(runner)
     device = next(model.parameters()).device
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
@@ -83,27 +90,32 @@ def calibrate(
                 bar.update(count)
             capture.end_pass(index)
     if not tokens:
-        raise CalibrationError("there were no tokens to calibrate on: the batches are empty or masked throughout")
+        raise CalibrationError(
+            "there were no tokens to calibrate on: the batches are empty or masked throughout"
+        )
     unseen = capture.unseen()
     if unseen and on_unseen == "error":
         raise CalibrationError(
             f"{len(unseen)} target layer(s) never received a token: {', '.join(unseen[:5])}"
-            f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more text if they are routed "
-            'experts, or pass on_unseen="skip"'
+            f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more text "
+            'if they are routed experts, or pass on_unseen="skip"'
         )
     return CovarianceSet(
         capture.covariances(),
         normalize=normalize,
         left_out=left_out | dict.fromkeys(unseen, "never called during calibration"),
-        provenance={"model": str(getattr(model, "name_or_path", "") or type(model).__name__), "tokens": tokens},
+        provenance={
+            "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+            "tokens": tokens,
+        },
     )
 
 
 def _check_plain(model: nn.Module) -> None:
     if getattr(model, "peft_config", None):
         raise CalibrationError(
-            "the model carries a PEFT adapter already; calibrate the base model before attaching one "
-            "(model.unload() takes it off)"
+            "the model carries a PEFT adapter already; calibrate the base model before attaching "
+            "one (model.unload() takes it off)"
         )
 
 
@@ -111,8 +123,8 @@ def _warn_left_out(left_out: Mapping[str, str]) -> None:
     if left_out:
         name, reason = next(iter(left_out.items()))
         warnings.warn(
-            f"{len(left_out)} weight(s) get no covariance and no adapter, among them {name}: {reason}; "
-            "all are named in left_out",
+            f"{len(left_out)} weight(s) get no covariance and no adapter, among them {name}: "
+            f"{reason}; all are named in left_out",
             LeftOutWarning,
             stacklevel=4,
         )
@@ -140,4 +152,11 @@ def _progress_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
     total = None
     if isinstance(batches, Sequence) and isinstance(batches, Sized):
         total = sum(token_count(batch) for batch in batches)
-    return tqdm(total=total, desc="calibrating", unit=" tokens", unit_scale=True, disable=not shown, leave=False)
+    return tqdm(
+        total=total,
+        desc="calibrating",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not shown,
+        leave=False,
+    )

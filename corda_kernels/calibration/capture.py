@@ -1,4 +1,4 @@
-"""Forward hooks that turn the inputs of linear layers into running covariances, one accumulation per tensor."""
+"""Forward hooks that turn linear layers' inputs into running covariances, one for each tensor."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from corda_kernels.calibration.covariance import Covariance
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
-# Groups that new modules can still join. Readers of one tensor are called close together (q, k, v; in a parallel
-# block also the MLP's input layers), so a few suffice, and each one keeps an activation alive.
+# Groups that new modules can still join. Readers of one tensor are called close together (q, k, v;
+# in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
+# activation alive.
 _FORMING_GROUPS = 8
 
 
@@ -34,13 +36,17 @@ class _Sums:
 
     def clone(self) -> _Sums:
         return _Sums(
-            self.matrix.clone(), self.absmax.clone(), self.outlier_count.clone(), self.tokens, self.calls
+            self.matrix.clone(),
+            self.absmax.clone(),
+            self.outlier_count.clone(),
+            self.tokens,
+            self.calls,
         )
 
 
 @dataclass
 class _Sighting:
-    """A tensor seen at a module's input. Holding the tensor itself keeps its memory from being reused."""
+    """A tensor seen at a module's input; holding it keeps its memory from being reused."""
 
     tensor: Tensor
     version: int
@@ -57,7 +63,9 @@ class _Group:
     modules: list[str]
     sums: _Sums
     pending: _Sighting | None = None  # read by some modules of the group, not yet by all
-    forming: _Sighting | None = None  # the group's first tensor: other new modules that read it join
+    forming: _Sighting | None = (
+        None  # the group's first tensor: other new modules that read it join
+    )
 
     def close(self) -> None:
         """Lets no other module join."""
@@ -68,10 +76,11 @@ class _Group:
 class InputCapture:
     """Accumulates the covariance of every given module's input while it is entered as a context.
 
-    Modules share one accumulation when they read the very same tensor object (`is`, with an unchanged version
-    counter) at every call. The first tensor a module is seen with decides whose group it joins; from then on a
-    group's tensor is added when all its modules have read it, and a group whose modules part ways is split before
-    the first tensor that they do not share, so that no sum is ever wrong.
+    Modules share one accumulation when they read the very same tensor object (`is`, with an
+    unchanged version counter) at every call. The first tensor a module is seen with decides whose
+    group it joins; from then on a group's tensor is added when all its modules have read it, and a
+    group whose modules part ways is split before the first tensor that they do not share, so that
+    no sum is ever wrong.
 
     Attributes:
         modules: the layers by name; each takes one tensor (..., in) as its first argument.
@@ -88,11 +97,16 @@ class InputCapture:
 
     def __enter__(self) -> InputCapture:
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            self._handles.append(
+                module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for handle in self._handles:
             handle.remove()
@@ -102,7 +116,9 @@ class InputCapture:
         def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor):
-                raise CalibrationError(f"layer {name} was called without an input tensor; leave it out of the targets")
+                raise CalibrationError(
+                    f"layer {name} was called without an input tensor; leave it out of the targets"
+                )
             self._read(name, x)
 
         return read_input
@@ -146,13 +162,14 @@ class InputCapture:
         self._add(group, x)
 
     def _split(self, group: _Group) -> None:
-        """Takes the modules that read the pending tensor out into a group of their own, which adds it."""
+        """Moves the modules that read the pending tensor to a group of their own and adds it."""
         pending = group.pending
         assert pending is not None
         if pending.version != pending.tensor._version:
             raise CalibrationError(
-                f"layers {', '.join(group.modules)} read one tensor at first, but later it was changed in place before "
-                "all of them had read it: calibrate them in separate runs, each with one of them in targets, and merge"
+                f"layers {', '.join(group.modules)} read one tensor at first, but later it was "
+                "changed in place before all of them had read it: calibrate them in separate runs, "
+                "each with one of them in targets, and merge"
             )
         apart = _Group(pending.modules, group.sums.clone())
         group.modules = [name for name in group.modules if name not in pending.modules]
@@ -169,8 +186,8 @@ class InputCapture:
             scale = abs(float(rows.max()))
             if scale == 0.0:
                 raise CalibrationError(
-                    f'layer {group.modules[0]} received an input whose largest entry is 0, which normalize="peft" '
-                    'divides by: use normalize="tokens"'
+                    f"layer {group.modules[0]} received an input whose largest entry is 0, "
+                    'by which normalize="peft" divides: use normalize="tokens"'
                 )
             alpha = scale**-2
         syrk_(
@@ -200,9 +217,10 @@ class InputCapture:
             if not bool(torch.isfinite(diagonal.sum())):
                 channels = int((~torch.isfinite(diagonal)).sum())
                 raise NonFiniteActivationError(
-                    f"layer {group.modules[0]} received NaN or Inf in {channels} of {diagonal.numel()} channels in "
-                    f"batch {batch} (counted from 0): check the weights and inputs up to this layer, or use a wider "
-                    "dtype (float16 overflows at 65504; --dtype bfloat16 or float32)",
+                    f"layer {group.modules[0]} received NaN or Inf in {channels} of "
+                    f"{diagonal.numel()} channels in batch {batch} (counted from 0): check the "
+                    "weights and inputs up to this layer, or use a wider dtype (float16 overflows "
+                    "at 65504; --dtype bfloat16 or float32)",
                     layer=group.modules[0],
                     batch=batch,
                 )
@@ -213,7 +231,9 @@ class InputCapture:
     def unseen(self) -> list[str]:
         """Names of the modules that were never called with at least one token."""
         return [
-            name for name in self.modules if name not in self._groups or not self._groups[name].sums.tokens
+            name
+            for name in self.modules
+            if name not in self._groups or not self._groups[name].sums.tokens
         ]
 
     def covariances(self) -> dict[str, Covariance]:
@@ -224,7 +244,14 @@ class InputCapture:
             count = sums.tokens if self.normalize == "tokens" else sums.calls
             matrix = symmetrize_(sums.matrix).div_(max(count, 1))
             finished[id(group)] = Covariance(
-                matrix, sums.tokens, sums.calls, sums.absmax, sums.outlier_count, self.outlier_threshold
+                matrix,
+                sums.tokens,
+                sums.calls,
+                sums.absmax,
+                sums.outlier_count,
+                self.outlier_threshold,
             )
         unseen = set(self.unseen())
-        return {name: finished[id(self._groups[name])] for name in self.modules if name not in unseen}
+        return {
+            name: finished[id(self._groups[name])] for name in self.modules if name not in unseen
+        }

@@ -1,4 +1,4 @@
-"""What calibration yields: a covariance and channel statistics for every layer, in memory and on disk."""
+"""What calibration yields, in memory and on disk: a covariance and statistics for every layer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Covariance:
     """Second moment of one layer's inputs, C = (1/n) Σ x xᵀ, with channel statistics.
 
     Attributes:
-        matrix: (in, in) float32 (or float64), symmetric; the mean over tokens, or over hook calls where the set's
-            `normalize` is "peft".
+        matrix: (in, in) float32 (or float64), symmetric; the mean over tokens, or over hook calls
+            where the set's `normalize` is "peft".
         tokens: number of tokens it was taken from.
         calls: number of forward calls of the layer.
         absmax: (in,) float32, the largest |x| of each channel.
@@ -43,17 +43,23 @@ class Covariance:
     outlier_threshold: float
 
     def merge(self, other: Covariance, *, normalize: str = "tokens") -> Covariance:
-        """The covariance of both samples together: the mean weighted by tokens, or by calls for "peft".
+        """The covariance of both samples: the mean weighted by tokens, or by calls for "peft".
 
         Raises:
             CovarianceError: sizes or outlier thresholds differ.
         """
-        if self.matrix.shape != other.matrix.shape or self.outlier_threshold != other.outlier_threshold:
+        if (
+            self.matrix.shape != other.matrix.shape
+            or self.outlier_threshold != other.outlier_threshold
+        ):
             raise CovarianceError(
-                f"covariances of {self.matrix.shape[0]} channels (outlier threshold {self.outlier_threshold}) and "
-                f"{other.matrix.shape[0]} channels (threshold {other.outlier_threshold}) cannot be merged"
+                f"covariances of {self.matrix.shape[0]} channels (outlier threshold "
+                f"{self.outlier_threshold}) and {other.matrix.shape[0]} channels (threshold "
+                f"{other.outlier_threshold}) cannot be merged"
             )
-        weights = (self.tokens, other.tokens) if normalize == "tokens" else (self.calls, other.calls)
+        weights = (
+            (self.tokens, other.tokens) if normalize == "tokens" else (self.calls, other.calls)
+        )
         share = weights[1] / max(sum(weights), 1)
         return Covariance(
             torch.lerp(self.matrix, other.matrix, share),
@@ -66,12 +72,14 @@ class Covariance:
 
 
 class CovarianceSet(Mapping[str, Covariance]):
-    """Covariances by module name. Modules that read the same tensor hold the very same `Covariance`.
+    """Covariances by module name; modules that read the same tensor hold the same `Covariance`.
 
     Attributes:
-        normalize: "tokens" (mean over tokens) or "peft" (each call divided by |max x|, mean over calls).
+        normalize: "tokens" (mean over tokens) or "peft" (each call divided by |max x|, mean over
+            calls).
         left_out: weights of the model that calibration could not reach, by name, with the reason.
-        provenance: JSON-like notes on where the numbers come from (model, data, versions, stability).
+        provenance: JSON-like notes on where the numbers come from (model, data, versions,
+            stability).
     """
 
     def __init__(
@@ -99,25 +107,27 @@ class CovarianceSet(Mapping[str, Covariance]):
         return len(self._covariances)
 
     def groups(self) -> list[tuple[Covariance, list[str]]]:
-        """Each distinct covariance with the names of the modules that share it, in order of first appearance."""
+        """Each distinct covariance with the names of the modules that share it, in their order."""
         names: dict[int, list[str]] = {}
         for name, covariance in self.items():
             names.setdefault(id(covariance), []).append(name)
         return [(self[members[0]], members) for members in names.values()]
 
     def merge(self, other: CovarianceSet) -> CovarianceSet:
-        """Both samples together, layer by layer, token-weighted. Sharing is kept where both sets share.
+        """Both samples together, layer by layer, token-weighted; sharing is kept where both share.
 
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
         """
         if self.normalize != other.normalize:
-            raise CovarianceError(f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge')
+            raise CovarianceError(
+                f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
+            )
         if self.keys() != other.keys():
             odd = sorted(self.keys() ^ other.keys())
             raise CovarianceError(
-                f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more are in one only): "
-                "calibrate both with the same model and targets"
+                f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more "
+                "are in one only): calibrate both with the same model and targets"
             )
         merged: dict[tuple[int, int], Covariance] = {}
         result: dict[str, Covariance] = {}
@@ -131,7 +141,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one checksummed safetensors file, atomically; shared matrices once, lower triangles only.
+        """Writes one checksummed safetensors file, atomically; shared matrices once, as triangles.
 
         Raises:
             OutputError: the file cannot be written.
@@ -166,7 +176,9 @@ class CovarianceSet(Mapping[str, Covariance]):
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> CovarianceSet:
+    def load(
+        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> CovarianceSet:
         """Reads a file written by `save` and verifies its checksum.
 
         Raises:
@@ -174,24 +186,28 @@ class CovarianceSet(Mapping[str, Covariance]):
         """
         path = Path(path)
         if not path.is_file():
-            raise CovarianceFileError(f"{path}: no such covariance file; write one with `corda-kernels calibrate`")
+            raise CovarianceFileError(
+                f"{path}: no such covariance file; write one with `corda-kernels calibrate`"
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise CovarianceFileError(
-                        f"{path} is a safetensors file, but not of covariances written by this package "
-                        f"(format {metadata.get('format')!r}, expected {_FORMAT!r})"
+                        f"{path} is a safetensors file, but not of covariances written by this "
+                        f"package (format {metadata.get('format')!r}, expected {_FORMAT!r})"
                     )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CovarianceFileError(
-                f"{path} is truncated or not a safetensors file ({error}): copy or calibrate it again"
+                f"{path} is truncated or not a safetensors file ({error}): copy or calibrate it "
+                "again"
             ) from error
         if digest(tensors, metadata.get("corda", "")) != metadata.get("sha256"):
             raise CovarianceFileError(
-                f"{path}: the contents do not match their checksum; the file was altered or damaged: "
-                "copy or calibrate it again"
+                f"{path}: the contents do not match their checksum; the file was altered or "
+                "damaged: copy or calibrate it again"
             )
         header = json.loads(metadata["corda"])
         covariances: dict[str, Covariance] = {}

@@ -1,8 +1,8 @@
 """A symmetric matrix in half the space, by block copies alone.
 
-The lower triangle [[L₁, ·], [F, L₂]] is kept as the rectangle F beside an almost square block that holds L₁ in its
-lower part and L₂ᵀ in its upper part: LAPACK's rectangular full packed idea. No index or mask of d² entries is
-needed, as gathering the triangle would.
+The lower triangle [[L₁, ·], [F, L₂]] is kept as the rectangle F beside an almost square block that
+holds L₁ in its lower part and L₂ᵀ in its upper part: LAPACK's rectangular full packed idea. No
+index or mask of d² entries is needed, as gathering the triangle would.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _split(d: int) -> tuple[int, int, int, int]:
-    """Sizes of L₁ and L₂, the row of the block at which L₁ starts, the column at which L₂ᵀ starts."""
+    """Sizes of L₁ and L₂, the block's row at which L₁ starts, its column at which L₂ᵀ starts."""
     small = d // 2
     large = d - small
     return large, small, (1, 0)[large - small], (0, 1)[large - small]

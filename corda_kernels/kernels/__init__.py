@@ -1,7 +1,8 @@
-"""Tensors in, tensors out: the streaming primitives, and the one place that picks an implementation by device.
+"""Streaming primitives, tensors in and out, and the one place that picks them by device.
 
-An operation is looked up in `_TABLE` under the backend in force: the one named by `use_backend`, else the first in
-the device's order of preference that has it. `reference` has every operation and runs on every device.
+An operation is looked up in `_TABLE` under the backend in force: the one named by `use_backend`,
+else the first in the device's order of preference that has it. `reference` has every operation and
+runs on every device.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def available_backends() -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Makes every kernel inside the block run on backend `name`; None restores the choice by device.
+    """Runs every kernel inside the block on backend `name`; None restores the choice by device.
 
     An operation that the backend does not have still runs on `reference`.
 
@@ -76,17 +77,20 @@ def syrk_(
     outlier_threshold: float = 6.0,
     row_mask: Tensor | None = None,  # (n,)
 ) -> Tensor:
-    """Adds alpha·xᵀx to the lower triangle of `c`, and folds the channels' statistics into the same pass.
+    """Adds alpha·xᵀx to the lower triangle of `c`, with channel statistics in the same pass.
 
-    Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left unspecified; see
-    `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x| > outlier_threshold).sum(0)`.
+    Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left
+    unspecified; see `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x|
+    > outlier_threshold).sum(0)`.
 
     Args:
         c: (d, d) float32 or float64, updated in place.
-        x: (n, d) bf16, fp16, fp32 or fp64, of any row stride, n ≥ 0; or a list of such, with rows of any number.
+        x: (n, d) bf16, fp16, fp32 or fp64, of any row stride, n ≥ 0; or a list of such, with rows
+            of any number.
         alpha: factor of the product; it does not touch the statistics.
         absmax: (d,) float32, updated in place with the largest |x| of each channel.
-        outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in each channel.
+        outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in
+            each channel.
         outlier_threshold: in units of x.
         row_mask: (n,) bool; rows where it is False count nowhere. Only with a single x.
 
@@ -108,7 +112,7 @@ def syrk_(
 
 
 def symmetrize_(c: Tensor) -> Tensor:
-    """Copies the lower triangle of `c` (*batch, d, d) onto its upper triangle, in place, and returns it."""
+    """Copies the lower triangle of `c` (*batch, d, d) onto the upper, in place; returns `c`."""
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
         raise ValueError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
     result: Tensor = _implementation("symmetrize_", c.device)(c)
@@ -123,10 +127,17 @@ def _check_syrk(
     row_mask: Tensor | None,
 ) -> None:
     if c.ndim != 2 or c.shape[0] != c.shape[1] or c.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}")
+        raise ValueError(
+            f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}"
+        )
     d = c.shape[0]
     for rows in inputs:
-        if rows.ndim != 2 or rows.shape[1] != d or not rows.is_floating_point() or rows.device != c.device:
+        if (
+            rows.ndim != 2
+            or rows.shape[1] != d
+            or not rows.is_floating_point()
+            or rows.device != c.device
+        ):
             raise ValueError(
                 f"x must be (n, {d}) in a floating dtype on {c.device}, "
                 f"got {tuple(rows.shape)} in {rows.dtype} on {rows.device}"
@@ -147,5 +158,6 @@ def _check_syrk(
             raise ValueError("row_mask goes with a single x")
         if row_mask.shape != inputs[0].shape[:1] or row_mask.dtype != torch.bool:
             raise ValueError(
-                f"row_mask must be ({inputs[0].shape[0]},) bool, got {tuple(row_mask.shape)} {row_mask.dtype}"
+                f"row_mask must be ({inputs[0].shape[0]},) bool, "
+                f"got {tuple(row_mask.shape)} {row_mask.dtype}"
             )

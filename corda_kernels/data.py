@@ -1,0 +1,380 @@
+"""Calibration text → token batches: plain text, JSON lines, templates, chat, packing.
+
+`read_texts` yields documents in a seeded random order, `token_batches` tokenises as many of them as
+are needed. A JSON line is parsed only when its turn comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import string
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from corda_kernels.errors import ConfigError, CordaWarning, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+# Tokens of prose average four to five characters: at six a document seldom falls short.
+_CHARS_PER_TOKEN = 6
+_ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8})?")
+_PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
+
+
+# What a document is put together from: literal text, and the keys that lead to a value.
+_Part = str | tuple[str, ...]
+
+
+def token_batches(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 256,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    field: str | None = None,
+    template: str | None = None,
+    chat_template: bool = False,
+    pack: bool = True,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Reads a text or JSON lines file into batches of token ids.
+
+    Every document is tokenised as the tokenizer does by default: one that puts a BOS token before
+    a text does so here for each document, which is how its model saw documents in training. Only
+    the output of a chat template is taken as it is, since it writes its own special tokens.
+
+    Args:
+        path: the file; see `read_texts` for the formats, `field` and `template`.
+        tokenizer: the model's tokenizer.
+        samples: number of sequences.
+        seq_len: tokens a sequence; at most that many where `pack` is off.
+        batch_size: sequences a batch; the last batch may have fewer.
+        field: name of the JSON field that holds the text.
+        template: the text with JSON fields in braces.
+        chat_template: lays out each document as a conversation, by the tokenizer's chat template.
+        pack: joins the documents, each closed by EOS if the tokenizer has one, and cuts them into
+            full sequences. Otherwise each document is a sequence of its own, cut off at `seq_len`
+            and padded on the right, without EOS.
+        seed: of the random order in which documents are taken.
+
+    Returns:
+        Batches with `input_ids` (batch, seq) int64 and, where `pack` is off, `attention_mask`
+        (batch, seq) int64. Fewer samples than asked for, with a CordaWarning, if the text runs
+        out: its last short piece is left out when packing, unless there is nothing else.
+
+    Raises:
+        ConfigError: a count is not positive, or both `field` and `template` are given.
+        DataError: the file cannot be read, holds no text, or does not fit what was asked.
+    """
+    _check_positive(samples=samples, seq_len=seq_len, batch_size=batch_size)
+    texts = read_texts(
+        path,
+        field=field,
+        template=template,
+        chat_tokenizer=tokenizer if chat_template else None,
+        min_chars=_CHARS_PER_TOKEN * seq_len,
+        seed=seed,
+    )
+    documents = _tokenized(texts, tokenizer, special_tokens=not chat_template, close=pack)
+    if pack:
+        sequences = _packed(documents, samples, seq_len)
+        complete = sum(len(ids) == seq_len for ids in sequences)
+    else:
+        sequences = [ids[:seq_len] for ids in itertools.islice(documents, samples)]
+        complete = len(sequences)
+    if not sequences:
+        raise DataError(f"{path}: every document in it is empty; check --field or --template")
+    if complete < samples:
+        warnings.warn(
+            f"{path} is used up after {complete} of {samples} sequences of {seq_len} tokens "
+            f"({sum(map(len, sequences))} tokens in all): give more text, or lower "
+            "--samples or --seq-len",
+            CordaWarning,
+            stacklevel=2,
+        )
+    groups = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    if pack:
+        return [{"input_ids": torch.tensor(group, dtype=torch.int64)} for group in groups]
+    padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in padding if token is not None)
+    return [_padded(group, pad) for group in groups]
+
+
+def read_texts(
+    path: str | os.PathLike[str],
+    *,
+    field: str | None = None,
+    template: str | None = None,
+    chat_tokenizer: PreTrainedTokenizerBase | None = None,
+    min_chars: int = 12288,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yields the documents of a file, without blank ones.
+
+    A name that ends in .jsonl, .ndjson or .json means JSON lines, one object and so one document a
+    line; blank lines are ignored. Anything else is UTF-8 text, in which a document is a run of
+    whole paragraphs.
+
+    Args:
+        path: the file.
+        field: name of the JSON field that holds the text; "text" if there is no template either.
+        template: text with JSON fields in braces, such as "Q: {question}\\nA: {answer[0]}": names,
+            list indices and keys, nothing else. A literal brace is written twice.
+        chat_tokenizer: lays out each document by its chat template: the object's `messages` if it
+            has them and neither `field` nor `template` is given, else the text as a user's message.
+        min_chars: length from which a document of plain text ends at the next blank line. Text
+            without blank lines is cut at a line end instead, or at the latest after four times
+            that length.
+        seed: of the random order of the documents; None keeps the file's.
+
+    Raises:
+        ConfigError: both `field` and `template` are given, or `min_chars` is not positive.
+        DataError: the file, the template or the tokenizer is not usable; while iterating, that a
+            line is not a JSON object or does not fit, with its line number.
+    """
+    _check_positive(min_chars=min_chars)
+    parts = _parts(field, template)
+    if chat_tokenizer is not None and not chat_tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template: leave --chat-template out, or take the "
+            "tokenizer of an instruction-tuned model"
+        )
+    content = _read(path)
+    records: Iterator[tuple[str, dict[str, Any]]]
+    if Path(path).suffix.lower() in _JSON_SUFFIXES:
+        # Not splitlines: JSON strings may hold U+2028 and its like as they are.
+        numbered = enumerate(content.split("\n"), 1)
+        lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
+        records = ((where, _parse(line, where)) for where, line in _ordered(lines, seed))
+    elif parts is not None:
+        raise DataError(
+            f"{path} is plain text and has no fields: leave --field and --template out, or give "
+            f"JSON lines, in a file that ends in {_JSON_SUFFIXES[0]}"
+        )
+    else:
+        spans = _spans(content, min_chars)
+        records = ((f"{path}", {"text": span}) for span in _ordered(spans, seed))
+    return _rendered(records, parts, chat_tokenizer)
+
+
+def decode_escapes(template: str) -> str:
+    """Replaces backslash escapes as in a Python string (not octal or named ones).
+
+    For templates typed on a command line, where a line feed is awkward to write.
+
+    Raises:
+        DataError: a backslash starts no such escape.
+    """
+
+    def decode(match: re.Match[str]) -> str:
+        try:
+            return match[0].encode("ascii").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            escape = template[match.start() : max(match.end(), match.start() + 2)]
+            raise DataError(
+                f"template {template!r}: {escape!r} is not an escape; write a backslash as two"
+            ) from error
+
+    return _ESCAPE.sub(decode, template)
+
+
+def _check_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+
+
+def _parts(field: str | None, template: str | None) -> Sequence[_Part] | None:
+    if field is not None and template is not None:
+        raise ConfigError("field and template exclude each other: a template names its own fields")
+    if field is not None:
+        return [(field,)]
+    return None if template is None else _parse_template(template)
+
+
+def _parse_template(template: str) -> list[_Part]:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(
+            f"template {template!r}: {error}; a literal brace is written twice, {{{{ or }}}}"
+        ) from error
+    parts: list[_Part] = []
+    for literal, placeholder, spec, conversion in pieces:
+        parts.append(literal)
+        if placeholder is None:
+            continue
+        match = _PLACEHOLDER.fullmatch(placeholder)
+        if match is None or match["name"].isdecimal() or spec or conversion:
+            raise DataError(
+                f"template {template!r}: {{{placeholder}}} must be {{name}}, {{name[0]}} or "
+                "{name[key]}, without attributes, conversions or formats"
+            )
+        parts.append((match["name"], *re.findall(r"[^\[\]]+", match["indices"])))
+    if all(isinstance(part, str) for part in parts):
+        raise DataError(f"template {template!r} names no field, such as {{question}}")
+    return parts
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such data file; check the path") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: give one text or JSON lines file in it") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (at byte {error.start}): it is binary, compressed or in "
+            "another encoding; convert it"
+        ) from error
+    if "\0" in content:
+        raise DataError(f"{path} is binary, not text (it holds NUL); convert it")
+    if not content.strip():
+        raise DataError(f"{path} is empty: give a file with text")
+    return content
+
+
+def _spans(content: str, min_chars: int) -> list[str]:
+    min_chars = min(min_chars, len(content))
+    end = f"{{{min_chars},{4 * min_chars}}}?"
+    pattern = rf".{end}\n[ \t]*\n|.{end}\n|.{{1,{4 * min_chars}}}"
+    return [match[0].strip("\n") for match in re.finditer(pattern, content, re.DOTALL)]
+
+
+def _ordered(items: list[Any], seed: int | None) -> list[Any]:
+    return items if seed is None else random.Random(seed).sample(items, len(items))
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    expected = "one object a line is expected (jq -c '.[]' turns an array into such lines)"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # The decoder's own line number would contradict the file's.
+        reason = str(error).partition(": line ")[0]
+        raise DataError(f"{where} is not valid JSON: {reason}; {expected}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is a JSON {type(record).__name__}, not an object; {expected}")
+    return record
+
+
+def _rendered(
+    records: Iterable[tuple[str, dict[str, Any]]],
+    parts: Sequence[_Part] | None,
+    chat_tokenizer: PreTrainedTokenizerBase | None,
+) -> Iterator[str]:
+    for where, record in records:
+        if chat_tokenizer is not None and parts is None and "messages" in record:
+            text = _conversation(record["messages"], where, chat_tokenizer)
+        else:
+            text = "".join(
+                part if isinstance(part, str) else _value(record, part, where)
+                for part in parts or [("text",)]
+            )
+            if chat_tokenizer is not None and text.strip():
+                text = _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
+        if text.strip():
+            # JSON may escape half of a surrogate pair, which no tokenizer takes.
+            yield text
+
+
+def _value(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+    value: Any = record
+    for depth, key in enumerate(keys, 1):
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (LookupError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{where} has no field '{_written(keys[:depth])}': {_offer(value)}; choose what "
+                "there is with --field or --template"
+            ) from error
+    name = _written(keys)
+    if value is None:
+        raise DataError(f"{where}: '{name}' is null; choose another field or leave the line out")
+    if isinstance(value, list | dict):
+        index = 0 if isinstance(value, list) else next(iter(value), "key")
+        raise DataError(
+            f"{where}: '{name}' is a {type(value).__name__}, not a text; take one item with "
+            f"--template, such as {{{name}[{index}]}}"
+        )
+    return str(value)
+
+
+def _written(keys: tuple[str, ...]) -> str:
+    return keys[0] + "".join(f"[{key}]" for key in keys[1:])
+
+
+def _offer(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"present: {', '.join(value) or '(none)'}"
+    if isinstance(value, list):
+        return f"the list has {len(value)} items, the first is [0]"
+    return f"a {type(value).__name__} has no items, leave the last [ ] out"
+
+
+def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    roles = isinstance(messages, list) and [
+        isinstance(message, dict) and "role" in message for message in messages
+    ]
+    if not roles or not all(roles):
+        raise DataError(f"{where}: 'messages' must be a list of objects with role and content")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is code of the model's author: it may raise anything
+        reason = str(error).strip().split("\n", 1)[0]
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses it: {reason or type(error).__name__}"
+        ) from error
+
+
+def _tokenized(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    special_tokens: bool,
+    close: bool,
+) -> Iterator[list[int]]:
+    eos = tokenizer.eos_token_id
+    for text in texts:
+        # Not verbose: a document longer than the model's context is no fault here, it gets cut.
+        ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        if not ids:
+            continue
+        # A chat template may close with EOS and a line feed, some tokenizers with EOS.
+        closed = ids[-1] == eos or eos is None or text.rstrip().endswith(tokenizer.eos_token)
+        yield [*ids, eos] if close and not closed else list(ids)
+
+
+def _packed(documents: Iterable[list[int]], samples: int, seq_len: int) -> list[list[int]]:
+    stream: list[int] = []
+    for ids in documents:
+        stream += ids
+        if len(stream) >= samples * seq_len:
+            break
+    count = min(samples, len(stream) // seq_len) or 1
+    return [stream[i * seq_len : (i + 1) * seq_len] for i in range(count) if stream]
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    shape = len(sequences), max(map(len, sequences))
+    input_ids = torch.full(shape, pad, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

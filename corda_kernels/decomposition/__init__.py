@@ -1,0 +1,16 @@
+"""W and C → U and Σ. Pure tensors: knows no model and no calibration."""
+
+from corda_kernels.decomposition.cholesky import (
+    RegularizedInverse,
+    extreme_eigenvalues,
+    regularized_inverse,
+)
+from corda_kernels.decomposition.co_svd import CoSVD, co_svd
+
+__all__ = [
+    "CoSVD",
+    "RegularizedInverse",
+    "co_svd",
+    "extreme_eigenvalues",
+    "regularized_inverse",
+]
