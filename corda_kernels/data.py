@@ -290,7 +290,7 @@ def _rendered(
                 text = _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
         if text.strip():
             # JSON may escape half of a surrogate pair, which no tokenizer takes.
-            yield text
+            yield text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from corda_kernels.errors import ModelError, TargetError
@@ -107,22 +106,20 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors have no common base
+        hint = " (a hub id needs network access or a filled cache)"
         raise ModelError(
-            f"cannot load {os.fspath(source)}: {_first_line(error)} (a hub id needs network access "
-            "or a filled cache)"
+            f"cannot load {os.fspath(source)}: {_first_line(error)}"
+            f"{'' if Path(source).exists() else hint}"
         ) from error
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    """The first line of the error's message, with the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def decoder(model: nn.Module) -> nn.Module:

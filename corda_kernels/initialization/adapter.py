@@ -1,0 +1,190 @@
+"""A model's adapter as plain data: factors by layer, trained and initial, and their record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.errors import AdapterError
+from corda_kernels.files import digest
+from corda_kernels.initialization.factors import AdapterFactors
+from corda_kernels.models import is_linear, linear_weight
+
+FORMAT = "corda_kernels.adapter/1"
+
+# Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
+# by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
+_SAMPLES = 64
+_SAME_BASE = 5e-3
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAdapter:
+    """One layer: the model computes W x + scaling·(B A − B0 A0) x.
+
+    Attributes:
+        A: (rank, in), trained.
+        B: (out, rank), trained.
+        A0: (rank, in), as initialised.
+        B0: (out, rank), as initialised.
+        scaling: LoRA's alpha/rank.
+    """
+
+    A: Tensor
+    B: Tensor
+    A0: Tensor
+    B0: Tensor
+    scaling: float
+
+    @classmethod
+    def fresh(cls, factors: AdapterFactors) -> LayerAdapter:
+        """An untrained layer, in float32."""
+        A, B = factors.A.float().contiguous(), factors.B.float().contiguous()
+        return cls(A, B, A.clone(), B.clone(), factors.scaling)
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """What training has added to W: (out, in) float32, computed as one product of rank 2r."""
+        left = torch.cat([self.B, -self.B0], 1).float()
+        return self.scaling * (left @ torch.cat([self.A, self.A0], 0).float())
+
+    def initial_product(self) -> Tensor:
+        """scaling·B0·A0: the part of W that the adapter took over, (out, in) float32."""
+        return self.scaling * (self.B0.float() @ self.A0.float())
+
+
+@dataclass
+class AdapterRecord:
+    """What `corda.json` keeps beside an adapter: how it was made and what it belongs to.
+
+    Attributes:
+        mode: "kpm" or "ipm".
+        rank: of every layer.
+        balance: how β was chosen; see `adapter_factors`.
+        step: None or "lora".
+        residual: "pair" (the base is untouched) or "weight" (W − B0 A0 stands in the base).
+        damping: of the covariances, times their mean diagonal.
+        base: of the base model, see `describe_base`.
+        calibration: where the covariances come from.
+        layers: by name: rank, largest and smallest singular value kept, tokens.
+        stability: how well the two halves of the calibration text agree, by layer.
+        versions: of the libraries involved.
+        initial_sha256: checksum of all initial factors.
+        format: of this file.
+    """
+
+    mode: str
+    rank: int
+    balance: str
+    step: str | None
+    residual: str
+    damping: float | None
+    base: dict[str, Any]
+    calibration: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    stability: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    initial_sha256: str = ""
+    format: str = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> AdapterRecord:
+        """Reads what `to_json` gave.
+
+        Raises:
+            AdapterError: fields are missing, or the format is another one.
+        """
+        if value.get("format") != FORMAT:
+            raise AdapterError(
+                f"corda.json has format {value.get('format')!r}, this version reads {FORMAT!r}: "
+                "update corda_kernels, or make the adapter again"
+            )
+        known = {entry.name for entry in fields(cls)}
+        if value.keys() != known:
+            odd = sorted(known ^ value.keys())
+            raise AdapterError(f"corda.json was altered: field {odd[0]!r} is missing or unknown")
+        return cls(**value)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Factors of all layers by module name, and their record."""
+
+    layers: dict[str, LayerAdapter]
+    record: AdapterRecord
+
+    def initial_checksum(self) -> str:
+        """SHA-256 of the initial factors."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.A"] = layer.A0
+            tensors[f"{name}.B"] = layer.B0
+        return digest(tensors)
+
+
+def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What an adapter needs to know of its base later, when only its folder is at hand.
+
+    Args:
+        model: the base.
+        modules: its layers that are adapted, by name.
+
+    Returns:
+        JSON-like: `source` (name or path), `sample` (see `check_base`), and what PEFT's LoraConfig
+        asks for: `target_modules`, `fan_in_fan_out`, `task_type`.
+    """
+    endings = {name.rpartition(".")[2] for name in modules}
+    alike = {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and name.rpartition(".")[2] in endings
+    }
+    causal = hasattr(model, "prepare_inputs_for_generation")
+    return {
+        "source": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "sample": _sample(modules),
+        # Short names, as PEFT and serving engines like them, if they select just the same.
+        "target_modules": sorted(endings if alike == modules.keys() else modules),
+        "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
+        "task_type": "CAUSAL_LM" if causal else None,
+    }
+
+
+def _sample(modules: Mapping[str, nn.Module]) -> list[float]:
+    """Weights at fixed places, spread over all layers, by which the base is recognised later."""
+    names = sorted(modules)
+    values = []
+    for index in range(_SAMPLES):
+        weight = linear_weight(modules[names[index * len(names) // _SAMPLES]]).detach()
+        place = (2654435761 * (index + 1)) % weight.numel()
+        row, column = divmod(place, weight.shape[1])
+        values.append(round(float(weight[row, column]), 8))
+    return values
+
+
+def check_base(record: AdapterRecord, modules: Mapping[str, nn.Module]) -> None:
+    """Makes sure that the adapter belongs to the model whose target layers are given.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    expected = torch.tensor(record.base["sample"], dtype=torch.float64)
+    found = torch.tensor(_sample(modules), dtype=torch.float64)
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if difference > _SAME_BASE:
+        raise AdapterError(
+            f"the adapter was made for {record.base['source']}, but this model's weights differ "
+            f"from that one's by {difference:.1%}: load the base that the adapter was made for"
+        )

@@ -1,0 +1,76 @@
+"""Ways out: a plain LoRA on the untouched base, or the weights merged into it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.files import check_output
+from corda_kernels.initialization.checkpoint import (
+    adapter_of,
+    read_adapter,
+    residual_marker,
+    write_lora,
+)
+from corda_kernels.initialization.linear import detach_linears
+from corda_kernels.initialization.peft_model import lora_config
+from corda_kernels.models import linear_weight
+
+
+def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes what training has learnt as a plain LoRA of twice the rank, for the untouched base.
+
+    B A − B0 A0 is the product of [B, −B0] and [A; A0], so that nothing is approximated. Stock PEFT
+    and serving engines load the result as any LoRA.
+
+    Args:
+        source: an adapted model, or an adapter's folder; the base is not needed.
+        out: the folder to write.
+
+    Raises:
+        AdapterError: the source is no adapter, or a damaged one.
+        OutputError: the folder cannot be written.
+    """
+    adapter = adapter_of(source) if isinstance(source, nn.Module) else read_adapter(source)
+    folder = check_output(out, folder=True)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in adapter.layers.items():
+        A = torch.cat([layer.A, layer.A0], 0)
+        B = torch.cat([layer.B, -layer.B0], 1)
+        factors[name] = (A, B)
+    write_lora(folder, factors, lora_config(adapter, multiple=2))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Folds the adapter into the weights and takes it off; the model is plain again.
+
+    With `residual="pair"` W becomes W + (B A − B0 A0), with `residual="weight"` W' + B A, each
+    computed in float32 as one sum and rounded once.
+
+    Args:
+        model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
+
+    Returns:
+        The base model, with merged weights.
+
+    Raises:
+        AdapterError: the model carries no adapter, or a damaged one.
+    """
+    from peft import PeftModel
+
+    adapter = adapter_of(model)
+    base = model.unload() if isinstance(model, PeftModel) else detach_linears(model)
+    for name, layer in adapter.layers.items():
+        weight = linear_weight(base.get_submodule(name))
+        change = layer.delta()
+        if adapter.record.residual == "weight":
+            change = change + layer.initial_product()
+        weight.copy_(weight.float() + change.to(weight.device))
+    if residual_marker(base) is not None:
+        config: Any = base.config
+        del config.corda_residual
+    return base

@@ -1,0 +1,125 @@
+"""The adapter under PEFT: a LoRA pair that stock PEFT, Trainer and TRL save and resume.
+
+Adapter `default` holds the trainable A, B; adapter `corda_initial` the initial A0, −B0. With both
+active their sum starts at zero on the untouched base. With `residual="weight"` the base lacks B0 A0
+already, and `corda_initial` stays inactive, only carried along so that it is never lost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from torch import Tensor, nn
+
+from corda_kernels.errors import AdapterError
+from corda_kernels.files import write_json
+from corda_kernels.initialization.adapter import Adapter, AdapterRecord, LayerAdapter
+
+TRAINED = "default"
+INITIAL = "corda_initial"
+RECORD_FILE = "corda.json"
+
+
+class _Corda:
+    """What a PeftModel lacks: the pair stays active, and corda.json is saved with it."""
+
+    corda_record: AdapterRecord
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """As in PEFT, but `default` brings its frozen partner along.
+
+        Trainer calls this when it resumes, and would otherwise leave the trainable half alone.
+        """
+        super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+        if adapter_name == TRAINED and self.corda_record.residual == "pair":
+            self.base_model.set_adapter(  # type: ignore[attr-defined]
+                [TRAINED, INITIAL], inference_mode=inference_mode
+            )
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, with `corda.json` beside the adapters."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_json(Path(save_directory) / RECORD_FILE, self.corda_record.to_json())
+
+
+class CordaPeftModel(_Corda, PeftModel):  # type: ignore[misc]
+    """A PeftModel that carries a CorDA adapter; `corda_record` says how it was made."""
+
+
+class CordaPeftModelForCausalLM(_Corda, PeftModelForCausalLM):  # type: ignore[misc]
+    """A PeftModelForCausalLM that carries a CorDA adapter."""
+
+
+def attach_peft(model: nn.Module, adapter: Adapter) -> CordaPeftModel | CordaPeftModelForCausalLM:
+    """Wraps `model` with the adapter; only A and B of `default` are trainable."""
+    causal = hasattr(model, "prepare_inputs_for_generation")
+    kind = CordaPeftModelForCausalLM if causal else CordaPeftModel
+    wrapped = kind(model, lora_config(adapter), adapter_name=TRAINED)
+    wrapped.corda_record = adapter.record
+    wrapped.add_adapter(INITIAL, lora_config(adapter))
+    for name, layer in adapter.layers.items():
+        lora: Any = model.get_submodule(name)
+        lora.lora_A[TRAINED].weight.data.copy_(layer.A)
+        lora.lora_B[TRAINED].weight.data.copy_(layer.B)
+        _freeze(lora.lora_A[INITIAL]).copy_(layer.A0)
+        _freeze(lora.lora_B[INITIAL]).copy_(layer.B0.neg())
+    wrapped.set_adapter(TRAINED)
+    return wrapped
+
+
+def _freeze(linear: nn.Linear) -> Tensor:
+    """Turns a weight from parameter to buffer: nothing that makes parameters trainable reaches it.
+
+    PEFT makes the parameters of every active adapter trainable in several places.
+    """
+    weight = linear.weight.data
+    del linear.weight
+    linear.register_buffer("weight", weight)
+    return weight
+
+
+def adapter_of_peft(model: Any) -> Adapter:
+    """The adapter that a PeftModel made by `attach_peft` carries, with its present factors.
+
+    Raises:
+        AdapterError: the model was not made by this package.
+    """
+    if not isinstance(model, CordaPeftModel | CordaPeftModelForCausalLM):
+        raise AdapterError(
+            "this PeftModel was not made by corda_kernels: load its folder with load_for_training"
+        )
+    base = model.get_base_model()
+    layers = {}
+    for name in model.corda_record.layers:
+        lora = base.get_submodule(name)
+        layers[name] = LayerAdapter(
+            lora.lora_A[TRAINED].weight.detach(),
+            lora.lora_B[TRAINED].weight.detach(),
+            lora.lora_A[INITIAL].weight,
+            lora.lora_B[INITIAL].weight.neg(),
+            lora.scaling[TRAINED],
+        )
+    return Adapter(layers, model.corda_record)
+
+
+def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
+    """The LoraConfig of an adapter of `multiple` times its rank, with the same scaling."""
+    record = adapter.record
+    return LoraConfig(
+        r=record.rank * multiple,
+        lora_alpha=record.rank * multiple,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=record.base["target_modules"],
+        alpha_pattern={
+            name: layer.scaling * layer.rank * multiple
+            for name, layer in adapter.layers.items()
+            if layer.scaling != 1.0
+        },
+        fan_in_fan_out=record.base["fan_in_fan_out"],
+        task_type=record.base["task_type"],
+        base_model_name_or_path=record.base["source"],
+    )
