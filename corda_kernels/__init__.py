@@ -1,3 +1,106 @@
-"""Context-oriented LoRA initialisation: CorDA and CorDA++."""
+"""Context-oriented LoRA initialisation: CorDA and CorDA++.
+
+Importing this starts no CUDA and loads no other library: every name is imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from corda_kernels import errors, kernels
+    from corda_kernels.calibration import Covariance, CovarianceSet, calibrate
+    from corda_kernels.data import token_batches
+    from corda_kernels.decomposition import (
+        CoSVD,
+        RegularizedInverse,
+        co_svd,
+        extreme_eigenvalues,
+        regularized_inverse,
+    )
+    from corda_kernels.initialization import (
+        AdapterFactors,
+        CordaLinear,
+        adapter_factors,
+        export_lora,
+        load_for_training,
+        merge,
+        residual,
+        save_adapter,
+    )
+    from corda_kernels.models import load_model, load_tokenizer
+    from corda_kernels.pipeline import CordaConfig, init_corda
+    from corda_kernels.planning import Stability, subspace_stability
 
 __version__ = "0.1.0"
+
+# The module in which each public name lives.
+_HOMES = {
+    "Covariance": "calibration",
+    "CovarianceSet": "calibration",
+    "calibrate": "calibration",
+    "token_batches": "data",
+    "CoSVD": "decomposition",
+    "RegularizedInverse": "decomposition",
+    "co_svd": "decomposition",
+    "extreme_eigenvalues": "decomposition",
+    "regularized_inverse": "decomposition",
+    "AdapterFactors": "initialization",
+    "CordaLinear": "initialization",
+    "adapter_factors": "initialization",
+    "export_lora": "initialization",
+    "load_for_training": "initialization",
+    "merge": "initialization",
+    "residual": "initialization",
+    "save_adapter": "initialization",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "CordaConfig": "pipeline",
+    "init_corda": "pipeline",
+    "Stability": "planning",
+    "subspace_stability": "planning",
+}
+
+__all__ = [
+    "AdapterFactors",
+    "CoSVD",
+    "CordaConfig",
+    "CordaLinear",
+    "Covariance",
+    "CovarianceSet",
+    "RegularizedInverse",
+    "Stability",
+    "__version__",
+    "adapter_factors",
+    "calibrate",
+    "co_svd",
+    "errors",
+    "export_lora",
+    "extreme_eigenvalues",
+    "init_corda",
+    "kernels",
+    "load_for_training",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "regularized_inverse",
+    "residual",
+    "save_adapter",
+    "subspace_stability",
+    "token_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("errors", "kernels"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -207,7 +207,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     """
     if residual_marker(model) is not None:
         raise ModelError(
-            "this model is the residual that another adapter left (see --save-base): load the "
+            "this model is the residual that an adapter left (see --save-base): load the "
             "untouched base"
         )
     modules = target_linears(model, config.targets)
@@ -285,8 +285,8 @@ def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> di
             channels = covariances[name].matrix.shape[0]
             if channels != inputs:
                 raise CovarianceError(
-                    f"layer {name} has {inputs} inputs, but its covariance {channels} channels: the "
-                    "covariances were taken from another model"
+                    f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
+                    "the covariances were taken from another model"
                 )
             covered[name] = module
         elif name not in covariances.left_out:

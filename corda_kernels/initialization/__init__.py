@@ -13,6 +13,8 @@ from corda_kernels.initialization.checkpoint import (
     read_adapter,
     residual_marker,
     save_adapter,
+    subtract_initial,
+    write_adapter,
 )
 from corda_kernels.initialization.export import export_lora, merge
 from corda_kernels.initialization.factors import AdapterFactors, adapter_factors, residual
@@ -35,4 +37,6 @@ __all__ = [
     "residual",
     "residual_marker",
     "save_adapter",
+    "subtract_initial",
+    "write_adapter",
 ]

@@ -70,7 +70,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         AdapterError: the model carries no adapter, or a damaged one.
         OutputError: the folder cannot be written.
     """
-    adapter = adapter_of(model)
+    write_adapter(adapter_of(model), path)
+
+
+def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Writes an adapter's folder from plain data; see `save_adapter`."""
     folder = check_output(path, folder=True)
     config = lora_config(adapter)
     trained = {name: (layer.A, layer.B) for name, layer in adapter.layers.items()}
@@ -180,7 +184,7 @@ def attach(
     if marker is None:
         check_base(adapter.record, modules)
         if adapter.record.residual == "weight":
-            _subtract_initial(base_model, adapter, modules)
+            subtract_initial(base_model, adapter)
     elif marker != adapter.record.initial_sha256:
         raise AdapterError(
             "this model is the residual of another adapter: load the untouched base, or the base "
@@ -198,9 +202,10 @@ def residual_marker(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _subtract_initial(model: nn.Module, adapter: Adapter, modules: dict[str, nn.Module]) -> None:
+def subtract_initial(model: nn.Module, adapter: Adapter) -> None:
+    """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it."""
     for name, layer in adapter.layers.items():
-        weight = linear_weight(modules[name])
+        weight = linear_weight(model.get_submodule(name))
         product = layer.initial_product().to(weight.device)
         weight.copy_(weight.float() - product)
     config: Any = getattr(model, "config", None)

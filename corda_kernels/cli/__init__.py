@@ -1,0 +1,75 @@
+"""The command line: thin, one file a command."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from corda_kernels import __version__
+from corda_kernels.cli.calibrate import calibrate
+from corda_kernels.cli.demo import demo
+from corda_kernels.cli.doctor import doctor
+from corda_kernels.cli.export import export
+from corda_kernels.cli.init import init
+from corda_kernels.cli.inspect import inspect
+from corda_kernels.cli.merge import merge
+from corda_kernels.errors import CordaError, CordaWarning
+
+app = typer.Typer(
+    name="corda-kernels",
+    help="Initialise LoRA adapters from calibration text (CorDA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (demo, init, calibrate, inspect, export, merge, doctor):
+    app.command()(command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"corda_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line: an error is one line on stderr and exit status 2."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        _quiet()
+    try:
+        app(args=arguments)
+    except (CordaError, OSError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        typer.echo(f"error: {message}", err=True)
+        raise SystemExit(2) from error
+
+
+def _quiet() -> None:
+    """Shows this package's own warnings, each as one line, and no other library's."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", CordaWarning)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    warnings.showwarning = show

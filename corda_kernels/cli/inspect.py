@@ -1,0 +1,142 @@
+"""`corda-kernels inspect`: what a covariance file or an adapter holds, as a text table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from corda_kernels.calibration import Covariance
+    from corda_kernels.planning import Stability
+
+_STABILITY_COLUMNS = ("top", "bottom", "verdict")
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A covariance file or an adapter folder.")
+    ],
+) -> None:
+    """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
+    if file.is_dir():
+        _inspect_adapter(file)
+    else:
+        _inspect_covariances(file)
+
+
+def _inspect_covariances(file: Path) -> None:
+    from tqdm import tqdm
+
+    from corda_kernels.calibration import CovarianceSet
+
+    covariances = CovarianceSet.load(file)
+    provenance = dict(covariances.provenance)
+    stability = _stability(provenance.pop("stability", None))
+    cells: dict[str, list[str]] = {}
+    for covariance, names in tqdm(covariances.groups(), desc="spectra", leave=False):
+        described = _describe(covariance)
+        cells.update(dict.fromkeys(names, described))
+    typer.echo(f"{file}: {len(covariances)} layers, {len(covariances.groups())} covariances")
+    _print_notes(provenance)
+    _print_table(
+        ("layer", "tokens", "in", "condition", "eff. rank", "head", "tail", "outliers"),
+        {name: cells[name] for name in covariances},
+        stability,
+    )
+    typer.echo(
+        "head, tail: largest and smallest eigenvalue over their mean; eff. rank: (Σλ)²/Σλ²; "
+        "outliers: channels with |x| above the threshold"
+    )
+    for name, reason in covariances.left_out.items():
+        typer.echo(f"left out: {name}: {reason}")
+    _print_verdict(stability)
+
+
+def _describe(covariance: Covariance) -> list[str]:
+    from corda_kernels.decomposition import extreme_eigenvalues
+    from corda_kernels.errors import DecompositionError
+
+    matrix = covariance.matrix.double()
+    channels = matrix.shape[0]
+    mean = float(matrix.diagonal().mean())
+    effective = float((mean * channels) ** 2 / matrix.square().sum()) if mean else 0.0
+    outliers = int((covariance.outlier_count > 0).sum())
+    try:
+        largest, smallest = (float(value) for value in extreme_eigenvalues(matrix))
+        spectrum = [f"{largest / smallest:.1e}", f"{effective:.1f}"]
+        spectrum += [f"{largest / mean:.1e}", f"{smallest / mean:.1e}"]
+    except DecompositionError:
+        spectrum = ["singular", f"{effective:.1f}", "", "0"]
+    return [str(covariance.tokens), str(channels), *spectrum, str(outliers)]
+
+
+def _inspect_adapter(folder: Path) -> None:
+    from corda_kernels.initialization import read_adapter
+
+    record = read_adapter(folder).record
+    typer.echo(
+        f"{folder}: {record.mode.upper()} adapter of rank {record.rank} for {len(record.layers)} "
+        f"layers of {record.base['source']} (balance {record.balance}, step {record.step}, "
+        f"residual {record.residual}, damping {record.damping})"
+    )
+    _print_notes(record.calibration)
+    stability = _stability(record.stability)
+    rows = {
+        name: [
+            str(layer["tokens"]),
+            str(layer["rank"]),
+            f"{layer['sigma_max']:.2e}",
+            f"{layer['sigma_min']:.2e}",
+            f"{layer['scaling']:.3g}",
+        ]
+        for name, layer in record.layers.items()
+    }
+    _print_table(("layer", "tokens", "rank", "σ max", "σ min", "scaling"), rows, stability)
+    _print_verdict(stability)
+
+
+def _stability(value: Mapping[str, Any] | None) -> Stability | None:
+    from corda_kernels.planning import Stability
+
+    return Stability.from_json(value) if value else None
+
+
+def _print_notes(notes: Mapping[str, Any]) -> None:
+    for name, value in notes.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
+        typer.echo(f"{name}: {value}")
+
+
+def _print_table(
+    header: Sequence[str], rows: Mapping[str, Sequence[str]], stability: Stability | None
+) -> None:
+    table = [list(header)] + [[name, *cells] for name, cells in rows.items()]
+    if stability is not None:
+        table[0] += _STABILITY_COLUMNS
+        for row in table[1:]:
+            layer = stability.layers.get(row[0])
+            if layer is not None:
+                shares = (layer.top, layer.bottom)
+                row += ["" if share is None else f"{share:.2f}" for share in shares]
+                row.append(stability.verdict(layer))
+    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]
+    for row in table:
+        first, *rest = row
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=False)]
+        typer.echo("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+
+
+def _print_verdict(stability: Stability | None) -> None:
+    if stability is None:
+        typer.echo("samples: their stability was not measured")
+        return
+    typer.echo(
+        f"top: overlap of the {stability.rank} largest components between the two halves of the "
+        "text, 1 is the same; bottom: energy that the smallest of one half have in the other over "
+        "the least possible, 1 is the best"
+    )
+    typer.echo(f"samples: {stability.summary()}")

@@ -1,0 +1,44 @@
+"""`corda-kernels merge`: a trained adapter → a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from corda_kernels.cli import options
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, trained.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base; the one noted in the adapter if not given.")
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+) -> None:
+    """Fold ADAPTER into its base model and write the result with its tokenizer."""
+    from corda_kernels.errors import ModelError
+    from corda_kernels.files import check_output
+    from corda_kernels.initialization import attach, read_adapter
+    from corda_kernels.initialization import merge as merge_into_base
+    from corda_kernels.models import load_tokenizer
+
+    loaded = read_adapter(adapter)
+    check_output(out, folder=True)
+    source = model or loaded.record.base["source"]
+    try:
+        tokenizer = load_tokenizer(source)
+        network = options.load(source, dtype, device)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(f"{error}; say where the base is with --model") from error
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    check_output(out, folder=True, needed_bytes=size)
+    merged: Any = merge_into_base(attach(network, loaded, use_peft=False))
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

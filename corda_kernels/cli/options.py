@@ -1,0 +1,116 @@
+"""Arguments and options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from corda_kernels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file.", metavar="MODEL")]
+Data = Annotated[
+    Path | None, typer.Option(help="Calibration text: a text file or JSON lines (.jsonl).")
+]
+Field = Annotated[str | None, typer.Option(help="JSON field that holds the text.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help=r"Text with JSON fields, such as 'Q: {question}\nA: {answer[0]}'."),
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--chat-template", help="Lay texts out by the tokenizer's chat template.")
+]
+Samples = Annotated[int, typer.Option(help="Number of calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in each sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences in each forward pass.")]
+Pack = Annotated[bool, typer.Option(help="Pack texts into full sequences.")]
+Targets = Annotated[
+    str,
+    typer.Option(help="all-linear, endings separated by commas, or a regular expression."),
+]
+Damping = Annotated[
+    float, typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none.")
+]
+Seed = Annotated[int, typer.Option(help="Of the choice of texts and of random starts.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own if not given.")
+]
+Stability = Annotated[
+    bool, typer.Option(help="Find out whether there are enough samples; takes longer.")
+]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where calibration text comes from and how it is cut up; see `token_batches`."""
+
+    data: Path
+    field: str | None
+    template: str | None
+    chat_template: bool
+    samples: int
+    seq_len: int
+    batch_size: int
+    pack: bool
+    seed: int
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+        """Token batches."""
+        from corda_kernels.data import decode_escapes, token_batches
+
+        return token_batches(
+            self.data,
+            tokenizer,
+            samples=self.samples,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            field=self.field,
+            template=None if self.template is None else decode_escapes(self.template),
+            chat_template=self.chat_template,
+            pack=self.pack,
+            seed=self.seed,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """What to note beside the covariances, in JSON's terms."""
+        return {
+            "file": self.data.name,
+            "field": self.field,
+            "template": self.template,
+            "chat_template": self.chat_template,
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "packed": self.pack,
+            "seed": self.seed,
+        }
+
+
+def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
+    """The model on its device, without the library's own chatter."""
+    import torch
+    from transformers.utils import logging
+
+    from corda_kernels.models import load_model
+
+    logging.set_verbosity_error()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(model, dtype=dtype, device=device)
+
+
+def parse_targets(targets: str) -> str | list[str]:
+    """The endings in a comma-separated list; a regular expression or "all-linear" as it is."""
+    plain = all(letter.isalnum() or letter in "_.,- " for letter in targets)
+    if targets == "all-linear" or not plain:
+        return targets
+    endings = [ending.strip() for ending in targets.split(",") if ending.strip()]
+    if not endings:
+        raise ConfigError("--targets is empty: give all-linear, endings or a regular expression")
+    return endings
