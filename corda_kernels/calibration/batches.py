@@ -91,5 +91,5 @@ def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
             "mask: the padding counts as text and inflates the covariances; pass a mapping with "
             "input_ids and attention_mask",
             PaddingWarning,
-            stacklevel=4,
+            stacklevel=5,  # the caller of calibrate, which no_grad wraps
         )

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from corda_kernels import kernels
+from corda_kernels.errors import BackendError
+from corda_kernels.kernels import available_backends, symmetrize_, syrk_, use_backend
+
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+ON_CPU = ("reference", "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# Ways in which an (n, d) tensor can lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "every_other_row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "columns_of_a_wider_one": lambda x: torch.cat([x + 1, x, x + 2], 1).chunk(3, 1)[1],
+    "transposed": lambda x: x.T.contiguous().T,
+    "offset": lambda x: torch.cat([x[:1] + 1, x])[1:] if len(x) else x,
+}
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def device(backend: str) -> str:
+    return "cpu" if backend in ON_CPU else "cuda"
+
+
+def random(n: int, d: int, backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, d, device=device(backend)).to(dtype)
+
+
+def accumulator(d: int, backend: str) -> Tensor:
+    return torch.zeros(d, d, device=device(backend))
+
+
+def statistics(d: int, backend: str) -> dict[str, Tensor]:
+    return {
+        "absmax": torch.zeros(d, device=device(backend)),
+        "outlier_count": torch.zeros(d, dtype=torch.int64, device=device(backend)),
+    }
+
+
+def run(backend: str, c: Tensor, x: Any, **options: Any) -> Tensor:
+    with use_backend(backend):
+        return syrk_(c, x, **options)
+
+
+def error(c: Tensor, x: Tensor) -> float:
+    """Relative Frobenius error of c's lower triangle as xᵀx."""
+    exact = (x.double().T @ x.double()).tril()
+    return float((c.double().tril() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("d", [33, 601])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_at_most_twice_that_of_plain_torch(
+    backend: str, dtype: torch.dtype, layout: str, d: int
+) -> None:
+    x = LAYOUTS[layout](random(800, d, backend, dtype))
+    c = run(backend, accumulator(d, backend), x)
+    assert error(c, x) <= 2 * error(x.float().T @ x.float(), x)
+
+
+def test_error_of_a_long_stream_is_at_most_twice_that_of_plain_torch(backend: str) -> None:
+    x = random(20_000, 48, backend) + 1  # a mean, so that the sums grow
+    assert error(run(backend, accumulator(48, backend), x), x) <= 2 * error(x.T @ x, x)
+
+
+@st.composite
+def _problems(draw: st.DrawFn) -> dict[str, Any]:
+    n = draw(st.integers(0, 40))
+    return {
+        "n": n,
+        "d": draw(st.sampled_from([1, 2, 5, 16, 33, 301])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "c_dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "layout": draw(st.sampled_from(sorted(LAYOUTS))),
+        "alpha": draw(st.sampled_from([1.0, 0.25, -2.0, 0.0])),
+        "threshold": draw(st.sampled_from([0.0, 0.5, 2.0, 6.0])),
+        "mask": draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=_problems())
+def test_product_and_statistics_of_any_shape(backend: str, problem: dict[str, Any]) -> None:
+    torch.manual_seed(problem["seed"])
+    n, d, alpha, threshold = (problem[key] for key in ("n", "d", "alpha", "threshold"))
+    x = LAYOUTS[problem["layout"]](random(n, d, backend, problem["dtype"]))
+    c = random(d, d, backend, torch.promote_types(problem["dtype"], problem["c_dtype"]))
+    absmax = random(1, d, backend)[0].abs()
+    count = torch.arange(d, device=c.device)
+    mask = None if problem["mask"] is None else torch.tensor(problem["mask"], dtype=torch.bool)
+    kept = (x if mask is None else x[mask]).double()
+    exact = c.double() + alpha * kept.T @ kept
+    # The classical bound on a sum of products in any order, γₙ |x|ᵀ|x|, and the sum with c.
+    size = c.double().abs() + abs(alpha) * kept.abs().T @ kept.abs()
+    bound = (n + 3) * torch.finfo(c.dtype).eps * size
+    expected_absmax = torch.cat([kept.abs().float(), absmax[None]]).amax(0)
+    expected_count = count + (kept.abs() > threshold).sum(0)
+
+    result = run(
+        backend,
+        c,
+        x,
+        alpha=alpha,
+        absmax=absmax,
+        outlier_count=count,
+        outlier_threshold=threshold,
+        row_mask=None if mask is None else mask.to(c.device),
+    )
+
+    assert result is c
+    assert not bool(((c.double() - exact).abs() > bound).tril().any())
+    assert torch.equal(absmax, expected_absmax)
+    assert torch.equal(count, expected_count)
+
+
+@pytest.mark.parametrize("d", [1, 33])
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_row_and_one_row(backend: str, n: int, d: int) -> None:
+    x = random(n, d, backend)
+    found = statistics(d, backend)
+    c = run(backend, accumulator(d, backend), x, **found, outlier_threshold=0.5)
+    torch.testing.assert_close(c.tril(), (x.T @ x).tril())
+    assert torch.equal(found["absmax"], x.abs().sum(0))
+    assert torch.equal(found["outlier_count"], (x.abs() > 0.5).sum(0))
+
+
+@pytest.mark.parametrize("d", [33, 601])
+def test_nothing_is_read_from_the_upper_triangle(backend: str, d: int) -> None:
+    x = random(50, d, backend)
+    c = torch.full((d, d), torch.nan, device=x.device).triu(1)
+    run(backend, c, x)
+    torch.testing.assert_close(c.tril(), (x.T @ x).tril())
+
+
+def test_a_list_counts_like_its_concatenation(backend: str) -> None:
+    parts = [random(n, 33, backend) for n in (5, 0, 1, 40)]
+    apart, whole = statistics(33, backend), statistics(33, backend)
+    options = {"alpha": 0.5, "outlier_threshold": 1.0}
+    c = run(backend, accumulator(33, backend), parts, **options, **apart)
+    expected = run(backend, accumulator(33, backend), torch.cat(parts), **options, **whole)
+    torch.testing.assert_close(c.tril(), expected.tril())
+    assert torch.equal(apart["absmax"], whole["absmax"])
+    assert torch.equal(apart["outlier_count"], whole["outlier_count"])
+
+
+def test_an_empty_list_changes_nothing(backend: str) -> None:
+    c = random(4, 4, backend)
+    before = c.clone()
+    assert torch.equal(run(backend, c, []), before)
+
+
+def test_masked_rows_count_nowhere_even_if_they_are_nan(backend: str) -> None:
+    x = random(9, 33, backend)
+    mask = torch.tensor([True, False, True] * 3, device=x.device)
+    expected = (x[mask].T @ x[mask]).tril()
+    found = statistics(33, backend)
+    x[~mask] = torch.nan
+    c = run(backend, accumulator(33, backend), x, row_mask=mask, **found, outlier_threshold=1.0)
+    torch.testing.assert_close(c.tril(), expected)
+    assert torch.equal(found["absmax"], x[mask].abs().amax(0))
+    assert torch.equal(found["outlier_count"], (x[mask].abs() > 1).sum(0))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_shows_on_the_diagonal(backend: str, value: float) -> None:
+    x = random(40, 33, backend)
+    x[17, 5] = value
+    diagonal = run(backend, accumulator(33, backend), x).diagonal()
+    assert (~torch.isfinite(diagonal)).nonzero().flatten().tolist() == [5]
+
+
+def test_x_may_require_grad_and_none_is_recorded(backend: str) -> None:
+    x = random(8, 4, backend).requires_grad_()
+    assert not run(backend, accumulator(4, backend), x).requires_grad
+
+
+def test_x_is_left_alone(backend: str) -> None:
+    x = random(8, 4, backend)
+    before = x.clone()
+    run(backend, accumulator(4, backend), x, alpha=3.0, **statistics(4, backend))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"c": torch.zeros(4, 3)}, r"c must be \(d, d\)"),
+        ({"c": torch.zeros(2, 4, 4)}, r"c must be \(d, d\)"),
+        ({"c": torch.zeros(4, 4, dtype=torch.bfloat16)}, "float32 or float64"),
+        ({"x": torch.zeros(5, 3)}, r"x must be \(n, 4\)"),
+        ({"x": torch.zeros(4)}, r"x must be \(n, 4\)"),
+        ({"x": torch.zeros(2, 5, 4)}, r"x must be \(n, 4\)"),
+        ({"x": torch.zeros(5, 4, dtype=torch.int64)}, "floating dtype"),
+        ({"x": torch.zeros(5, 4, device="meta")}, "on meta"),
+        ({"x": [torch.zeros(5, 4), torch.zeros(5, 3)]}, r"x must be \(n, 4\)"),
+        ({"absmax": torch.zeros(3)}, r"absmax must be \(4,\)"),
+        (
+            {"absmax": torch.zeros(4, dtype=torch.float64)},
+            r"absmax must be \(4,\) in torch.float32",
+        ),
+        ({"outlier_count": torch.zeros(4)}, r"outlier_count must be \(4,\) in torch.int64"),
+        ({"row_mask": torch.ones(4, dtype=torch.bool)}, r"row_mask must be \(5,\)"),
+        ({"row_mask": torch.ones(5)}, r"row_mask must be \(5,\) bool"),
+        (
+            {"x": [torch.zeros(5, 4)] * 2, "row_mask": torch.ones(5, dtype=torch.bool)},
+            "single x",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(backend: str, changes: dict[str, Any], message: str) -> None:
+    fitting = {"c": torch.zeros(4, 4), "x": torch.zeros(5, 4)}
+    with pytest.raises(ValueError, match=message):
+        run(backend, **(fitting | changes))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (1, 1), (7, 7), (33, 33), (3, 5, 5), (2, 0, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_symmetrize_copies_the_lower_triangle(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    c = torch.randn(shape, dtype=dtype, device=device(backend))
+    lower = c.tril()
+    c += torch.full_like(c, torch.nan).triu(1)
+    with use_backend(backend):
+        assert symmetrize_(c) is c
+    assert torch.equal(c.tril(), lower)
+    assert torch.equal(c, c.mT)
+
+
+def test_symmetrize_works_in_place_on_a_strided_matrix(backend: str) -> None:
+    wide = random(6, 12, backend)
+    c = wide[:, ::2]
+    rest, lower = wide[:, 1::2].clone(), c.tril()
+    with use_backend(backend):
+        symmetrize_(c)
+    assert torch.equal(c.tril(), lower)
+    assert torch.equal(c, c.mT)
+    assert torch.equal(wide[:, 1::2], rest)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 4, 3)])
+def test_symmetrize_refuses_what_is_not_square(backend: str, shape: tuple[int, ...]) -> None:
+    with use_backend(backend), pytest.raises(ValueError, match="c must be"):
+        symmetrize_(torch.zeros(shape))
+
+
+def test_use_backend_holds_inside_its_block_only(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for key in list(kernels._TABLE):
+        if key[0] == "syrk_":
+            monkeypatch.setitem(kernels._TABLE, key, lambda *_, name=key[1]: calls.append(name))
+    c, x = accumulator(4, backend), random(2, 4, backend)
+    syrk_(c, x)
+    with contextlib.suppress(KeyError), use_backend(backend):
+        syrk_(c, x)
+        with use_backend("reference"):
+            syrk_(c, x)
+        syrk_(c, x)
+        raise KeyError
+    syrk_(c, x)
+    by_device = calls[0]
+    assert calls == [by_device, backend, "reference", backend, by_device]
+
+
+def test_a_backend_that_cannot_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available_backends", lambda: {backend: "no such device"})
+    with pytest.raises(BackendError, match="no such device"), use_backend(backend):
+        pass
+    unknown = pytest.raises(BackendError, match=f"no backend 'abacus'; known: {backend}")
+    with unknown, use_backend("abacus"):
+        pass
