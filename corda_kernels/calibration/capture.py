@@ -214,7 +214,7 @@ class InputCapture:
                 self._split(group)
         for group in distinct:
             diagonal = group.sums.matrix.diagonal()
-            if not bool(torch.isfinite(diagonal.sum())):
+            if not bool(torch.isfinite(diagonal).all()):
                 channels = int((~torch.isfinite(diagonal)).sum())
                 raise NonFiniteActivationError(
                     f"layer {group.modules[0]} received NaN or Inf in {channels} of "

@@ -136,7 +136,7 @@ def _print_verdict(stability: Stability | None) -> None:
         return
     typer.echo(
         f"top: overlap of the {stability.rank} largest components between the two halves of the "
-        "text, 1 is the same; bottom: energy that the smallest of one half have in the other over "
-        "the least possible, 1 is the best"
+        "text; bottom: how quiet the smallest of one half are in the other, from random directions "
+        "(0) to the quietest there (1, on a logarithmic scale)"
     )
     typer.echo(f"samples: {stability.summary()}")

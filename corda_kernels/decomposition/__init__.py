@@ -5,9 +5,10 @@ from corda_kernels.decomposition.cholesky import (
     extreme_eigenvalues,
     regularized_inverse,
 )
-from corda_kernels.decomposition.co_svd import CoSVD, co_svd
+from corda_kernels.decomposition.co_svd import EXACT_SIZE, CoSVD, co_svd
 
 __all__ = [
+    "EXACT_SIZE",
     "CoSVD",
     "RegularizedInverse",
     "co_svd",

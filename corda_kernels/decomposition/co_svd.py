@@ -18,7 +18,7 @@ from corda_kernels.errors import (
 )
 
 # Up to this many rows or columns one dense SVD costs less than iterating (measured on a CPU).
-_SMALL = 1024
+EXACT_SIZE = 1024
 _TOP_TOLERANCE = 1e-8
 _BOTTOM_TOLERANCE = 1e-4
 
@@ -85,7 +85,7 @@ def co_svd(
     M, share = _product(W, covariance.double(), damping)
     shortest = M.shape[-2]
     if method == "auto":
-        method = "exact" if shortest <= _SMALL or 4 * rank > shortest else "randomized"
+        method = "exact" if shortest <= EXACT_SIZE or 4 * rank > shortest else "randomized"
     found = _randomized(M, rank, which, generator) if method == "randomized" else None
     U, S, residual = _exact(W, M, rank, which) if found is None else found
     return CoSVD(U if lift is None else lift @ U, S, share, residual)

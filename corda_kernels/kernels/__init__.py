@@ -67,6 +67,7 @@ def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     return _TABLE[(operation, "reference")]
 
 
+@torch.no_grad()
 def syrk_(
     c: Tensor,  # (d, d)
     x: Tensor | Sequence[Tensor],  # (n, d) each
@@ -111,6 +112,7 @@ def syrk_(
     return c
 
 
+@torch.no_grad()
 def symmetrize_(c: Tensor) -> Tensor:
     """Copies the lower triangle of `c` (*batch, d, d) onto the upper, in place; returns `c`."""
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:

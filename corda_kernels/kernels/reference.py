@@ -35,7 +35,8 @@ def channel_statistics_(
         torch.maximum(absmax, largest.to(absmax.dtype), out=absmax)
     if outlier_count is not None:
         # Outliers sit in few channels, so that only those need to be counted.
-        above = torch.nonzero(largest > outlier_threshold).squeeze(1)
+        # Not `largest > threshold`: a channel that holds NaN may hold outliers as well.
+        above = torch.nonzero(~(largest <= outlier_threshold)).squeeze(1)
         outlier_count[above] += (x[:, above].abs() > outlier_threshold).sum(0)
 
 

@@ -8,21 +8,23 @@ that matter at that end of the spectrum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.decomposition import co_svd
+from corda_kernels.decomposition import EXACT_SIZE, CoSVD, co_svd
 from corda_kernels.models import linear_weight
+
+End = Literal["largest", "smallest"]
 
 # Bounds of the verdicts "stable" and "fair".
 _TOP = (0.9, 0.75)
-_BOTTOM = (1.1, 1.5)
+_BOTTOM = (0.75, 0.5)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class LayerStability:
     Attributes:
         top: overlap ‖U₁ᵀU₂‖²/rank of the subspaces of the largest components, from rank/out (no
             relation) to 1 (the same); None where it was not computed.
-        bottom: energy that the smallest components of one half have in the other, over the least
-            possible there: ‖U₁ᵀ M₂‖/‖U₂ᵀ M₂‖ and the converse, their geometric mean; 1 is the best;
-            None where it was not computed.
+        bottom: how little the smallest components of one half do in the other, e = ‖U₁ᵀ M₂‖, from
+            0 (as much as random directions) to 1 (as little as the other's own, ‖U₂ᵀ M₂‖), on a
+            logarithmic scale; None where it was not computed. An overlap would say nothing here:
+            in a flat tail any choice is as good as another.
     """
 
     top: float | None = None
@@ -74,7 +77,7 @@ class Stability:
         if layer.top is not None:
             grades.append(sum(layer.top < bound for bound in _TOP))
         if layer.bottom is not None:
-            grades.append(sum(layer.bottom > bound for bound in _BOTTOM))
+            grades.append(sum(layer.bottom < bound for bound in _BOTTOM))
         return ("stable", "fair", "unstable")[max(grades)]
 
     def summary(self) -> str:
@@ -120,39 +123,66 @@ def subspace_stability(
     Raises:
         DecompositionError: a covariance does not fit its layer.
     """
+    asked: tuple[tuple[End, bool], ...] = (("largest", top), ("smallest", bottom))
+    ends = [end for end, wanted in asked if wanted]
     layers = {}
     for name in tqdm(modules, desc="stability", unit=" layers", disable=not progress, leave=False):
-        weight = linear_weight(modules[name])
+        weight = linear_weight(modules[name]).detach()
         both = [half[name].matrix.to(weight.device) for half in (first, second)]
         k = min(rank, *weight.shape)
+        parts = [_decompose(weight, matrix, k, damping, ends) for matrix in both]
         layers[name] = LayerStability(
-            _top_overlap(weight, both, k, damping) if top else None,
-            _bottom_excess(weight, both, k, damping) if bottom else None,
+            _top_overlap(*(part["largest"] for part in parts)) if top else None,
+            _bottom_agreement(weight, both, [part["smallest"] for part in parts], damping)
+            if bottom
+            else None,
         )
     tokens = tuple(max(c.tokens for c in half.values()) for half in (first, second))
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
 
 
-def _top_overlap(weight: Tensor, both: list[Tensor], rank: int, damping: float | None) -> float:
+def _decompose(
+    weight: Tensor,
+    matrix: Tensor,
+    rank: int,
+    damping: float | None,
+    ends: Sequence[End],
+) -> dict[str, CoSVD]:
+    """The wanted ends of the decomposition, from one dense SVD where that is the cheaper way."""
+    shortest = min(weight.shape)
+    if len(ends) < 2 or shortest > EXACT_SIZE:
+        return {end: co_svd(weight, matrix, rank=rank, which=end, damping=damping) for end in ends}
+    whole = co_svd(weight, matrix, rank=shortest, which="smallest", damping=damping)
+    return {
+        "largest": replace(whole, U=whole.U[:, :rank], S=whole.S[:rank]),
+        "smallest": replace(whole, U=whole.U[:, -rank:], S=whole.S[-rank:]),
+    }
+
+
+def _top_overlap(first: CoSVD, second: CoSVD) -> float:
     """‖U₁ᵀU₂‖²/rank."""
-    first, second = (
-        co_svd(weight, matrix, rank=rank, which="largest", damping=damping).U for matrix in both
-    )
-    return float((first.mT @ second).square().sum()) / rank
+    return float((first.U.mT @ second.U).square().sum()) / first.U.shape[1]
 
 
-def _bottom_excess(weight: Tensor, both: list[Tensor], rank: int, damping: float | None) -> float:
-    """Geometric mean of ‖U₁ᵀM₂‖/‖U₂ᵀM₂‖ and ‖U₂ᵀM₁‖/‖U₁ᵀM₁‖."""
-    parts = [
-        co_svd(weight, matrix, rank=rank, which="smallest", damping=damping) for matrix in both
-    ]
-    ratio = 1.0
+def _bottom_agreement(
+    weight: Tensor, both: list[Tensor], parts: list[CoSVD], damping: float | None
+) -> float:
+    """Mean over both directions of 1 − log(e/e_best)/log(e_chance/e_best), cut to 0 … 1."""
+    agreement = 0.0
     for here, there in ((0, 1), (1, 0)):
         matrix = both[there].double()
-        projected = parts[here].U.mT @ weight.double()
-        image = projected @ matrix
-        if damping:
-            image = image + damping * matrix.diagonal().mean() * projected
-        least = parts[there].S.norm().clamp_min(torch.finfo(torch.float64).tiny)
-        ratio *= float(image.norm() / least)
-    return math.sqrt(ratio)
+        shift = (damping or 0.0) * matrix.diagonal().mean()
+        W = weight.double()
+        full = torch.linalg.matrix_norm(W @ matrix + shift * W)
+        projected = parts[here].U.mT @ W
+        found = torch.linalg.matrix_norm(projected @ matrix + shift * projected)
+        # Below rounding nothing can be told apart, and of nothing there is no logarithm.
+        floor = (max(W.shape) * torch.finfo(W.dtype).eps * full).clamp_min(1e-300)
+        best = parts[there].S.norm().clamp_min(floor)
+        chance = full * math.sqrt(parts[here].S.numel() / min(W.shape))
+        if chance > best * (1 + 1e-6):
+            share = float((found.clamp_min(best) / best).log() / (chance / best).log())
+            agreement += (1 - min(share, 1.0)) / 2
+        else:  # a flat spectrum: every subspace is as good
+            agreement += 0.5
+    return agreement
