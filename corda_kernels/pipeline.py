@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,13 +32,12 @@ from corda_kernels.initialization import (
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
 from corda_kernels.models import linear_weight, target_linears
 from corda_kernels.planning import subspace_stability
+from corda_kernels.versions import library_versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Batch = Tensor | Mapping[str, Any]
-
-_LIBRARIES = ("corda_kernels", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def corda_adapter(
         stability=calibration.pop("stability", None) or {},
         calibration=calibration,
         layers=notes,
-        versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
+        versions=library_versions(),
     )
     adapter = Adapter(layers, record)
     record.initial_sha256 = adapter.initial_checksum()

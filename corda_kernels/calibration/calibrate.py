@@ -17,6 +17,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.errors import CalibrationError, LeftOutWarning
 from corda_kernels.models import decoder, output_head, target_linears, unreached_weights
+from corda_kernels.versions import library_versions
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -107,6 +108,7 @@ def calibrate(
         provenance={
             "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
             "tokens": tokens,
+            "versions": library_versions(),
         },
     )
 

