@@ -107,10 +107,11 @@ def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, tokenizers and safetensors have no common base
-        hint = " (a hub id needs network access or a filled cache)"
+        known = Path(source).exists()
         raise ModelError(
-            f"cannot load {os.fspath(source)}: {_first_line(error)}"
-            f"{'' if Path(source).exists() else hint}"
+            f"cannot load {os.fspath(source)}: {'' if known else 'there is no such folder, and '}"
+            f"{_first_line(error)}"
+            f"{'' if known else ' (a hub id needs network access or a filled cache)'}"
         ) from error
 
 

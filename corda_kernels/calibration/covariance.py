@@ -136,8 +136,11 @@ class CovarianceSet(Mapping[str, Covariance]):
             if pair not in merged:
                 merged[pair] = mine.merge(other[name], normalize=self.normalize)
             result[name] = merged[pair]
+        provenance = dict(self.provenance)
+        if "tokens" in self.provenance and "tokens" in other.provenance:
+            provenance["tokens"] += other.provenance["tokens"]
         return CovarianceSet(
-            result, normalize=self.normalize, left_out=self.left_out, provenance=self.provenance
+            result, normalize=self.normalize, left_out=self.left_out, provenance=provenance
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

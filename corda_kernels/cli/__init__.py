@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -66,6 +67,8 @@ def main() -> None:
 
 def _quiet() -> None:
     """Shows this package's own warnings, each as one line, and no other library's."""
+    for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(library, "error")
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", CordaWarning)
 

@@ -12,7 +12,9 @@ from corda_kernels.cli import options
 
 def calibrate(
     model: options.Model,
-    out: Annotated[Path, typer.Argument(help="The covariance file to write (.safetensors).")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The covariance file to write (.safetensors).")
+    ],
     data: Annotated[Path, typer.Option(help="Calibration text: text or JSON lines (.jsonl).")],
     field: options.Field = None,
     template: options.Template = None,

@@ -9,8 +9,8 @@ import typer
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder, trained.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
 ) -> None:
     """Write ADAPTER as a plain LoRA of twice the rank, for the untouched base."""
     from corda_kernels.initialization import export_lora

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def init(
     model: options.Model,
-    out: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter folder to write.")],
     mode: Annotated[
         Literal["kpm", "ipm"],
         typer.Option(help="kpm keeps knowledge (its text in --data), ipm learns a task fast."),

@@ -11,8 +11,8 @@ from corda_kernels.cli import options
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder, trained.")],
-    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write.")],
     model: Annotated[
         str | None, typer.Option(help="The base; the one noted in the adapter if not given.")
     ] = None,

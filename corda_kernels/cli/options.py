@@ -93,13 +93,13 @@ class TextOptions:
 
 
 def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
-    """The model on its device, without the library's own chatter."""
+    """The model on its device, without a bar for reading it that errors would have to follow."""
     import torch
     from transformers.utils import logging
 
     from corda_kernels.models import load_model
 
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(model, dtype=dtype, device=device)
