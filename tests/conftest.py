@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from corda_kernels import CovarianceSet
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
@@ -64,3 +69,95 @@ def tiny_model() -> Callable[..., torch.nn.Module]:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    tiny_model: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[nn.Module, CovarianceSet]]:
+    """Gives a tiny model, loaded from a folder and untouched, with its inputs' covariances.
+
+    The same arguments give the same weights. They are large enough that every layer counts.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from corda_kernels import calibrate
+
+    made: dict[Any, tuple[nn.Module, CovarianceSet]] = {}
+
+    def give(architecture: str = "llama", **changes: Any) -> tuple[nn.Module, CovarianceSet]:
+        key = architecture, *sorted(changes.items())
+        if key not in made:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(architecture)
+            tiny_model(architecture, **({"initializer_range": 0.1} | changes)).save_pretrained(
+                folder
+            )
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            # "all-linear" would warn of fused experts.
+            targets = r"(model|transformer)\..*"
+            batches = torch.randint(3, 64, (2, 6, 16))
+            made[key] = model, calibrate(model, batches, targets=targets, progress=False)
+        model, covariances = made[key]
+        return copy.deepcopy(model), covariances
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def adapt() -> Callable[..., nn.Module]:
+    """Initialises an adapter of rank 4 from what `calibrated` gives."""
+    from corda_kernels import CordaConfig, init_corda
+
+    def attach(
+        calibrated: tuple[nn.Module, CovarianceSet], *, use_peft: bool = True, **options: Any
+    ) -> nn.Module:
+        options = {"mode": "ipm", "rank": 4, "progress": False} | options
+        return init_corda(*calibrated, CordaConfig(**options), use_peft=use_peft)
+
+    return attach
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[[nn.Module], Tensor]:
+    """Computes a model's logits on text that never changes."""
+    ids = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def compute(model: nn.Module) -> Tensor:
+        return model.eval()(input_ids=ids).logits
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def same_logits(logits: Callable[[nn.Module], Tensor]) -> Callable[..., bool]:
+    """Whether logits are the model's own, up to three times what its float32 differs by from
+    float64: another order of the sums costs about as much as the first.
+    """
+
+    def compare(found: Tensor, model: nn.Module) -> bool:
+        double = copy.deepcopy(model).double()
+        double.config._experts_implementation = "eager"  # the default has no float64
+        expected, exact = logits(model), logits(double)
+        return bool((found - expected).norm() <= 3 * (expected - exact).norm())
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., nn.Module]:
+    """Trains what is trainable, for a few steps that change the logits a lot."""
+
+    def steps(model: nn.Module, count: int = 3) -> nn.Module:
+        ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.02)
+        model.train()
+        for _ in range(count):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    return steps

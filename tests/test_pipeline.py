@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from corda_kernels import CordaConfig, Covariance, CovarianceSet, calibrate, init_corda
+from corda_kernels.errors import (
+    ConfigError,
+    CordaError,
+    CovarianceError,
+    DecompositionError,
+    LeftOutWarning,
+    NonFiniteActivationError,
+    RankDeficientWarning,
+    RankError,
+    TargetError,
+)
+from corda_kernels.initialization import adapter_of
+from corda_kernels.models import linear_weight
+from corda_kernels.pipeline import calibrate_halves, corda_adapter
+
+Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
+Make = Callable[..., nn.Module]
+Logits = Callable[[nn.Module], Tensor]
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def config(mode: Any = "ipm", **options: Any) -> CordaConfig:
+    return CordaConfig(mode, **({"rank": 4, "progress": False} | options))
+
+
+def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tensor]:
+    return [torch.randint(3, 64, (rows, length)) for _ in range(count)]
+
+
+# Every balance and step with every family that differs in how its layers are made or tied.
+MODELS = [
+    ("llama", {}, "even", None),
+    ("llama", {}, "even", "lora"),
+    ("llama", {}, "paper", None),
+    ("llama", {}, "paper", "lora"),
+    ("llama", {"tie_word_embeddings": True}, "even", None),
+    ("gpt2", {}, "paper", "lora"),
+    ("gpt2", {"tie_word_embeddings": False}, "even", None),
+    ("qwen2", {}, "even", "lora"),
+    ("gemma2", {}, "even", "lora"),
+    ("mixtral", {}, "paper", None),
+]
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize(("architecture", "changes", "balance", "step"), MODELS)
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+def test_the_start_is_the_base(
+    calibrated: Calibrated,
+    logits: Logits,
+    same_logits: Callable[..., bool],
+    architecture: str,
+    changes: dict[str, Any],
+    balance: Any,
+    step: Any,
+    mode: str,
+    residual: Any,
+    use_peft: bool,
+) -> None:
+    model, covariances = calibrated(architecture, **changes)
+    untouched = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    options = config(mode, balance=balance, step=step, residual=residual)
+    adapted = init_corda(model, covariances, options, use_peft=use_peft)
+
+    assert same_logits(logits(adapted), untouched)
+    layers = adapter_of(adapted).layers
+    assert list(layers) == list(covariances)
+    for name, before in untouched.named_parameters():
+        layer = layers.get(name.removesuffix(".weight"))
+        if residual == "pair" or layer is None:
+            assert torch.equal(parameters[name], before), name
+        else:
+            product = layer.scaling * layer.B0.double() @ layer.A0.double()
+            product = product.T if architecture == "gpt2" else product
+            distance = (parameters[name] - (before.double() - product)).norm()
+            # One rounding of W', and those of a product of rank 4 in float32.
+            assert distance < torch.finfo(torch.float32).eps * before.norm(), name
+            assert product.norm() > 0.05 * before.norm(), name
+    trainable = {id(p) for p in adapted.parameters() if p.requires_grad}
+    factors = {id(p) for p in adapted.parameters()} - {id(p) for p in parameters.values()}
+    assert trainable == factors
+    assert len(factors) == 2 * len(layers)
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_product_is_the_weights_part_at_its_end_of_the_spectrum(
+    calibrated: Calibrated, architecture: str, mode: str
+) -> None:
+    model, covariances = calibrated(architecture)
+    adapter = corda_adapter(model, covariances, config(mode, damping=0.01, step="lora"))
+    for name, layer in adapter.layers.items():
+        weight = linear_weight(model.get_submodule(name)).detach().double()
+        C = covariances[name].matrix.double()
+        C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+        U, S, _ = torch.linalg.svd(weight @ C, full_matrices=False)
+        chosen = slice(None, 4) if mode == "ipm" else slice(-4, None)
+        expected = U[:, chosen] @ U[:, chosen].T @ weight
+        assert (layer.initial_product() - expected).norm() < 1e-6 * weight.norm()
+        noted = adapter.record.layers[name]
+        assert noted["sigma_max"] == pytest.approx(float(S[chosen][0]), rel=1e-6)
+        assert noted["sigma_min"] == pytest.approx(float(S[chosen][-1]), rel=1e-6)
+
+
+def test_batches_and_their_covariances_lead_to_the_same_adapter(calibrated: Calibrated) -> None:
+    model, _ = calibrated()
+    batches = random_batches()
+    covariances = calibrate(model, batches, progress=False)
+    found = [
+        corda_adapter(model, data, config(stability=stability))
+        for data, stability in (
+            (covariances, True),
+            (batches, False),
+            (iter(batches), True),
+            ([{"input_ids": ids} for ids in batches], True),
+        )
+    ]
+    for adapter in found[1:]:
+        assert adapter.layers.keys() == found[0].layers.keys()
+        for name, layer in adapter.layers.items():
+            expected = found[0].layers[name].initial_product()
+            torch.testing.assert_close(layer.initial_product(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_making_an_adapter_leaves_the_model_alone(calibrated: Calibrated) -> None:
+    model, _ = calibrated()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    corda_adapter(model, random_batches(), config(residual="weight"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [(name, id(m), m.training) for name, m in model.named_modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert getattr(model.config, "corda_residual", None) is None
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.ConvergenceWarning")
+def test_a_seed_makes_it_repeatable(calibrated: Calibrated, mode: str, method: Any) -> None:
+    model, covariances = calibrated()
+    torch.manual_seed(1)
+    first, second, other = (
+        corda_adapter(model, covariances, config(mode, method=method, seed=seed))
+        for seed in (3, 3, 4)
+    )
+    assert first.record == second.record
+    assert first.initial_checksum() == second.initial_checksum() == first.record.initial_sha256
+    for name, layer in first.layers.items():
+        expected = layer.initial_product()
+        found = other.layers[name].initial_product()
+        assert (found - expected).norm() < 0.01 * expected.norm(), name
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_record_says_how_it_was_made(calibrated: Calibrated, use_peft: bool) -> None:
+    model, _ = calibrated()
+    source = model.name_or_path
+    options = config("kpm", rank=3, balance="paper", step="lora", residual="weight", damping=0.02)
+    record = adapter_of(init_corda(model, random_batches(), options, use_peft=use_peft)).record
+    noted = {
+        name: getattr(record, name)
+        for name in ("mode", "rank", "balance", "step", "residual", "damping")
+    }
+    assert noted == {name: getattr(options, name) for name in noted}
+    assert record.base["source"] == record.calibration["model"] == source
+    assert {"corda_kernels", "torch", "transformers", "peft"} <= record.versions.keys()
+    assert len(record.initial_sha256) == 64
+    assert "stability" not in record.calibration
+    assert record.stability["rank"] == 3
+    assert record.stability["tokens"] == (128, 128)
+    assert record.stability["layers"].keys() == record.layers.keys()
+    assert len(record.layers) == 14
+    for entry in record.layers.values():
+        assert entry.keys() == {
+            "rank",
+            "scaling",
+            "tokens",
+            "sigma_max",
+            "sigma_min",
+            "residual",
+        }
+        assert (entry["rank"], entry["tokens"]) == (3, 256)
+        assert entry["scaling"] not in (0.0, 1.0)
+        assert entry["sigma_max"] > entry["sigma_min"] > 0
+        assert entry["residual"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rank", "layer"),
+    [
+        (33, rf"layer {FIRST} \(32 × 32\): choose one between 1 and 32, or leave the layer out"),
+        (20, r"layer model\.layers\.0\.self_attn\.k_proj \(16 × 32\): .*between 1 and 16"),
+        (0, "rank 0 is not possible"),
+        (-1, "rank -1 is not possible"),
+    ],
+)
+def test_an_impossible_rank_is_found_before_the_model_runs(
+    calibrated: Calibrated, rank: int, layer: str
+) -> None:
+    model, _ = calibrated()
+    calls: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    with pytest.raises(RankError, match=layer):
+        init_corda(model, random_batches(), config(rank=rank))
+    with pytest.raises(TargetError, match="no linear layer matches targets"):
+        init_corda(model, random_batches(), config(targets=["nothing"]))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "other"},
+        {"balance": "odd"},
+        {"step": "none"},
+        {"residual": "none"},
+        {"method": "fast"},
+        {"damping": -0.1},
+        {"damping": float("inf")},
+        {"damping": float("nan")},
+    ],
+)
+def test_an_option_that_is_not_allowed_is_refused(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"^{name} must be .*, got {value!r}$"):
+        CordaConfig(**({"mode": "ipm"} | options))
+
+
+def without(covariances: CovarianceSet, name: str, **options: Any) -> CovarianceSet:
+    return CovarianceSet({k: v for k, v in covariances.items() if k != name}, **options)
+
+
+def test_covariances_of_another_model_are_refused(calibrated: Calibrated) -> None:
+    model, covariances = calibrated()
+    narrow = calibrated(intermediate_size=40)[1]
+    cases = [
+        (narrow, r"layer model\.layers\.0\.mlp\.down_proj has 48 inputs, but its covariance 40 ch"),
+        (without(covariances, FIRST), f"no covariance for layer {FIRST}: calibrate the same model"),
+        (calibrated(num_hidden_layers=1)[1], r"no covariance for layer model\.layers\.1\."),
+        (CovarianceSet({}), "there is no covariance for layer"),
+        (CovarianceSet({}, left_out=dict.fromkeys(covariances, "")), "cover none of the target"),
+    ]
+    for given, message in cases:
+        with pytest.raises(CovarianceError, match=message):
+            init_corda(model, given, config())
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_layer_left_out_of_calibration_gets_no_adapter(
+    calibrated: Calibrated,
+    logits: Logits,
+    same_logits: Callable[..., bool],
+    use_peft: bool,
+) -> None:
+    model, covariances = calibrated()
+    rest = without(covariances, FIRST, left_out={FIRST: "never called during calibration"})
+    adapted = init_corda(model, rest, config(), use_peft=use_peft)
+    adapter = adapter_of(adapted)
+    assert adapter.layers.keys() == covariances.keys() - {FIRST}
+    assert adapter.record.base["target_modules"] == sorted(adapter.layers)
+    assert type(adapted.get_submodule(f"base_model.model.{FIRST}" if use_peft else FIRST)) is (
+        nn.Linear
+    )
+    assert same_logits(logits(adapted), calibrated()[0])
+
+
+def test_fused_experts_are_left_out_with_a_warning(
+    tiny_model: Make, logits: Logits, same_logits: Callable[..., bool]
+) -> None:
+    model = tiny_model("mixtral")
+    with pytest.warns(LeftOutWarning, match="get no covariance and no adapter"):
+        adapted = init_corda(copy.deepcopy(model), random_batches(), config(), use_peft=False)
+    names = adapter_of(adapted).layers
+    assert len(names) == 8
+    assert all(".self_attn." in name for name in names)
+    assert same_logits(logits(adapted), model)
+
+
+@pytest.mark.parametrize(
+    ("damping", "effect"),
+    [
+        (0.01, "a damping of 0.01 times the mean diagonal was added, which stands in for the dir"),
+        (0.0, "without damping, directions that the text never touched are ordered by the weights"),
+        (None, "without damping, directions that the text never touched are ordered by the weigh"),
+    ],
+)
+def test_too_few_tokens_are_warned_of_with_what_damping_did(
+    calibrated: Calibrated, damping: float | None, effect: str
+) -> None:
+    model, _ = calibrated()
+    with pytest.warns(RankDeficientWarning) as caught:
+        init_corda(model, random_batches(1, 2, 20), config(damping=damping), use_peft=False)
+    (warning,) = caught
+    assert warning.filename == __file__
+    text = str(warning.message)
+    assert text.startswith("2 covariance(s) come from fewer tokens than channels and are singular")
+    assert "down_proj (40 tokens, 48 channels)" in text
+    assert effect in text
+    assert text.endswith("use more samples or longer sequences")
+
+
+def test_as_many_tokens_as_channels_bring_no_warning(calibrated: Calibrated) -> None:
+    model, _ = calibrated()
+    init_corda(model, random_batches(1, 3, 16), config())  # a warning is an error here
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_halves_merge_to_the_whole(calibrated: Calibrated, count: int) -> None:
+    model, _ = calibrated()
+    batches = random_batches(count)
+    whole = calibrate(model, batches, progress=False)
+    halves = calibrate_halves(model, batches, rank=4, progress=False)
+    assert list(halves) == list(whole)
+    assert [names for _, names in halves.groups()] == [names for _, names in whole.groups()]
+    for name, expected in whole.items():
+        found = halves[name]
+        assert (found.matrix - expected.matrix).norm() < 1e-6 * expected.matrix.norm()
+        assert (found.tokens, found.calls) == (expected.tokens, expected.calls)
+        assert torch.equal(found.absmax, expected.absmax)
+        assert torch.equal(found.outlier_count, expected.outlier_count)
+    stability = halves.provenance["stability"]
+    assert stability["layers"].keys() == whole.keys()
+    assert sum(stability["tokens"]) == halves[FIRST].tokens
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_halves_note_where_they_come_from(calibrated: Calibrated, rank: int | None) -> None:
+    model, _ = calibrated()
+    batches = random_batches(3)
+    whole = calibrate(model, batches, progress=False).provenance
+    halves = calibrate_halves(model, batches, rank=rank, progress=False).provenance
+    assert {name: halves[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize(
+    ("count", "options"), [(1, {}), (4, {"stability": False})], ids=["one batch", "not asked for"]
+)
+def test_without_two_halves_there_is_no_stability(
+    calibrated: Calibrated, count: int, options: dict[str, Any]
+) -> None:
+    model, _ = calibrated()
+    rank = 4 if options.get("stability", True) else None
+    halves = calibrate_halves(model, random_batches(count), rank=rank, progress=False)
+    assert halves.provenance["stability"] is None
+    record = corda_adapter(model, random_batches(count), config(**options)).record
+    assert record.stability == {}
+    assert "stability" not in record.calibration
+
+
+@pytest.mark.parametrize(("mode", "end"), [("kpm", "bottom"), ("ipm", "top")])
+def test_stability_is_judged_at_the_end_that_is_trained(
+    calibrated: Calibrated, mode: str, end: str
+) -> None:
+    record = corda_adapter(calibrated()[0], random_batches(), config(mode)).record
+    for layer in record.stability["layers"].values():
+        measured = {name for name, value in layer.items() if value is not None}
+        assert measured == {end}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        0,
+        pytest.param(
+            3, marks=pytest.mark.xfail(strict=True, reason="counted within its half of the batches")
+        ),
+    ],
+)
+def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int) -> None:
+    model, _ = calibrated()
+    model.model.embed_tokens.weight.data[2] = float("nan")
+    batches = random_batches()
+    batches[index][0, 0] = 2
+    with pytest.raises(NonFiniteActivationError, match=f"in batch {index} ") as caught:
+        init_corda(model, batches, config())
+    assert (caught.value.layer, caught.value.batch) == (FIRST, index)
+
+
+@pytest.mark.parametrize(
+    "use_peft",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=pytest.mark.xfail(strict=True, reason="attaches inside the first; saving fails"),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+def test_an_adapted_model_gets_no_second_adapter(
+    calibrated: Calibrated, adapt: Make, use_peft: bool
+) -> None:
+    adapted = adapt(calibrated(), use_peft=use_peft)
+    with pytest.raises(CordaError):
+        init_corda(adapted, random_batches(), config(), use_peft=use_peft)
+
+
+def test_a_covariance_with_nan_is_refused(calibrated: Calibrated) -> None:
+    model, covariances = calibrated()
+    good = covariances[FIRST]
+    matrix = good.matrix.clone()
+    matrix[0, 0] = float("nan")
+    poisoned = Covariance(matrix, good.tokens, good.calls, good.absmax, good.outlier_count, 6.0)
+    given = CovarianceSet(dict(covariances) | {FIRST: poisoned})
+    with pytest.raises(DecompositionError, match="holds NaN or Inf"):
+        init_corda(model, given, config())
