@@ -17,6 +17,7 @@ from corda_kernels.errors import (
     ConfigError,
     CovarianceError,
     ModelError,
+    NonFiniteActivationError,
     RankDeficientWarning,
     RankError,
 )
@@ -27,6 +28,7 @@ from corda_kernels.initialization import (
     adapter_factors,
     attach,
     describe_base,
+    has_adapter,
     residual_marker,
 )
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
@@ -201,8 +203,12 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     Raises:
         TargetError: no layer matches, or one is quantised.
         RankError: the rank is not possible for a layer.
-        ModelError: the model already lacks the initial product of another adapter.
+        ModelError: the model carries an adapter already, or is the residual of one.
     """
+    if has_adapter(model):
+        raise ModelError(
+            "the model carries an adapter already: load the base afresh, or merge the adapter"
+        )
     if residual_marker(model) is not None:
         raise ModelError(
             "this model is the residual that an adapter left (see --save-base): load the "
@@ -249,11 +255,11 @@ def calibrate_halves(
         covariances = calibrate(model, batches, targets=targets, progress=progress)
         covariances.provenance["stability"] = None
         return covariances
-    first = calibrate(model, batches[0::2], targets=targets, progress=progress)
+    first = _calibrate_half(model, batches, 0, targets, progress)
     with warnings.catch_warnings():
         # What the first half warned of need not be said again.
         warnings.simplefilter("ignore")
-        second = calibrate(model, batches[1::2], targets=targets, progress=progress)
+        second = _calibrate_half(model, batches, 1, targets, progress)
     modules = {
         name: module
         for name, module in target_linears(model, targets).items()
@@ -272,6 +278,21 @@ def calibrate_halves(
     covariances = first.merge(second)
     covariances.provenance["stability"] = stability.to_json()
     return covariances
+
+
+def _calibrate_half(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    half: int,
+    targets: str | Sequence[str],
+    progress: bool,
+) -> CovarianceSet:
+    try:
+        return calibrate(model, batches[half::2], targets=targets, progress=progress)
+    except NonFiniteActivationError as error:
+        raise NonFiniteActivationError(
+            error.layer, 2 * error.batch + half, error.broken, error.channels
+        ) from error
 
 
 def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> dict[str, nn.Module]:

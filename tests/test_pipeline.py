@@ -377,9 +377,7 @@ def test_stability_is_judged_at_the_end_that_is_trained(
     "index",
     [
         0,
-        pytest.param(
-            3, marks=pytest.mark.xfail(strict=True, reason="counted within its half of the batches")
-        ),
+        3,
     ],
 )
 def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int) -> None:
@@ -396,10 +394,7 @@ def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int)
     "use_peft",
     [
         True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(strict=True, reason="attaches inside the first; saving fails"),
-        ),
+        False,
     ],
 )
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")

@@ -215,15 +215,8 @@ class InputCapture:
         for group in distinct:
             diagonal = group.sums.matrix.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
-                channels = int((~torch.isfinite(diagonal)).sum())
-                raise NonFiniteActivationError(
-                    f"layer {group.modules[0]} received NaN or Inf in {channels} of "
-                    f"{diagonal.numel()} channels in batch {batch} (counted from 0): check the "
-                    "weights and inputs up to this layer, or use a wider dtype (float16 overflows "
-                    "at 65504; --dtype bfloat16 or float32)",
-                    layer=group.modules[0],
-                    batch=batch,
-                )
+                broken = int((~torch.isfinite(diagonal)).sum())
+                raise NonFiniteActivationError(group.modules[0], batch, broken, diagonal.numel())
 
     def _distinct(self) -> list[_Group]:
         return list({id(group): group for group in self._groups.values()}.values())

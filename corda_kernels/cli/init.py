@@ -109,7 +109,7 @@ def init(
     write_adapter(adapter, out)
     typer.echo(
         f"{out}: {mode.upper()} adapter of rank {rank} for {len(adapter.layers)} layers of "
-        f"{adapter.record.base['source']}"
+        f"{adapter.record.base_name}"
     )
     _report_stability(adapter.record.stability)
     if save_base:

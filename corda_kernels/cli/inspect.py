@@ -79,7 +79,7 @@ def _inspect_adapter(folder: Path) -> None:
     record = read_adapter(folder).record
     typer.echo(
         f"{folder}: {record.mode.upper()} adapter of rank {record.rank} for {len(record.layers)} "
-        f"layers of {record.base['source']} (balance {record.balance}, step {record.step}, "
+        f"layers of {record.base_name} (balance {record.balance}, step {record.step}, "
         f"residual {record.residual}, damping {record.damping})"
     )
     _print_notes(record.calibration)

@@ -29,6 +29,8 @@ def merge(
     loaded = read_adapter(adapter)
     check_output(out, folder=True)
     source = model or loaded.record.base["source"]
+    if source is None:
+        raise ModelError(f"{adapter} does not say where its base is: say so with --model")
     try:
         tokenizer = load_tokenizer(source)
         network = options.load(source, dtype, device)

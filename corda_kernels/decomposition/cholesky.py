@@ -11,7 +11,7 @@ from torch import Tensor
 from corda_kernels.errors import ConfigError, DecompositionError
 
 _MAX_ATTEMPTS = 12
-_LANCZOS_STEPS = 20
+_LANCZOS_STEPS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +53,17 @@ def regularized_inverse(
         DecompositionError: a matrix holds NaN or Inf, or cannot be inverted within 12 attempts, or
             with the fixed damping.
     """
-    if (damping is not None and damping < 0) or (max_condition is not None and max_condition < 1):
-        raise ConfigError("damping must be at least 0 and max_condition at least 1")
+    if damping is not None and not 0 <= damping < float("inf"):
+        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    if max_condition is not None and not max_condition >= 1:
+        raise ConfigError(f"max_condition must be at least 1, got {max_condition}")
     _check_square(matrix)
     eps = torch.finfo(matrix.dtype).eps
     limit = 0.1 / eps if max_condition is None else max_condition
     flat = matrix.reshape(-1, *matrix.shape[-2:])
+    broken = torch.nonzero(~torch.isfinite(flat.tril()).all(-1).all(-1))
+    if broken.numel():
+        raise _not_invertible(int(broken[0]), damping or 0.0, flat[int(broken[0])])
     mean_diagonal = flat.diagonal(dim1=-2, dim2=-1).mean(-1)
 
     share = torch.full_like(mean_diagonal, damping or 0.0)
@@ -93,8 +98,8 @@ def regularized_inverse(
 def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the smallest eigenvalue of symmetric positive definite matrices.
 
-    By 20 Lanczos steps on C and, through its Cholesky factor, on C⁻¹: within 1 % of the truth on
-    covariances of real models.
+    By 40 Lanczos steps on C and, through its Cholesky factor, on C⁻¹, which finds either within
+    1 %. In float32 the smallest also carries rounding of eps times the condition.
 
     Args:
         matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
@@ -181,10 +186,10 @@ def _not_invertible(index: int, share: float, matrix: Tensor) -> DecompositionEr
     if not bool(torch.isfinite(matrix).all()):
         cause = "it holds NaN or Inf: check the calibration"
     elif dead:
-        cause = f"{dead} channels are dead: use a larger damping, such as 0.01"
+        cause = f"{dead} channels are dead: leave them out, or use a fixed damping, such as 0.01"
     else:
-        cause = "it was taken from too few tokens: use more, or a larger damping, such as 0.01"
+        cause = "it was taken from too few tokens: use more, or a fixed damping, such as 0.01"
     return DecompositionError(
-        f"matrix {index} of the batch ({matrix.shape[0]} channels) is not positive definite with a "
+        f"matrix {index} of the batch ({matrix.shape[0]} channels) cannot be inverted with a "
         f"damping of {share:.1e} times its mean diagonal; likely cause: {cause}"
     )

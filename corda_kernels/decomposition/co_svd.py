@@ -138,9 +138,9 @@ def _exact(W: Tensor, M: Tensor, rank: int, which: str) -> tuple[Tensor, Tensor,
     """U, S and a zero residual by a dense SVD of the triangular factor of M."""
     U, S, _ = torch.linalg.svd(_triangle(M))
     exact = torch.zeros_like(S[..., 0])
+    U = _order_null_block(W, U, S, _null_level(M, S[..., 0]))
     if which == "largest":
         return U[..., :rank], S[..., :rank], exact
-    U = _order_null_block(W, U, S, _null_level(M, S[..., 0]))
     return U[..., -rank:], S[..., -rank:], exact
 
 
@@ -180,6 +180,9 @@ def _randomized(
     if generator is None:
         generator = torch.Generator(M.device).manual_seed(0)
     shortest = M.shape[-2]
+    norm = torch.linalg.matrix_norm(M)
+    if bool((norm == 0).any()):
+        return None
     if which == "largest":
         tolerance = _TOP_TOLERANCE
         columns = min(rank + max(16, rank // 2), shortest)
@@ -195,11 +198,11 @@ def _randomized(
         columns = min(rank + max(32, rank), shortest)
         start = _random(M, shortest, columns, generator)
         U, S, residual = bottom_subspace(_triangle(M), start, rank, tolerance=tolerance)
-        # The order of null directions is a question to W, not to M.
-        if bool((S[..., -1] <= _null_level(M, torch.linalg.matrix_norm(M))).any()):
-            return None
+    # The order of null directions is a question to W, not to M.
+    if bool((S[..., -1] <= _null_level(M, norm)).any()):
+        return None
     worst = float(residual.max())
-    if worst > tolerance:
+    if not worst <= tolerance:  # NaN has not converged either
         warnings.warn(
             f"the randomised method stopped at a residual of {worst:.1e}, short of {tolerance:.0e}:"
             " the exact one runs instead",

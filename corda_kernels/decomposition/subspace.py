@@ -48,9 +48,14 @@ def top_subspace(
         triangle = torch.linalg.qr(images, mode="r").R
         left, sigma, _ = torch.linalg.svd(triangle.mT)
         following = multiply(images[..., -block:])
-        for _ in range(2):  # twice is enough for orthogonality to working precision
+        coupling = torch.eye(block, dtype=following.dtype, device=following.device)
+        # Where the space is exhausted QR fills up with arbitrary columns, which need the second
+        # and third round to become orthogonal to the basis.
+        for _ in range(3):
             following = following - basis @ (basis.mT @ following)
-        last, coupling = torch.linalg.qr(following)
+            following, factor = torch.linalg.qr(following)
+            coupling = factor @ coupling
+        last = following
         # M Mᵀ Q − Q (Qᵀ M Mᵀ Q) lies in the next block alone: on a Ritz vector Q x its norm is that
         # of the coupling applied to the last block of x.
         residuals = (coupling @ left[..., -block:, :rank]).norm(dim=-2)

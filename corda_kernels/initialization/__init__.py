@@ -9,6 +9,7 @@ from corda_kernels.initialization.adapter import (
 from corda_kernels.initialization.checkpoint import (
     adapter_of,
     attach,
+    has_adapter,
     load_for_training,
     read_adapter,
     residual_marker,
@@ -31,6 +32,7 @@ __all__ = [
     "attach",
     "describe_base",
     "export_lora",
+    "has_adapter",
     "load_for_training",
     "merge",
     "read_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -15,6 +16,9 @@ from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.models import is_linear, linear_weight
 
 FORMAT = "corda_kernels.adapter/1"
+
+_BASE_FIELDS = {"source", "sample", "target_modules", "fan_in_fan_out", "task_type"}
+_LAYER_FIELDS = {"rank", "scaling", "tokens", "sigma_max", "sigma_min", "residual"}
 
 # Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
@@ -95,17 +99,24 @@ class AdapterRecord:
     initial_sha256: str = ""
     format: str = FORMAT
 
+    @property
+    def base_name(self) -> str:
+        """The base model's name or path, for messages."""
+        return self.base["source"] or "a model without a name"
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> AdapterRecord:
+    def from_json(cls, value: Any) -> AdapterRecord:
         """Reads what `to_json` gave.
 
         Raises:
             AdapterError: fields are missing, or the format is another one.
         """
+        if not isinstance(value, dict):
+            raise AdapterError("corda.json was altered: it holds no object")
         if value.get("format") != FORMAT:
             raise AdapterError(
                 f"corda.json has format {value.get('format')!r}, this version reads {FORMAT!r}: "
@@ -115,6 +126,13 @@ class AdapterRecord:
         if value.keys() != known:
             odd = sorted(known ^ value.keys())
             raise AdapterError(f"corda.json was altered: field {odd[0]!r} is missing or unknown")
+        for where, entry, needed in (
+            ("base", value["base"], _BASE_FIELDS),
+            *((name, entry, _LAYER_FIELDS) for name, entry in value["layers"].items()),
+        ):
+            missing = needed - entry.keys()
+            if missing:
+                raise AdapterError(f"corda.json was altered: {where} lacks {min(missing)!r}")
         return cls(**value)
 
 
@@ -126,12 +144,13 @@ class Adapter:
     record: AdapterRecord
 
     def initial_checksum(self) -> str:
-        """SHA-256 of the initial factors."""
+        """SHA-256 of the initial factors and their scaling."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.A"] = layer.A0
             tensors[f"{name}.B"] = layer.B0
-        return digest(tensors)
+        scaling = {name: self.layers[name].scaling for name in sorted(self.layers)}
+        return digest(tensors, json.dumps(scaling))
 
 
 def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -142,8 +161,9 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         modules: its layers that are adapted, by name.
 
     Returns:
-        JSON-like: `source` (name or path), `sample` (see `check_base`), and what PEFT's LoraConfig
-        asks for: `target_modules`, `fan_in_fan_out`, `task_type`.
+        JSON-like: `source` (name or path, None if the model has none), `sample` (see
+        `check_base`), and what PEFT's LoraConfig asks for: `target_modules`, `fan_in_fan_out`,
+        `task_type`.
     """
     endings = {name.rpartition(".")[2] for name in modules}
     alike = {
@@ -153,7 +173,7 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
     }
     causal = hasattr(model, "prepare_inputs_for_generation")
     return {
-        "source": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(modules),
         # Short names, as PEFT and serving engines like them, if they select just the same.
         "target_modules": sorted(endings if alike == modules.keys() else modules),
@@ -185,6 +205,6 @@ def check_base(record: AdapterRecord, modules: Mapping[str, nn.Module]) -> None:
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     if difference > _SAME_BASE:
         raise AdapterError(
-            f"the adapter was made for {record.base['source']}, but this model's weights differ "
+            f"the adapter was made for {record.base_name}, but this model's weights differ "
             f"from that one's by {difference:.1%}: load the base that the adapter was made for"
         )

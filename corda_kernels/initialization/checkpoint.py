@@ -25,7 +25,7 @@ from corda_kernels.initialization.adapter import (
     LayerAdapter,
     check_base,
 )
-from corda_kernels.initialization.linear import adapter_of_linears, attach_linears
+from corda_kernels.initialization.linear import CordaLinear, adapter_of_linears, attach_linears
 from corda_kernels.initialization.peft_model import (
     INITIAL,
     RECORD_FILE,
@@ -170,7 +170,7 @@ def attach(
     if missing:
         raise AdapterError(
             f"the model has no linear layer {min(missing)}, which the adapter is for: load the base"
-            f" it was made for, {adapter.record.base['source']}, without another adapter"
+            f" it was made for, {adapter.record.base_name}, without another adapter"
         )
     modules = {name: linears[name] for name in adapter.layers}
     for name, layer in adapter.layers.items():
@@ -178,7 +178,7 @@ def attach(
         if shape != (layer.B.shape[0], layer.A.shape[1]):
             raise AdapterError(
                 f"layer {name} is {shape[0]} × {shape[1]}, but the adapter is for "
-                f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {adapter.record.base['source']}"
+                f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {adapter.record.base_name}"
             )
     marker = residual_marker(base_model)
     if marker is None:
@@ -191,6 +191,13 @@ def attach(
             "that was saved with this adapter"
         )
     return attach_peft(base_model, adapter) if use_peft else attach_linears(base_model, adapter)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether layers of the model are wrapped by an adapter, this package's or PEFT's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, CordaLinear | BaseTunerLayer) for module in model.modules())
 
 
 def residual_marker(model: nn.Module) -> str | None:

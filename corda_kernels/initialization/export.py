@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.errors import OutputError
 from corda_kernels.files import check_output
 from corda_kernels.initialization.checkpoint import (
     adapter_of,
@@ -16,7 +17,7 @@ from corda_kernels.initialization.checkpoint import (
     write_lora,
 )
 from corda_kernels.initialization.linear import detach_linears
-from corda_kernels.initialization.peft_model import lora_config
+from corda_kernels.initialization.peft_model import RECORD_FILE, lora_config
 from corda_kernels.models import linear_weight
 
 
@@ -32,10 +33,14 @@ def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLi
 
     Raises:
         AdapterError: the source is no adapter, or a damaged one.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds an adapter.
     """
     adapter = adapter_of(source) if isinstance(source, nn.Module) else read_adapter(source)
     folder = check_output(out, folder=True)
+    if (folder / RECORD_FILE).exists():
+        raise OutputError(
+            f"{folder} holds an adapter, which the export would damage: choose another folder"
+        )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in adapter.layers.items():
         A = torch.cat([layer.A, layer.A0], 0)

@@ -7,6 +7,7 @@ already, and `corda_initial` stays inactive, only carried along so that it is ne
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,23 @@ def attach_peft(model: nn.Module, adapter: Adapter) -> CordaPeftModel | CordaPef
     wrapped.add_adapter(INITIAL, lora_config(adapter))
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
-        lora.lora_A[TRAINED].weight.data.copy_(layer.A)
-        lora.lora_B[TRAINED].weight.data.copy_(layer.B)
-        _freeze(lora.lora_A[INITIAL]).copy_(layer.A0)
-        _freeze(lora.lora_B[INITIAL]).copy_(layer.B0.neg())
+        # Assigned, not copied: PEFT gives adapters of a float64 base its dtype.
+        device = lora.lora_A[TRAINED].weight.device
+        lora.lora_A[TRAINED].weight.data = layer.A.to(device)
+        lora.lora_B[TRAINED].weight.data = layer.B.to(device)
+        _freeze(lora.lora_A[INITIAL], layer.A0.to(device))
+        _freeze(lora.lora_B[INITIAL], layer.B0.neg().to(device))
     wrapped.set_adapter(TRAINED)
     return wrapped
 
 
-def _freeze(linear: nn.Linear) -> Tensor:
-    """Turns a weight from parameter to buffer: nothing that makes parameters trainable reaches it.
+def _freeze(linear: nn.Linear, weight: Tensor) -> None:
+    """Puts a buffer in the parameter's place: nothing that makes parameters trainable reaches it.
 
     PEFT makes the parameters of every active adapter trainable in several places.
     """
-    weight = linear.weight.data
     del linear.weight
     linear.register_buffer("weight", weight)
-    return weight
 
 
 def adapter_of_peft(model: Any) -> Adapter:
@@ -93,14 +94,16 @@ def adapter_of_peft(model: Any) -> Adapter:
         )
     base = model.get_base_model()
     layers = {}
-    for name in model.corda_record.layers:
+    for name, entry in model.corda_record.layers.items():
         lora = base.get_submodule(name)
+        scaling, recorded = lora.scaling[TRAINED], entry["scaling"]
         layers[name] = LayerAdapter(
             lora.lora_A[TRAINED].weight.detach(),
             lora.lora_B[TRAINED].weight.detach(),
             lora.lora_A[INITIAL].weight,
             lora.lora_B[INITIAL].weight.neg(),
-            lora.scaling[TRAINED],
+            # PEFT computes alpha/rank, which rounds.
+            recorded if math.isclose(recorded, scaling, rel_tol=1e-6) else scaling,
         )
     return Adapter(layers, model.corda_record)
 

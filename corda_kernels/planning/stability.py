@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import EXACT_SIZE, CoSVD, co_svd
+from corda_kernels.errors import ConfigError
 from corda_kernels.models import linear_weight
 
 End = Literal["largest", "smallest"]
@@ -121,10 +122,13 @@ def subspace_stability(
         progress: whether to show a progress bar.
 
     Raises:
+        ConfigError: neither end is asked for.
         DecompositionError: a covariance does not fit its layer.
     """
     asked: tuple[tuple[End, bool], ...] = (("largest", top), ("smallest", bottom))
     ends = [end for end, wanted in asked if wanted]
+    if not ends:
+        raise ConfigError("there is nothing to compare: ask for the top, the bottom or both")
     layers = {}
     for name in tqdm(modules, desc="stability", unit=" layers", disable=not progress, leave=False):
         weight = linear_weight(modules[name]).detach()

@@ -153,7 +153,7 @@ def test_input_is_left_alone_and_may_be_strided_or_require_grad() -> None:
     ("options", "message"),
     [
         ({"damping": -0.01}, "damping must be at least 0"),
-        ({"max_condition": 0.5}, "max_condition at least 1"),
+        ({"max_condition": 0.5}, "max_condition must be at least 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -178,7 +178,7 @@ NOT_INVERTIBLE: dict[str, tuple[Callable[[], Tensor], str]] = {
     "dead_channels": (lambda: with_dead_channels(20), "5 channels are dead"),
     "nan": (lambda: torch.full((20, 20), torch.nan), "NaN or Inf"),
     "inf": (lambda: torch.eye(20).index_fill(0, torch.tensor([7]), torch.inf), "NaN or Inf"),
-    "indefinite": (lambda: torch.diag(torch.linspace(-1, 1, 20)), "not positive definite"),
+    "indefinite": (lambda: torch.diag(torch.linspace(-1, 1, 20)), "cannot be inverted"),
 }
 UNDAMPED = {
     "inverse": lambda c: regularized_inverse(c, damping=0.0),
@@ -200,7 +200,6 @@ def test_error_after_twelve_attempts_says_what_was_reached() -> None:
         regularized_inverse(torch.zeros(4, 4, dtype=torch.float64))
 
 
-@pytest.mark.xfail(strict=True, reason="Lanczos meets the NaN before the error can name it")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_error_names_what_is_not_finite_when_damping_is_sought(value: float) -> None:
     c = of_tokens(80, 20)

@@ -31,7 +31,9 @@ def layer(scaling: float = 0.5) -> LayerAdapter:
 
 
 def record(model: nn.Module, **changes: Any) -> AdapterRecord:
-    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": {"rank": 2}}}
+    entry = {"rank": 2, "scaling": 1.0, "tokens": 9}
+    entry |= {"sigma_max": 2.0, "sigma_min": 1.0, "residual": 0.0}
+    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": entry}}
     base = describe_base(model, target_linears(model))
     return AdapterRecord(**(KEPT | values | {"base": base} | changes))
 

@@ -164,3 +164,22 @@ def test_an_output_that_is_a_file_is_refused(
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file already"):
         export_lora(adapt(calibrated()), tmp_path / "file")
+
+
+def test_an_export_does_not_damage_an_adapter(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    save_adapter(adapt(calibrated()), tmp_path)
+    with pytest.raises(OutputError, match="holds an adapter"):
+        export_lora(tmp_path, tmp_path)
+    load_for_training(calibrated()[0], tmp_path)
+
+
+def test_the_adapter_of_a_nameless_base_names_none(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    model, covariances = calibrated()
+    model.name_or_path = ""
+    save_adapter(adapt((model, covariances)), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] is None
