@@ -33,18 +33,23 @@ class NonFiniteActivationError(CalibrationError):
     Attributes:
         layer: name of the first layer, in execution order, whose inputs were not finite.
         batch: index, from 0, of the batch in which it happened.
+        tokens: range of tokens of that batch, counted from 0 over all batches, end excluded.
         broken: number of channels that held them.
         channels: number of channels of the layer's input.
     """
 
-    def __init__(self, layer: str, batch: int, broken: int, channels: int) -> None:
+    def __init__(
+        self, layer: str, batch: int, tokens: tuple[int, int], broken: int, channels: int
+    ) -> None:
         super().__init__(
             f"layer {layer} received NaN or Inf in {broken} of {channels} channels in batch "
-            f"{batch} (counted from 0): check the weights and inputs up to this layer, or use a "
-            "wider dtype (float16 overflows at 65504; --dtype bfloat16 or float32)"
+            f"{batch} (counted from 0), tokens {tokens[0]} to {tokens[1]}: check "
+            "the weights and inputs up to this layer, or use a wider dtype (float16 overflows at "
+            "65504; --dtype bfloat16 or float32)"
         )
         self.layer = layer
         self.batch = batch
+        self.tokens = tokens
         self.broken = broken
         self.channels = channels
 

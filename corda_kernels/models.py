@@ -47,9 +47,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
-        dtype = _DTYPES[dtype]
+        dtype = parse_dtype(dtype)
     where, options = _locate(source)
     if "gguf_file" in options:
         from transformers import GgufConfig
@@ -67,6 +65,17 @@ def load_model(
         raise ModelError(
             f"cannot move the model to device {device!r}: {_first_line(error)}"
         ) from error
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of that name: float32, bfloat16, float16 or float64.
+
+    Raises:
+        ModelError: there is no such one.
+    """
+    if name not in _DTYPES:
+        raise ModelError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from corda_kernels.calibration import CovarianceSet, calibrate
+from corda_kernels.calibration.batches import token_count
 from corda_kernels.decomposition import co_svd
 from corda_kernels.errors import (
     ConfigError,
@@ -34,6 +34,7 @@ from corda_kernels.initialization import (
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
 from corda_kernels.models import linear_weight, target_linears
 from corda_kernels.planning import subspace_stability
+from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ def corda_adapter(
     generators: dict[torch.device, torch.Generator] = {}
     layers: dict[str, LayerAdapter] = {}
     notes: dict[str, dict[str, Any]] = {}
-    for name in tqdm(
-        modules, desc="decomposing", unit=" layers", disable=not config.progress, leave=False
+    for name in progress_bar(
+        modules, description="decomposing", unit="layers", shown=config.progress
     ):
         weight = linear_weight(modules[name]).detach()
         device = weight.device
@@ -290,8 +291,11 @@ def _calibrate_half(
     try:
         return calibrate(model, batches[half::2], targets=targets, progress=progress)
     except NonFiniteActivationError as error:
+        index = 2 * error.batch + half
+        before = sum(token_count(batch) for batch in batches[:index])
+        tokens = (before, before + token_count(batches[index]))
         raise NonFiniteActivationError(
-            error.layer, 2 * error.batch + half, error.broken, error.channels
+            error.layer, index, tokens, error.broken, error.channels
         ) from error
 
 

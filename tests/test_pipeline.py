@@ -388,6 +388,8 @@ def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int)
     with pytest.raises(NonFiniteActivationError, match=f"in batch {index} ") as caught:
         init_corda(model, batches, config())
     assert (caught.value.layer, caught.value.batch) == (FIRST, index)
+    assert caught.value.tokens == (64 * index, 64 * (index + 1))
+    assert f"tokens {64 * index} to {64 * (index + 1)}" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,21 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.errors import CalibrationError, LeftOutWarning
 from corda_kernels.models import decoder, output_head, target_linears, unreached_weights
+from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -81,15 +84,16 @@ def calibrate(
         torch.no_grad(),
         _evaluating(model),
         capture,
-        _progress_bar(batches, progress) as bar,
+        _token_bar(batches, progress) as bar,
     ):
         for index, batch in enumerate(batches):
+            before = tokens
             for inputs in unpadded(batch, index, pad_token_id=pad):
                 runner(**{name: value.to(device) for name, value in inputs.items()}, **options)
                 count = inputs["input_ids"].numel()
                 tokens += count
                 bar.update(count)
-            capture.end_pass(index)
+            capture.end_pass(index, (before, tokens))
     if not tokens:
         raise CalibrationError(
             "there were no tokens to calibrate on: the batches are empty or masked throughout"
@@ -150,15 +154,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _progress_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+def _token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
     total = None
     if isinstance(batches, Sequence) and isinstance(batches, Sized):
         total = sum(token_count(batch) for batch in batches)
-    return tqdm(
-        total=total,
-        desc="calibrating",
-        unit=" tokens",
-        unit_scale=True,
-        disable=not shown,
-        leave=False,
+    return progress_bar(
+        description="calibrating", unit="tokens", shown=shown, total=total, scaled=True
     )

@@ -201,11 +201,12 @@ class InputCapture:
         sums.tokens += rows.shape[0]
         sums.calls += 1
 
-    def end_pass(self, batch: int) -> None:
+    def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
 
         Raises:
-            NonFiniteActivationError: a layer received NaN or Inf; batch is the index to report.
+            NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
+                range in the stream, are what to report.
         """
         distinct = self._distinct()
         for group in distinct:
@@ -216,7 +217,9 @@ class InputCapture:
             diagonal = group.sums.matrix.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
                 broken = int((~torch.isfinite(diagonal)).sum())
-                raise NonFiniteActivationError(group.modules[0], batch, broken, diagonal.numel())
+                raise NonFiniteActivationError(
+                    group.modules[0], batch, tokens, broken, diagonal.numel()
+                )
 
     def _distinct(self) -> list[_Group]:
         return list({id(group): group for group in self._groups.values()}.values())

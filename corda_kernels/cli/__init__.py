@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from corda_kernels import __version__
+from corda_kernels.cli.bench import bench
 from corda_kernels.cli.calibrate import calibrate
 from corda_kernels.cli.demo import demo
 from corda_kernels.cli.doctor import doctor
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (demo, init, calibrate, inspect, export, merge, doctor):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _print_version(asked: bool) -> None:

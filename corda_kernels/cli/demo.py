@@ -195,13 +195,14 @@ def _loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     import torch
-    from tqdm import tqdm
+
+    from corda_kernels.progress import progress_bar
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
     model.train()
     pairs = [batches[i : i + 2] for i in range(0, len(batches), 2)]
-    for pair in tqdm(pairs, desc="training", unit=" steps", leave=False):
+    for pair in progress_bar(pairs, description="training", unit="steps"):
         ids = torch.cat([batch["input_ids"] for batch in pair])
         loss: Any = _loss_of(model, ids)
         loss.backward()

@@ -28,15 +28,16 @@ def inspect(
 
 
 def _inspect_covariances(file: Path) -> None:
-    from tqdm import tqdm
-
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.progress import progress_bar
 
     covariances = CovarianceSet.load(file)
     provenance = dict(covariances.provenance)
     stability = _stability(provenance.pop("stability", None))
     cells: dict[str, list[str]] = {}
-    for covariance, names in tqdm(covariances.groups(), desc="spectra", leave=False):
+    for covariance, names in progress_bar(
+        covariances.groups(), description="spectra", unit="covariances"
+    ):
         described = _describe(covariance)
         cells.update(dict.fromkeys(names, described))
     typer.echo(f"{file}: {len(covariances)} layers, {len(covariances.groups())} covariances")

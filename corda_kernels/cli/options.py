@@ -94,15 +94,21 @@ class TextOptions:
 
 def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
     """The model on its device, without a bar for reading it that errors would have to follow."""
-    import torch
     from transformers.utils import logging
 
     from corda_kernels.models import load_model
 
     logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, dtype=dtype, device=device)
+    return load_model(model, dtype=dtype, device=resolve_device(device))
+
+
+def resolve_device(device: str) -> str:
+    """The device's name, with "auto" decided."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parse_targets(targets: str) -> str | list[str]:

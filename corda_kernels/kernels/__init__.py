@@ -8,30 +8,59 @@ runs on every device.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from corda_kernels.errors import BackendError
 from corda_kernels.kernels import cpu, reference
 
 __all__ = ["available_backends", "symmetrize_", "syrk_", "use_backend"]
 
+# CuPy is not imported for its type: whatever speaks DLPack will do.
+Array = Tensor | np.ndarray[Any, Any] | Any
+ArrayT = TypeVar("ArrayT")
+
+
+def _triton_syrk(*arguments: Any) -> None:
+    # Triton is loaded at its first use: it is not installed everywhere, and importing it is slow.
+    from corda_kernels.kernels import triton_syrk
+
+    triton_syrk.syrk_(*arguments)
+
+
+# Products in float64 are an operation of their own: not every backend has them.
 _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("syrk_", "reference"): reference.syrk_,
     ("syrk_", "cpu"): cpu.syrk_,
+    ("syrk_", "triton"): _triton_syrk,
+    ("syrk_float64", "reference"): reference.syrk_,
+    ("syrk_float64", "cpu"): cpu.syrk_,
     ("symmetrize_", "reference"): reference.symmetrize_,
 }
-_PREFERENCE = {"cpu": ("cpu",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run here and the reason where it cannot."""
-    return {"reference": None, "cpu": None}
+    return {"reference": None, "cpu": None, "triton": _no_triton()}
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with torch's CUDA build"
+    from corda_kernels.kernels import triton_syrk
+
+    return triton_syrk.unavailable()
 
 
 @contextlib.contextmanager
@@ -62,27 +91,29 @@ def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     order = (forced,) if forced is not None else _PREFERENCE.get(device.type, ())
     for backend in order:
         found = _TABLE.get((operation, backend))
-        if found is not None:
+        if found is not None and available_backends()[backend] is None:
             return found
     return _TABLE[(operation, "reference")]
 
 
 @torch.no_grad()
 def syrk_(
-    c: Tensor,  # (d, d)
-    x: Tensor | Sequence[Tensor],  # (n, d) each
+    c: ArrayT,  # (d, d)
+    x: Array | Sequence[Array],  # (n, d) each
     *,
     alpha: float = 1.0,
-    absmax: Tensor | None = None,  # (d,)
-    outlier_count: Tensor | None = None,  # (d,)
+    absmax: Array | None = None,  # (d,)
+    outlier_count: Array | None = None,  # (d,)
     outlier_threshold: float = 6.0,
-    row_mask: Tensor | None = None,  # (n,)
-) -> Tensor:
+    row_mask: Array | None = None,  # (n,)
+    precision: Literal["default", "high"] = "default",
+    deterministic: bool = False,
+) -> ArrayT:
     """Adds alpha·xᵀx to the lower triangle of `c`, with channel statistics in the same pass.
 
     Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left
     unspecified; see `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x|
-    > outlier_threshold).sum(0)`.
+    > outlier_threshold).sum(0)`. Arrays may be torch's, NumPy's or CuPy's; none is copied.
 
     Args:
         c: (d, d) float32 or float64, updated in place.
@@ -92,24 +123,45 @@ def syrk_(
         absmax: (d,) float32, updated in place with the largest |x| of each channel.
         outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in
             each channel.
-        outlier_threshold: in units of x.
+        outlier_threshold: in units of x, rounded to its dtype.
         row_mask: (n,) bool; rows where it is False count nowhere. Only with a single x.
+        precision: "high" sums shorter chains on a GPU's tensor cores, and multiplies float32 there
+            in three tf32 products instead of three bf16 ones; on a CPU there is nothing to choose.
+        deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU.
 
     Returns:
         c.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype, device or option does not fit.
     """
-    inputs = [x] if isinstance(x, Tensor) else list(x)
-    _check_syrk(c, inputs, absmax, outlier_count, row_mask)
-    if row_mask is not None:
-        inputs = [inputs[0][row_mask]]
-    run = _implementation("syrk_", c.device)
+    if precision not in ("default", "high"):
+        raise ValueError(f'precision must be "default" or "high", got {precision!r}')
+    total = _tensor(c)
+    inputs = [_tensor(rows) for rows in x] if isinstance(x, list | tuple) else [_tensor(x)]
+    largest = None if absmax is None else _tensor(absmax)
+    above = None if outlier_count is None else _tensor(outlier_count)
+    mask = None if row_mask is None else _tensor(row_mask)
+    _check_syrk(total, inputs, largest, above, mask)
+    if mask is not None:
+        inputs = [inputs[0][mask]]
     for rows in inputs:
         if rows.shape[0]:
-            run(c, rows, alpha, absmax, outlier_count, outlier_threshold)
+            wide = torch.float64 in (total.dtype, rows.dtype)
+            run = _implementation("syrk_float64" if wide else "syrk_", total.device)
+            run(total, rows, alpha, largest, above, outlier_threshold, precision, deterministic)
     return c
+
+
+def _tensor(array: Array) -> Tensor:
+    """The same memory as a tensor."""
+    if isinstance(array, Tensor):
+        return array
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(array)
+    if hasattr(array, "__dlpack__"):
+        return from_dlpack(array)
+    raise ValueError(f"expected an array of torch, NumPy or CuPy, got {type(array).__name__}")
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ def syrk_(
     absmax: Tensor | None,  # (d,)
     outlier_count: Tensor | None,  # (d,)
     outlier_threshold: float,
+    *_: object,  # precision and determinism: here always the best
 ) -> None:
     """c += alpha·xᵀx with x in c's dtype, with channel statistics. See `kernels.syrk_`."""
     rows = x.to(c.dtype)

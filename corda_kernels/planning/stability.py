@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import EXACT_SIZE, CoSVD, co_svd
 from corda_kernels.errors import ConfigError
 from corda_kernels.models import linear_weight
+from corda_kernels.progress import progress_bar
 
 End = Literal["largest", "smallest"]
 
@@ -130,7 +130,8 @@ def subspace_stability(
     if not ends:
         raise ConfigError("there is nothing to compare: ask for the top, the bottom or both")
     layers = {}
-    for name in tqdm(modules, desc="stability", unit=" layers", disable=not progress, leave=False):
+    bar = progress_bar(modules, description="stability", unit="layers", shown=progress)
+    for name in bar:
         weight = linear_weight(modules[name]).detach()
         both = [half[name].matrix.to(weight.device) for half in (first, second)]
         k = min(rank, *weight.shape)

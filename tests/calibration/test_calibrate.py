@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -403,10 +404,14 @@ def test_a_model_that_carries_an_adapter_is_refused(tiny_model: ModelMaker) -> N
         run(model, [random_ids(2, 5)])
 
 
-def test_progress_is_shown_on_request_only(capsys: pytest.CaptureFixture[str]) -> None:
-    for shown in (False, True):
-        run(Flat(), [random_ids(2, 5)], on_unseen="skip", progress=shown)
-        assert ("calibrating" in capsys.readouterr().err) == shown
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_request_and_on_a_terminal_only(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    for asked in (False, True):
+        run(Flat(), [random_ids(2, 5)], on_unseen="skip", progress=asked)
+        assert ("calibrating" in capsys.readouterr().err) == (asked and terminal)
 
 
 def test_the_set_says_where_it_comes_from(tiny_model: ModelMaker) -> None:

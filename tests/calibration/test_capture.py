@@ -66,7 +66,7 @@ def test_readers_of_one_tensor_share_one_sum() -> None:
         for batch in range(3):
             feed(torch.randn(2, 4, D), "q", "k", "v")
             feed(torch.randn(2, 4, D), "o")
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert shared(found, "q", "k", "v")
@@ -83,7 +83,7 @@ def test_readers_of_one_tensor_may_be_interleaved_with_others() -> None:
             feed(torch.randn(4, D), "o")
             feed(x, "up")
             feed(torch.randn(4, D), "down")
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert shared(found, "q", "up")
@@ -98,11 +98,11 @@ def test_modules_that_part_ways_later_are_split_with_right_sums(ending: bool) ->
             feed(torch.randn(4, D), "q", "k", "v")
         feed(torch.randn(5, D), "q", "k")
         if ending:
-            capture.end_pass(0)
+            capture.end_pass(0, (0, 0))
         feed(torch.randn(6, D), "v")
         for _ in range(2):
             feed(torch.randn(7, D), "q", "k", "v")
-        capture.end_pass(1)
+        capture.end_pass(1, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert shared(found, "q", "k")
@@ -117,7 +117,7 @@ def test_a_tensor_changed_in_place_between_two_readers_is_not_shared() -> None:
             feed(x, "q")
             x.mul_(3)
             feed(x, "k")
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert apart(found, "q", "k")
@@ -141,7 +141,7 @@ def test_a_tensor_may_change_after_its_last_reader() -> None:
             x = torch.randn(4, D)
             feed(x, "q", "k")
             x.mul_(3)
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert shared(found, "q", "k")
@@ -153,7 +153,7 @@ def test_equal_views_of_one_memory_do_not_share_but_are_right() -> None:
         x = torch.randn(2, 4, D)
         feed(x, "q")
         feed(x.view(8, D), "k")
-        capture.end_pass(0)
+        capture.end_pass(0, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert apart(found, "q", "k")
@@ -169,7 +169,7 @@ def test_memory_that_is_used_again_never_groups_layers() -> None:
             for name in names:
                 memory[:] = torch.randn(4, D).numpy()
                 feed(torch.from_numpy(memory), name)
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     found = capture.covariances()
     feed.check(found)
     assert apart(found, *names)
@@ -184,7 +184,7 @@ def test_no_input_is_kept_alive_after_its_pass() -> None:
             feed(qkv, "q", "k", *(["v"] if batch == 0 else []))
             feed(o, "o")
             del qkv, o
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
             assert [reference() for reference in kept] == [None, None]
 
 
@@ -193,7 +193,7 @@ def test_a_layer_called_twice_in_a_pass_counts_twice() -> None:
     with InputCapture(feed.layers, 1.0) as capture:
         for batch in range(2):
             feed(torch.randn(4, D), "q", "k", "q")
-            capture.end_pass(batch)
+            capture.end_pass(batch, (0, 0))
     feed.check(capture.covariances())
 
 
@@ -224,7 +224,7 @@ def test_whatever_the_order_of_reads_no_sum_is_wrong(
                         tensors[which].mul_(2)
                         changed = True
                     feed(tensors[which], name)
-                capture.end_pass(batch)
+                capture.end_pass(batch, (0, 0))
     except CalibrationError:
         assert changed
     else:
@@ -271,7 +271,7 @@ def test_the_first_layer_that_read_nan_or_inf_is_named(value: float) -> None:
         feed(bad, "third")
         feed(bad.clone(), "second")
         with pytest.raises(NonFiniteActivationError, match="1 of 3 channels in batch 5") as caught:
-            capture.end_pass(5)
+            capture.end_pass(5, (0, 0))
     assert (caught.value.layer, caught.value.batch) == ("third", 5)
 
 

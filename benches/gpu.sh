@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All work that needs a GPU: the kernels' tests, then the benchmark. Results go to $OUT, or to
+# benches/results/. Takes under 8 minutes on an H100.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-benches/results}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+python -m pytest -q -p no:cacheprovider tests/gpu 2>&1 | tee "$out/gpu-tests.txt"
+tests=${PIPESTATUS[0]}
+timeout 240 python -m corda_kernels bench covariance --device cuda --tokens 16384 \
+    --dims 576,1536,4096,8192,14336 --dtypes bfloat16,float32 \
+    --json "$out/gpu-covariance.json" 2>&1 | tee "$out/gpu-covariance.txt"
+bench=${PIPESTATUS[0]}
+exit $((tests > bench ? tests : bench))

@@ -1,0 +1,5 @@
+"""`python -m corda_kernels` is `corda-kernels`."""
+
+from corda_kernels.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Benchmarks: what `corda-kernels bench` and the suites in benches/ run."""

@@ -1,0 +1,92 @@
+"""Timing a call: warmed up, repeated, as quantiles; and what it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from corda_kernels.versions import library_versions
+
+_WARM_UP = 2
+_MAX_REPEATS = 100
+_BUDGET_S = 2.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of one call's duration, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def measure(
+    run: Callable[[Any], object], inputs: list[Any], device: torch.device, *, repeats: int = 5
+) -> Timing:
+    """Times `run(input)` over the inputs in turn, until 2 seconds or 100 calls are spent.
+
+    Args:
+        run: the call.
+        inputs: one or more arguments to rotate through, so that none is still in a cache.
+        device: a CUDA device is timed by its events.
+        repeats: the least number of calls, however long they take.
+    """
+    rotation = cycle(inputs)
+    for _ in range(_WARM_UP):
+        run(next(rotation))
+    timed = _on_cuda(run, rotation) if device.type == "cuda" else _on_cpu(run, rotation)
+    durations: list[float] = []
+    while len(durations) < repeats or (
+        sum(durations) < _BUDGET_S and len(durations) < _MAX_REPEATS
+    ):
+        durations.append(next(timed))
+    p20, _, _, p80 = statistics.quantiles(durations, n=5)
+    return Timing(p20, statistics.median(durations), p80)
+
+
+def _on_cpu(run: Callable[[Any], object], rotation: Iterator[Any]) -> Iterator[float]:
+    while True:
+        argument = next(rotation)
+        started = time.perf_counter()
+        run(argument)
+        yield time.perf_counter() - started
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _on_cuda(run: Callable[[Any], object], rotation: Iterator[Any]) -> Iterator[float]:
+    while True:
+        argument = next(rotation)
+        begin, end = (_event() for _ in range(2))
+        begin.record()
+        run(argument)
+        end.record()
+        end.synchronize()
+        yield begin.elapsed_time(end) / 1e3
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the libraries that a measurement was made with."""
+    described: dict[str, Any] = {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    if device.type == "cuda":
+        described["device"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+        described["clock_mhz"] = torch.cuda.clock_rate(device)
+    return described

@@ -1,0 +1,106 @@
+"""`corda-kernels bench`: tables of speed, each against the honest baseline of the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from corda_kernels.cli import options
+from corda_kernels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from corda_kernels.bench.covariance import CalibrationRow, Row
+
+bench = typer.Typer(
+    name="bench", help="Measure kernels against their baselines.", no_args_is_help=True
+)
+
+
+@bench.callback()
+def _group() -> None:
+    pass
+
+
+@bench.command()
+def covariance(
+    dims: Annotated[str, typer.Option(help="Channels, separated by commas.")] = "576,1536,4096",
+    tokens: Annotated[int, typer.Option(help="Rows of X.")] = 8192,
+    dtypes: Annotated[str, typer.Option(help="Of X, separated by commas.")] = "float32,bfloat16",
+    device: options.Device = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Also time the calibration of this model, 16 × 512 tokens.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
+) -> None:
+    """Time C += XᵀX with outlier statistics, and the calibration of a model around it."""
+    import torch
+
+    from corda_kernels.bench.covariance import bench_syrk
+    from corda_kernels.bench.timing import environment
+    from corda_kernels.files import check_output, write_json
+    from corda_kernels.models import parse_dtype
+
+    if json is not None:
+        check_output(json)
+    where = torch.device(options.resolve_device(device))
+    described = environment(where)
+    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    typer.echo(
+        f"{'backend':<10} {'tokens':>7} {'d':>6} {'dtype':>9} {'p20 ms':>9} {'p50 ms':>9} "
+        f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} {'of peak':>8} "
+        f"{'stats':>7} {'error':>8}"
+    )
+    rows: list[Row] = []
+    for dtype in dtypes.split(","):
+        for width in _numbers(dims):
+            for row in bench_syrk(tokens, width, parse_dtype(dtype.strip()), where):
+                rows.append(row)
+                typer.echo(_line(row))
+    results = {"environment": described, "syrk": [row.to_json() for row in rows]}
+    if model is not None:
+        timed = _calibration(model, options.resolve_device(device))
+        results["calibration"] = timed.to_json()
+        typer.echo(
+            f"calibration of {timed.model}, {timed.tokens} tokens: {timed.calibration.p50:.1f} s, "
+            f"bare forward pass {timed.forward.p50:.1f} s, ratio {timed.ratio:.2f}"
+        )
+    if json is not None:
+        write_json(json, results)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--dims must be numbers separated by commas, got {text!r}") from error
+
+
+def _line(row: Row) -> str:
+    case = f"{row.backend:<10} {row.tokens:>7} {row.channels:>6} {row.dtype:>9}"
+    if row.timing is None or row.tflops is None or row.plain is None:
+        return f"{case} {'wrong: no speed':>{80 - 9}} {row.error:>8.1e}"
+    milliseconds = " ".join(
+        f"{1e3 * value:>9.3f}" for value in (row.timing.p20, row.timing.p50, row.timing.p80)
+    )
+    peak = "" if row.peak is None else f"{row.peak:.0%}"
+    statistics = row.timing.p50 / row.plain - 1
+    return (
+        f"{case} {milliseconds} {row.speedup or 0:>8.2f} {row.tflops:>8.2f} "
+        f"{row.ceiling or 0:>8.0%} {peak:>8} {statistics:>+7.1%} {row.error:>8.1e}"
+    )
+
+
+def _calibration(model: str, device: str) -> CalibrationRow:
+    import torch
+
+    from corda_kernels.bench.covariance import bench_calibration
+
+    network = options.load(model, None, device)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = network.config.vocab_size
+    batches = [
+        {"input_ids": torch.randint(0, vocabulary, (4, 512), generator=generator)} for _ in range(4)
+    ]
+    return bench_calibration(network, batches)

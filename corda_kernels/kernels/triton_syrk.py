@@ -1,0 +1,347 @@
+"""Streaming SYRK with fused outlier statistics, in Triton.
+
+C += alpha·XᵀX on the tiles of the lower triangle. The tensor cores round toward zero inside one
+accumulator, so that none runs over more than 8,192 tokens (2,048 for precision "high") before it is
+added to C in float32, rounded to nearest. The tiles on the diagonal hold each channel just once:
+they also take the maximum of |x| and count outliers, on data that has been loaded anyway.
+
+Two kernels: `_tiles_by_pointer` loads by cp.async and takes any row stride, `_tiles_by_tma` takes
+tensor descriptors, on Hopper and later, and adds its tiles to C by bulk reductions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from corda_kernels.errors import BackendError
+
+
+@triton.jit
+def _triangle(t, RATIO: tl.constexpr):
+    """Row i and column j of tile t, counted along rows of RATIO·(i + 1) tiles."""
+    q = t // RATIO
+    i = ((tl.sqrt(8.0 * q.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The float square root may be off by one either way.
+    i = tl.where(i * (i + 1) // 2 > q, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= q, i + 1, i)
+    return i, t - RATIO * (i * (i + 1) // 2)
+
+
+@triton.jit
+def _fold_statistics(largest, above, absmax_ptrs, count_ptrs, kept):
+    """Reduces the tile's running maxima and counts over its tokens into the channels' sums."""
+    maxima = tl.max(largest.to(tl.float32), axis=0)
+    counts = tl.sum(above.to(tl.int32), axis=0).to(tl.int64)
+    tl.atomic_max(absmax_ptrs, maxima, mask=kept, sem="relaxed")
+    tl.atomic_add(count_ptrs, counts, mask=kept, sem="relaxed")
+
+
+@triton.jit
+def _tiles_by_pointer(
+    x_ptr,  # (n, d), element (k, c) at k·stride + c
+    c_ptr,  # (d, d) float32, row stride c_stride
+    absmax_ptr,  # (d,) float32
+    count_ptr,  # (d,) int64
+    n,
+    d,
+    stride,
+    c_stride,
+    chain,  # tokens of one program
+    alpha,
+    threshold,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    RAGGED: tl.constexpr,  # d is no multiple of the tile, or n of BK
+):
+    i, j = _triangle(tl.program_id(0), BM // BN)
+    begin = tl.program_id(1) * chain
+    end = tl.minimum(begin + chain, n)
+    rows = i * BM + tl.arange(0, BM)
+    columns = j * BN + tl.arange(0, BN)
+    tokens = tl.arange(0, BK)
+    origin = x_ptr + begin.to(tl.int64) * stride
+    # Xᵀ by transposed addresses: a transposition after the load would leave the async pipeline.
+    a_ptrs = origin + tokens[None, :].to(tl.int64) * stride + rows[:, None]
+    b_ptrs = origin + tokens[:, None].to(tl.int64) * stride + columns[None, :]
+    step = stride.to(tl.int64) * BK
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    largest = tl.zeros((BK, BN), dtype=x_ptr.dtype.element_ty)
+    above = tl.zeros((BK, BN), dtype=tl.int16)
+    # A plain float has no .to under the interpreter.
+    limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(x_ptr.dtype.element_ty)
+    diagonal = j // (BM // BN) == i
+    for k in range(begin, end, BK):
+        if RAGGED:
+            inside = k + tokens < end
+            a = tl.load(a_ptrs, mask=inside[None, :] & (rows < d)[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=inside[:, None] & (columns < d)[None, :], other=0.0)
+        else:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if STATISTICS:
+            if diagonal:
+                magnitude = tl.abs(b)
+                largest = tl.maximum(largest, magnitude).to(x_ptr.dtype.element_ty)
+                above += (magnitude > limit).to(tl.int16)
+        a_ptrs += step
+        b_ptrs += step
+    if STATISTICS:
+        if diagonal:
+            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
+    acc *= alpha
+    c_ptrs = c_ptr + rows[:, None].to(tl.int64) * c_stride + columns[None, :]
+    kept = (rows < d)[:, None] & (columns < d)[None, :]
+    if ATOMIC:
+        tl.atomic_add(c_ptrs, acc, mask=kept, sem="relaxed")
+    else:
+        tl.store(c_ptrs, tl.load(c_ptrs, mask=kept, other=0.0) + acc, mask=kept)
+
+
+@triton.jit
+def _tiles_by_tma(
+    a_desc,  # descriptor of X (n, d) with blocks (BK, BM)
+    b_desc,  # descriptor of X (n, d) with blocks (BK, BN)
+    c_desc,  # descriptor of C (d, d) with blocks (BM, BN)
+    absmax_ptr,
+    count_ptr,
+    n,
+    d,
+    chain,
+    alpha,
+    threshold,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    i, j = _triangle(tl.program_id(0), BM // BN)
+    begin = tl.program_id(1) * chain
+    end = tl.minimum(begin + chain, n)
+    columns = j * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    largest = tl.zeros((BK, BN), dtype=DTYPE)
+    above = tl.zeros((BK, BN), dtype=tl.int16)
+    limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(DTYPE)
+    diagonal = j // (BM // BN) == i
+    for k in range(begin, end, BK):
+        a = a_desc.load([k, i * BM])
+        b = b_desc.load([k, j * BN])
+        acc = tl.dot(tl.trans(a), b, acc)
+        if STATISTICS:
+            if diagonal:
+                magnitude = tl.abs(b)
+                largest = tl.maximum(largest, magnitude).to(DTYPE)
+                above += (magnitude > limit).to(tl.int16)
+    if STATISTICS:
+        if diagonal:
+            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
+    acc *= alpha
+    c_desc.atomic_add([i * BM, j * BN], acc)
+
+
+class Tile(NamedTuple):
+    """One configuration: rows, columns and tokens of a step, warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+# Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
+TMA_WIDE = Tile(256, 128, 64, 8, 3)  # the most products for each load that the registers hold
+TMA = Tile(128, 128, 64, 8, 4)  # more and smaller tiles, where there are few: below 2048 channels
+POINTER = Tile(128, 128, 32, 8, 4)  # with four warps the statistics would spill
+POINTER_UNALIGNED = Tile(64, 64, 32, 4, 3)  # an address for each element takes many registers
+POINTER_FLOAT32 = Tile(128, 64, 32, 8, 3)  # the three products of a step need the registers
+INTERPRETED = Tile(64, 32, 32, 4, 1)  # so small that small inputs still have several tiles
+
+_WIDE_CHANNELS = 2048
+# Tokens in one accumulator: the bias of the tensor cores grows with it.
+_LONGEST_CHAIN = {"default": 8192, "high": 2048}
+_SHORTEST_CHAIN = 512
+_FLOAT32_PRODUCT = {"default": "bf16x3", "high": "tf32x3"}
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here; None where they can."""
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (with TRITON_INTERPRET=1 a CPU interprets the kernels)"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"compute capability 8.0 is needed, the device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def syrk_(
+    c: Tensor,  # (d, d) float32
+    x: Tensor,  # (n, d) bf16, fp16 or fp32
+    alpha: float,
+    absmax: Tensor | None,  # (d,)
+    outlier_count: Tensor | None,  # (d,)
+    outlier_threshold: float,
+    precision: str,
+    deterministic: bool,
+) -> None:
+    """c += alpha·xᵀx, lower triangle only, with channel statistics. See `kernels.syrk_`."""
+    if not (c.is_cuda or _interpreted()):
+        raise BackendError(f"the backend triton needs tensors on a GPU, these are on {c.device}")
+    if c.stride(1) != 1:
+        raise ValueError("the columns of c must be contiguous for the backend triton")
+    if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) <= 0):
+        x = x.contiguous()
+    n, d = x.shape
+    by_tma, tile = _choose(c, x)
+    tiles = _tile_count(d, tile)
+    longest = _LONGEST_CHAIN[precision]
+    chain = longest if deterministic else _chain(n, tiles, tile, longest, c.device)
+    # One program a tile adds in the order of launches, several in the order of their ends.
+    spans = [(k, min(n, k + chain)) for k in range(0, n, chain)] if deterministic else [(0, n)]
+    statistics = absmax is not None or outlier_count is not None
+    largest = absmax if absmax is not None else c.new_zeros(d)
+    above = outlier_count if outlier_count is not None else _no_counts(d, c.device)
+    # |x| is compared in its own dtype, as torch does.
+    limit = float(torch.tensor(outlier_threshold, dtype=x.dtype))
+    with torch.cuda.device(c.device) if c.is_cuda else torch.no_grad():
+        for begin, end in spans:
+            rows = x[begin:end]
+            grid = (tiles, triton.cdiv(end - begin, chain))
+            scalars = (chain, alpha, limit)
+            if by_tma:
+                _launch_tma(grid, tile, c, rows, largest, above, scalars, statistics)
+            else:
+                product = _FLOAT32_PRODUCT[precision] if x.dtype == torch.float32 else "ieee"
+                _launch_pointer(grid, tile, c, rows, largest, above, scalars, statistics, product)
+
+
+def _choose(c: Tensor, x: Tensor) -> tuple[bool, Tile]:
+    """Whether to load by TMA, and the tile."""
+    if _interpreted():
+        return False, INTERPRETED
+    if x.dtype == torch.float32:
+        return False, POINTER_FLOAT32
+    capability = torch.cuda.get_device_capability(c.device)
+    if capability >= (9, 0) and _describable(x) and _describable(c):
+        return True, TMA_WIDE if x.shape[1] >= _WIDE_CHANNELS else TMA
+    # Triton loads 16 bytes at a time where it knows that width, stride and address allow it.
+    vectors = all(value % 16 == 0 for value in (x.shape[1], x.stride(0), x.data_ptr()))
+    return False, POINTER if vectors else POINTER_UNALIGNED
+
+
+def _describable(matrix: Tensor) -> bool:
+    """TMA takes rows that start at multiples of 16 bytes."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+
+
+def _tile_count(d: int, tile: Tile) -> int:
+    rows = triton.cdiv(d, tile.BM)
+    return int(tile.BM // tile.BN * (rows * (rows + 1) // 2))
+
+
+def _chain(n: int, tiles: int, tile: Tile, longest: int, device: torch.device) -> int:
+    """Tokens of one program: short enough that all programs together fill the device twice."""
+    wanted = max(1, 2 * _processors(device) // tiles)
+    chain = triton.cdiv(triton.cdiv(n, wanted), tile.BK) * tile.BK
+    return int(min(longest, max(_SHORTEST_CHAIN, chain)))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _no_counts(d: int, device: torch.device) -> Tensor:
+    """Where counts go that nobody asked for."""
+    return torch.zeros(d, dtype=torch.int64, device=device)
+
+
+def _launch_tma(
+    grid: tuple[int, int],
+    tile: Tile,
+    c: Tensor,
+    x: Tensor,
+    absmax: Tensor,
+    count: Tensor,
+    scalars: tuple[int, float, float],
+    statistics: bool,
+) -> None:
+    BM, BN, BK, warps, stages = tile
+    _tiles_by_tma[grid](
+        TensorDescriptor.from_tensor(x, [BK, BM]),
+        TensorDescriptor.from_tensor(x, [BK, BN]),
+        TensorDescriptor.from_tensor(c, [BM, BN]),
+        absmax,
+        count,
+        *x.shape,
+        *scalars,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        STATISTICS=statistics,
+        DTYPE=_TYPES[x.dtype],
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _launch_pointer(
+    grid: tuple[int, int],
+    tile: Tile,
+    c: Tensor,
+    x: Tensor,
+    absmax: Tensor,
+    count: Tensor,
+    scalars: tuple[int, float, float],
+    statistics: bool,
+    product: str,
+) -> None:
+    BM, BN, BK, warps, stages = tile
+    n, d = x.shape
+    _tiles_by_pointer[grid](
+        x,
+        c,
+        absmax,
+        count,
+        n,
+        d,
+        x.stride(0),
+        c.stride(0),
+        *scalars,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        PRECISION="ieee" if _interpreted() else product,
+        STATISTICS=statistics,
+        ATOMIC=grid[1] > 1,
+        RAGGED=d % BM != 0 or n % BK != 0,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+_TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from corda_kernels.bench import covariance
+from corda_kernels.bench.timing import measure
+from corda_kernels.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corda_kernels.bench.timing._BUDGET_S", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_backend_is_compared_with_the_baseline(dtype: torch.dtype) -> None:
+    rows = list(covariance.bench_syrk(300, 40, dtype, CPU))
+    assert [row.backend for row in rows] == ["addmm", "reference", "cpu"]
+    assert rows[0].speedup == 1.0
+    for row in rows:
+        assert row.passed
+        assert row.timing is not None
+        assert row.timing.p20 <= row.timing.p50 <= row.timing.p80
+        assert row.speedup == pytest.approx(rows[0].timing.p50 / row.timing.p50)
+        assert row.tflops == pytest.approx(300 * 40 * 41 / row.timing.p50 / 1e12)
+        assert row.peak is None
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance, "syrk_", lambda c, x, **_: c.addmm_(x.T, x, alpha=1.001))
+    first, *others = covariance.bench_syrk(300, 40, torch.float32, CPU)
+    assert first.passed
+    for row in others:
+        assert not row.passed
+        assert (row.timing, row.speedup, row.tflops) == (None, None, None)
+        assert row.error == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_inputs_rotate_and_calls_are_repeated() -> None:
+    seen: list[int] = []
+    measure(seen.append, [1, 2, 3], CPU)
+    assert seen == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_command_prints_a_table_and_writes_all_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    command = f"corda-kernels bench covariance --dims 20,33 --tokens 50 --device cpu --json {out}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "versions" in lines[0]
+    assert len(lines) == 2 + 2 * 2 * 3
+    results: dict[str, Any] = json.loads(out.read_text())
+    assert {(row["channels"], row["dtype"]) for row in results["syrk"]} == {
+        (20, "float32"),
+        (33, "float32"),
+        (20, "bfloat16"),
+        (33, "bfloat16"),
+    }
+
+
+def test_dims_that_are_no_numbers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "covariance", "--dims", "big"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --dims must be numbers")

@@ -1,0 +1,154 @@
+"""The Triton kernels under the interpreter: indexing, masks and statistics, on a CPU.
+
+The interpreter says nothing of speed and of the precision of tensor cores, and its products of
+bfloat16 are wrong: those are for tests/gpu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from corda_kernels.kernels import available_backends, syrk_, use_backend
+
+pytest.importorskip("triton")
+from corda_kernels.kernels import triton_syrk
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the kernels run there: see tests/gpu"
+)
+
+GUARD = 7.0  # outside C, where nothing may be written
+
+
+def accumulator(d: int) -> tuple[Tensor, Tensor]:
+    """C as a part of a larger tensor: zero below, NaN above the diagonal, a guard around it."""
+    whole = torch.full((d + 40, d + 40), GUARD)
+    c = whole[:d, :d]
+    c.zero_()[torch.ones(d, d).triu(1).bool()] = torch.nan
+    return whole, c
+
+
+def check(x: Tensor | list[Tensor], tokens: Tensor, threshold: float = 1.5, **options: Any) -> None:
+    """Compares the kernels on `x` with plain products of the same `tokens`."""
+    d = tokens.shape[1]
+    whole, c = accumulator(d)
+    absmax, count = torch.zeros(d), torch.zeros(d, dtype=torch.int64)
+    with use_backend("triton"):
+        syrk_(c, x, absmax=absmax, outlier_count=count, outlier_threshold=threshold, **options)
+    exact = (tokens.double().T @ tokens.double()).tril() * options.get("alpha", 1.0)
+    scale = exact.diagonal().abs().max().clamp_min(1e-30) if d else 1.0
+    assert float(((c.double().tril() - exact) / scale).abs().max()) < 1e-5
+    guard = torch.ones_like(whole, dtype=torch.bool)
+    guard[:d, :d] = False
+    assert bool((whole[guard] == GUARD).all())
+    largest = tokens.abs().amax(0).float() if len(tokens) else torch.zeros(d)
+    assert torch.equal(absmax, largest)
+    assert torch.equal(count, (tokens.abs() > threshold).sum(0))
+
+
+def test_the_interpreter_is_a_backend() -> None:
+    assert available_backends()["triton"] is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    d=st.integers(1, 300),
+    half=st.booleans(),
+    before=st.integers(0, 5),
+    step=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_and_stride(
+    n: int, d: int, half: bool, before: int, step: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(n * step, before + d + 2, generator=generator)
+    x = wide.to(torch.float16 if half else torch.float32)[::step, before : before + d]
+    check(x, x)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", ["default", "high"])
+def test_several_chains_add_up(precision: Any, deterministic: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(triton_syrk, "_LONGEST_CHAIN", {"default": 64, "high": 32})
+    monkeypatch.setattr(triton_syrk, "_SHORTEST_CHAIN", 16)
+    x = torch.randn(210, 70)
+    check(x, x, precision=precision, deterministic=deterministic)
+
+
+def test_programs_share_the_tokens_where_there_are_few_tiles(monkeypatch: Any) -> None:
+    monkeypatch.setattr(triton_syrk, "_processors", lambda device: 64)
+    monkeypatch.setattr(triton_syrk, "_SHORTEST_CHAIN", 16)
+    x = torch.randn(150, 40)
+    check(x, x, alpha=0.25)
+
+
+def test_several_inputs_of_any_length() -> None:
+    parts = [torch.randn(n, 50) for n in (1, 0, 33, 120)]
+    check(parts, torch.cat(parts))
+
+
+def test_masked_rows_count_nowhere() -> None:
+    x = torch.randn(90, 45)
+    mask = torch.arange(90) % 3 != 0
+    x[~mask] = torch.nan
+    check(x, x[mask], row_mask=mask)
+
+
+def test_no_rows_change_nothing() -> None:
+    check(torch.zeros(0, 33), torch.zeros(0, 33))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 2.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_threshold_is_taken_in_the_dtype_of_x(threshold: float, dtype: torch.dtype) -> None:
+    x = torch.randn(80, 40).to(dtype)
+    x[5] = threshold
+    check(x, x, threshold=threshold)
+
+
+def test_channels_apart_in_memory_are_copied() -> None:
+    x = torch.randn(60, 80).T
+    check(x, x)
+
+
+@pytest.mark.parametrize("wanted", ["absmax", "outlier_count"])
+def test_either_statistic_alone(wanted: str) -> None:
+    x = 4 * torch.randn(50, 35)
+    _, c = accumulator(35)
+    kept = torch.zeros(35, dtype=torch.float32 if wanted == "absmax" else torch.int64)
+    with use_backend("triton"):
+        syrk_(c, x, **{wanted: kept})
+    expected = x.abs().amax(0) if wanted == "absmax" else (x.abs() > 6).sum(0)
+    assert torch.equal(kept, expected)
+
+
+def test_nan_reaches_the_diagonal() -> None:
+    x = torch.randn(40, 20)
+    x[3, 7] = torch.nan
+    _, c = accumulator(20)
+    with use_backend("triton"):
+        syrk_(c, x, absmax=torch.zeros(20))
+    assert torch.isnan(c.diagonal()).nonzero().flatten().tolist() == [7]
+
+
+def test_float64_falls_to_the_reference() -> None:
+    x = torch.randn(30, 20, dtype=torch.float64)
+    c = torch.zeros(20, 20, dtype=torch.float64)
+    with use_backend("triton"):
+        syrk_(c, x)
+    torch.testing.assert_close(c.tril(), (x.T @ x).tril())
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_every_tile_of_the_triangle_is_visited_once(ratio: int) -> None:
+    rows = 40
+    tile = triton_syrk.Tile(128 * ratio, 128, 64, 8, 3)
+    assert triton_syrk._tile_count(rows * tile.BM, tile) == ratio * rows * (rows + 1) // 2
