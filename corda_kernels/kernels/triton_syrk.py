@@ -71,11 +71,11 @@ def _tiles_by_pointer(
     rows = i * BM + tl.arange(0, BM)
     columns = j * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BK)
-    origin = x_ptr + begin.to(tl.int64) * stride
+    origin = x_ptr + tl.cast(begin, tl.int64) * stride
     # Xᵀ by transposed addresses: a transposition after the load would leave the async pipeline.
     a_ptrs = origin + tokens[None, :].to(tl.int64) * stride + rows[:, None]
     b_ptrs = origin + tokens[:, None].to(tl.int64) * stride + columns[None, :]
-    step = stride.to(tl.int64) * BK
+    step = tl.cast(stride, tl.int64) * BK  # a stride of 1 is a constant, without a .to
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     largest = tl.zeros((BK, BN), dtype=x_ptr.dtype.element_ty)
     above = tl.zeros((BK, BN), dtype=tl.int16)
