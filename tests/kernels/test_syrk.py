@@ -283,16 +283,15 @@ def test_a_backend_that_cannot_run_says_why(backend: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-5)])
-@pytest.mark.parametrize("tokens_a_call", [1024, 32768])
-def test_half_a_million_tokens_do_not_drift(
-    backend: str, dtype: torch.dtype, allowed: float, tokens_a_call: int
+def test_half_a_million_tokens_do_not_drift_in_512_calls(
+    backend: str, dtype: torch.dtype, allowed: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     c, exact = accumulator(256, backend), torch.zeros(256, 256, dtype=torch.float64)
     for _ in range(524_288 // 32768):
         x = torch.randn(32768, 256, generator=generator).to(dtype)
         exact.addmm_(x.double().T, x.double())
-        for part in torch.split(x, tokens_a_call):
+        for part in torch.split(x, 1024):
             run(backend, c, part)
     lower = exact.tril()
     assert float((c.double().tril() - lower).norm() / lower.norm()) <= allowed
