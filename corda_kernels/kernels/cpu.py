@@ -13,21 +13,17 @@ from torch import Tensor
 
 from corda_kernels.kernels.reference import channel_statistics_
 
-# Rows in one product. It bounds the copy of a half-precision input and keeps the rounding error of
-# a long stream at a few 1e-7; with 2,048 rows MKL's products are 3 to 8 % slower.
-_CHUNK_ROWS = 4096
+# Rows in one product. The channels' statistics then read what the product has left in the cache, a
+# copy of a half-precision input stays small, and the rounding error of a long stream at a few 1e-7.
+# 1,024 rows cost 15 % more for each product, 4,096 no longer fit the cache (AMD EPYC, AVX-512).
+_CHUNK_ROWS = 2048
 
-# Entries read at a time for the statistics: both reductions then find them in the cache, which
-# takes a third off their time (8192 × 1536: 6.5 ms against 9.7).
-_STATISTICS_ENTRIES = 1 << 20
+# Triangles up to this width are computed in panels, wider ones halved first: at 576 channels panels
+# gain 1.27 over addmm where halves gain 1.19, at 4096 it is 1.74 and 1.80, on MKL with AVX-512.
+_PANELS_UP_TO = 768
 
-# Triangles up to this width are computed in panels, wider ones halved first. One or the other alone
-# is slower on some BLAS: on MKL with AVX-512 1536 channels take 67 ms in panels and 73 ms by
-# halves (addmm 97 ms), 4096 channels 199 ms in panels and 190 ms by halves (addmm 336 ms).
-_PANELS_UP_TO = 1536
-
-# Rows of C in one panel. Narrower ones waste less beside the diagonal, and fill the BLAS kernels
-# less well: 128 and 256 are up to 5 and 10 % slower.
+# Columns of C in one panel. Narrower ones waste less beside the diagonal, and fill the BLAS's own
+# tiles less well: 384 × 384 runs at 187 GFLOP/s, 192 × 192 at 166 and 96 × 96 at 132.
 _PANEL = 192
 
 
@@ -41,10 +37,9 @@ def syrk_(
     *_: object,  # precision and determinism: here always the best
 ) -> None:
     """c += alpha·xᵀx, lower triangle only, with channel statistics. See `kernels.syrk_`."""
-    for chunk in torch.split(x, _CHUNK_ROWS):
-        _add_lower_(c, chunk.to(c.dtype), alpha)
-        for rows in torch.split(chunk, max(1, _STATISTICS_ENTRIES // x.shape[1])):
-            channel_statistics_(rows, absmax, outlier_count, outlier_threshold)
+    for rows in torch.split(x, _CHUNK_ROWS):
+        _add_lower_(c, rows.to(c.dtype), alpha)
+        channel_statistics_(rows, absmax, outlier_count, outlier_threshold)
 
 
 def _add_lower_(c: Tensor, x: Tensor, alpha: float) -> None:
@@ -53,9 +48,9 @@ def _add_lower_(c: Tensor, x: Tensor, alpha: float) -> None:
     if d <= _PANELS_UP_TO:
         for start in range(0, d, _PANEL):
             end = min(start + _PANEL, d)
-            c[start:end, :end].addmm_(x[:, start:end].T, x[:, :end], alpha=alpha)
+            c[start:, start:end].addmm_(x[:, start:].T, x[:, start:end], alpha=alpha)
         return
-    half = (d // 2 + _PANEL - 1) // _PANEL * _PANEL
+    half = -(-d // (2 * _PANEL)) * _PANEL
     _add_lower_(c[:half, :half], x[:, :half], alpha)
     c[half:, :half].addmm_(x[:, half:].T, x[:, :half], alpha=alpha)
     _add_lower_(c[half:, half:], x[:, half:], alpha)
