@@ -16,8 +16,10 @@ if TYPE_CHECKING:
         CoSVD,
         RegularizedInverse,
         co_svd,
+        co_svd_layers,
         extreme_eigenvalues,
         regularized_inverse,
+        singular_values,
     )
     from corda_kernels.initialization import (
         AdapterFactors,
@@ -44,8 +46,10 @@ _HOMES = {
     "CoSVD": "decomposition",
     "RegularizedInverse": "decomposition",
     "co_svd": "decomposition",
+    "co_svd_layers": "decomposition",
     "extreme_eigenvalues": "decomposition",
     "regularized_inverse": "decomposition",
+    "singular_values": "decomposition",
     "AdapterFactors": "initialization",
     "CordaLinear": "initialization",
     "adapter_factors": "initialization",
@@ -75,6 +79,7 @@ __all__ = [
     "adapter_factors",
     "calibrate",
     "co_svd",
+    "co_svd_layers",
     "errors",
     "export_lora",
     "extreme_eigenvalues",
@@ -87,6 +92,7 @@ __all__ = [
     "regularized_inverse",
     "residual",
     "save_adapter",
+    "singular_values",
     "subspace_stability",
     "token_batches",
 ]

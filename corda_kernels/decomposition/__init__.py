@@ -5,13 +5,18 @@ from corda_kernels.decomposition.cholesky import (
     extreme_eigenvalues,
     regularized_inverse,
 )
-from corda_kernels.decomposition.co_svd import EXACT_SIZE, CoSVD, co_svd
+from corda_kernels.decomposition.co_svd import CoSVD, co_svd
+from corda_kernels.decomposition.layers import co_svd_layers
+from corda_kernels.decomposition.parallel import parallel_map
+from corda_kernels.decomposition.spectrum import singular_values
 
 __all__ = [
-    "EXACT_SIZE",
     "CoSVD",
     "RegularizedInverse",
     "co_svd",
+    "co_svd_layers",
     "extreme_eigenvalues",
+    "parallel_map",
     "regularized_inverse",
+    "singular_values",
 ]

@@ -8,15 +8,15 @@ that matter at that end of the spectrum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.decomposition import EXACT_SIZE, CoSVD, co_svd
+from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError
 from corda_kernels.models import linear_weight
 from corda_kernels.progress import progress_bar
@@ -129,39 +129,37 @@ def subspace_stability(
     ends = [end for end, wanted in asked if wanted]
     if not ends:
         raise ConfigError("there is nothing to compare: ask for the top, the bottom or both")
-    layers = {}
-    bar = progress_bar(modules, description="stability", unit="layers", shown=progress)
-    for name in bar:
-        weight = linear_weight(modules[name]).detach()
-        both = [half[name].matrix.to(weight.device) for half in (first, second)]
-        k = min(rank, *weight.shape)
-        parts = [_decompose(weight, matrix, k, damping, ends) for matrix in both]
-        layers[name] = LayerStability(
-            _top_overlap(*(part["largest"] for part in parts)) if top else None,
-            _bottom_agreement(weight, both, [part["smallest"] for part in parts], damping)
-            if bottom
-            else None,
-        )
+    weights = {name: linear_weight(module).detach() for name, module in modules.items()}
+    agreement: dict[End, dict[str, float]] = {end: {} for end in ends}
+    bar = progress_bar(
+        description="stability",
+        unit="decompositions",
+        shown=progress,
+        total=2 * len(ends) * len(weights),
+    )
+
+    def decomposed(half: CovarianceSet, end: End) -> Iterator[tuple[str, CoSVD]]:
+        ranks = {name: min(rank, *weight.shape) for name, weight in weights.items()}
+        matrices = {name: half[name].matrix for name in weights}
+        for part in co_svd_layers(weights, matrices, rank=ranks, which=end, damping=damping):
+            bar.update()
+            yield part
+
+    with bar:
+        for end in ends:
+            of_first = dict(decomposed(first, end))
+            for name, of_second in decomposed(second, end):
+                pair = (of_first.pop(name), of_second)
+                if end == "largest":
+                    agreement[end][name] = _top_overlap(*pair)
+                else:
+                    weight = weights[name]
+                    both = [half[name].matrix.to(weight.device) for half in (first, second)]
+                    agreement[end][name] = _bottom_agreement(weight, both, pair, damping)
+    top_of, bottom_of = (agreement.get(end, {}) for end, _ in asked)
+    layers = {name: LayerStability(top_of.get(name), bottom_of.get(name)) for name in weights}
     tokens = tuple(max(c.tokens for c in half.values()) for half in (first, second))
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
-
-
-def _decompose(
-    weight: Tensor,
-    matrix: Tensor,
-    rank: int,
-    damping: float | None,
-    ends: Sequence[End],
-) -> dict[str, CoSVD]:
-    """The wanted ends of the decomposition, from one dense SVD where that is the cheaper way."""
-    shortest = min(weight.shape)
-    if len(ends) < 2 or shortest > EXACT_SIZE:
-        return {end: co_svd(weight, matrix, rank=rank, which=end, damping=damping) for end in ends}
-    whole = co_svd(weight, matrix, rank=shortest, which="smallest", damping=damping)
-    return {
-        "largest": replace(whole, U=whole.U[:, :rank], S=whole.S[:rank]),
-        "smallest": replace(whole, U=whole.U[:, -rank:], S=whole.S[-rank:]),
-    }
 
 
 def _top_overlap(first: CoSVD, second: CoSVD) -> float:
@@ -170,7 +168,7 @@ def _top_overlap(first: CoSVD, second: CoSVD) -> float:
 
 
 def _bottom_agreement(
-    weight: Tensor, both: list[Tensor], parts: list[CoSVD], damping: float | None
+    weight: Tensor, both: list[Tensor], parts: tuple[CoSVD, CoSVD], damping: float | None
 ) -> float:
     """Mean over both directions of 1 − log(e/e_best)/log(e_chance/e_best), cut to 0 … 1."""
     agreement = 0.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.decomposition import CoSVD, co_svd
+from corda_kernels.decomposition import CoSVD, co_svd, subspace
 from corda_kernels.errors import (
     ConfigError,
     ConvergenceWarning,
@@ -153,11 +153,12 @@ def test_keeps_the_directions_that_a_plain_svd_keeps(
         assert energy <= (1 if method == "exact" else 1.001) * best * (1 + 1e-4) + rounding
         return
     assert energy >= best * (1 - 1e-8)
-    # Perturbed by eps·σ₁, a subspace turns by eps·σ₁ over the gap; a Ritz residual adds 1e-8·σ.
+    # Perturbed by eps·σ₁, a subspace turns by eps·σ₁ over the gap; an iteration stops at 1e-4, and
+    # gains two orders of magnitude in its last step.
     gap = float(S_ref[RANK - 1] - S_ref[RANK])
     if gap > 1e-6 * first:
-        tolerance = 1e3 * EPS * first / gap + 1e-8 * float(S_ref[RANK - 1]) / gap
-        assert difference(found.U, U_ref[:, kept], W) <= tolerance
+        stopped = 0 if method == "exact" else 1e-5
+        assert difference(found.U, U_ref[:, kept], W) <= 1e3 * EPS * first / gap + stopped
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -173,8 +174,7 @@ def test_finds_the_vectors_that_were_planted(
     found = quietly(W, C, rank=RANK, which=which, method=method)
     kept = slice(RANK) if which == "largest" else slice(-RANK, None)
     torch.testing.assert_close(found.S, sigma[kept], rtol=1e-3, atol=0)
-    # Adjacent values of the log-spaced tail are 7 % apart: its angle is known to about its energy.
-    bound = 0.02 if (spectrum, which) == ("log_spaced", "smallest") else 1e-7
+    bound = 1e-7 if method == "exact" else {"largest": 1e-5, "smallest": 1e-3}[which]
     assert difference(found.U, U[:, kept], W) <= bound
 
 
@@ -259,9 +259,7 @@ def test_no_damping_is_a_damping_of_zero() -> None:
 @pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_batch_equals_one_by_one(shape: str, which: str, method: str) -> None:
-    names = ["product_to_1e-12", "covariance_to_1e-12", "steps", "few_tokens"]
-    if method == "randomized" and which == "largest":
-        names = names[:2] * 2  # one that falls back takes the batch along
+    names = ["product_to_1e-12", "covariance_to_1e-12", "gaussian", "few_tokens"]
     parts = zip(*(problem(name, shape) for name in names), strict=True)
     W, C = (torch.stack(part).unflatten(0, (2, 2)) for part in parts)
     options = {"rank": RANK, "which": which, "method": method, "damping": 1e-4}
@@ -272,7 +270,9 @@ def test_a_batch_equals_one_by_one(shape: str, which: str, method: str) -> None:
     for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
         alone = quietly(W[i, j], C[i, j], **options)
         torch.testing.assert_close(found.S[i, j], alone.S, rtol=1e-3, atol=0)
-        assert difference(found.U[i, j], alone.U, W[i, j]) <= (1e-6 if method == "exact" else 0.05)
+        # Two roundings of one problem: eps·cond over the gap, which is at least 1e-2 here.
+        gap = {"exact": 1e-4, "randomized": 1e-3}[method]
+        assert difference(found.U[i, j], alone.U, W[i, j]) <= gap
 
 
 def test_null_directions_of_a_batch_are_ordered_one_by_one() -> None:
@@ -340,21 +340,38 @@ def test_random_numbers_come_from_the_generator_alone(which: str) -> None:
 @pytest.mark.parametrize("name", ["product_to_1e-12", "covariance_to_1e-12"])
 def test_the_randomised_method_manages_decaying_spectra_itself(name: str, which: str) -> None:
     found = co_svd(*problem(name, "wide"), rank=RANK, which=which, method="randomized")
-    assert 0 < float(found.residual) <= (1e-8 if which == "largest" else 1e-4)
+    assert 0 < float(found.residual) <= (1e-4 if which == "largest" else 1e-2)
 
 
 def nearly_flat(n: int) -> Problem:
     return orthonormal(n, n) * torch.linspace(1, 0.9, n), torch.eye(n).double()
 
 
-def test_what_does_not_converge_is_left_to_the_exact_method_with_a_warning() -> None:
+@pytest.mark.parametrize("which", ENDS)
+def test_what_does_not_converge_is_left_to_the_exact_method_with_a_warning(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace, "_MOST_CYCLES", 1)
+    monkeypatch.setattr(subspace, "_MOST_BLOCKS", 1)
     W, C = nearly_flat(200)
-    with pytest.warns(ConvergenceWarning, match="stopped at a residual of .*exact one runs") as log:
-        found = co_svd(W, C, rank=RANK, method="randomized")
+    options = {"rank": RANK, "which": which}
+    with pytest.warns(ConvergenceWarning, match="did not converge .*exact one ran") as log:
+        found = co_svd(W, C, method="randomized", **options)
     assert log[0].filename == __file__
-    exact = co_svd(W, C, rank=RANK, method="exact")
+    exact = co_svd(W, C, method="exact", **options)
     assert torch.equal(found.U, exact.U)
     assert float(found.residual) == float(exact.residual) == 0
+
+
+def test_those_of_a_batch_that_converge_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "_MOST_CYCLES", 1)
+    good, bad = problem("product_to_1e-12", "square"), nearly_flat(240)
+    W, C = (torch.stack(pair) for pair in zip(good, bad, strict=True))
+    with pytest.warns(ConvergenceWarning):
+        found = co_svd(W, C, rank=RANK, method="randomized")
+    assert 0 < float(found.residual[0]) < 1e-4
+    assert float(found.residual[1]) == 0
+    assert torch.equal(found.U[1], co_svd(*bad, rank=RANK, method="exact").U)
 
 
 def test_unseen_directions_are_left_to_the_exact_method_in_silence() -> None:
@@ -364,12 +381,12 @@ def test_unseen_directions_are_left_to_the_exact_method_in_silence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "rank", "iterates"), [(100, RANK, True), (200, RANK, False), (100, 60, False)]
+    ("size", "rank", "iterates"), [(100, RANK, True), (200, RANK, False), (100, 30, False)]
 )
 def test_auto_goes_by_size(
     size: int, rank: int, iterates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["corda_kernels.decomposition.co_svd"], "EXACT_SIZE", size)
+    monkeypatch.setattr(sys.modules["corda_kernels.decomposition.co_svd"], "_DENSE_SIZE", size)
     found = co_svd(*problem("product_to_1e-12", "wide"), rank=rank, damping=1e-3)
     assert (float(found.residual) > 0) == iterates
 
@@ -388,7 +405,6 @@ def test_auto_goes_by_size(
         ({"weight": torch.ones(5, 7)}, DecompositionError, r"got \(8, 8\)"),
         ({"weight": torch.ones(2, 5, 8)}, DecompositionError, "needs a covariance"),
         ({"covariance": torch.ones(8, 7)}, DecompositionError, r"got \(8, 7\)"),
-        ({"covariance": torch.ones(8, 8, device="meta")}, DecompositionError, "on meta"),
         ({"weight": torch.full((5, 8), torch.nan)}, DecompositionError, "weight holds NaN or Inf"),
         ({"weight": torch.full((5, 8), torch.inf)}, DecompositionError, "weight holds NaN or Inf"),
         ({"covariance": torch.full((8, 8), torch.nan)}, DecompositionError, "covariance holds NaN"),

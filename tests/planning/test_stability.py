@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import DecompositionError
-from corda_kernels.planning import LayerStability, Stability, stability, subspace_stability
+from corda_kernels.planning import LayerStability, Stability, subspace_stability
 from corda_kernels.planning.stability import _BOTTOM, _TOP
 
 SIZES = {"wide": (24, 60), "square": (48, 48), "tall": (60, 24)}
@@ -154,30 +153,6 @@ def test_one_end_alone_leaves_the_other_out(end: str) -> None:
     for name, layer in alone.layers.items():
         assert getattr(layer, other) is None
         assert getattr(layer, end) == pytest.approx(getattr(both.layers[name], end), rel=1e-6)
-
-
-@pytest.mark.parametrize("damping", [None, 0.01])
-@pytest.mark.parametrize("tokens", [1, 12, 400])
-def test_one_decomposition_of_both_ends_equals_one_of_each(
-    tokens: int, damping: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers, halves = modules(), (calibration(tokens), calibration(tokens))
-    rank = 1 if tokens == 1 else 4
-    calls: list[dict[str, Any]] = []
-
-    def counted(*args: Any, **options: Any) -> Any:
-        calls.append(options)
-        return original(*args, **options)
-
-    original = stability.co_svd
-    monkeypatch.setattr(stability, "co_svd", counted)
-    once = subspace_stability(layers, *halves, rank=rank, damping=damping).layers
-    monkeypatch.setattr(stability, "EXACT_SIZE", 0)
-    twice = subspace_stability(layers, *halves, rank=rank, damping=damping).layers
-    assert len(calls) == 2 * 3 + 4 * 3
-    for name in SIZES:
-        assert once[name].top == pytest.approx(twice[name].top, abs=1e-9)
-        assert once[name].bottom == pytest.approx(twice[name].bottom, abs=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -1,0 +1,58 @@
+"""Small independent decompositions side by side on a CPU, one thread each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
+) -> Iterator[Result]:
+    """`function` of each item, in their order, several at a time.
+
+    LAPACK's factorisations of a few hundred rows use a second core badly: two at a time with one
+    thread each are 1.6 to 2 times as fast as one after the other with two. Nothing is computed
+    further ahead than there are workers. While it is iterated over, torch runs on one thread in the
+    whole process; afterwards on as many as before.
+
+    Args:
+        function: releases the GIL most of the time, as torch's operations do.
+        items: taken one by one, as workers become free.
+        workers: how many at a time; None for as many as torch has threads.
+    """
+    threads = torch.get_num_threads()
+    workers = threads if workers is None else workers
+    if workers < 2:
+        yield from map(function, items)
+        return
+    with _single_threaded(), ThreadPoolExecutor(workers) as pool:
+        running: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(torch.no_grad()(function), item))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

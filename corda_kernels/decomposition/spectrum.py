@@ -1,0 +1,47 @@
+"""All singular values of W·C, batched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corda_kernels.decomposition.co_svd import check, damped
+from corda_kernels.decomposition.triangle import lower_triangle, orthogonal_factor
+
+
+@torch.no_grad()
+def singular_values(
+    weight: Tensor,  # (*batch, out, in)
+    covariance: Tensor,  # (*batch, in, in)
+    *,
+    damping: float | None = None,
+    tail: bool = True,
+) -> Tensor:
+    """The singular values of W·(C + λI), descending, in float64.
+
+    Args:
+        weight: (*batch, out, in), any floating dtype.
+        covariance: (*batch, in, in), symmetric positive semi-definite, any floating dtype.
+        damping: λ as a multiple of the mean diagonal of C; None for none.
+        tail: whether the small ones matter, one by one. Without them the eigenvalues of the Gram
+            matrix will do, at two thirds of the time: those below 1e-8 of the largest are then
+            noise of that size, which a sum does not notice.
+
+    Returns:
+        (*batch, min(out, in)).
+
+    Raises:
+        ConfigError: the damping is out of range.
+        DecompositionError: shapes do not fit, or an input holds NaN or Inf.
+    """
+    check(weight, covariance, 1, "largest", "exact", damping)
+    C, _ = damped(covariance.to(weight.device), damping)
+    W = weight.double()
+    if W.shape[-2] > W.shape[-1]:
+        W = orthogonal_factor(W)[1]
+    M = W @ C
+    if tail:
+        values: Tensor = torch.linalg.svdvals(lower_triangle(M))
+        return values
+    squares: Tensor = torch.linalg.eigvalsh(M @ M.mT)
+    return squares.flip(-1).clamp_min(0).sqrt()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from corda_kernels.decomposition import co_svd, co_svd_layers, layers
+from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
+
+SHAPES = {"q": (300, 300), "k": (64, 300), "v": (64, 300), "up": (700, 300), "down": (300, 700)}
+
+
+def model() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    scales = torch.logspace(0, -3, 700)
+    matrices = {}
+    for width in (300, 700):
+        x = torch.randn(4 * width, width) * scales[:width]
+        matrices[width] = x.T @ x / len(x)
+    return weights, {name: matrices[shape[1]] for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("side_by_side", [0, 2048])
+def test_each_layer_is_decomposed_as_it_would_be_alone(
+    which: str, side_by_side: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_SIDE_BY_SIDE", side_by_side)
+    weights, covariances = model()
+    options = {"which": which, "damping": 0.01}
+    ranks = {name: 4 + i for i, name in enumerate(weights)}
+    found = dict(co_svd_layers(weights, covariances, rank=ranks, **options))
+    assert found.keys() == weights.keys()
+    for name, part in found.items():
+        alone = co_svd(weights[name], covariances[name], rank=ranks[name], **options)
+        torch.testing.assert_close(part.S, alone.S, rtol=1e-9, atol=0)
+        projections = [p.U @ (p.U.T @ weights[name].double()) for p in (part, alone)]
+        torch.testing.assert_close(*projections, rtol=0, atol=1e-6)
+        assert float(part.damping) == 0.01
+    assert torch.get_num_threads() == threads
+
+
+def test_the_number_of_threads_is_restored_when_nobody_listens_any_more(threads: int) -> None:
+    weights, covariances = model()
+    running = co_svd_layers(weights, covariances, rank=2)
+    next(running)
+    running.close()
+    assert torch.get_num_threads() == threads
+
+
+def test_a_seed_decides_the_start_of_every_layer() -> None:
+    weights, covariances = model()
+    first, again, other = (
+        dict(co_svd_layers(weights, covariances, rank=2, method="randomized", seed=seed))
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[name].U, again[name].U) for name in weights)
+    assert not any(torch.equal(first[name].U, other[name].U) for name in weights)
+
+
+def test_layers_of_one_covariance_share_its_copy() -> None:
+    weights, covariances = model()
+    together = layers._together(weights, covariances, dict.fromkeys(weights, 4), 1 << 30)
+    assert together == [["q", "k", "v", "up"], ["down"]]
+
+
+def test_batches_hold_one_shape_and_rank_and_keep_to_the_memory() -> None:
+    weights = {name: torch.empty(8, 8, device="meta") for name in "abcd"}
+    weights["e"] = torch.empty(4, 8, device="meta")
+    ranks = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2}
+    bytes_of_two = 2 * 8 * layers._MATRICES * 64
+    together = layers._together(weights, {}, ranks, bytes_of_two)
+    assert together == [["a", "b"], ["d"], ["c"], ["e"]]
+
+
+def test_errors_and_warnings_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, covariances = model()
+    with pytest.raises(RankError, match="layer k: rank 65"):
+        next(co_svd_layers(weights, covariances, rank=65))
+    broken = covariances | {"up": torch.full((300, 300), torch.nan)}
+    with pytest.raises(DecompositionError, match="layer up: the covariance holds NaN"):
+        next(co_svd_layers(weights, broken, rank=2))
+    with pytest.raises(ConfigError, match="which"):
+        next(co_svd_layers(weights, covariances, rank=2, which="both"))
+    monkeypatch.setattr("corda_kernels.decomposition.subspace._MOST_CYCLES", 1)
+    monkeypatch.setattr("corda_kernels.decomposition.subspace._MOST_BLOCKS", 1)
+    with pytest.warns(ConvergenceWarning, match="layer q: the randomised method did not converge"):
+        list(co_svd_layers({"q": weights["q"]}, covariances, rank=2, method="randomized"))
