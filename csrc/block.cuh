@@ -8,16 +8,17 @@ namespace corda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// `scaled`: the exponent that a matrix's largest entry is brought to before its entries are
-// squared. The Frobenius norm of up to 256 × 256 entries stays below the square root of `largest`,
-// and columns down to 2^-(scaled + 63), or 2^-(scaled + 511), have squares that are normal numbers.
+// `scaled`: the exponent that a matrix's largest entry is brought to before entries are squared, so
+// that the squared Frobenius norm of up to 256 × 256 of them is finite.
+// `negligible`: the squared length up to which a column then counts as zero, 2^-97 of the largest
+// entry in float32. For anything longer, the tangents of rotations are normal numbers.
 template <class T>
 struct Limits;
 
 template <>
 struct Limits<float> {
   static constexpr float eps = 0x1p-23f;
-  static constexpr float smallest = 0x1p-126f;
+  static constexpr float negligible = 0x1p-86f;
   static constexpr float largest = 0x1.fffffep127f;
   static constexpr int scaled = 54;
 };
@@ -25,7 +26,7 @@ struct Limits<float> {
 template <>
 struct Limits<double> {
   static constexpr double eps = 0x1p-52;
-  static constexpr double smallest = 0x1p-1022;
+  static constexpr double negligible = 0x1p-926;
   static constexpr double largest = 0x1.fffffffffffffp1023;
   static constexpr int scaled = 502;
 };

@@ -95,7 +95,7 @@ __device__ void triangularize(const SvdMemory<T>& memory, int l) {
       __syncthreads();
     }
     const T square = dot(column, column, k, l);
-    if (!(square >= Limits<T>::smallest)) break;  // and nothing longer is left
+    if (square <= Limits<T>::negligible) break;  // and nothing longer is left
     const T norm = sqrt(square), head = column[k];
     const T diagonal = head > 0 ? -norm : norm;
     const T scale = 1 / (norm * (norm + fabs(head)));
@@ -147,8 +147,7 @@ __device__ T rotate(T* p, T* q, int l, T tolerance) {
   yy = warp_sum(yy);
   xy = warp_sum(xy);
 
-  // A column whose square is no normal number counts as zero: it has no direction.
-  if (!(fmin(xx, yy) >= Limits<T>::smallest)) return 0;
+  if (fmin(xx, yy) <= Limits<T>::negligible) return 0;
   const T cosine = fabs(xy) / (sqrt(xx) * sqrt(yy));
   if (cosine <= tolerance) return cosine;
   // tan of the smaller angle, in a form whose squares do not overflow: hypot scales them.
@@ -196,7 +195,7 @@ __device__ int normalize_and_rank(const SvdMemory<T>& memory, int l) {
   for (int j = warp; j < l; j += warps) {
     T* column = memory.columns + j * l;
     const T square = dot(column, column, 0, l);
-    const T length = square >= Limits<T>::smallest ? sqrt(square) : T(0);
+    const T length = square > Limits<T>::negligible ? sqrt(square) : T(0);
     for (int row = lane; row < l; row += kWarp) {
       column[row] = length > 0 ? column[row] / length : T(0);
     }
