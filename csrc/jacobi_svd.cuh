@@ -2,9 +2,9 @@
 //
 // Aᵀ·P = Q·R with pivoting, then plane rotations of the columns of L = Rᵀ, so that A·Q = P·L and
 // L·J = U·Σ, until every two columns are orthogonal relative to their own lengths. Neither Q nor
-// J is formed. The pivoting sorts the columns of L by length, which halves the number of sweeps or
-// more (64 × 64, singular values down to 1e-12: 8 against 24), and with it the relative accuracy
-// of tiny singular values is that of a well scaled matrix.
+// J is formed. The pivoting sorts the columns of L by length, which saves two thirds of the sweeps
+// (64 × 64, singular values down to 1e-12: 7 against 24). Where A = D·B with D diagonal and B well
+// conditioned, the tiny singular values are right relative to themselves.
 //
 // Source: Drmač and Veselić, "New fast and accurate Jacobi SVD algorithm I", 2008.
 #pragma once

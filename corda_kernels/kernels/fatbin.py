@@ -79,7 +79,7 @@ def build(sources: Path, target: Path) -> Build:
             result = Build(known, failure=f"nvcc failed at installation: {_cause(error)}")
     if result.failure is not None:
         target.joinpath(FATBIN).unlink(missing_ok=True)
-    target.joinpath(RECORD).write_text(json.dumps(result._asdict(), indent=1), encoding="utf-8")
+    target.joinpath(RECORD).write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
     return result
 
 
@@ -121,25 +121,39 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
     return str(error)
 
 
-def unusable(folder: Path, capability: tuple[int, int]) -> str | None:
-    """Why the fatbin in a folder with sources is not for a device; None where it is."""
+def recorded(folder: Path) -> Build:
+    """What was built in a folder; without a record, or with a damaged one, a failure."""
     try:
         found = json.loads(folder.joinpath(RECORD).read_text(encoding="utf-8"))
-        record = Build(**found)
-        architectures = tuple(int(value) for value in record.architectures)
+        architectures = tuple(int(value) for value in found.pop("architectures"))
+        return Build(architectures=architectures, **found)
     except FileNotFoundError:
-        return "no fatbin was built"
-    except (OSError, ValueError, TypeError) as error:
-        return f"the record {RECORD} of the fatbin cannot be read ({error})"
-    if record.failure is not None:
-        return record.failure
-    if record.sources != digest(folder):
+        return Build("", failure="no fatbin was built")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Build("", failure=f"the fatbin's record {RECORD} is damaged ({error!r})")
+
+
+def unusable(folder: Path, capability: tuple[int, int]) -> str | None:
+    """Why the fatbin in a folder with sources is not for a device; None where it is."""
+    build = recorded(folder)
+    if build.failure is not None:
+        return build.failure
+    if build.sources != digest(folder):
         return "the fatbin was built from other sources"
     if not folder.joinpath(FATBIN).is_file():
         return "the fatbin is missing"
     device = 10 * capability[0] + capability[1]
-    same = [value for value in architectures if value // 10 == device // 10 and value <= device]
-    if not same and device < max(architectures, default=device + 1):
-        listed = ", ".join(f"sm_{value}" for value in architectures)
+    same = [value for value in build.architectures if value // 10 == capability[0]]
+    if device < min(same, default=max(build.architectures)):
+        listed = ", ".join(f"sm_{value}" for value in build.architectures)
         return f"the fatbin has no code for sm_{device}, only {listed}"
     return None
+
+
+def describe(folder: Path) -> str:
+    """One line on what was built in a folder."""
+    build = recorded(folder)
+    if build.failure is not None:
+        return f"not compiled: {build.failure}"
+    listed = ", ".join(f"sm_{value}" for value in build.architectures)
+    return f"compiled for {listed} by nvcc {build.compiler}"
