@@ -76,7 +76,7 @@ def launch(
     """
     import cupy
 
-    device = _cuda_device(tensors[0])
+    device = _gpu(tensors[0].device)
     # CuPy passes Python's own integers as 64 bits, the kernels take int.
     arguments = [tensor.data_ptr() for tensor in tensors] + [np.int32(value) for value in numbers]
     stream = cupy.cuda.Stream.from_external(_Stream(device))
@@ -96,16 +96,16 @@ def shared_memory(device: torch.device) -> int:
 
     runtime = cupy.cuda.runtime
     limit = runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin
-    return int(runtime.deviceGetAttribute(limit, device.index))
+    return int(runtime.deviceGetAttribute(limit, _gpu(device).index))
 
 
-def _cuda_device(tensor: Tensor) -> torch.device:
-    if not tensor.is_cuda:
+def _gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda":
         raise BackendError(
-            f"the backend cuda needs tensors on a GPU, these are on {tensor.device}: move them, "
-            'or use_backend("reference")'
+            f"the backend cuda needs tensors on a GPU, these are on {device}: move them, or "
+            'use_backend("reference")'
         )
-    return tensor.device
+    return device
 
 
 class _Stream:
