@@ -87,7 +87,9 @@ def _matrices(batch: int, size: int, device: torch.device) -> Tensor:
     plain = torch.randn(shape, dtype=torch.float64, device=device, generator=generator)
     left, right = torch.linalg.qr(plain).Q
     last = math.log10(_SMALLEST)
-    return left * torch.logspace(0, last, size, dtype=torch.float64, device=device) @ right
+    values = torch.logspace(0, last, size, dtype=torch.float64, device=device)
+    result: Tensor = left * values @ right
+    return result
 
 
 def _methods() -> dict[str, Method]:
