@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All work that needs a GPU: the kernels' tests, then the benchmarks. Results go to $OUT, or to
-# benches/results/. Takes under 8 minutes on an H100.
+# benches/results/. The benchmarks are stopped after 7 minutes at the latest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benches/results}
