@@ -106,7 +106,7 @@ def bench_syrk(
     yield first
     absmax = torch.zeros(channels, device=device)
     count = torch.zeros(channels, dtype=torch.int64, device=device)
-    for backend, reason in available_backends().items():
+    for backend, reason in available_backends("syrk_").items():
         if reason is None and backend not in _elsewhere(device):
             with use_backend(backend):
                 yield row(
