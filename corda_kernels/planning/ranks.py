@@ -6,6 +6,7 @@ that can best do without it. Over a million of them that is one sort.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Mapping
@@ -166,10 +167,8 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int) -> i
     # Decimal, for 29 % of 100 is not 28.
     share = Decimal(0)
     if not re.fullmatch(r"[+-]?\d+", text):
-        try:
+        with contextlib.suppress(InvalidOperation):
             share = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except InvalidOperation:
-            pass
     if share.is_finite() and 0 < share <= 1:
         return int(share * total_parameters)
     raise ConfigError(
