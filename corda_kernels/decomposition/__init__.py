@@ -6,6 +6,7 @@ from corda_kernels.decomposition.cholesky import (
     regularized_inverse,
 )
 from corda_kernels.decomposition.co_svd import EXACT_SIZE, CoSVD, co_svd
+from corda_kernels.decomposition.spectrum import singular_values
 
 __all__ = [
     "EXACT_SIZE",
@@ -14,4 +15,5 @@ __all__ = [
     "co_svd",
     "extreme_eigenvalues",
     "regularized_inverse",
+    "singular_values",
 ]

@@ -12,6 +12,8 @@ from corda_kernels.errors import ConfigError, DecompositionError
 
 _MAX_ATTEMPTS = 12
 _LANCZOS_STEPS = 40
+_LANCZOS_CHECK = 8
+_LANCZOS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +100,9 @@ def regularized_inverse(
 def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the smallest eigenvalue of symmetric positive definite matrices.
 
-    By 40 Lanczos steps on C and, through its Cholesky factor, on C⁻¹, which finds either within
-    1 %. In float32 the smallest also carries rounding of eps times the condition.
+    By Lanczos steps on C and, through its Cholesky factor, on C⁻¹, until the Ritz residual is 1e-4
+    of the eigenvalue; either is found within 1 % after 40 steps at the latest. In float32 the
+    smallest also carries rounding of eps times the condition.
 
     Args:
         matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
@@ -165,7 +168,18 @@ def _largest_by_lanczos(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tens
     start = torch.randn(d, 1, dtype=torch.float64, generator=generator).to(like)
     basis = (start / start.norm()).expand(like.shape[0], d, 1)
     images = apply(basis)
-    for _ in range(min(_LANCZOS_STEPS, d) - 1):
+    steps = min(_LANCZOS_STEPS, d)
+    largest: Tensor
+    for step in range(1, steps + 1):
+        if step == steps or step % _LANCZOS_CHECK == 0:
+            projected = basis.mT @ images
+            eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+            largest = eigenvalues[..., -1]
+            ritz = vectors[..., -1:]
+            residual = images @ ritz - largest[..., None, None] * (basis @ ritz)
+            converged = residual.norm(dim=(-2, -1)) <= _LANCZOS_TOLERANCE * largest
+            if step == steps or bool(converged.all()):
+                break
         direction = images[..., -1:]
         image_norm = direction.norm(dim=-2, keepdim=True)
         for _ in range(2):  # twice is enough for orthogonality to working precision
@@ -176,9 +190,7 @@ def _largest_by_lanczos(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tens
         direction = torch.where(exhausted, 0.0, direction / norm)
         basis = torch.cat([basis, direction], -1)
         images = torch.cat([images, apply(direction)], -1)
-    projected = basis.mT @ images
-    eigenvalues: Tensor = torch.linalg.eigvalsh((projected + projected.mT) / 2)
-    return eigenvalues[..., -1]
+    return largest
 
 
 def _not_invertible(index: int, share: float, matrix: Tensor) -> DecompositionError:

@@ -5,16 +5,19 @@ Selection scores every candidate by it, rank allocation reads the same two parts
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.decomposition import extreme_eigenvalues
+from corda_kernels.decomposition import extreme_eigenvalues, singular_values
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.models import linear_weight
 from corda_kernels.progress import progress_bar
@@ -22,6 +25,15 @@ from corda_kernels.progress import progress_bar
 Condition = Literal["ratio", "bound", "tight"]
 
 CONDITIONS = ("ratio", "bound", "tight")
+
+# Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
+_SMALL = 2048
+
+# A covariance and the layers that read that input.
+_Group = tuple[Tensor, list[str]]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @torch.no_grad()
@@ -57,7 +69,7 @@ def compactness(
     Source: CorDA++, dynamic covariance selection.
     """
     check_condition(damping, condition)
-    rank = effective_rank(singular_values(weight, covariance, damping=damping))
+    rank = _effective_rank(singular_values(weight, covariance, damping=damping, tail=False))
     return rank * log_condition(covariance, weight.shape[-2], damping=damping, condition=condition)
 
 
@@ -84,8 +96,7 @@ def log_condition(
         condition: which π.
 
     Returns:
-        (*batch) float64. λmax and λmin come from 40 Lanczos steps (`extreme_eigenvalues`): on
-        layers of real models damped by 1 % that leaves errors of up to TO BE MEASURED.
+        (*batch) float64. λmax and λmin come from Lanczos steps (`extreme_eigenvalues`).
 
     Raises:
         ConfigError: damping or condition is not possible.
@@ -106,7 +117,7 @@ def log_condition(
     return math.log(outputs) / 2 + spread
 
 
-def effective_rank(spectrum: Tensor) -> Tensor:
+def _effective_rank(spectrum: Tensor) -> Tensor:
     """Nuclear over spectral norm, Σσ/σmax (*batch), of singular values (*batch, R), descending."""
     largest = spectrum[..., 0]
     return torch.where(largest > 0, spectrum.sum(-1) / largest, 0.0)
@@ -127,7 +138,7 @@ class LayerSpectrum:
     @property
     def compactness(self) -> float:
         """The layer's score; see `compactness`."""
-        return self.log_condition * float(effective_rank(self.singular_values))
+        return self.log_condition * float(_effective_rank(self.singular_values))
 
 
 def layer_spectra(
@@ -136,6 +147,7 @@ def layer_spectra(
     *,
     damping: float = 1e-2,
     condition: Condition = "ratio",
+    tail: bool = True,
     progress: bool = False,
 ) -> dict[str, LayerSpectrum]:
     """Spectrum and log condition of every layer; of a shared covariance the condition once.
@@ -145,6 +157,7 @@ def layer_spectra(
         covariances: their inputs' covariances.
         damping: see `compactness`.
         condition: see `log_condition`.
+        tail: whether the smallest singular values must be right; scores do not need them.
         progress: whether to show a progress bar.
 
     Raises:
@@ -157,35 +170,59 @@ def layer_spectra(
         (covariance.matrix, [name for name in names if name in modules])
         for covariance, names in covariances.groups()
     ]
+    score = partial(
+        _group_spectra, modules=modules, damping=damping, condition=condition, tail=tail
+    )
+    small: list[_Group] = []
+    large: list[_Group] = []
+    for group in groups:
+        device = linear_weight(modules[group[1][0]]).device if group[1] else None
+        beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
+        (small if beside else large).append(group)
     found: dict[str, LayerSpectrum] = {}
     bar = progress_bar(description="scoring", unit="layers", shown=progress, total=len(modules))
     with bar:
-        for matrix, names in groups:
-            for name, spectrum in _group_spectra(matrix, names, modules, damping, condition):
-                found[name] = spectrum
-                bar.update()
+        for part in itertools.chain(_side_by_side(score, small), map(score, large)):
+            found.update(part)
+            bar.update(len(part))
     return {name: found[name] for name in modules}
 
 
 def _group_spectra(
-    matrix: Tensor,
-    names: Sequence[str],
+    group: _Group,
     modules: Mapping[str, nn.Module],
     damping: float,
     condition: Condition,
-) -> Iterator[tuple[str, LayerSpectrum]]:
+    tail: bool,
+) -> dict[str, LayerSpectrum]:
     """Those of the layers that read one input."""
-    spread = None
+    matrix, names = group
+    found: dict[str, LayerSpectrum] = {}
+    spread = 0.0
     for name in names:
         weight = linear_weight(modules[name]).detach()
         C = matrix.to(weight.device)
         try:
-            if spread is None:
+            spectrum = singular_values(weight, C, damping=damping, tail=tail)
+            if not found:
                 spread = float(log_condition(C, 1, damping=damping, condition=condition))
-            spectrum = singular_values(weight, C, damping=damping)
         except DecompositionError as error:
             raise DecompositionError(f"layer {name}: {error}") from error
-        yield name, LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
+        found[name] = LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
+    return found
+
+
+def _side_by_side(
+    function: Callable[[_Item], _Result], items: Sequence[_Item]
+) -> Iterator[_Result]:
+    """Results in order, each computed by one thread: small problems do not occupy more of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_condition(damping: float, condition: str) -> None:
@@ -200,12 +237,3 @@ def check_condition(damping: float, condition: str) -> None:
         raise ConfigError(
             f"condition must be one of {', '.join(map(repr, CONDITIONS))}, got {condition!r}"
         )
-
-
-def singular_values(weight: Tensor, covariance: Tensor, *, damping: float) -> Tensor:
-    """Stand-in."""
-    W, C = weight.double(), covariance.double()
-    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)
-    M = W @ C + (damping * mean)[..., None, None] * W
-    gram = M @ M.mT if M.shape[-2] <= M.shape[-1] else M.mT @ M
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)

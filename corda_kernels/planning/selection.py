@@ -88,7 +88,12 @@ def select_covariance(
             _check_alike(candidate, about.normalize, report.groups)
         modules = {name: _module(model, name) for name in candidate}
         spectra = layer_spectra(
-            modules, candidate, damping=damping, condition=condition, progress=progress
+            modules,
+            candidate,
+            damping=damping,
+            condition=condition,
+            tail=False,
+            progress=progress,
         )
         report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
         _adopt(kept, candidate, report)
@@ -191,10 +196,8 @@ class Selection:
         if noises is None:
             return f"{found}; how much of that is chance, two samples of one domain would tell"
         if len(set(self.domains)) == 1:
-            return (
-                f"{found}; all are samples of one text, so that this is chance and pooling them "
-                'is better (selection "pool")'
-            )
+            advice = "" if self.method == "pool" else '; selection "pool" would use all of it'
+            return f"{found}; all are samples of one text, so that this is chance{advice}"
         beyond = sum(s > _BEYOND_NOISE * n for s, n in zip(spreads, noises, strict=True))
         return (
             f"{found}, within one domain by {statistics.median(noises):.1%}; more than "
