@@ -150,6 +150,9 @@ def init(
         f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "
         f"{len(adapter.layers)} layers of {adapter.record.base_name}"
     )
+    if mix:
+        mixed = options.describe_mixture(adapter.record.calibration["mixture"])
+        typer.echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
     _report_stability(adapter.record.stability)
     if save_base:

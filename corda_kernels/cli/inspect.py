@@ -127,7 +127,9 @@ def _stability(value: Mapping[str, Any] | None) -> Stability | None:
 
 def _print_notes(notes: Mapping[str, Any]) -> None:
     for name, value in notes.items():
-        if isinstance(value, Mapping):
+        if name == "mixture":
+            value = options.describe_mixture(value)
+        elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
         typer.echo(f"{name}: {value}")
 

@@ -151,6 +151,16 @@ def parse_mixture(parts: Sequence[str]) -> dict[Path, float]:
     return mixture
 
 
+def describe_mixture(mixture: Mapping[str, Any]) -> str:
+    """What was mixed, in one line."""
+    files = mixture.get("files") or [f"set {index}" for index in range(len(mixture["sources"]))]
+    equal = ", their traces made equal" if mixture["normalize"] == "trace" else ""
+    if isinstance(mixture["weights"], Mapping):
+        return f"{' + '.join(files)}, weights by layer{equal}"
+    parts = zip(mixture["weights"], files, strict=True)
+    return " + ".join(f"{weight:.3g} {file}" for weight, file in parts) + equal
+
+
 def report_selection(provenance: Mapping[str, Any]) -> None:
     """Says how the candidates compared, if there were several."""
     from corda_kernels.planning import Selection

@@ -265,7 +265,8 @@ def _provenance(
     by_layer = isinstance(weights, Mapping)
     sources = [dict(part.provenance) for part in sets]
     for source in sources:
-        source.pop("stability", None)  # of that set alone, and long
+        for note in ("stability", "versions"):  # long, or said already
+            source.pop(note, None)
     return {
         "model": sources[0].get("model", ""),
         "tokens": sum(source.get("tokens", 0) for source in sources),

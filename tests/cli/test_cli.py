@@ -244,7 +244,9 @@ def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_pat
         text = ("--data", place / "text.txt", *SMALL, "--seed", seed, "--no-stability")
         invoke("calibrate", model, file, *text)
     parts = ("--mix", f"{files[0]}=3", "--mix", f"{files[1]}=1")
-    invoke("init", model, tmp_path / "out", "--mode", "kpm", "--rank", 4, *parts)
+    shown = invoke("init", model, tmp_path / "out", "--mode", "kpm", "--rank", 4, *parts)
+    line = "mixture: 0.75 a.safetensors + 0.25 b.safetensors, their traces made equal"
+    assert line in shown.splitlines()
     found = read_adapter(tmp_path / "out")
     mixture = found.record.calibration["mixture"]
     assert mixture["weights"] == [0.75, 0.25]
@@ -254,7 +256,7 @@ def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_pat
     expected = corda_adapter(load_model(model), mixed, config)
     for name, layer in expected.layers.items():
         assert torch.equal(found.layers[name].A0, layer.A0)
-    assert "mixture: " in invoke("inspect", tmp_path / "out")
+    assert line in invoke("inspect", tmp_path / "out").splitlines()
 
 
 def test_inspect_says_where_stability_was_not_measured(

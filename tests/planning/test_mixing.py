@@ -36,7 +36,13 @@ def domain(seed: int, *, scale: float = 1.0, tokens: int = 10) -> CovarianceSet:
     return CovarianceSet(
         {"q": shared, "k": shared, "o": own},
         left_out={f"expert{seed}": "fused"},
-        provenance={"model": "tiny", "tokens": tokens, "stability": {}, "data": f"text{seed}"},
+        provenance={
+            "model": "tiny",
+            "tokens": tokens,
+            "versions": {},
+            "stability": {},
+            "data": f"text{seed}",
+        },
     )
 
 
