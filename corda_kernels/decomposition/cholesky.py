@@ -11,7 +11,9 @@ from torch import Tensor
 from corda_kernels.errors import ConfigError, DecompositionError
 
 _MAX_ATTEMPTS = 12
-_LANCZOS_STEPS = 40
+# Up to this size all eigenvalues cost little more than the extreme ones to the same accuracy.
+_DENSE_SIZE = 2048
+_LANCZOS_STEPS = 80
 _LANCZOS_CHECK = 8
 _LANCZOS_TOLERANCE = 1e-4
 
@@ -100,9 +102,9 @@ def regularized_inverse(
 def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the smallest eigenvalue of symmetric positive definite matrices.
 
-    By Lanczos steps on C and, through its Cholesky factor, on C⁻¹, until the Ritz residual is 1e-4
-    of the eigenvalue; either is found within 1 % after 40 steps at the latest. In float32 the
-    smallest also carries rounding of eps times the condition.
+    Up to 2048 rows from all eigenvalues. Beyond, by Lanczos steps on C and, through its Cholesky
+    factor, on C⁻¹, until the Ritz residual is 1e-4 of the eigenvalue, at most 80, which finds
+    either within 1 %. In float32 the smallest also carries rounding of eps times the condition.
 
     Args:
         matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
@@ -117,10 +119,15 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     undamped = flat.new_zeros(flat.shape[0])
     factor, good = _factor(flat, undamped)
+    if flat.shape[-1] <= _DENSE_SIZE:
+        eigenvalues = torch.linalg.eigvalsh(torch.where(good[:, None, None], flat, 0.0))
+        largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
+        good &= smallest > 0
+    else:
+        largest, smallest = _factored_extremes(flat, undamped, factor)
     if not bool(good.all()):
         index = int(torch.nonzero(~good)[0])
         raise _not_invertible(index, 0.0, flat[index])
-    largest, smallest = _factored_extremes(flat, undamped, factor)
     return largest.reshape(matrix.shape[:-2]), smallest.reshape(matrix.shape[:-2])
 
 
