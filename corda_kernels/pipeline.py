@@ -284,7 +284,7 @@ def _planned_ranks(
     """The rank of each layer, and what to note of how a budget was shared out."""
     if config.budget is None:
         return dict.fromkeys(modules, config.rank), {}
-    shapes = {name: linear_weight(module).shape for name, module in modules.items()}
+    shapes = _shapes(modules)
     budget = adapter_parameters(model, modules, config)
     spectra = layer_spectra(
         modules,
@@ -296,7 +296,7 @@ def _planned_ranks(
     ranks = allocate_ranks(
         {name: spectrum.singular_values for name, spectrum in spectra.items()},
         {name: spectrum.log_condition for name, spectrum in spectra.items()},
-        {name: (outputs, inputs) for name, (outputs, inputs) in shapes.items()},
+        shapes,
         budget=budget,
         mode=config.mode,
         min_rank=config.min_rank,
@@ -326,21 +326,27 @@ def adapter_parameters(
     Raises:
         ConfigError: the budget cannot be read.
     """
+    if config.budget is None:
+        return uniform_budget(_shapes(modules), config.rank)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return parse_budget(config.budget, _shapes(modules), whole)
+
+
+def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """(out, in) of each layer."""
     shapes = {}
     for name, module in modules.items():
         outputs, inputs = linear_weight(module).shape
         shapes[name] = outputs, inputs
-    if config.budget is None:
-        return uniform_budget(shapes, config.rank)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    return parse_budget(config.budget, shapes, whole)
+    return shapes
 
 
 def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
-    """The layers that `config` selects, after a check that each can be given a uniform rank.
+    """The layers that `config` selects, after a check of its rank or budget.
 
     Raises:
         TargetError: no layer matches, or one is quantised.
+        ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer.
         ModelError: the model carries an adapter already, or is the residual of one.
     """
@@ -354,6 +360,8 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
             "untouched base"
         )
     modules = target_linears(model, config.targets)
+    if config.budget is not None:
+        adapter_parameters(model, modules, config)
     for name, module in modules.items():
         outputs, inputs = linear_weight(module).shape
         if config.budget is None and not 1 <= config.rank <= min(outputs, inputs):

@@ -162,8 +162,10 @@ def test_bounds_reach_the_allocation(calibrated: Calibrated) -> None:
 def test_a_budget_for_nothing_is_refused(calibrated: Calibrated) -> None:
     with pytest.raises(RankError, match="does not pay for one component"):
         corda_adapter(*calibrated(), config(budget=40))
+    model, _ = calibrated()
+    never = (pytest.fail("the model ran") for _ in range(1))
     with pytest.raises(ConfigError, match="is not a budget"):
-        corda_adapter(*calibrated(), config(budget="lots"))
+        corda_adapter(model, never, config(budget="lots"))
 
 
 @pytest.mark.parametrize(
