@@ -362,9 +362,9 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     modules = target_linears(model, config.targets)
     if config.budget is not None:
         adapter_parameters(model, modules, config)
-    for name, module in modules.items():
-        outputs, inputs = linear_weight(module).shape
-        if config.budget is None and not 1 <= config.rank <= min(outputs, inputs):
+        return modules
+    for name, (outputs, inputs) in _shapes(modules).items():
+        if not 1 <= config.rank <= min(outputs, inputs):
             raise RankError(
                 f"rank {config.rank} is not possible for layer {name} ({outputs} × {inputs}): "
                 f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"

@@ -119,12 +119,13 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     undamped = flat.new_zeros(flat.shape[0])
     factor, good = _factor(flat, undamped)
-    if flat.shape[-1] <= _DENSE_SIZE:
-        eigenvalues = torch.linalg.eigvalsh(torch.where(good[:, None, None], flat, 0.0))
-        largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
-        good &= smallest > 0
-    else:
-        largest, smallest = _factored_extremes(flat, undamped, factor)
+    if bool(good.all()):
+        if flat.shape[-1] <= _DENSE_SIZE:
+            eigenvalues = torch.linalg.eigvalsh(flat)
+            largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
+        else:
+            largest, smallest = _factored_extremes(flat, undamped, factor)
+        good = smallest > 0
     if not bool(good.all()):
         index = int(torch.nonzero(~good)[0])
         raise _not_invertible(index, 0.0, flat[index])
