@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     )
     from corda_kernels.models import load_model, load_tokenizer
     from corda_kernels.pipeline import CordaConfig, init_corda
-    from corda_kernels.planning import Stability, subspace_stability
+    from corda_kernels.planning import (
+        Stability,
+        allocate_ranks,
+        compactness,
+        mix_covariances,
+        select_covariance,
+        subspace_stability,
+    )
 
 __version__ = "0.1.0"
 
@@ -63,6 +70,10 @@ _HOMES = {
     "CordaConfig": "pipeline",
     "init_corda": "pipeline",
     "Stability": "planning",
+    "allocate_ranks": "planning",
+    "compactness": "planning",
+    "mix_covariances": "planning",
+    "select_covariance": "planning",
     "subspace_stability": "planning",
 }
 
@@ -77,9 +88,11 @@ __all__ = [
     "Stability",
     "__version__",
     "adapter_factors",
+    "allocate_ranks",
     "calibrate",
     "co_svd",
     "co_svd_layers",
+    "compactness",
     "errors",
     "export_lora",
     "extreme_eigenvalues",
@@ -89,9 +102,11 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merge",
+    "mix_covariances",
     "regularized_inverse",
     "residual",
     "save_adapter",
+    "select_covariance",
     "singular_values",
     "subspace_stability",
     "token_batches",

@@ -24,6 +24,8 @@ def calibrate(
     batch_size: options.BatchSize = 1,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
+    candidates: options.Candidates = 1,
+    selection: options.Selection = "argmin",
     rank: Annotated[int, typer.Option(help="At which the stability is judged.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
@@ -34,10 +36,10 @@ def calibrate(
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
     from corda_kernels.files import check_output, format_bytes
     from corda_kernels.models import linear_weight, load_tokenizer, target_linears
-    from corda_kernels.pipeline import calibrate_halves
+    from corda_kernels.pipeline import calibrate_candidates, calibrate_halves
 
     text = options.TextOptions(
-        data, field, template, chat_template, samples, seq_len, batch_size, pack, seed
+        data, field, template, chat_template, samples * candidates, seq_len, batch_size, pack, seed
     )
     check_output(out)
     batches = text.batches(load_tokenizer(model))
@@ -49,13 +51,23 @@ def calibrate(
         for name, module in target_linears(network, chosen).items()
     }
     check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
-    covariances = calibrate_halves(
-        network,
-        batches,
-        targets=chosen,
-        rank=rank if stability else None,
-        damping=damping,
-    )
+    if candidates > 1:
+        covariances = calibrate_candidates(
+            network,
+            batches,
+            candidates=candidates,
+            selection=selection,
+            targets=chosen,
+            domain=data.name,
+        )
+    else:
+        covariances = calibrate_halves(
+            network,
+            batches,
+            targets=chosen,
+            rank=rank if stability else None,
+            damping=damping,
+        )
     covariances.provenance["data"] = text.provenance()
     covariances.save(out)
     tokens = covariances.provenance["tokens"]
@@ -63,4 +75,5 @@ def calibrate(
         f"{out}: {len(covariances)} layers, {len(covariances.groups())} distinct covariances, "
         f"{tokens} tokens, {format_bytes(out.stat().st_size)}"
     )
+    options.report_selection(covariances.provenance)
     typer.echo(f"next: corda-kernels inspect {out}")

@@ -23,7 +23,28 @@ def init(
     ],
     data: options.Data = None,
     cov: Annotated[Path | None, typer.Option(help="A covariance file, instead of --data.")] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE=WEIGHT", help="Covariance files to mix, instead; once for each file."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Components of each layer.")] = 32,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|SHARE|r=RANK",
+            help="Share out adapter parameters over the layers, instead of --rank: a number "
+            "(2500000), a share of the model (1%), or those of a rank in all layers (r=32).",
+        ),
+    ] = None,
+    min_rank: Annotated[int, typer.Option(help="Of every layer, under a budget.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(help="Of any layer, under a budget.")] = None,
+    rank_multiple: Annotated[
+        int, typer.Option(help="Of which each rank is a multiple, under a budget.")
+    ] = 1,
+    candidates: options.Candidates = 1,
+    selection: options.Selection = "argmin",
     field: options.Field = None,
     template: options.Template = None,
     chat_template: options.ChatTemplate = False,
@@ -59,19 +80,29 @@ def init(
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.files import check_output
     from corda_kernels.initialization import subtract_initial, write_adapter
-    from corda_kernels.models import linear_weight, load_tokenizer
+    from corda_kernels.models import load_tokenizer
     from corda_kernels.pipeline import (
         CordaConfig,
-        calibrate_halves,
+        adapter_parameters,
+        calibrated,
         check_targets,
         corda_adapter,
     )
+    from corda_kernels.planning import mix_covariances
 
-    if (data is None) == (cov is None):
-        raise ConfigError("give either --data or --cov")
+    if sum(bool(source) for source in (data, cov, mix)) != 1:
+        raise ConfigError("give one of --data, --cov and --mix")
+    if data is None and candidates > 1:
+        raise ConfigError("--candidates are samples of --data: they are selected in calibration")
     config = CordaConfig(
         mode=mode,
         rank=rank,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        rank_multiple=rank_multiple,
+        candidates=candidates,
+        selection=selection,
         balance=balance,
         step=None if step == "none" else step,
         residual=residual,
@@ -83,34 +114,46 @@ def init(
     )
     check_output(out, folder=True)
     covariances = None if cov is None else CovarianceSet.load(cov)
+    if mix:
+        mixture = options.parse_mixture(mix)
+        covariances = mix_covariances(
+            [CovarianceSet.load(file) for file in mixture], list(mixture.values())
+        )
+        covariances.provenance["mixture"]["files"] = [file.name for file in mixture]
     batches: list[dict[str, Tensor]] = []
     if data is not None:
         text = options.TextOptions(
-            data, field, template, chat_template, samples, seq_len, batch_size, pack, seed
+            data,
+            field,
+            template,
+            chat_template,
+            samples * candidates,
+            seq_len,
+            batch_size,
+            pack,
+            seed,
         )
         batches = text.batches(load_tokenizer(model))
     network = options.load(model, dtype, device)
     modules = check_targets(network, config)
-    needed = sum(8 * rank * sum(linear_weight(module).shape) for module in modules.values())
+    # Trained and initial factors, in float32.
+    needed = 8 * adapter_parameters(network, modules, config)
     if save_base:
         needed += sum(p.numel() * p.element_size() for p in network.parameters())
     check_output(out, folder=True, needed_bytes=needed)
     if covariances is None:
-        covariances = calibrate_halves(
-            network,
-            batches,
-            targets=config.targets,
-            rank=rank if stability else None,
-            ends=(config.which,),
-            damping=damping,
-        )
+        covariances = calibrated(network, batches, config, domain=text.data.name)
         covariances.provenance["data"] = text.provenance()
     adapter = corda_adapter(network, covariances, config)
     write_adapter(adapter, out)
     typer.echo(
-        f"{out}: {mode.upper()} adapter of rank {rank} for {len(adapter.layers)} layers of "
-        f"{adapter.record.base_name}"
+        f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "
+        f"{len(adapter.layers)} layers of {adapter.record.base_name}"
     )
+    if mix:
+        mixed = options.describe_mixture(adapter.record.calibration["mixture"])
+        typer.echo(f"mixture: {mixed}")
+    options.report_selection(adapter.record.calibration)
     _report_stability(adapter.record.stability)
     if save_base:
         if residual == "weight":

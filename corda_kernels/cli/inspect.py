@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from corda_kernels.cli import options
+
 if TYPE_CHECKING:
     from corda_kernels.calibration import Covariance
-    from corda_kernels.planning import Stability
+    from corda_kernels.planning import Selection, Stability
 
 _STABILITY_COLUMNS = ("top", "bottom", "verdict")
+_SELECTION_COLUMNS = ("chosen", "score min", "max", "spread")
 
 
 def inspect(
@@ -34,6 +37,7 @@ def _inspect_covariances(file: Path) -> None:
     covariances = CovarianceSet.load(file)
     provenance = dict(covariances.provenance)
     stability = _stability(provenance.pop("stability", None))
+    selection = _selection(provenance.pop("selection", None))
     cells: dict[str, list[str]] = {}
     for covariance, names in progress_bar(
         covariances.groups(), description="spectra", unit="covariances"
@@ -46,6 +50,7 @@ def _inspect_covariances(file: Path) -> None:
         ("layer", "tokens", "in", "condition", "eff. rank", "head", "tail", "outliers"),
         {name: cells[name] for name in covariances},
         stability,
+        selection,
     )
     typer.echo(
         "head, tail: largest and smallest eigenvalue over their mean; eff. rank: (Σλ)²/Σλ²; "
@@ -53,7 +58,7 @@ def _inspect_covariances(file: Path) -> None:
     )
     for name, reason in covariances.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
-    _print_verdict(stability)
+    _print_verdict(stability, selection)
 
 
 def _describe(covariance: Covariance) -> list[str]:
@@ -79,24 +84,39 @@ def _inspect_adapter(folder: Path) -> None:
 
     record = read_adapter(folder).record
     typer.echo(
-        f"{folder}: {record.mode.upper()} adapter of rank {record.rank} for {len(record.layers)} "
-        f"layers of {record.base_name} (balance {record.balance}, step {record.step}, "
-        f"residual {record.residual}, damping {record.damping})"
+        f"{folder}: {record.mode.upper()} adapter of {options.describe_ranks(record)} for "
+        f"{len(record.layers)} layers of {record.base_name} (balance {record.balance}, "
+        f"step {record.step}, residual {record.residual}, damping {record.damping})"
     )
-    _print_notes(record.calibration)
+    notes = dict(record.calibration)
+    selection = _selection(notes.pop("selection", None))
+    _print_notes(notes)
     stability = _stability(record.stability)
     rows = {
-        name: [
-            str(layer["tokens"]),
-            str(layer["rank"]),
-            f"{layer['sigma_max']:.2e}",
-            f"{layer['sigma_min']:.2e}",
-            f"{layer['scaling']:.3g}",
-        ]
-        for name, layer in record.layers.items()
+        name: _layer_row(record.layers[name]) if rank else ["", "0", "", "", ""]
+        for name, rank in (
+            record.allocation.get("ranks") or dict.fromkeys(record.layers, 1)
+        ).items()
     }
-    _print_table(("layer", "tokens", "rank", "σ max", "σ min", "scaling"), rows, stability)
-    _print_verdict(stability)
+    header = ("layer", "tokens", "rank", "σ max", "σ min", "scaling")
+    _print_table(header, rows, stability, selection)
+    _print_verdict(stability, selection)
+
+
+def _layer_row(layer: Mapping[str, Any]) -> list[str]:
+    return [
+        str(layer["tokens"]),
+        str(layer["rank"]),
+        f"{layer['sigma_max']:.2e}",
+        f"{layer['sigma_min']:.2e}",
+        f"{layer['scaling']:.3g}",
+    ]
+
+
+def _selection(value: Mapping[str, Any] | None) -> Selection | None:
+    from corda_kernels.planning import Selection
+
+    return Selection.from_json(value) if value else None
 
 
 def _stability(value: Mapping[str, Any] | None) -> Stability | None:
@@ -107,31 +127,73 @@ def _stability(value: Mapping[str, Any] | None) -> Stability | None:
 
 def _print_notes(notes: Mapping[str, Any]) -> None:
     for name, value in notes.items():
-        if isinstance(value, Mapping):
+        if name == "mixture":
+            value = options.describe_mixture(value)
+        elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
         typer.echo(f"{name}: {value}")
 
 
 def _print_table(
-    header: Sequence[str], rows: Mapping[str, Sequence[str]], stability: Stability | None
+    header: Sequence[str],
+    rows: Mapping[str, Sequence[str]],
+    stability: Stability | None,
+    selection: Selection | None,
 ) -> None:
     table = [list(header)] + [[name, *cells] for name, cells in rows.items()]
+    if selection is not None:
+        _add_columns(table, _SELECTION_COLUMNS, _selection_cells(selection))
     if stability is not None:
-        table[0] += _STABILITY_COLUMNS
-        for row in table[1:]:
-            layer = stability.layers.get(row[0])
-            if layer is not None:
-                shares = (layer.top, layer.bottom)
-                row += ["" if share is None else f"{share:.2f}" for share in shares]
-                row.append(stability.verdict(layer))
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]
+        _add_columns(table, _STABILITY_COLUMNS, _stability_cells(stability))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         first, *rest = row
-        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=False)]
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
         typer.echo("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
-def _print_verdict(stability: Stability | None) -> None:
+def _add_columns(
+    table: list[list[str]], header: Sequence[str], cells: Mapping[str, Sequence[str]]
+) -> None:
+    """Adds columns to a table; rows of which there is nothing to say stay empty there."""
+    table[0] += header
+    for row in table[1:]:
+        row += cells.get(row[0], [""] * len(header))
+
+
+def _stability_cells(stability: Stability) -> dict[str, list[str]]:
+    cells = {}
+    for name, layer in stability.layers.items():
+        shares = ["" if share is None else f"{share:.2f}" for share in (layer.top, layer.bottom)]
+        cells[name] = [*shares, stability.verdict(layer)]
+    return cells
+
+
+def _selection_cells(selection: Selection) -> dict[str, list[str]]:
+    winners = selection.winners()
+    spreads = {
+        name: spread
+        for names, spread in zip(selection.groups, selection.spreads(), strict=True)
+        for name in names
+    }
+    return {
+        name: [
+            str(winners[name] + 1) if selection.method == "argmin" else "all",
+            f"{min(scores):.4g}",
+            f"{max(scores):.4g}",
+            f"{spreads[name]:.1%}",
+        ]
+        for name, scores in selection.scores.items()
+    }
+
+
+def _print_verdict(stability: Stability | None, selection: Selection | None) -> None:
+    if selection is not None:
+        typer.echo(
+            "chosen: the candidate with the lowest score, summed over the layers that read one "
+            "input; score: log π(C)·Σσ/σmax of the layer; spread: standard deviation over mean"
+        )
+        typer.echo(f"selection: {selection.summary()}")
     if stability is None:
         typer.echo("samples: their stability was not measured")
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +14,8 @@ from corda_kernels.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from corda_kernels.initialization import AdapterRecord
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file.", metavar="MODEL")]
 Data = Annotated[
@@ -33,6 +36,14 @@ Pack = Annotated[bool, typer.Option(help="Pack texts into full sequences.")]
 Targets = Annotated[
     str,
     typer.Option(help="all-linear, endings separated by commas, or a regular expression."),
+]
+Candidates = Annotated[
+    int,
+    typer.Option(help="Samples of the text, each of --samples sequences, to select from."),
+]
+Selection = Annotated[
+    Literal["argmin", "pool"],
+    typer.Option(help="argmin: each layer keeps its best candidate; pool: all text counts."),
 ]
 Damping = Annotated[
     float, typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none.")
@@ -120,3 +131,52 @@ def parse_targets(targets: str) -> str | list[str]:
     if not endings:
         raise ConfigError("--targets is empty: give all-linear, endings or a regular expression")
     return endings
+
+
+def parse_mixture(parts: Sequence[str]) -> dict[Path, float]:
+    """Weights by covariance file, of arguments such as a.safetensors=0.7."""
+    mixture: dict[Path, float] = {}
+    for part in parts:
+        file, equals, weight = part.rpartition("=")
+        try:
+            mixture[Path(file)] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ConfigError(
+                f"--mix {part!r} is not FILE=WEIGHT, such as knowledge.safetensors=0.7"
+            )
+    if len(mixture) < len(parts):
+        raise ConfigError("--mix names a file twice: give each one weight")
+    return mixture
+
+
+def describe_mixture(mixture: Mapping[str, Any]) -> str:
+    """What was mixed, in one line."""
+    files = mixture.get("files") or [f"set {index}" for index in range(len(mixture["sources"]))]
+    equal = ", their traces made equal" if mixture["normalize"] == "trace" else ""
+    if isinstance(mixture["weights"], Mapping):
+        return f"{' + '.join(files)}, weights by layer{equal}"
+    parts = zip(mixture["weights"], files, strict=True)
+    return " + ".join(f"{weight:.3g} {file}" for weight, file in parts) + equal
+
+
+def report_selection(provenance: Mapping[str, Any]) -> None:
+    """Says how the candidates compared, if there were several."""
+    from corda_kernels.planning import Selection
+
+    if "selection" in provenance:
+        typer.echo(f"selection: {Selection.from_json(provenance['selection']).summary()}")
+
+
+def describe_ranks(record: AdapterRecord) -> str:
+    """The ranks of an adapter in a few words."""
+    if not record.allocation:
+        return f"rank {record.rank}"
+    ranks = record.allocation["ranks"].values()
+    none = sum(rank == 0 for rank in ranks)
+    return (
+        f"ranks {min(rank for rank in ranks if rank)} to {record.rank}"
+        f"{f' (and 0 in {none} layers)' if none else ''}, "
+        f"{record.allocation['spent']:,} of {record.allocation['budget']:,} parameters,"
+    )

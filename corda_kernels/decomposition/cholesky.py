@@ -11,7 +11,11 @@ from torch import Tensor
 from corda_kernels.errors import ConfigError, DecompositionError
 
 _MAX_ATTEMPTS = 12
-_LANCZOS_STEPS = 40
+# Up to this size all eigenvalues cost little more than the extreme ones to the same accuracy.
+_DENSE_SIZE = 2048
+_LANCZOS_STEPS = 80
+_LANCZOS_CHECK = 8
+_LANCZOS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +102,9 @@ def regularized_inverse(
 def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the smallest eigenvalue of symmetric positive definite matrices.
 
-    By 40 Lanczos steps on C and, through its Cholesky factor, on C⁻¹, which finds either within
-    1 %. In float32 the smallest also carries rounding of eps times the condition.
+    Up to 2048 rows from all eigenvalues. Beyond, by Lanczos steps on C and, through its Cholesky
+    factor, on C⁻¹, until the Ritz residual is 1e-4 of the eigenvalue, at most 80, which finds
+    either within 1 %. In float32 the smallest also carries rounding of eps times the condition.
 
     Args:
         matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
@@ -114,10 +119,16 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     undamped = flat.new_zeros(flat.shape[0])
     factor, good = _factor(flat, undamped)
+    if bool(good.all()):
+        if flat.shape[-1] <= _DENSE_SIZE:
+            eigenvalues = torch.linalg.eigvalsh(flat)
+            largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
+        else:
+            largest, smallest = _factored_extremes(flat, undamped, factor)
+        good = smallest > 0
     if not bool(good.all()):
         index = int(torch.nonzero(~good)[0])
         raise _not_invertible(index, 0.0, flat[index])
-    largest, smallest = _factored_extremes(flat, undamped, factor)
     return largest.reshape(matrix.shape[:-2]), smallest.reshape(matrix.shape[:-2])
 
 
@@ -165,7 +176,18 @@ def _largest_by_lanczos(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tens
     start = torch.randn(d, 1, dtype=torch.float64, generator=generator).to(like)
     basis = (start / start.norm()).expand(like.shape[0], d, 1)
     images = apply(basis)
-    for _ in range(min(_LANCZOS_STEPS, d) - 1):
+    steps = min(_LANCZOS_STEPS, d)
+    largest: Tensor
+    for step in range(1, steps + 1):
+        if step == steps or step % _LANCZOS_CHECK == 0:
+            projected = basis.mT @ images
+            eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+            largest = eigenvalues[..., -1]
+            ritz = vectors[..., -1:]
+            residual = images @ ritz - largest[..., None, None] * (basis @ ritz)
+            converged = residual.norm(dim=(-2, -1)) <= _LANCZOS_TOLERANCE * largest
+            if step == steps or bool(converged.all()):
+                break
         direction = images[..., -1:]
         image_norm = direction.norm(dim=-2, keepdim=True)
         for _ in range(2):  # twice is enough for orthogonality to working precision
@@ -176,9 +198,7 @@ def _largest_by_lanczos(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tens
         direction = torch.where(exhausted, 0.0, direction / norm)
         basis = torch.cat([basis, direction], -1)
         images = torch.cat([images, apply(direction)], -1)
-    projected = basis.mT @ images
-    eigenvalues: Tensor = torch.linalg.eigvalsh((projected + projected.mT) / 2)
-    return eigenvalues[..., -1]
+    return largest
 
 
 def _not_invertible(index: int, share: float, matrix: Tensor) -> DecompositionError:

@@ -15,7 +15,9 @@ from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.models import is_linear, linear_weight
 
-FORMAT = "corda_kernels.adapter/1"
+FORMAT = "corda_kernels.adapter/2"
+# Fields that earlier formats lack, with what their absence means.
+_SINCE: dict[str, dict[str, Any]] = {"corda_kernels.adapter/1": {"allocation": {}}, FORMAT: {}}
 
 _BASE_FIELDS = {"source", "sample", "target_modules", "fan_in_fan_out", "task_type"}
 _LAYER_FIELDS = {"rank", "scaling", "tokens", "sigma_max", "sigma_min", "residual"}
@@ -71,7 +73,7 @@ class AdapterRecord:
 
     Attributes:
         mode: "kpm" or "ipm".
-        rank: of every layer.
+        rank: of every layer; the largest where a budget was shared out.
         balance: how β was chosen; see `adapter_factors`.
         step: None or "lora".
         residual: "pair" (the base is untouched) or "weight" (W − B0 A0 stands in the base).
@@ -79,6 +81,8 @@ class AdapterRecord:
         base: of the base model, see `describe_base`.
         calibration: where the covariances come from.
         layers: by name: rank, largest and smallest singular value kept, tokens.
+        allocation: how a budget was shared out: `budget` and `spent` in adapter parameters,
+            `condition`, and `ranks` by layer, 0 for layers without an adapter; {} without a budget.
         stability: how well the two halves of the calibration text agree, by layer.
         versions: of the libraries involved.
         initial_sha256: checksum of all initial factors.
@@ -94,6 +98,7 @@ class AdapterRecord:
     base: dict[str, Any]
     calibration: dict[str, Any]
     layers: dict[str, dict[str, Any]]
+    allocation: dict[str, Any] = field(default_factory=dict)
     stability: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     initial_sha256: str = ""
@@ -117,11 +122,13 @@ class AdapterRecord:
         """
         if not isinstance(value, dict):
             raise AdapterError("corda.json was altered: it holds no object")
-        if value.get("format") != FORMAT:
+        if value.get("format") not in _SINCE:
             raise AdapterError(
-                f"corda.json has format {value.get('format')!r}, this version reads {FORMAT!r}: "
-                "update corda_kernels, or make the adapter again"
+                f"corda.json has format {value.get('format')!r}, this version reads "
+                f"{' and '.join(map(repr, _SINCE))}: update corda_kernels, or make the adapter "
+                "again"
             )
+        value = _SINCE[value["format"]] | value | {"format": FORMAT}
         known = {entry.name for entry in fields(cls)}
         if value.keys() != known:
             odd = sorted(known ^ value.keys())

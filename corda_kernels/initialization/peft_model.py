@@ -109,18 +109,26 @@ def adapter_of_peft(model: Any) -> Adapter:
 
 
 def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
-    """The LoraConfig of an adapter of `multiple` times its rank, with the same scaling."""
+    """The LoraConfig of an adapter of `multiple` times its ranks, with the same scaling.
+
+    Layers of another rank than the largest stand in `rank_pattern`, those of another alpha in
+    `alpha_pattern`, by their full names.
+    """
     record = adapter.record
+    alphas = {name: layer.scaling * layer.rank for name, layer in adapter.layers.items()}
     return LoraConfig(
         r=record.rank * multiple,
         lora_alpha=record.rank * multiple,
         lora_dropout=0.0,
         bias="none",
         target_modules=record.base["target_modules"],
-        alpha_pattern={
-            name: layer.scaling * layer.rank * multiple
+        rank_pattern={
+            name: layer.rank * multiple
             for name, layer in adapter.layers.items()
-            if layer.scaling != 1.0
+            if layer.rank != record.rank
+        },
+        alpha_pattern={
+            name: alpha * multiple for name, alpha in alphas.items() if alpha != record.rank
         },
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],

@@ -21,11 +21,19 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import corda_kernels
-from corda_kernels import CovarianceSet, load_for_training
+from corda_kernels import (
+    CordaConfig,
+    CovarianceSet,
+    load_for_training,
+    load_model,
+    mix_covariances,
+)
 from corda_kernels.cli import app, main
 from corda_kernels.errors import DataError
 from corda_kernels.initialization import adapter_of, read_adapter
 from corda_kernels.kernels import available_backends
+from corda_kernels.pipeline import corda_adapter
+from corda_kernels.planning import Selection
 
 Logits = Callable[[nn.Module], Tensor]
 COMMANDS = ("demo", "init", "calibrate", "inspect", "export", "merge", "doctor")
@@ -189,6 +197,68 @@ def test_calibrate_then_inspect_then_init(
     assert shown.splitlines()[-1].startswith("samples: ")
 
 
+def lines_by_layer(shown: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in shown.splitlines() if line}
+
+
+@pytest.mark.parametrize("selection", ["argmin", "pool"])
+def test_candidates_and_a_budget_show_in_what_is_printed(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, selection: str
+) -> None:
+    file, adapter = tmp_path / "covariances.safetensors", tmp_path / "adapter"
+    select = ("--candidates", 3, "--selection", selection)
+    text = ("--data", place / "text.txt", *SMALL, "--samples", 4, *select)
+    shown = invoke("calibrate", place / "model", file, *text)
+    assert "selection: 3 candidates, whose scores differ by" in shown
+    report = Selection.from_json(CovarianceSet.load(file).provenance["selection"])
+    assert report.domains == ["text.txt"] * 3
+    assert report.tokens == [4 * 32] * 3
+    chosen = {
+        name: "all" if selection == "pool" else str(winner + 1)
+        for name, winner in report.winners().items()
+    }
+    table = lines_by_layer(invoke("inspect", file))
+    assert table["layer"][-5:] == ["chosen", "score", "min", "max", "spread"]
+    assert {name: table[name][-4] for name in chosen} == chosen
+
+    model = place / "model"
+    budget = ("--mode", "kpm", "--budget", "r=2", "--max-rank", 8)
+    shown = invoke("init", model, adapter, *budget, *text)
+    record = read_adapter(adapter).record
+    ranks = record.allocation["ranks"]
+    assert f"KPM adapter of ranks 1 to {record.rank}" in shown
+    assert f"{record.allocation['spent']:,} of {record.allocation['budget']:,} parameters" in shown
+    assert "all are samples of one text" in shown
+    assert 2 < record.rank <= 8
+    shown = invoke("inspect", adapter)
+    table = lines_by_layer(shown)
+    for name, rank in ranks.items():
+        assert table[name][2 if rank else 1] == str(rank)
+        assert table[name][-4] == chosen[name]
+    assert "selection: 3 candidates" in shown
+
+
+def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_path: Path) -> None:
+    model, files = place / "model", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, file in enumerate(files):
+        text = ("--data", place / "text.txt", *SMALL, "--seed", seed, "--no-stability")
+        invoke("calibrate", model, file, *text)
+    parts = ("--mix", f"{files[0]}=3", "--mix", f"{files[1]}=1")
+    shown = invoke("init", model, tmp_path / "out", "--mode", "kpm", "--rank", 4, *parts)
+    line = "mixture: 0.75 a.safetensors + 0.25 b.safetensors, their traces made equal"
+    assert line in shown.splitlines()
+    found = read_adapter(tmp_path / "out")
+    mixture = found.record.calibration["mixture"]
+    assert mixture["weights"] == [0.75, 0.25]
+    assert mixture["files"] == ["a.safetensors", "b.safetensors"]
+    mixed = mix_covariances([CovarianceSet.load(file) for file in files], [3, 1])
+    config = CordaConfig("kpm", rank=4, progress=False)
+    expected = corda_adapter(load_model(model), mixed, config)
+    for name, layer in expected.layers.items():
+        assert torch.equal(found.layers[name].A0, layer.A0)
+    assert line in invoke("inspect", tmp_path / "out").splitlines()
+
+
 def test_inspect_says_where_stability_was_not_measured(
     invoke: Callable[..., str], place: Path, tmp_path: Path
 ) -> None:
@@ -300,8 +370,30 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/nan", "{tmp}/out.safetensors", *TEXT, *SMALL),
         "layer model.layers.0.self_attn.o_proj received NaN or Inf",
     ),
-    "neither data nor covariances": (INIT, "give either --data or --cov"),
-    "data and covariances": ((*INIT, *TEXT, "--cov", "{tmp}/c"), "give either --data or --cov"),
+    "neither data nor covariances": (INIT, "give one of --data, --cov and --mix"),
+    "data and covariances": (
+        (*INIT, *TEXT, "--cov", "{tmp}/c"),
+        "give one of --data, --cov and --mix",
+    ),
+    "covariances and a mixture": (
+        (*INIT, "--cov", "{tmp}/c", "--mix", "{tmp}/c=1"),
+        "give one of --data, --cov and --mix",
+    ),
+    "a mixture without a weight": (
+        (*INIT, "--mix", "{tmp}/c"),
+        "is not FILE=WEIGHT, such as knowledge.safetensors=0.7",
+    ),
+    "a weight that is no number": ((*INIT, "--mix", "{tmp}/c=a"), "is not FILE=WEIGHT"),
+    "a mixture of one file twice": (
+        (*INIT, "--mix", "{tmp}/c=1", "--mix", "{tmp}/c=2"),
+        "--mix names a file twice",
+    ),
+    "candidates of covariances": (
+        (*INIT, "--cov", "{tmp}/c", "--candidates", 2),
+        "--candidates are samples of --data",
+    ),
+    "budget": ((*INIT, *TEXT, "--budget", "lots"), "'lots' is not a budget: write a whole number"),
+    "bounds without a budget": ((*INIT, *TEXT, "--max-rank", 8), 'such as budget="r=32"'),
     "no covariances": ((*INIT, "--cov", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "output below a file": (
         ("init", "{place}/model", "{place}/text.txt/out", "--mode", "ipm", *TEXT, *SMALL),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -21,7 +22,10 @@ from corda_kernels import (
     save_adapter,
     token_batches,
 )
+from corda_kernels.models import target_linears
 from corda_kernels.pipeline import calibrate_halves
+from corda_kernels.planning import layer_spectra, uniform_budget
+from corda_kernels.planning.compactness import CONDITIONS
 
 pytestmark = pytest.mark.real
 
@@ -66,6 +70,10 @@ def bound(base_folder, probe) -> float:
 def logits(model, ids):
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
+
+
+def linears(base_folder):
+    return target_linears(load_model(base_folder))
 
 
 def initial_weights(model):
@@ -139,3 +147,69 @@ def test_trained_adapter_survives_resume_export_and_merge(
     merge(copy.deepcopy(resumed)).save_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_same_logits(plain, trained, probe, bound)
+
+
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.RankDeficientWarning")
+def test_ranks_under_a_budget_load_train_export_and_merge(
+    base_folder, batches, covariances, probe, bound, tmp_path
+):
+    base = load_model(base_folder)
+    at_start = logits(base, probe)
+    config = CordaConfig("kpm", budget="r=32", progress=False)
+    model = init_corda(base, covariances, config)
+    assert_same_logits(model, at_start, probe, bound)
+    allocation = model.corda_record.allocation
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == allocation["spent"]
+    widest = 576 + 1536
+    assert allocation["budget"] - widest < trainable <= allocation["budget"]
+    assert allocation["budget"] == uniform_budget(
+        {name: tuple(m.weight.shape) for name, m in linears(base_folder).items()}, 32
+    )
+    save_adapter(model, tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(load_model(base_folder), tmp_path / "adapter")
+    ranks = {name: rank for name, rank in allocation["ranks"].items() if rank}
+    for name, rank in ranks.items():
+        assert fresh.get_base_model().get_submodule(name).r["default"] == rank
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    model.train()
+    for batch in batches[:4]:
+        model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits(model, probe)
+    assert float((trained - at_start).abs().max()) > 100 * bound
+    export_lora(model, tmp_path / "lora")
+    stock = PeftModel.from_pretrained(load_model(base_folder), tmp_path / "lora")
+    assert_same_logits(stock, trained, probe, bound)
+    assert_same_logits(merge(model), trained, probe, bound)
+
+
+def test_compactness_is_the_literal_one(base_folder, covariances):
+    """By SVDs in float64, in five of the blocks; `benches/selection.py` does it in all."""
+    modules = {
+        name: module
+        for name, module in linears(base_folder).items()
+        if name.split(".")[2] in ("0", "7", "15", "22", "29")
+    }
+    found = {
+        condition: layer_spectra(modules, covariances, condition=condition)
+        for condition in CONDITIONS
+    }
+    for covariance, names in covariances.groups():
+        C = covariance.matrix.double()
+        C = (C / C.diagonal().mean() + 0.01 * torch.eye(len(C))) / 1.01
+        names = [name for name in names if name in modules]
+        values = torch.linalg.svdvals(C).tolist() if names else []
+        for name in names:
+            weight = modules[name].weight.detach().double()
+            sigma = torch.linalg.svdvals(weight @ C)
+            for condition, pi in (
+                ("ratio", values[0] / values[-1]),
+                ("bound", values[0] ** 0.5 / values[-1]),
+                ("tight", values[-1] ** -0.5),
+            ):
+                literal = math.log(pi * len(weight) ** 0.5) * float((sigma / sigma[0]).sum())
+                score = found[condition][name].compactness
+                assert score == pytest.approx(literal, rel=1e-4), (name, condition)

@@ -1,0 +1,225 @@
+"""How compact a layer is under a covariance: CorDA++'s score, and the two parts that it is made of.
+
+Selection scores every candidate by it, rank allocation reads the same two parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.calibration import CovarianceSet
+from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
+from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.models import linear_weight
+from corda_kernels.progress import progress_bar
+
+Condition = Literal["ratio", "bound", "tight"]
+
+CONDITIONS = ("ratio", "bound", "tight")
+
+# Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
+_SMALL = 2048
+
+# A covariance and the layers that read that input.
+_Group = tuple[Tensor, list[str]]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@torch.no_grad()
+def compactness(
+    weight: Tensor,  # (*batch, out, in)
+    covariance: Tensor,  # (*batch, in, in)
+    *,
+    damping: float = 1e-2,
+    condition: Condition = "ratio",
+) -> Tensor:
+    """The score by which CorDA++ selects covariances, the lower the better.
+
+        s = log π(C) · Σᵢ σᵢ(WC)/σmax(WC)
+
+    with C damped, see `log_condition` for π. The sum, nuclear over spectral norm, is an effective
+    rank between 1 and min(out, in). Real covariances are singular to working precision: only with
+    one damping for all can candidates be compared. C → aC changes nothing.
+
+    Args:
+        weight: (*batch, out, in), any floating dtype.
+        covariance: (*batch, in, in), symmetric positive semi-definite, any floating dtype.
+        damping: added to C, times its mean diagonal.
+        condition: which π.
+
+    Returns:
+        (*batch) float64; 0 where WC = 0.
+
+    Raises:
+        ConfigError: damping or condition is not possible.
+        DecompositionError: shapes do not fit, an input holds NaN or Inf, or C is singular although
+            damped.
+
+    Source: CorDA++, dynamic covariance selection.
+    """
+    check_condition(damping, condition)
+    rank = _effective_rank(singular_values(weight, covariance, damping=damping, tail=False))
+    return rank * log_condition(covariance, weight.shape[-2], damping=damping, condition=condition)
+
+
+@torch.no_grad()
+def log_condition(
+    covariance: Tensor,  # (*batch, in, in)
+    outputs: int,
+    *,
+    damping: float = 1e-2,
+    condition: Condition = "ratio",
+) -> Tensor:
+    """log π(C) of a layer, at least 0.
+
+    With λ the eigenvalues of C + damping·mean(diag C)·I, divided by their mean, π is
+
+    - "ratio": √out·λmax/λmin, the definition of CorDA++;
+    - "bound": √out·√λmax/λmin, what its derivation arrives at;
+    - "tight": √out/√λmin, which bounds the same quantity and is about 100 times smaller.
+
+    Args:
+        covariance: (*batch, in, in), any floating dtype.
+        outputs: of the layer.
+        damping: added to C, times its mean diagonal.
+        condition: which π.
+
+    Returns:
+        (*batch) float64. λmax and λmin come from Lanczos steps (`extreme_eigenvalues`).
+
+    Raises:
+        ConfigError: damping or condition is not possible.
+        DecompositionError: C is not square or positive definite, although damped.
+    """
+    check_condition(damping, condition)
+    C = covariance.double()
+    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = C.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean[..., None])
+    largest, smallest = extreme_eigenvalues(damped)
+    mean = mean * (1 + damping)
+    spread = {
+        "ratio": lambda: (largest / smallest).log(),
+        "bound": lambda: (largest / mean).log() / 2 - (smallest / mean).log(),
+        "tight": lambda: -(smallest / mean).log() / 2,
+    }[condition]()
+    return math.log(outputs) / 2 + spread
+
+
+def _effective_rank(spectrum: Tensor) -> Tensor:
+    """Nuclear over spectral norm, Σσ/σmax (*batch), of singular values (*batch, R), descending."""
+    largest = spectrum[..., 0]
+    return torch.where(largest > 0, spectrum.sum(-1) / largest, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """What CorDA++ looks at in one layer.
+
+    Attributes:
+        singular_values: (R,) float64 on the CPU, of W·C damped, descending.
+        log_condition: log π(C).
+    """
+
+    singular_values: Tensor
+    log_condition: float
+
+    @property
+    def compactness(self) -> float:
+        """The layer's score; see `compactness`."""
+        return self.log_condition * float(_effective_rank(self.singular_values))
+
+
+def layer_spectra(
+    modules: Mapping[str, nn.Module],
+    covariances: CovarianceSet,
+    *,
+    damping: float = 1e-2,
+    condition: Condition = "ratio",
+    tail: bool = True,
+    progress: bool = False,
+) -> dict[str, LayerSpectrum]:
+    """Spectrum and log condition of every layer; of a shared covariance the condition once.
+
+    Args:
+        modules: linear layers by name, in reach of `covariances`.
+        covariances: their inputs' covariances.
+        damping: see `compactness`.
+        condition: see `log_condition`.
+        tail: whether the smallest singular values must be right; scores do not need them.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: damping or condition is not possible.
+        DecompositionError: a covariance does not fit its layer, is not finite, or singular although
+            damped; the message names the layer.
+    """
+    check_condition(damping, condition)
+    groups = [
+        (covariance.matrix, [name for name in names if name in modules])
+        for covariance, names in covariances.groups()
+    ]
+    score = partial(
+        _group_spectra, modules=modules, damping=damping, condition=condition, tail=tail
+    )
+    small: list[_Group] = []
+    large: list[_Group] = []
+    for group in groups:
+        device = linear_weight(modules[group[1][0]]).device if group[1] else None
+        beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
+        (small if beside else large).append(group)
+    found: dict[str, LayerSpectrum] = {}
+    bar = progress_bar(description="scoring", unit="layers", shown=progress, total=len(modules))
+    with bar:
+        for part in itertools.chain(parallel_map(score, small), map(score, large)):
+            found.update(part)
+            bar.update(len(part))
+    return {name: found[name] for name in modules}
+
+
+def _group_spectra(
+    group: _Group,
+    modules: Mapping[str, nn.Module],
+    damping: float,
+    condition: Condition,
+    tail: bool,
+) -> dict[str, LayerSpectrum]:
+    """Those of the layers that read one input."""
+    matrix, names = group
+    found: dict[str, LayerSpectrum] = {}
+    spread = 0.0
+    for name in names:
+        weight = linear_weight(modules[name]).detach()
+        C = matrix.to(weight.device)
+        try:
+            spectrum = singular_values(weight, C, damping=damping, tail=tail)
+            if not found:
+                spread = float(log_condition(C, 1, damping=damping, condition=condition))
+        except DecompositionError as error:
+            raise DecompositionError(f"layer {name}: {error}") from error
+        found[name] = LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
+    return found
+
+
+def check_condition(damping: float, condition: str) -> None:
+    """Refuses options by which covariances cannot be scored.
+
+    Raises:
+        ConfigError: damping is negative, infinite or NaN; or there is no such condition.
+    """
+    if not 0 <= damping < float("inf"):
+        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    if condition not in CONDITIONS:
+        raise ConfigError(
+            f"condition must be one of {', '.join(map(repr, CONDITIONS))}, got {condition!r}"
+        )

@@ -1,0 +1,279 @@
+"""Context mixtures: one covariance for several domains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.calibration import Covariance, CovarianceSet
+from corda_kernels.decomposition import co_svd
+from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.models import linear_weight
+from corda_kernels.progress import progress_bar
+from corda_kernels.versions import library_versions
+
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+
+
+@torch.no_grad()
+def mix_covariances(
+    sets: Sequence[CovarianceSet],
+    weights: Weights | Literal["drift"],
+    *,
+    normalize: Literal["trace", "tokens"] = "trace",
+    model: nn.Module | None = None,
+    held_out: Sequence[CovarianceSet] | None = None,
+    rank: int = 32,
+    damping: float | None = 0.01,
+) -> CovarianceSet:
+    """A convex mixture of the covariances of several domains, C = Σ wᵢ Cᵢ, layer by layer.
+
+    W·C is linear in C, so that energies, its squares, react to the square of a domain's weight:
+    inputs three times as large would count nine times. Traces are therefore made equal first.
+
+    Args:
+        sets: one for each domain, of the same layers.
+        weights: one for each domain; or those of each layer by name (layers that read one input
+            must agree); each at least 0, not all of them. They are divided by their sum. "drift"
+            has `drift_weights` choose them.
+        normalize: "trace" scales all to the trace of the weighted mean first, layer by layer;
+            "tokens" takes them as they are, means over each domain's tokens.
+        model: for "drift".
+        held_out: for "drift", covariances of other samples of the domains.
+        rank: for "drift".
+        damping: for "drift".
+
+    Returns:
+        The mixture. Its tokens, calls and outlier counts are sums. Layers that share an input in
+        all sets share it still. Names, weights and normalisation stand in `provenance["mixture"]`.
+
+    Raises:
+        ConfigError: the weights do not fit the sets, or an option is not possible.
+        CovarianceError: the sets cover different layers, or are normalised differently.
+
+    Source: context mixtures of CorDA++; the trace normalisation and drift are additions.
+    """
+    if normalize not in ("trace", "tokens"):
+        raise ConfigError(f'normalize must be "trace" or "tokens", got {normalize!r}')
+    _check_sets(sets)
+    if isinstance(weights, str):
+        if weights != "drift":
+            raise ConfigError(f'weights must be numbers or "drift", got {weights!r}')
+        if model is None or held_out is None:
+            raise ConfigError('weights="drift" needs the model and held-out covariances as well')
+        weights = drift_weights(
+            model, sets, held_out, normalize=normalize, rank=rank, damping=damping
+        )
+    shares = _shares(weights, sets)
+    mixed: dict[str, Covariance] = {}
+    for names in _shared_by_all(sets):
+        if any(shares[name] != shares[names[0]] for name in names):
+            raise ConfigError(
+                f"{names[0]} and {names[-1]} read one input and need the same weights"
+            )
+        parts = [part[names[0]] for part in sets]
+        covariance = _mixture(parts, shares[names[0]], normalize, names[0])
+        mixed.update(dict.fromkeys(names, covariance))
+    first = sets[0]
+    return CovarianceSet(
+        {name: mixed[name] for name in first},
+        normalize=first.normalize,
+        left_out={name: reason for part in sets for name, reason in part.left_out.items()},
+        provenance=_provenance(sets, weights, shares, normalize),
+    )
+
+
+@torch.no_grad()
+def drift_weights(
+    model: nn.Module,
+    sets: Sequence[CovarianceSet],
+    held_out: Sequence[CovarianceSet],
+    *,
+    normalize: Literal["trace", "tokens"] = "trace",
+    rank: int = 32,
+    damping: float | None = 0.01,
+    steps: int = 4,
+    progress: bool = True,
+) -> dict[str, tuple[float, ...]]:
+    """Weights by which no domain's outputs depend much on what KPM would train.
+
+    With U the r smallest left singular vectors of W·C, C the mixture, training may change all of
+    UUᵀW. Its share of the energy of a domain's outputs on text that was not calibrated on is
+
+        drift_d = ‖UᵀW C_d^½‖² / ‖W C_d^½‖² = tr(UᵀW C_d WᵀU) / tr(W C_d Wᵀ)
+
+    summed over the layers that read one input. Of all weights that are multiples of 1/steps those
+    are chosen, for each input, by which the largest of drift_d/best_d is least, best_d being what
+    domain d would have in a mixture of its own. So a domain that is quiet anyway is not given up.
+
+    Args:
+        model: whose layers they are.
+        sets: one for each domain, of the same layers.
+        held_out: as many, of other samples of the same domains.
+        normalize: see `mix_covariances`.
+        rank: r, cut to what a layer allows.
+        damping: of the mixture, times its mean diagonal.
+        steps: how fine the weights are; for two domains `steps` + 1 decompositions of each layer.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The weights of each layer by name.
+
+    Raises:
+        ConfigError: an option is not possible.
+        CovarianceError: the sets do not go together.
+    """
+    if rank < 1 or steps < 1:
+        raise ConfigError(f"rank and steps must be at least 1, got {rank} and {steps}")
+    _check_sets(sets)
+    _check_sets([*sets, *held_out])
+    if len(held_out) != len(sets):
+        raise ConfigError(f"{len(sets)} domains need as many held-out sets, got {len(held_out)}")
+    grid = [
+        tuple(count / steps for count in counts)
+        for counts in itertools.product(range(steps + 1), repeat=len(sets))
+        if sum(counts) == steps
+    ]
+    alone = [grid.index(tuple(float(d == e) for e in range(len(sets)))) for d in range(len(sets))]
+    chosen: dict[str, tuple[float, ...]] = {}
+    for names in progress_bar(
+        _shared_by_all([*sets, *held_out]), description="drift", unit="inputs", shown=progress
+    ):
+        layers = [linear_weight(model.get_submodule(name)).detach() for name in names]
+        parts = [part[names[0]] for part in sets]
+        outside = [part[names[0]].matrix for part in held_out]
+        mixtures = (_mixture(parts, shares, normalize, names[0]).matrix for shares in grid)
+        drifts = torch.stack([_drift(layers, C, outside, rank, damping) for C in mixtures])
+        best = drifts[alone].diagonal()
+        worst = (drifts / best).amax(1)
+        chosen.update(dict.fromkeys(names, grid[int(worst.argmin())]))
+    return {name: chosen[name] for name in sets[0]}
+
+
+def _drift(
+    layers: Sequence[Tensor],
+    mixture: Tensor,
+    outside: Sequence[Tensor],
+    rank: int,
+    damping: float | None,
+) -> Tensor:
+    """Drift of each domain's held-out outputs, (domains), summed over layers of one input."""
+    moved = torch.zeros(len(outside), dtype=torch.float64)
+    whole = torch.zeros_like(moved)
+    for weight in layers:
+        device = weight.device
+        k = min(rank, *weight.shape)
+        part = co_svd(weight, mixture.to(device), rank=k, which="smallest", damping=damping)
+        W = weight.double()
+        trained = part.U.mT @ W
+        for domain, matrix in enumerate(outside):
+            C = matrix.to(device).double()
+            moved[domain] += float(((trained @ C) * trained).sum())
+            whole[domain] += float(((W @ C) * W).sum())
+    # Below this it is rounding, of which there is no ratio.
+    return (moved / whole.clamp_min(1e-300)).clamp_min(1e-14)
+
+
+def _check_sets(sets: Sequence[CovarianceSet]) -> None:
+    if not sets:
+        raise CovarianceError("there are no covariances to mix: give at least one set")
+    for index, part in enumerate(sets[1:], 1):
+        if part.normalize != sets[0].normalize:
+            raise CovarianceError(
+                f'covariances normalised by "{sets[0].normalize}" and "{part.normalize}" cannot be '
+                "mixed: calibrate all alike"
+            )
+        odd = sorted(part.keys() ^ sets[0].keys())
+        if odd:
+            raise CovarianceError(
+                f"sets 0 and {index} cover different layers ({odd[0]} and {len(odd) - 1} more are "
+                "in one only): calibrate all with the same model and targets"
+            )
+
+
+def _shared_by_all(sets: Sequence[CovarianceSet]) -> list[list[str]]:
+    """Names of the layers that read one input in every set."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in sets[0]:
+        groups.setdefault(tuple(id(part[name]) for part in sets), []).append(name)
+    return list(groups.values())
+
+
+def _shares(weights: Weights, sets: Sequence[CovarianceSet]) -> dict[str, tuple[float, ...]]:
+    """Weights of each layer, their sum 1."""
+    if not isinstance(weights, Mapping):
+        return dict.fromkeys(sets[0], _normalized(weights, len(sets), "the weights"))
+    odd = sorted(weights.keys() ^ sets[0].keys())
+    if odd:
+        raise ConfigError(
+            f"weights by layer must name the layers of the sets; {odd[0]} is in one only"
+        )
+    return {name: _normalized(weights[name], len(sets), name) for name in sets[0]}
+
+
+def _normalized(weights: Sequence[float], count: int, whose: str) -> tuple[float, ...]:
+    total = math.fsum(weights)
+    if len(weights) != count or not 0 < total < math.inf or min(weights) < 0:
+        raise ConfigError(
+            f"{whose}: {count} sets need {count} weights of at least 0, not all of them 0, got "
+            f"{list(weights)}"
+        )
+    return tuple(weight / total for weight in weights)
+
+
+def _mixture(
+    parts: Sequence[Covariance], shares: Sequence[float], normalize: str, name: str
+) -> Covariance:
+    thresholds = {part.outlier_threshold for part in parts}
+    widths = {part.matrix.shape[0] for part in parts}
+    if len(thresholds) > 1 or len(widths) > 1:
+        raise CovarianceError(
+            f"layer {name}: covariances of {sorted(widths)} channels and outlier thresholds "
+            f"{sorted(thresholds)} cannot be mixed: calibrate all with the same model and options"
+        )
+    scales = list(shares)
+    if normalize == "trace":
+        traces = [float(part.matrix.diagonal().double().sum()) for part in parts]
+        mean = math.fsum(share * trace for share, trace in zip(shares, traces, strict=True))
+        scales = [s * mean / trace if trace else s for s, trace in zip(shares, traces, strict=True)]
+    # A part of weight 0 leaves no trace, not even of an Inf.
+    used = [(part, scale) for part, scale in zip(parts, scales, strict=True) if scale]
+    matrix = torch.zeros_like(parts[0].matrix)
+    for part, scale in used:
+        matrix.add_(part.matrix.to(matrix), alpha=scale)
+    return Covariance(
+        matrix,
+        tokens=sum(part.tokens for part, _ in used),
+        calls=sum(part.calls for part, _ in used),
+        absmax=torch.stack([part.absmax for part, _ in used]).amax(0),
+        outlier_count=torch.stack([part.outlier_count for part, _ in used]).sum(0),
+        outlier_threshold=parts[0].outlier_threshold,
+    )
+
+
+def _provenance(
+    sets: Sequence[CovarianceSet],
+    weights: Weights,
+    shares: Mapping[str, tuple[float, ...]],
+    normalize: str,
+) -> dict[str, Any]:
+    by_layer = isinstance(weights, Mapping)
+    sources = [dict(part.provenance) for part in sets]
+    for source in sources:
+        for note in ("stability", "versions"):  # long, or said already
+            source.pop(note, None)
+    return {
+        "model": sources[0].get("model", ""),
+        "tokens": sum(source.get("tokens", 0) for source in sources),
+        "versions": library_versions(),
+        "mixture": {
+            "normalize": normalize,
+            "weights": dict(shares) if by_layer else next(iter(shares.values())),
+            "sources": sources,
+        },
+    }

@@ -1,0 +1,258 @@
+"""How much rank each layer gets: one budget shared out over all layers, and what a budget may be.
+
+The filtering loop of CorDA++ takes components away one at a time, always the smallest of the layer
+that can best do without it. Over a million of them that is one sort.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Literal, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from corda_kernels.errors import ConfigError, RankError
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@torch.no_grad()
+def allocate_ranks(
+    spectra: Mapping[str, Tensor],  # (R,) each
+    log_condition: Mapping[str, float],
+    shapes: Shapes,
+    *,
+    budget: int,
+    mode: Literal["kpm", "ipm"] = "kpm",
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    rank_multiple: int = 1,
+) -> dict[str, int]:
+    """Shares a budget of adapter parameters out over the layers.
+
+    Components are filtered one at a time. With n filtered in layer l so far, the next has the score
+
+        s_l = log π(C_l) · σ_-(n+1) / Σ_{k=1..R−n−1} σ_k
+
+    (σ_-(j) the j-th smallest, the sum over what would remain), the lowest score goes first, and of
+    equal scores the earlier layer's. A component σ = 0 scores 0, the last of a layer, zero or not,
+    +∞. With c_N the cost of the first N components, out + in each, and τ the budget:
+
+    - "kpm" trains what was filtered, N = max{N : c_N ≤ τ};
+    - "ipm" trains what remains, N = min{N : c_total − c_N ≤ τ}.
+
+    Put the other way round, components are granted in that order or in its reverse, and the
+    first that the budget cannot pay ends it: a cheaper one further on is not taken instead, so
+    that a larger budget never takes rank away from a layer. The bounds thin that order out:
+
+    - Components beyond a layer's `max_rank` are struck from it; what they would have cost flows on.
+    - With `rank_multiple` m, a layer is granted m components at once, at the place of the last of
+      them. That is to round every rank down and to hand out what this frees in the same order.
+      What does not fill a multiple is struck, so that a layer with R < m gets 0.
+    - The first components of each layer, up to `min_rank` rounded up to a multiple, or all that
+      the layer can have if that is less, are granted before all others.
+
+    Args:
+        spectra: singular values of W·C, (R,), descending, any floating dtype, by layer name; their
+            order decides ties.
+        log_condition: log π(C) of each layer, finite and at least 0.
+        shapes: (out, in) of each layer's weight.
+        budget: number of adapter parameters, never exceeded.
+        mode: which components are trained, "kpm" the smallest or "ipm" the largest.
+        min_rank: what every layer gets at least.
+        max_rank: what a layer gets at most; None for R. Without it "kpm" gives most of its budget
+            to the layers with the flattest tails.
+        rank_multiple: every rank is a multiple of it.
+
+    Returns:
+        The rank of each layer, 0 … R, in the order of `spectra`.
+
+    Raises:
+        ConfigError: the mappings name different layers, a spectrum or log condition is not what it
+            must be, or an option is not possible.
+        RankError: the budget cannot hold `min_rank` in every layer, or a spectrum is longer than
+            its layer allows.
+
+    Source: dynamic rank allocation of CorDA++; multiples and bounds are additions.
+    """
+    if mode not in ("kpm", "ipm"):
+        raise ConfigError(f'mode must be "kpm" or "ipm", got {mode!r}')
+    budget = _whole("budget", budget, 0)
+    min_rank = _whole("min_rank", min_rank, 0)
+    multiple = _whole("rank_multiple", rank_multiple, 1)
+    least = -(-min_rank // multiple) * multiple
+    if max_rank is not None and _whole("max_rank", max_rank, 0) < max(least, multiple):
+        raise ConfigError(
+            f"no multiple of rank_multiple {multiple} lies between min_rank {min_rank} and "
+            f"max_rank {max_rank}: raise max_rank to {max(least, multiple)} or lower the others"
+        )
+    _check_names(spectra, log_condition, shapes)
+    values = [_checked_spectrum(name, spectra[name], shapes[name]) for name in spectra]
+    factors = [_checked_log_condition(name, log_condition[name]) for name in spectra]
+    if not values:
+        return {}
+
+    sizes = torch.tensor([len(value) for value in values])
+    costs = torch.tensor([sum(shapes[name]) for name in spectra]) * multiple
+    most = sizes if max_rank is None else sizes.clamp_max(max_rank)
+    most = most - most % multiple
+    guaranteed = most.clamp_max(least)
+    needed = int((guaranteed // multiple * costs).sum())
+    if needed > budget:
+        raise RankError(
+            f"min_rank {min_rank} needs {needed} adapter parameters over {len(values)} layers, the "
+            f"budget holds {budget}: lower min_rank or raise the budget"
+        )
+
+    # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
+    order = _filtering_order(values, factors)
+    layer = torch.repeat_interleave(torch.arange(len(values)), sizes)
+    nth = torch.arange(len(layer)) - (sizes.cumsum(0) - sizes)[layer] + 1
+    if mode == "ipm":
+        order = order.flip(0)
+        nth = sizes[layer] + 1 - nth
+    layer, nth = layer[order], nth[order]
+    granted = (nth % multiple == 0) & (nth <= most[layer])
+    layer, nth = layer[granted], nth[granted]
+    first = nth <= guaranteed[layer]
+    layer = torch.cat([layer[first], layer[~first]])
+
+    spent = costs[layer].cumsum(0)
+    # A budget beyond int64 is no more than all of it.
+    paid = int((spent <= min(budget, int((sizes * costs).sum()))).sum())
+    ranks = torch.bincount(layer[:paid], minlength=len(values)) * multiple
+    return dict(zip(spectra, ranks.tolist(), strict=True))
+
+
+def uniform_budget(shapes: Shapes, rank: int) -> int:
+    """Adapter parameters of one rank in all layers, Σ min(rank, out, in)·(out + in).
+
+    Args:
+        shapes: (out, in) of each layer's weight.
+        rank: the rank; layers too small for it get what they can have.
+
+    Raises:
+        ConfigError: the rank is not at least 1.
+    """
+    rank = _whole("rank", rank, 1)
+    return sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+
+
+def parse_budget(value: str | float, shapes: Shapes, total_parameters: int) -> int:
+    """Reads a budget the way a user writes it.
+
+    Args:
+        value: a whole number of parameters ("2500000"); a share of the model ("0.01", "1%", at
+            most all of it; 1.0 is all of it, 1 is one parameter); or "r=128", the budget of that
+            rank in all layers.
+        shapes: (out, in) of each layer's weight.
+        total_parameters: of the model.
+
+    Returns:
+        The number of adapter parameters; of a share, rounded down.
+
+    Raises:
+        ConfigError: the value is none of these.
+    """
+    text = str(value).strip()
+    if match := re.fullmatch(r"r\s*=\s*(\d+)", text):
+        return uniform_budget(shapes, int(match[1]))
+    if re.fullmatch(r"\d+(_\d+)*", text) and int(text) >= 1:
+        return int(text)
+    # Decimal, for 29 % of 100 is not 28.
+    share = Decimal(0)
+    if not re.fullmatch(r"[+-]?\d+", text):
+        with contextlib.suppress(InvalidOperation):
+            share = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if share.is_finite() and 0 < share <= 1:
+        return int(share * total_parameters)
+    raise ConfigError(
+        f"{text!r} is not a budget: write a whole number of parameters (2500000), a share of the "
+        "model (0.01 or 1%, above 0 and at most all of it), or the rank it would hold in all "
+        "layers (r=128)"
+    )
+
+
+def _filtering_order(spectra: list[Tensor], factors: list[float]) -> Tensor:
+    """Indices into all components, layer by layer and ascending, in the order of filtering.
+
+    Within a layer the scores never fall: the next component is no smaller, the sum over what
+    remains no larger, and rounding keeps both orders. The loop, which takes the lowest of
+    all layers' next scores and the earlier layer's of equals, therefore merges sorted lists.
+    """
+    scores = [_scores(*layer) for layer in zip(spectra, factors, strict=True)]
+    return torch.sort(torch.cat(scores), stable=True).indices
+
+
+def _scores(spectrum: Tensor, factor: float) -> Tensor:
+    """Scores of a layer's components, (R,), the smallest component first."""
+    tail = spectrum.flip(0)
+    scores = torch.full_like(tail, torch.inf)
+    # Summed from the largest down: a difference of sums would not be rounded in order.
+    remaining = spectrum.cumsum(0)[:-1].flip(0)
+    scores[:-1] = (factor * tail[:-1] / remaining).masked_fill(tail[:-1] == 0, 0)
+    return scores
+
+
+def _check_names(
+    spectra: Mapping[str, Tensor], log_condition: Mapping[str, float], shapes: Shapes
+) -> None:
+    for what, given in (("log_condition", log_condition), ("shapes", shapes)):
+        odd = sorted(spectra.keys() ^ given.keys())
+        if odd:
+            there, absent = ("spectra", what) if odd[0] in spectra else (what, "spectra")
+            raise ConfigError(
+                f"layer {odd[0]} is in {there} but not in {absent} ({len(odd)} such layers): take "
+                "all of them from the same layers of one model"
+            )
+
+
+def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The spectrum in float64 on the CPU."""
+    spectrum = spectrum.detach().cpu().double()
+    if spectrum.ndim != 1 or not len(spectrum):
+        raise ConfigError(
+            f"layer {name}: a spectrum is a vector of singular values, got {tuple(spectrum.shape)}"
+        )
+    if len(spectrum) > min(shape):
+        raise RankError(
+            f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[0]} × "
+            f"{shape[1]} has {min(shape)}: the spectrum belongs to another layer"
+        )
+    if not bool(spectrum.isfinite().all()):
+        raise ConfigError(
+            f"layer {name}: its spectrum holds NaN or Inf: check its weight and covariance, or "
+            "compute the spectrum in a wider dtype"
+        )
+    if bool(spectrum[-1] < 0) or bool((spectrum.diff() > 0).any()):
+        raise ConfigError(
+            f"layer {name}: its singular values must be descending and at least 0; "
+            "were they eigenvalues, or sorted the other way round?"
+        )
+    return spectrum
+
+
+def _checked_log_condition(name: str, value: float) -> float:
+    value = float(value)
+    if not 0 <= value < float("inf"):
+        raise ConfigError(
+            f"layer {name}: its log condition must be finite and at least 0, got {value}: damp a "
+            "singular covariance, and divide one by its mean diagonal where the condition depends "
+            "on its scale"
+        )
+    return value
+
+
+def _whole(name: str, value: SupportsIndex, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number

@@ -1,0 +1,304 @@
+"""Dynamic covariance selection: several samples of text, and which of them each layer keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from corda_kernels.calibration import Covariance, CovarianceSet
+from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.files import check_output
+from corda_kernels.planning.compactness import Condition, check_condition, layer_spectra
+
+Method = Literal["argmin", "pool"]
+
+METHODS = ("argmin", "pool")
+
+# From how many times the deviation within one domain on scores are said to differ.
+_BEYOND_NOISE = 2
+
+
+def select_covariance(
+    model: nn.Module,
+    candidates: Iterable[CovarianceSet | Callable[[], CovarianceSet]],
+    *,
+    selection: Method = "argmin",
+    damping: float = 1e-2,
+    condition: Condition = "ratio",
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> CovarianceSet:
+    """Scores candidates by their compactness, layer by layer, and makes one set of them.
+
+    Candidates are taken one at a time, and each is let go before the next is asked for: if they
+    are made on demand, no more than two sets are in memory. Layers that read one input decide
+    together, by the sum of their scores.
+
+    Args:
+        model: whose weights the covariances belong to.
+        candidates: sets of the same layers from different samples of text, or functions that make
+            them; a generator that calibrates on a fresh sample each round will do.
+            `provenance["domain"]`, if a set has it, names the text that it is a sample of.
+        selection: "argmin" keeps the candidate with the lowest score, as published (the earlier of
+            equals); "pool" adds all candidates up, weighted by tokens. On held-out samples of one
+            text pooling was better: there the scores differ by chance.
+        damping: added to every candidate for its score, times its mean diagonal. What is returned
+            is not damped.
+        condition: see `log_condition`.
+        state: a covariance file to write after every round and, if it is there, to go on from.
+            Candidates that it has seen are skipped (a function is not even called).
+        progress: whether to show a progress bar for each candidate.
+
+    Returns:
+        The set, with a `Selection` as JSON in `provenance["selection"]`.
+
+    Raises:
+        ConfigError: an option has an impossible value, or contradicts `state`.
+        CovarianceError: there are no candidates, or they cover different layers, share inputs
+            differently or are normalised differently.
+        CovarianceFileError: `state` is damaged.
+        DecompositionError: a candidate does not fit the model, or is not finite.
+
+    Source: CorDA++, dynamic covariance selection.
+    """
+    if selection not in METHODS:
+        raise ConfigError(f'selection must be "argmin" or "pool", got {selection!r}')
+    check_condition(damping, condition)
+    report = Selection(selection, damping, condition, [], [], {}, [])
+    kept: dict[str, Covariance] = {}
+    about: CovarianceSet | None = None
+    if state is not None and check_output(state).is_file():
+        about = CovarianceSet.load(state)
+        report = _resumed(about, report, state)
+        kept.update(about)
+        about = _without_covariances(about)
+    pending = iter(candidates)
+    for _ in range(report.rounds):
+        next(pending, None)
+    while (candidate := _produced(pending)) is not None:
+        if about is None:
+            about = _without_covariances(candidate)
+        else:
+            _check_alike(candidate, about.normalize, report.groups)
+        modules = {name: _module(model, name) for name in candidate}
+        spectra = layer_spectra(
+            modules,
+            candidate,
+            damping=damping,
+            condition=condition,
+            tail=False,
+            progress=progress,
+        )
+        report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
+        _adopt(kept, candidate, report)
+        del candidate  # before the next is made
+        if state is not None:
+            _result(kept, about, report).save(state)
+    if about is None:
+        raise CovarianceError("there are no candidates to select from: give at least one")
+    return _result(kept, about, report)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the candidates compared.
+
+    Attributes:
+        method: "argmin" or "pool".
+        damping: of all candidates, times their mean diagonal.
+        condition: which π; see `log_condition`.
+        tokens: of each candidate.
+        domains: what each candidate is a sample of, "" where its provenance does not say.
+        scores: by layer, the compactness under each candidate.
+        groups: names of the layers that read one input, and that decide together.
+    """
+
+    method: str
+    damping: float
+    condition: str
+    tokens: list[int]
+    domains: list[str]
+    scores: dict[str, list[float]]
+    groups: list[list[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Selection:
+        """Reads what `to_json` gave."""
+        return cls(**value)
+
+    def after(self, candidate: CovarianceSet, scores: Mapping[str, float]) -> Selection:
+        """With one more candidate and its scores by layer."""
+        return replace(
+            self,
+            tokens=[*self.tokens, max(covariance.tokens for covariance in candidate.values())],
+            domains=[*self.domains, str(candidate.provenance.get("domain", ""))],
+            scores={name: [*self.scores.get(name, []), score] for name, score in scores.items()},
+            groups=[names for _, names in candidate.groups()],
+        )
+
+    @property
+    def rounds(self) -> int:
+        """How many candidates were scored."""
+        return len(self.tokens)
+
+    def totals(self) -> list[list[float]]:
+        """Of each group, the sum of its layers' scores under each candidate."""
+        return [
+            [math.fsum(column) for column in zip(*(self.scores[n] for n in names), strict=True)]
+            for names in self.groups
+        ]
+
+    def winners(self) -> dict[str, int]:
+        """The candidate with the lowest score by layer, the earlier of equals."""
+        return {
+            name: scores.index(min(scores))
+            for names, scores in zip(self.groups, self.totals(), strict=True)
+            for name in names
+        }
+
+    def spreads(self) -> list[float]:
+        """Of each group, the standard deviation of its scores over their mean."""
+        return [_deviation([scores]) for scores in self.totals()]
+
+    def noises(self) -> list[float] | None:
+        """The same among candidates of one domain, pooled over the domains.
+
+        Samples of one text differ by chance alone, so that this is what chance does. None if no
+        domain has two candidates, or the candidates do not say what they are samples of.
+        """
+        kinds = [
+            [index for index, other in enumerate(self.domains) if other == domain]
+            for domain in dict.fromkeys(self.domains)
+        ]
+        if "" in self.domains or all(len(kind) < 2 for kind in kinds):
+            return None
+        return [_deviation([[row[i] for i in kind] for kind in kinds]) for row in self.totals()]
+
+    def summary(self) -> str:
+        """Whether the scores tell the candidates apart, in plain words."""
+        if self.rounds < 2:
+            return "one candidate: there was nothing to choose"
+        spreads, noises = self.spreads(), self.noises()
+        found = (
+            f"{self.rounds} candidates, whose scores differ by {statistics.median(spreads):.1%} "
+            "(standard deviation, the median over all inputs)"
+        )
+        if noises is None:
+            return f"{found}; how much of that is chance, two samples of one domain would tell"
+        if len(set(self.domains)) == 1:
+            advice = "" if self.method == "pool" else '; selection "pool" would use all of it'
+            return f"{found}; all are samples of one text, so that this is chance{advice}"
+        beyond = sum(s > _BEYOND_NOISE * n for s, n in zip(spreads, noises, strict=True))
+        return (
+            f"{found}, within one domain by {statistics.median(noises):.1%}; more than "
+            f"{_BEYOND_NOISE} times as much, for {beyond} of {len(noises)} inputs, is beyond chance"
+        )
+
+
+def _deviation(kinds: Sequence[Sequence[float]]) -> float:
+    """Standard deviation within kinds, pooled over them, over the mean of all."""
+    mean = statistics.fmean(value for kind in kinds for value in kind)
+    freedom = sum(len(kind) - 1 for kind in kinds)
+    if not mean or not freedom:
+        return 0.0
+    squares = math.fsum((v - statistics.fmean(kind)) ** 2 for kind in kinds for v in kind)
+    return math.sqrt(squares / freedom) / mean
+
+
+def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[str]) -> Selection:
+    """The report in a state file, after a check that it belongs to the selection asked for."""
+    if "selection" not in chosen.provenance:
+        raise ConfigError(
+            f"{path} holds covariances, but no selection to go on with: choose another file"
+        )
+    found = Selection.from_json(chosen.provenance["selection"])
+    for option in ("method", "damping", "condition"):
+        before, now = getattr(found, option), getattr(asked, option)
+        if before != now:
+            raise ConfigError(
+                f"{path} holds a selection with {option} {before!r}, not {now!r}: remove the file "
+                "to start again, or ask for the same"
+            )
+    return found
+
+
+def _produced(
+    pending: Iterator[CovarianceSet | Callable[[], CovarianceSet]],
+) -> CovarianceSet | None:
+    """The next candidate, made if it has to be; None after the last."""
+    entry = next(pending, None)
+    return entry if entry is None or isinstance(entry, CovarianceSet) else entry()
+
+
+def _check_alike(candidate: CovarianceSet, normalize: str, groups: Sequence[list[str]]) -> None:
+    if candidate.normalize != normalize:
+        raise CovarianceError(
+            f'candidates normalised by "{normalize}" and "{candidate.normalize}" cannot be '
+            "compared: calibrate all alike"
+        )
+    odd = sorted(candidate.keys() ^ {name for names in groups for name in names})
+    if odd:
+        raise CovarianceError(
+            f"the candidates cover different layers ({odd[0]} and {len(odd) - 1} more are in one "
+            "only): calibrate all with the same model and targets, on enough text for every layer"
+        )
+    if {frozenset(names) for _, names in candidate.groups()} != set(map(frozenset, groups)):
+        raise CovarianceError(
+            "layers share their inputs in one candidate that do not in another, so that they "
+            "cannot decide together: calibrate all with the same model"
+        )
+
+
+def _adopt(kept: dict[str, Covariance], candidate: CovarianceSet, report: Selection) -> None:
+    """Takes over from the last candidate what its scores call for, one input after the other.
+
+    In place, so that what is replaced is let go at once.
+    """
+    winners = report.winners()
+    for covariance, names in candidate.groups():
+        if names[0] not in kept:
+            kept.update(dict.fromkeys(names, covariance))
+        elif report.method == "pool":
+            pooled = kept[names[0]].merge(covariance, normalize=candidate.normalize)
+            kept.update(dict.fromkeys(names, pooled))
+        elif winners[names[0]] == report.rounds - 1:
+            kept.update(dict.fromkeys(names, covariance))
+
+
+def _without_covariances(covariances: CovarianceSet) -> CovarianceSet:
+    """What a set says about itself, without holding on to its matrices."""
+    return CovarianceSet(
+        {},
+        normalize=covariances.normalize,
+        left_out=covariances.left_out,
+        provenance=covariances.provenance,
+    )
+
+
+def _result(
+    kept: Mapping[str, Covariance], about: CovarianceSet, report: Selection
+) -> CovarianceSet:
+    # The stability was one candidate's, as was the domain.
+    notes = {k: v for k, v in about.provenance.items() if k not in ("stability", "domain")}
+    notes |= {"tokens": sum(report.tokens), "selection": report.to_json()}
+    return CovarianceSet(kept, normalize=about.normalize, left_out=about.left_out, provenance=notes)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise CovarianceError(
+            f"the model has no layer {name}, of which a candidate has a covariance: calibrate the "
+            "model that the adapter is for"
+        ) from error

@@ -1,0 +1,249 @@
+"""Ranks under a budget and covariances from candidates, through the pipeline and out of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from corda_kernels import (
+    CordaConfig,
+    CovarianceSet,
+    export_lora,
+    init_corda,
+    load_for_training,
+    merge,
+    save_adapter,
+)
+from corda_kernels.errors import (
+    ConfigError,
+    LeftOutWarning,
+    NonFiniteActivationError,
+    RankError,
+)
+from corda_kernels.initialization import adapter_of, read_adapter
+from corda_kernels.models import linear_weight
+from corda_kernels.pipeline import calibrate_candidates, corda_adapter
+from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
+
+Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
+Make = Callable[..., nn.Module]
+Logits = Callable[[nn.Module], Tensor]
+BUDGET = 1500  # of tiny layers, 48 to 160 parameters a component
+
+
+def config(mode: Any = "kpm", **options: Any) -> CordaConfig:
+    return CordaConfig(mode, **({"budget": BUDGET, "progress": False} | options))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("condition", ["ratio", "tight"])
+@pytest.mark.parametrize("damping", [0.01, 0.1, None])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_the_ranks_are_those_of_the_damped_layers(
+    calibrated: Calibrated, mode: Any, damping: float | None, condition: Any
+) -> None:
+    model, covariances = calibrated()
+    adapter = corda_adapter(model, covariances, config(mode, damping=damping, condition=condition))
+    modules = {name: model.get_submodule(name) for name in covariances}
+    spectra = layer_spectra(modules, covariances, damping=damping or 0.01, condition=condition)
+    shapes = {name: tuple(linear_weight(module).shape) for name, module in modules.items()}
+    expected = allocate_ranks(
+        {name: spectrum.singular_values for name, spectrum in spectra.items()},
+        {name: spectrum.log_condition for name, spectrum in spectra.items()},
+        shapes,
+        budget=BUDGET,
+        mode=mode,
+    )
+    record = adapter.record
+    assert record.allocation["ranks"] == expected
+    assert {name: layer.rank for name, layer in adapter.layers.items()} == {
+        name: rank for name, rank in expected.items() if rank
+    }
+    assert record.rank == max(expected.values())
+    spent = sum(layer.A.numel() + layer.B.numel() for layer in adapter.layers.values())
+    assert record.allocation["spent"] == spent <= record.allocation["budget"] == BUDGET
+    assert BUDGET - spent < 80  # the widest layer's component
+    for name, layer in adapter.layers.items():
+        assert record.layers[name]["rank"] == layer.rank
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("mode", "step"), [("kpm", None), ("ipm", "lora")])
+def test_layers_of_different_rank_go_all_the_way(
+    calibrated: Calibrated,
+    train: Make,
+    logits: Logits,
+    same_logits: Callable[..., bool],
+    tmp_path: Path,
+    architecture: str,
+    mode: str,
+    step: Any,
+    residual: Any,
+    use_peft: bool,
+) -> None:
+    model, covariances = calibrated(architecture)
+    untouched = copy.deepcopy(model)
+    options = config(mode, step=step, residual=residual, balance="paper")
+    adapted = init_corda(model, covariances, options, use_peft=use_peft)
+    assert same_logits(logits(adapted), untouched)
+    ranks = [layer.rank for layer in adapter_of(adapted).layers.values()]
+    assert len(set(ranks)) > 1
+    # The last component of a layer is filtered after all others: IPM leaves one everywhere.
+    assert (len(ranks) < len(covariances)) == (mode == "kpm")
+    assert parameters(adapted) <= BUDGET
+
+    save_adapter(train(adapted), tmp_path / "adapter")
+    trained = logits(adapted)
+    loaded = load_for_training(copy.deepcopy(untouched), tmp_path / "adapter", use_peft=use_peft)
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
+    assert parameters(loaded) == parameters(adapted)
+
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    stock = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "lora")
+    torch.testing.assert_close(logits(stock), trained, rtol=1e-4, atol=1e-4)
+    assert stock.peft_config["default"].r == 2 * max(ranks)
+    merged = merge(loaded)
+    assert not any("lora" in name or ".A" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_stock_peft_reads_rank_and_alpha_by_layer(calibrated: Calibrated, tmp_path: Path) -> None:
+    model, covariances = calibrated()
+    save_adapter(init_corda(model, covariances, config(step="lora")), tmp_path)
+    adapter = read_adapter(tmp_path)
+    base, _ = calibrated()
+    stock = PeftModel.from_pretrained(base, tmp_path).get_base_model()
+    for name in covariances:
+        module = stock.get_submodule(name)
+        if name not in adapter.layers:
+            assert not hasattr(module, "lora_A")
+            continue
+        layer = adapter.layers[name]
+        assert module.r["default"] == layer.rank
+        assert module.scaling["default"] == pytest.approx(layer.scaling, rel=1e-6)
+        assert torch.equal(module.lora_A["default"].weight, layer.A)
+
+
+@pytest.mark.parametrize(
+    ("budget", "of"), [("r=4", "layers"), ("5%", "model"), (0.05, "model"), (777, "number")]
+)
+def test_budgets_are_read_for_the_model(calibrated: Calibrated, budget: Any, of: str) -> None:
+    model, covariances = calibrated()
+    meant = {
+        "layers": sum(4 * sum(model.get_submodule(name).weight.shape) for name in covariances),
+        "model": int(sum(p.numel() for p in model.parameters()) / 20),
+        "number": 777,
+    }[of]
+    allocation = corda_adapter(model, covariances, config(budget=budget)).record.allocation
+    assert allocation["budget"] == meant
+
+
+def test_bounds_reach_the_allocation(calibrated: Calibrated) -> None:
+    options = config("ipm", min_rank=2, max_rank=4, rank_multiple=2, budget=3000)
+    layers = corda_adapter(*calibrated(), options).layers
+    assert len(layers) == 14
+    assert {layer.rank for layer in layers.values()} == {2, 4}
+
+
+def test_a_budget_for_nothing_is_refused(calibrated: Calibrated) -> None:
+    with pytest.raises(RankError, match="does not pay for one component"):
+        corda_adapter(*calibrated(), config(budget=40))
+    model, _ = calibrated()
+    never = (pytest.fail("the model ran") for _ in range(1))
+    with pytest.raises(ConfigError, match="is not a budget"):
+        corda_adapter(model, never, config(budget="lots"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": None, "max_rank": 4}, "bound the ranks under a budget"),
+        ({"budget": None, "min_rank": 1}, "bound the ranks under a budget"),
+        ({"budget": None, "rank_multiple": 8}, "bound the ranks under a budget"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"selection": "best"}, "selection must be one of"),
+        ({"condition": "other"}, "condition must be one of"),
+    ],
+)
+def test_options_that_contradict_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config(**options)
+
+
+def test_an_adapter_of_the_first_format_is_read(calibrated: Calibrated, tmp_path: Path) -> None:
+    save_adapter(init_corda(*calibrated(), config(budget=None, rank=4)), tmp_path)
+    file = tmp_path / "corda.json"
+    value = json.loads(file.read_text())
+    assert value.pop("allocation") == {}
+    value["format"] = "corda_kernels.adapter/1"
+    file.write_text(json.dumps(value))
+    record = read_adapter(tmp_path).record
+    assert record.allocation == {}
+    assert record.format == "corda_kernels.adapter/2"
+
+
+def batches(count: int = 7) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 64, (3, 16), generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("selection", ["argmin", "pool"])
+def test_candidates_are_dealt_out_in_turn(calibrated: Calibrated, selection: Any) -> None:
+    model, _ = calibrated()
+    options = config(budget=None, rank=4, candidates=3, selection=selection)
+    record = corda_adapter(model, iter(batches()), options).record
+    report = Selection.from_json(record.calibration["selection"])
+    assert report.tokens == [3 * 48, 2 * 48, 2 * 48]
+    assert report.domains == ["the given batches"] * 3
+    assert (report.method, report.damping) == (selection, 0.01)
+    assert record.stability == {}
+    tokens = {layer["tokens"] for layer in record.layers.values()}
+    assert tokens == {7 * 48} if selection == "pool" else tokens <= {3 * 48, 2 * 48}
+
+
+def test_a_selection_can_be_cut_off_and_resumed(calibrated: Calibrated, tmp_path: Path) -> None:
+    model, _ = calibrated()
+    expected = calibrate_candidates(model, batches(), candidates=3, progress=False)
+    state = tmp_path / "state.safetensors"
+    broken = batches()
+    broken[4] = broken[4].new_full((3, 16), 10**6)  # in candidate 1, and no such token
+    with pytest.raises(IndexError):
+        calibrate_candidates(model, broken, candidates=3, state=state, progress=False)
+    assert Selection.from_json(CovarianceSet.load(state).provenance["selection"]).rounds == 1
+    found = calibrate_candidates(model, batches(), candidates=3, state=state, progress=False)
+    assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
+    assert found.provenance == expected.provenance
+
+
+def test_too_few_batches_for_the_candidates(calibrated: Calibrated) -> None:
+    with pytest.raises(ConfigError, match="8 candidates need as many batches, got 7"):
+        calibrate_candidates(calibrated()[0], batches(), candidates=8, progress=False)
+
+
+def test_candidates_warn_once_and_name_the_batch_that_breaks(calibrated: Calibrated) -> None:
+    model, _ = calibrated("mixtral")
+    with pytest.warns(LeftOutWarning) as warned:
+        calibrate_candidates(model, batches(), candidates=3, progress=False)
+    assert len(warned) == 1
+
+    model, _ = calibrated()
+    model.get_input_embeddings().weight.data[5] = math.nan
+    clean = [batch.masked_fill(batch == 5, 6) for batch in batches()]
+    clean[5][0, 0] = 5
+    with pytest.raises(NonFiniteActivationError) as caught:
+        calibrate_candidates(model, clean, candidates=3, progress=False)
+    assert (caught.value.batch, caught.value.tokens) == (5, (5 * 48, 6 * 48))
