@@ -28,8 +28,10 @@ _DENSE_BLOCKS = 6
 # Errors of the subspace at which to stop, and gaps below which there is nothing to tell apart. What
 # B A is off by in the end is a hundredth of it or less, for the error is estimated before the last
 # application of the operator.
-_TOLERANCE = {"largest": 1e-4, "smallest": 1e-2}
+_TOLERANCE = {"largest": 6e-4, "smallest": 1e-2}
 _LEAST_GAP = {"largest": 1e-3, "smallest": 1e-2}
+# What an application of the operator takes off the error, roughly, on layers of SmolLM2-135M.
+_GAIN = {"largest": 1e3, "smallest": 3e1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,8 @@ def check(
             f"it must be between 1 and {min(weight.shape[-2:])}"
         )
     for name, tensor in (("weight", weight), ("covariance", covariance)):
-        if not bool(torch.isfinite(tensor).all()):
+        # A finite sum is quick to see; only an infinite one can be an overflow.
+        if not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
             raise DecompositionError(f"the {name} holds NaN or Inf: check the model's weights")
 
 
@@ -233,7 +236,11 @@ def _iterated(
     # The same for all of a batch: what comes of a layer does not depend on its company.
     start = torch.randn(n, _block(rank, n), dtype=M.dtype, device=M.device, generator=generator)
     start = start.expand(*M.shape[:-2], *start.shape)
-    options = {"tolerance": _TOLERANCE[which], "least_gap": _LEAST_GAP[which]}
+    options = {
+        "tolerance": _TOLERANCE[which],
+        "least_gap": _LEAST_GAP[which],
+        "gain": _GAIN[which],
+    }
     if which == "largest":
         U, S, error = leading_pairs(lambda X: M.mT @ X, lambda Y: M @ Y, start, rank, **options)
     else:
