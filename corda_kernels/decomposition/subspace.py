@@ -9,7 +9,6 @@ work on the left side alone: U obtained from V as M·V/σ would carry the error 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +21,8 @@ Operator = Callable[[Tensor], Tensor]
 _FIRST_LOOK = (4, 2)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 6
+# Up to this multiple of the tolerated error one more block will probably do.
+_NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
 # square: an eigenproblem's error is eps times the largest.
 _SQUARABLE = 1e9
@@ -101,9 +102,8 @@ def _lanczos(
         error = float(_error(basis, images, theta, turn, rank, least_gap).max())
         if not error > tolerance or look == blocks:  # NaN ends it, too
             return _orthonormal(images @ turn[..., :block])
-        # Errors fall by a constant factor a step, from about 1 on.
-        digits = -math.log(min(error, 0.3)) / look
-        look = min(blocks, look + max(1, math.ceil(math.log(error / tolerance) / digits)))
+        # A block takes off one to three orders of magnitude; a look costs about as much as a block.
+        look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
 
 
 def _next_block(basis: Tensor, image: Tensor) -> Tensor:
