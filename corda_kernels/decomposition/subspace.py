@@ -51,8 +51,8 @@ def leading_pairs(
         rank: how many are wanted.
         tolerance: the error of the subspace, as a sine, at which to stop.
         least_gap: smaller gaps count as this one.
-        gain: what one more application of A is expected to take off the error of Ritz vectors; what
-            it did take off is looked at afterwards.
+        gain: what one more application of A is expected to take off the error of Ritz vectors; if
+            it takes off less, a new start goes by that.
 
     Returns:
         U (*batch, n, rank), the singular values of `back` (*batch, rank) descending, and the error
@@ -67,13 +67,16 @@ def leading_pairs(
     front = _orthonormal(start)
     for cycle in range(_MOST_CYCLES):
         look = min(_FIRST_LOOK[cycle > 0], blocks)
-        front = _lanczos(half, back, front, rank, look, blocks, gain * tolerance, least_gap)
+        front, reached = _lanczos(
+            half, back, front, rank, look, blocks, gain * tolerance, least_gap
+        )
         # Ritz pairs of A on this subspace, and once more A on them.
         right, triangle = torch.linalg.qr(half(front))
         turned = back(right)
         _, sigma, turn = torch.linalg.svd(triangle)
         error = _error(front, turned @ triangle, sigma.square(), turn.mT, rank, least_gap)
         front, factor = torch.linalg.qr(turned)
+        gain = min(gain, max(1.0, reached / max(float(error.max()), tolerance)))
         if bool((error <= tolerance).all()) or bool(error.isnan().any()):
             break
     left, values, _ = torch.linalg.svd(factor)
@@ -89,8 +92,9 @@ def _lanczos(
     blocks: int,
     tolerance: float,
     least_gap: float,
-) -> Tensor:
-    """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors."""
+) -> tuple[Tensor, float]:
+    """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
+    error that these had."""
     block = front.shape[-1]
     basis, images = front, back(half(front))
     while True:
@@ -101,7 +105,7 @@ def _lanczos(
         theta, turn = _ritz(half, basis, images)
         error = float(_error(basis, images, theta, turn, rank, least_gap).max())
         if not error > tolerance or look == blocks:  # NaN ends it, too
-            return _orthonormal(images @ turn[..., :block])
+            return _orthonormal(images @ turn[..., :block]), error
         # A block takes off one to three orders of magnitude; a look costs about as much as a block.
         look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
 

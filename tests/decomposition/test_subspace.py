@@ -115,6 +115,15 @@ def test_it_gives_up_with_an_honest_error(n: int, block: int) -> None:
     torch.testing.assert_close(U.T @ U, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+def test_a_slow_spectrum_behind_one_outlier_converges_over_several_starts() -> None:
+    # As in the layer of massive activations: what one application gains has to be learnt.
+    sigma = torch.cat([torch.tensor([1e5]), torch.linspace(1, 0.7, 299)]).double()
+    M, known_U = known(300, 300, sigma)
+    U, _, error = top(M, 16, block=32, tolerance=1e-3)
+    assert float(error) <= 1e-3
+    assert distance(U, known_U[:, :16]) <= 1e-2
+
+
 def test_the_basis_stays_orthonormal_in_an_exhausted_space() -> None:
     M, known_U = known(200, 200, torch.tensor([3.0, 2.0, 1.0]).double())
     U, S, error = top(M, 3)
