@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +11,11 @@ from torch import Tensor, nn
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
-from corda_kernels.errors import CalibrationError, LeftOutWarning
-from corda_kernels.models import decoder, output_head, target_linears, unreached_weights
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.resume import CalibrationCheckpoint, Journal
+from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
+from corda_kernels.errors import ConfigError
 from corda_kernels.progress import progress_bar
-from corda_kernels.versions import library_versions
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,8 +30,10 @@ def calibrate(
     *,
     targets: str | Sequence[str] = "all-linear",
     outlier_threshold: float = 6.0,
-    normalize: Literal["tokens", "peft"] = "tokens",
-    on_unseen: Literal["error", "skip"] = "error",
+    normalize: Normalize = "tokens",
+    on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
     """Runs the model over calibration text: the covariance of every target layer's inputs.
@@ -52,6 +52,10 @@ def calibrate(
             and takes the mean over calls, as PEFT's own CorDA does.
         on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
             out.
+        checkpoint: where to keep what has been summed up so far, and whether to go on from it after
+            a kill. The result is the same to the last bit, interrupted or not.
+        distributed: whether the ranks of torch.distributed, which must all be given the same
+            batches, run a share of them each; all get the same result.
         progress: whether to show a progress bar with tokens per second.
 
     Returns:
@@ -61,100 +65,52 @@ def calibrate(
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
+        CheckpointError: the checkpoint to go on from is damaged, or of another run.
+        DistributedError: another rank has ended.
+        ConfigError: `distributed` without a process group, or together with `checkpoint`.
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
-    linears = target_linears(model, targets)
-    _check_plain(model)
-    left_out = unreached_weights(model) if targets == "all-linear" else {}
-    _warn_left_out(left_out)
-    head = output_head(model)
-    runner = (
-        model
-        if head is not None and any(module is head for module in linears.values())
-        else decoder(model)
+    ranks = Ranks.of(distributed)
+    if distributed and checkpoint is not None:
+        raise ConfigError("a distributed calibration keeps no checkpoint: leave one of them out")
+    subject = Subject.of(model, targets)
+    capture = InputCapture(
+        subject.linears, outlier_threshold, normalize, deterministic=checkpoint is not None
     )
-    options = _options(runner)
-    device = next(model.parameters()).device
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    capture = InputCapture(linears, outlier_threshold, normalize)
-    tokens = 0
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        _evaluating(model),
-        capture,
-        _token_bar(batches, progress) as bar,
-    ):
+    journal = Journal(checkpoint, capture, model, subject.device)
+    batch_count = tokens = 0
+    with evaluating(model), capture, token_bar(batches, progress and ranks.rank == 0) as bar:
         for index, batch in enumerate(batches):
+            if not ranks.owns(index):
+                tokens += token_count(batch)
+                bar.update(token_count(batch))
+                continue
             before = tokens
-            for inputs in unpadded(batch, index, pad_token_id=pad):
-                runner(**{name: value.to(device) for name, value in inputs.items()}, **options)
+            for inputs in unpadded(batch, index, pad_token_id=subject.pad_token_id):
+                journal.read(inputs)
+                if not journal.covers(index):
+                    subject.run(inputs)
                 count = inputs["input_ids"].numel()
                 tokens += count
                 bar.update(count)
-            capture.end_pass(index, (before, tokens))
-    if not tokens:
-        raise CalibrationError(
-            "there were no tokens to calibrate on: the batches are empty or masked throughout"
-        )
-    unseen = capture.unseen()
-    if unseen and on_unseen == "error":
-        raise CalibrationError(
-            f"{len(unseen)} target layer(s) never received a token: {', '.join(unseen[:5])}"
-            f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more text "
-            'if they are routed experts, or pass on_unseen="skip"'
-        )
-    return CovarianceSet(
+            if not journal.covers(index):
+                capture.end_pass(index, (before, tokens))
+            journal.end_batch(index, tokens)
+            batch_count += 1
+        journal.end(batch_count)
+    ranks.add_up(capture)
+    return subject.result(
         capture.covariances(),
+        capture.unseen(),
+        tokens=tokens,
         normalize=normalize,
-        left_out=left_out | dict.fromkeys(unseen, "never called during calibration"),
-        provenance={
-            "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
-            "tokens": tokens,
-            "versions": library_versions(),
-        },
+        on_unseen=on_unseen,
     )
 
 
-def _check_plain(model: nn.Module) -> None:
-    if getattr(model, "peft_config", None):
-        raise CalibrationError(
-            "the model carries a PEFT adapter already; calibrate the base model before attaching "
-            "one (model.unload() takes it off)"
-        )
-
-
-def _warn_left_out(left_out: Mapping[str, str]) -> None:
-    if left_out:
-        name, reason = next(iter(left_out.items()))
-        warnings.warn(
-            f"{len(left_out)} weight(s) get no covariance and no adapter, among them {name}: "
-            f"{reason}; all are named in left_out",
-            LeftOutWarning,
-            stacklevel=4,
-        )
-
-
-def _options(runner: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that spare the pass what calibration does not use."""
-    accepted = inspect.signature(runner.forward).parameters
-    return {"use_cache": False} if "use_cache" in accepted else {}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+    """A progress bar that counts tokens, towards a total where the batches are at hand."""
     total = None
     if isinstance(batches, Sequence) and isinstance(batches, Sized):
         total = sum(token_count(batch) for batch in batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -51,21 +52,16 @@ def init(
         bool, typer.Option("--save-base", help="Also store the base that the adapter sits on.")
     ] = False,
     stability: options.Stability = True,
+    memory_limit: options.MemoryLimit = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT."""
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.files import check_output
     from corda_kernels.initialization import subtract_initial, write_adapter
     from corda_kernels.models import linear_weight, load_tokenizer
-    from corda_kernels.pipeline import (
-        CordaConfig,
-        calibrate_halves,
-        check_targets,
-        corda_adapter,
-    )
+    from corda_kernels.pipeline import CordaConfig, check_targets, corda_adapter
 
     if (data is None) == (cov is None):
         raise ConfigError("give either --data or --cov")
@@ -80,8 +76,9 @@ def init(
         method=method,
         seed=seed,
         stability=stability,
+        memory_limit=options.parse_size(memory_limit),
     )
-    check_output(out, folder=True)
+    options.check_output(out, folder=True)
     covariances = None if cov is None else CovarianceSet.load(cov)
     batches: list[dict[str, Tensor]] = []
     if data is not None:
@@ -94,18 +91,14 @@ def init(
     needed = sum(8 * rank * sum(linear_weight(module).shape) for module in modules.values())
     if save_base:
         needed += sum(p.numel() * p.element_size() for p in network.parameters())
-    check_output(out, folder=True, needed_bytes=needed)
+    options.check_output(out, folder=True, needed_bytes=needed)
+    with options.ranks(device) as distributed:
+        config = replace(config, distributed=distributed)
+        adapter = corda_adapter(network, batches if covariances is None else covariances, config)
+    if not options.first_rank():
+        return
     if covariances is None:
-        covariances = calibrate_halves(
-            network,
-            batches,
-            targets=config.targets,
-            rank=rank if stability else None,
-            ends=(config.which,),
-            damping=damping,
-        )
-        covariances.provenance["data"] = text.provenance()
-    adapter = corda_adapter(network, covariances, config)
+        adapter.record.calibration["data"] = text.provenance()
     write_adapter(adapter, out)
     typer.echo(
         f"{out}: {mode.upper()} adapter of rank {rank} for {len(adapter.layers)} layers of "

@@ -209,7 +209,7 @@ def test_another_safetensors_file_is_refused(
     tmp_path: Path, metadata: dict[str, str] | None
 ) -> None:
     save_file({"0.matrix": torch.ones(3)}, tmp_path / "x.safetensors", metadata=metadata)
-    with pytest.raises(CovarianceFileError, match="not of covariances written by this"):
+    with pytest.raises(CovarianceFileError, match="not a covariance file written by this"):
         CovarianceSet.load(tmp_path / "x.safetensors")
 
 
