@@ -198,6 +198,13 @@ class Journal:
         differing = [key for key, value in self._fingerprint.items() if found.get(key) != value]
         if differing:
             raise _foreign(checkpoint.path, *differing)
+        for part, names in groups:
+            for name in names:
+                module = self._capture.modules.get(name)
+                if module is None or linear_weight(module).shape[1] != part.matrix.shape[0]:
+                    raise CheckpointError(
+                        f"{checkpoint.path} holds sums that do not fit layer {name}: {remedy}"
+                    )
         self._capture.restore(groups)
 
 
