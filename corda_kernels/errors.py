@@ -106,6 +106,10 @@ class PaddingWarning(CordaWarning):
     """A batch looks padded but carries no attention mask."""
 
 
+class OutOfMemoryWarning(CordaWarning):
+    """A device's memory did not suffice, and the work goes on in smaller pieces or on the CPU."""
+
+
 class LeftOutWarning(CordaWarning):
     """Weights that "all-linear" does not reach, such as fused experts."""
 

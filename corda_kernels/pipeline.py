@@ -17,7 +17,7 @@ from corda_kernels.calibration.batches import token_count
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_blocks
-from corda_kernels.decomposition import co_svd
+from corda_kernels.decomposition import CoSVD, co_svd
 from corda_kernels.errors import (
     CheckpointError,
     ConfigError,
@@ -25,12 +25,14 @@ from corda_kernels.errors import (
     LeftOutWarning,
     ModelError,
     NonFiniteActivationError,
+    OutOfMemoryWarning,
     PaddingWarning,
     RankDeficientWarning,
     RankError,
 )
 from corda_kernels.initialization import (
     Adapter,
+    AdapterFactors,
     AdapterRecord,
     LayerAdapter,
     adapter_factors,
@@ -220,19 +222,17 @@ def _decompose(
     ):
         with weights_at_hand(modules[name]):
             weight = linear_weight(modules[name]).detach()
-            # Of its own for each layer, so that it does not matter which rank it falls to.
-            generator = torch.Generator(weight.device)
-            generator.manual_seed((config.seed + zlib.crc32(name.encode())) % 2**63)
-            part = co_svd(
-                weight,
-                covariances[name].matrix.to(weight.device),
-                rank=config.rank,
-                which=config.which,
-                method=config.method,
-                damping=config.damping,
-                generator=generator,
-            )
-            factors = adapter_factors(weight, part, balance=config.balance, step=config.step)
+            matrix = covariances[name].matrix
+            try:
+                part, factors = _decompose_layer(name, weight, matrix.to(weight.device), config)
+            except torch.OutOfMemoryError:
+                warnings.warn(
+                    f"{weight.device} has too little memory to decompose layer {name}: the CPU "
+                    "takes over",
+                    OutOfMemoryWarning,
+                    stacklevel=4,
+                )
+                part, factors = _decompose_layer(name, weight.cpu(), matrix.cpu(), config)
         layer = LayerAdapter.fresh(factors)
         note = {
             "rank": config.rank,
@@ -244,6 +244,24 @@ def _decompose(
         }
         made[name] = (layer.cpu() if ranks.size > 1 else layer, note)
     return made
+
+
+def _decompose_layer(
+    name: str, weight: Tensor, matrix: Tensor, config: CordaConfig
+) -> tuple[CoSVD, AdapterFactors]:
+    # Of its own for each layer, so that it does not matter which rank it falls to.
+    generator = torch.Generator(weight.device)
+    generator.manual_seed((config.seed + zlib.crc32(name.encode())) % 2**63)
+    part = co_svd(
+        weight,
+        matrix,
+        rank=config.rank,
+        which=config.which,
+        method=config.method,
+        damping=config.damping,
+        generator=generator,
+    )
+    return part, adapter_factors(weight, part, balance=config.balance, step=config.step)
 
 
 def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:

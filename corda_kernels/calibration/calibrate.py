@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.resume import CalibrationCheckpoint, Journal
 from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import CalibrationError, ConfigError, OutOfMemoryWarning
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def calibrate(
 
     The model runs in eval mode without its output head; its hooks, modes and weights are as before
     afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
-    kept in float32 or better.
+    kept in float32 or better. Where memory runs out, it starts again with smaller batches, and
+    warns.
 
     Args:
         model: a transformers model, or any module that takes token ids.
@@ -75,19 +77,55 @@ def calibrate(
     if distributed and checkpoint is not None:
         raise ConfigError("a distributed calibration keeps no checkpoint: leave one of them out")
     subject = Subject.of(model, targets)
-    capture = InputCapture(
-        subject.linears, outlier_threshold, normalize, deterministic=checkpoint is not None
+    max_rows: int | None = None
+    while True:
+        capture = InputCapture(
+            subject.linears, outlier_threshold, normalize, deterministic=checkpoint is not None
+        )
+        try:
+            tokens = _accumulate(subject, batches, capture, checkpoint, ranks, max_rows, progress)
+            break
+        except torch.OutOfMemoryError as error:
+            max_rows = _fewer_rows(batches, max_rows, error)
+        warnings.warn(
+            "memory ran out while calibrating: starting again with at most "
+            f"{max_rows} sequence(s) at a time",
+            OutOfMemoryWarning,
+            stacklevel=3,  # the caller of calibrate, which no_grad wraps
+        )
+    ranks.add_up(capture)
+    return subject.result(
+        capture.covariances(),
+        capture.unseen(),
+        tokens=tokens,
+        normalize=normalize,
+        on_unseen=on_unseen,
     )
-    journal = Journal(checkpoint, capture, model, subject.device)
+
+
+def _accumulate(
+    subject: Subject,
+    batches: Iterable[Batch],
+    capture: InputCapture,
+    checkpoint: CalibrationCheckpoint | None,
+    ranks: Ranks,
+    max_rows: int | None,
+    progress: bool,
+) -> int:
+    """Runs this rank's batches, `max_rows` sequences at a time; tokens of all batches."""
+    journal = Journal(checkpoint, capture, subject.model, subject.device)
     batch_count = tokens = 0
-    with evaluating(model), capture, token_bar(batches, progress and ranks.rank == 0) as bar:
+    shown = progress and ranks.rank == 0
+    with evaluating(subject.model), capture, token_bar(batches, shown) as bar:
         for index, batch in enumerate(batches):
             if not ranks.owns(index):
                 tokens += token_count(batch)
                 bar.update(token_count(batch))
                 continue
             before = tokens
-            for inputs in unpadded(batch, index, pad_token_id=subject.pad_token_id):
+            for inputs in unpadded(
+                batch, index, pad_token_id=subject.pad_token_id, max_rows=max_rows
+            ):
                 journal.read(inputs)
                 if not journal.covers(index):
                     subject.run(inputs)
@@ -99,14 +137,32 @@ def calibrate(
             journal.end_batch(index, tokens)
             batch_count += 1
         journal.end(batch_count)
-    ranks.add_up(capture)
-    return subject.result(
-        capture.covariances(),
-        capture.unseen(),
-        tokens=tokens,
-        normalize=normalize,
-        on_unseen=on_unseen,
-    )
+    return tokens
+
+
+def _fewer_rows(batches: Iterable[Batch], max_rows: int | None, error: Exception) -> int:
+    """Half as many sequences at a time as ran out of memory.
+
+    Raises:
+        CalibrationError: there was only one, or the batches cannot be read a second time.
+    """
+    if not isinstance(batches, Sequence | Tensor):
+        raise CalibrationError(
+            "memory ran out while calibrating: give smaller batches, or a list of batches, which "
+            "can be started again"
+        ) from error
+    largest = max_rows or max(_rows(batch) for batch in batches)
+    if largest < 2:
+        raise CalibrationError(
+            "memory does not suffice for a single sequence: use shorter ones (--seq-len), go block "
+            "by block (--memory-limit), or run on the CPU (--device cpu)"
+        ) from error
+    return largest // 2
+
+
+def _rows(batch: Batch) -> int:
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    return ids.shape[0] if ids.ndim == 2 else 1
 
 
 def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:

@@ -143,10 +143,9 @@ def ranks(device: str) -> Iterator[bool]:
         raise DistributedError(
             f"the ranks cannot be joined ({error}): start the program with torchrun"
         ) from error
-    try:
-        yield True
-    finally:
-        torch.distributed.destroy_process_group()
+    yield True
+    # Not after an error: the others may no longer be there to take part in it.
+    torch.distributed.destroy_process_group()
 
 
 def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:

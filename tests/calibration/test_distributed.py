@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -171,6 +172,25 @@ def test_the_command_line_works_under_torchrun(
     ended = torchrun(2, *command, "calibrate", folder, tmp_path / "x", *options, "--resume")
     assert ended.returncode != 0
     assert "rank 0: error: several ranks keep no checkpoints" in ended.stderr
+
+
+def test_an_error_on_a_rank_is_one_line_and_ends_all(
+    place: tuple[nn.Module, list[Any], Path],
+    tmp_path: Path,
+    save_tokenizer: Callable[[Path], None],
+) -> None:
+    model = copy.deepcopy(place[0])
+    model.get_submodule("model.layers.0.self_attn.v_proj").weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 60}" for i in range(200)))
+    # One sequence: it falls to rank 0, and rank 1 waits.
+    options = ["--data", tmp_path / "text.txt", "--samples", 1, "--seq-len", 32, "--rank", 4]
+    command = ["-m", "corda_kernels", "init", tmp_path / "model", tmp_path / "out"]
+    ended = torchrun(2, *command, *options, "--mode", "ipm")
+    assert ended.returncode != 0
+    assert "rank 0: error: layer model.layers.0.self_attn.o_proj received NaN" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_work_is_shared_out_evenly() -> None:
