@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> None:
         found = calibrate(model, batches, progress=False)
         checksum = sum(float(covariance.matrix.norm()) for covariance, _ in found.groups())
     else:
-        for (block,) in calibrate_blocks(model, batches, progress=False):
+        for block in calibrate_blocks(model, batches, progress=False):
             checksum += sum(float(covariance.matrix.norm()) for covariance, _ in block.groups())
             del block
     print(peak(), time.perf_counter() - started, checksum)

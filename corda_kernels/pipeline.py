@@ -16,7 +16,7 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import token_count
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.calibration.streaming import calibrate_blocks
+from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.decomposition import CoSVD, co_svd
 from corda_kernels.errors import (
     CheckpointError,
@@ -327,7 +327,7 @@ def covariance_stages(
         CheckpointError: a run is to be resumed, but goes block by block.
     """
     batches = list(batches)
-    parts = 1 if rank is None or len(batches) < 2 else 2
+    parts = _parts(batches, rank)
     sets = parts if parts == 1 else parts + 1
     if memory_limit is None or sets * covariance_bytes(model, targets) <= memory_limit:
         yield calibrate_halves(
@@ -348,10 +348,20 @@ def covariance_stages(
             "goes block by block: raise the limit, or delete the file and start again"
         )
     ranks = Ranks.of(distributed)
-    for halves in calibrate_blocks(
-        model, batches, targets=targets, parts=parts, distributed=distributed, progress=progress
+    for halves in calibrate_block_parts(
+        model, batches, parts=parts, targets=targets, distributed=distributed, progress=progress
     ):
-        yield _with_stability(model, halves, rank, ends, damping, ranks, progress=False)
+        stage = _with_stability(model, halves, rank, ends, damping, ranks, progress=False)
+        halves.clear()
+        yield stage
+        del stage  # nothing of a block is left when the next one runs
+
+
+def _parts(batches: Sequence[Batch], rank: int | None) -> int:
+    """Into how many parts the text goes for the sake of its stability at that rank."""
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank at which stability is judged must be at least 1, got {rank}")
+    return 1 if rank is None or len(batches) < 2 else 2
 
 
 def united_provenance(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -395,11 +405,11 @@ def calibrate_halves(
         is None where there was but one batch.
     """
     batches = list(batches)
-    halved = rank is not None and len(batches) > 1
-    kept = [None, None] if checkpoint is None else checkpoint.parts(1 + halved)
+    parts = _parts(batches, rank)
+    kept = [None] * parts if checkpoint is None else checkpoint.parts(parts)
     ranks = Ranks.of(distributed)
     options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
-    if rank is None or not halved:
+    if parts == 1:
         whole = calibrate(model, batches, checkpoint=kept[0], **options)
         return _with_stability(model, [whole], rank, ends, damping, ranks, progress)
     first = _calibrate_half(model, batches, 0, checkpoint=kept[0], **options)

@@ -456,6 +456,35 @@ def test_a_memory_limit_changes_the_way_but_not_the_adapter(
     blockwise(corda_adapter(model, batches, config("kpm", memory_limit=size - 1)), whole)
 
 
+def test_nothing_of_a_block_is_left_when_the_next_one_runs(
+    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+    import weakref
+
+    from corda_kernels.calibration import streaming
+
+    model, _ = calibrated(num_hidden_layers=3)
+    made: list[weakref.ref[CovarianceSet]] = []
+    left: list[int] = []
+    original, advance = CovarianceSet.__init__, streaming._advance
+
+    def noted(self: CovarianceSet, *arguments: Any, **options: Any) -> None:
+        made.append(weakref.ref(self))
+        original(self, *arguments, **options)
+
+    def watched(*arguments: Any) -> None:
+        gc.collect()
+        left.append(sum(reference() is not None for reference in made))
+        advance(*arguments)
+
+    monkeypatch.setattr(CovarianceSet, "__init__", noted)
+    monkeypatch.setattr(streaming, "_advance", watched)
+    corda_adapter(model, random_batches(rows=16), config(memory_limit=0))
+    # Two halves and their mean in each of three blocks.
+    assert (len(made), left) == (9, [0, 0, 0])
+
+
 def test_an_offloaded_model_gets_its_adapter_block_by_block(
     calibrated: Calibrated, tmp_path: Any
 ) -> None:

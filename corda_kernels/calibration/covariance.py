@@ -205,10 +205,11 @@ def save_pieces(
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     whole: dict[str, Any] = {"groups": [], "order": [], "left_out": {}}
-    notes = []
+    notes: list[dict[str, Any]] = []
     with temporary_folder(path) as folder:
-        number = -1
-        for number, piece in enumerate(pieces):
+        # No enumerate: it would hold a piece while the next one is made.
+        for piece in pieces:
+            number = len(notes)
             piece.save(folder / str(number))
             notes.append(piece.provenance)
             del piece
@@ -222,7 +223,7 @@ def save_pieces(
             whole["order"] += header["order"]
             whole["left_out"] |= header["left_out"]
             whole["normalize"] = header["normalize"]
-        if number == 0:
+        if len(notes) == 1:
             with atomic_path(path) as temporary:
                 os.replace(folder / "0", temporary)
             return

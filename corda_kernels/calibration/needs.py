@@ -5,6 +5,7 @@ Everything here also works on a model on the meta device, which has no weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.subject import Subject, evaluating
+from corda_kernels.errors import LeftOutWarning
 from corda_kernels.models import decoder_blocks, linear_weight
 
 _TRIED_TOKENS = 2
@@ -78,7 +80,10 @@ def calibration_needs(
 
 def covariance_bytes(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> int:
     """Size of all covariances of the target layers, in float32, by a run over two tokens."""
-    return sum(4 * channels**2 for channels, _ in _input_groups(Subject.of(model, targets)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
+        subject = Subject.of(model, targets)
+    return sum(4 * channels**2 for channels, _ in _input_groups(subject))
 
 
 def _input_groups(subject: Subject) -> list[tuple[int, list[str]]]:

@@ -39,18 +39,17 @@ def calibrate_blocks(
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
     on_unseen: OnUnseen = "error",
-    parts: int = 1,
     distributed: bool = False,
     progress: bool = True,
-) -> Iterator[list[CovarianceSet]]:
+) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
     Equivalent to `calibrate`, whose covariances come out in pieces: the sets of all blocks together
     cover the same layers with the same numbers. Every block runs once over the text, as in one
     pass.
 
-    Beside the model there are in memory the covariances of one block, times `parts`, and the hidden
-    states of the whole text in the model's dtype, on the host.
+    Beside the model there are in memory the covariances of one block and the hidden states of the
+    whole text in the model's dtype, on the host.
 
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
@@ -60,19 +59,53 @@ def calibrate_blocks(
         outlier_threshold: see `calibrate`.
         normalize: see `calibrate`.
         on_unseen: see `calibrate`.
-        parts: number of sets to divide the text into; batch i belongs to part i modulo `parts`.
         distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
         progress: whether to show a progress bar.
 
     Returns:
-        An iterator over the blocks that hold targets, in their order: for each a list of one
-        CovarianceSet for every part.
+        An iterator over the blocks that hold targets, in their order.
 
     Raises:
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, a target lies outside of the
             blocks or was never called, or the model does more than run its blocks in order.
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
+    """
+    found = calibrate_block_parts(
+        model,
+        batches,
+        parts=1,
+        targets=targets,
+        outlier_threshold=outlier_threshold,
+        normalize=normalize,
+        on_unseen=on_unseen,
+        distributed=distributed,
+        progress=progress,
+    )
+    return (sets.pop() for sets in found)
+
+
+@torch.no_grad()
+def calibrate_block_parts(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    parts: int,
+    targets: str | Sequence[str] = "all-linear",
+    outlier_threshold: float = 6.0,
+    normalize: Normalize = "tokens",
+    on_unseen: OnUnseen = "error",
+    distributed: bool = False,
+    progress: bool = True,
+) -> Iterator[list[CovarianceSet]]:
+    """As `calibrate_blocks`, with the text in `parts`: batch i belongs to part i modulo `parts`.
+
+    Returns:
+        An iterator over the blocks that hold targets, in their order: for each a list with the set
+        of every part.
+
+    Raises:
+        CalibrationError: a part has no text; see also `calibrate_blocks`.
     """
     ranks = Ranks.of(distributed)
     subject = Subject.of(model, targets)
@@ -126,7 +159,7 @@ class _Sequences:
         batch: number of the batch that they come from.
         span: range of that batch's tokens in the text.
         hidden: what the next block reads, on the host.
-        calls: what each block is called with besides, with a placeholder for the hidden states.
+        calls: what each block is called with besides the hidden states.
     """
 
     batch: int
@@ -242,6 +275,8 @@ class _Recorder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             assert self.current is not None
             name = None if args else "hidden_states"
+            if name is not None and name not in kwargs:
+                raise _unsuitable(f"its blocks are called without {name}")
             hidden = args[0] if name is None else kwargs.pop(name)
             if len(self.current.calls) != index:
                 raise _unsuitable("its blocks do not run once each in their order")

@@ -91,6 +91,7 @@ def calibrate(
             groups += len(covariances.groups())
             tokens = covariances.provenance["tokens"]
             yield covariances
+            del covariances  # before the next ones are made
 
     with options.ranks(device) as distributed:
         stages = covariance_stages(

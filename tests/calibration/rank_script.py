@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from corda_kernels import CordaConfig, calibrate, calibrate_blocks, load_model
+from corda_kernels import CordaConfig, calibrate, load_model
+from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CordaError
 from corda_kernels.initialization import write_adapter
 from corda_kernels.pipeline import corda_adapter
@@ -39,7 +40,7 @@ def main(what: str, folder: Path, out: Path) -> None:
     if what == "covariances":
         calibrate(model, batches, distributed=True, progress=False).save(out / f"{rank}")
     elif what == "blocks":
-        found = calibrate_blocks(model, batches, parts=2, distributed=True, progress=False)
+        found = calibrate_block_parts(model, batches, parts=2, distributed=True, progress=False)
         for block, parts in enumerate(found):
             for part, covariances in enumerate(parts):
                 covariances.save(out / f"{rank}-{block}-{part}")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corda_kernels import CovarianceSet, calibrate
-from corda_kernels.calibration.streaming import calibrate_blocks
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -78,8 +78,8 @@ def make(tiny_model: ModelMaker) -> ModelMaker:
 
 
 def stream(model: nn.Module, batches: Iterable[Any], **options: Any) -> list[list[CovarianceSet]]:
-    options = {"outlier_threshold": 1.0, "progress": False} | options
-    return list(calibrate_blocks(model, batches, **options))
+    options = {"parts": 1, "outlier_threshold": 1.0, "progress": False} | options
+    return list(calibrate_block_parts(model, batches, **options))
 
 
 def same(found: CovarianceSet, whole: CovarianceSet) -> None:
@@ -158,7 +158,7 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
     import weakref
 
     matrices: list[weakref.ref[Tensor]] = []
-    for (block,) in calibrate_blocks(make("llama"), random_batches(), progress=False):
+    for block in calibrate_blocks(make("llama"), random_batches(), progress=False):
         gc.collect()
         assert not any(matrix() is not None for matrix in matrices)
         matrices = [weakref.ref(covariance.matrix) for covariance in block.values()]

@@ -341,6 +341,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         (*INIT, *TEXT, "--memory-limit", "much"),
         "'much' is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB",
     ),
+    "rank of the stability": (
+        ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
+        "the rank at which stability is judged must be at least 1, got 0",
+    ),
     "negative interval": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", -1),
         "--checkpoint-every must be at least 0, got -1",
