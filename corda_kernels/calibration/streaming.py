@@ -133,10 +133,8 @@ def calibrate_block_parts(
                 InputCapture(chosen[index], outlier_threshold, normalize) for _ in range(parts)
             ]
             with evaluating(block):
-                _advance(block, index, sequences, captures, subject.device)
+                _advance(block, index, sequences, captures, subject.device, ranks)
             if chosen[index]:
-                for capture in captures:
-                    ranks.add_up(capture)
                 yield [
                     subject.result(
                         capture.covariances(),
@@ -320,8 +318,9 @@ def _advance(
     sequences: Sequence[_Sequences],
     captures: Sequence[InputCapture],
     device: torch.device,
+    ranks: Ranks,
 ) -> None:
-    """Runs block number `index` over the whole text."""
+    """Runs block number `index` over the whole text, on all ranks."""
     for position, current in enumerate(sequences):
         assert current.hidden is not None
         capture = captures[current.batch % len(captures)]
@@ -331,3 +330,5 @@ def _advance(
         following = sequences[position + 1 : position + 2]
         if not following or following[0].batch != current.batch:
             capture.end_pass(current.batch, current.span)
+    for capture in captures:
+        ranks.add_up(capture)
