@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 import zlib
@@ -436,16 +437,20 @@ def _with_stability(
         return halves[0]
     first, second = halves
     modules = {name: model.get_submodule(name) for name in first if name in second}
-    stability = subspace_stability(
-        _shared(ranks, modules),
-        first,
-        second,
-        rank=rank,
-        damping=damping,
-        top="largest" in ends,
-        bottom="smallest" in ends,
-        progress=progress and ranks.rank == 0,
-    )
+    share = _shared(ranks, modules)
+    with contextlib.ExitStack() as stack:
+        for module in share.values():
+            stack.enter_context(weights_at_hand(module))
+        stability = subspace_stability(
+            share,
+            first,
+            second,
+            rank=rank,
+            damping=damping,
+            top="largest" in ends,
+            bottom="smallest" in ends,
+            progress=progress and ranks.rank == 0,
+        )
     layers = {
         name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
     }

@@ -176,7 +176,7 @@ class Journal:
                 f"this run's progress could not be kept: {error}; it goes on, and can be resumed "
                 "from the last checkpoint that was written",
                 CordaWarning,
-                stacklevel=5,
+                stacklevel=6,  # the caller of calibrate, which no_grad wraps
             )
 
     def _restore(self, checkpoint: CalibrationCheckpoint) -> None:
