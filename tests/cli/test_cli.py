@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
@@ -431,6 +433,38 @@ def test_calibrate_resumes_after_a_kill_with_the_same_file(
     # What stands in the file beside the sums says the same, too.
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_old_file_and_the_checkpoints(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    from corda_kernels import files
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ("--data", place / "text.txt", *SMALL, "--checkpoint-every", 32)
+    invoke("calibrate", place / "model", whole, *arguments)
+    out.write_text("before")
+    save = files.save_file
+
+    def full(tensors: Any, path: str, metadata: dict[str, str]) -> None:
+        if "covariances/1" in metadata["corda"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", full)
+        status, _, lines = command("calibrate", place / "model", out, *arguments)
+    assert (status, len(lines)) == (2, 1)
+    assert "No space left on device" in lines[0]
+    assert out.read_text() == "before"
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"whole", "out", "out.checkpoint-1", "out.checkpoint-2"}
+    invoke("calibrate", place / "model", out, *arguments, "--resume")
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(
