@@ -37,16 +37,14 @@ def main(what: str, folder: Path, out: Path) -> None:
     batches = five_batches()
     model = load_model(folder)
     rank = torch.distributed.get_rank()
-    if what == "covariances":
-        calibrate(model, batches, distributed=True, progress=False).save(out / f"{rank}")
-    elif what == "blocks":
+    if what == "work":
+        calibrate(model, batches, distributed=True, progress=False).save(out / f"whole-{rank}")
         found = calibrate_block_parts(model, batches, parts=2, distributed=True, progress=False)
         for block, parts in enumerate(found):
             for part, covariances in enumerate(parts):
-                covariances.save(out / f"{rank}-{block}-{part}")
-    elif what == "adapter":
+                covariances.save(out / f"part-{rank}-{block}-{part}")
         config = CordaConfig("kpm", rank=4, progress=False, distributed=True)
-        write_adapter(corda_adapter(model, batches, config), out / f"{rank}")
+        write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
     else:
         if rank == 1:
             model.model.layers[1].register_forward_pre_hook(

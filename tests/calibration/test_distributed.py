@@ -16,9 +16,11 @@ import pytest
 import torch
 from rank_script import five_batches
 from torch import nn
+from typer.testing import CliRunner
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.cli import app
 from corda_kernels.errors import ConfigError
 from corda_kernels.initialization import read_adapter
 from corda_kernels.pipeline import corda_adapter
@@ -60,46 +62,55 @@ def same(found: CovarianceSet, expected: CovarianceSet) -> None:
     assert found.provenance == expected.provenance | {"model": found.provenance["model"]}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_covariances_of_one_process(
-    place: tuple[nn.Module, list[Any], Path], tmp_path: Path, ranks: int
-) -> None:
-    model, batches, folder = place
-    ended = torchrun(ranks, SCRIPT, "covariances", folder / "model", tmp_path)
+@pytest.fixture(scope="module", params=[2, 3])
+def worked(
+    request: pytest.FixtureRequest,
+    place: tuple[nn.Module, list[Any], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[int, Path]:
+    """A number of ranks, and the folder with what they made."""
+    out = tmp_path_factory.mktemp("out")
+    ended = torchrun(request.param, SCRIPT, "work", place[2] / "model", out)
     assert ended.returncode == 0, ended.stderr
+    return request.param, out
+
+
+def test_ranks_give_the_covariances_of_one_process(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
     expected = calibrate(model, batches, progress=False)
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == ranks
+    files = [out / f"whole-{rank}" for rank in range(ranks)]
     for file in files:
         same(CovarianceSet.load(file), expected)
         assert file.read_bytes() == files[0].read_bytes()
 
 
-def test_ranks_share_blocks_too(place: tuple[nn.Module, list[Any], Path], tmp_path: Path) -> None:
-    model, batches, folder = place
+def test_ranks_share_blocks_too(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
     # Three ranks and a part of two batches: one rank has nothing to run in it.
-    ended = torchrun(3, SCRIPT, "blocks", folder / "model", tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert len(list(tmp_path.iterdir())) == 3 * 2 * 2
+    assert len(list(out.glob("part-*"))) == ranks * 2 * 2
     for part in range(2):
         whole = calibrate(model, batches[part::2], progress=False)
         found = {
             name: covariance
             for block in range(2)
-            for name, covariance in CovarianceSet.load(tmp_path / f"1-{block}-{part}").items()
+            for name, covariance in CovarianceSet.load(out / f"part-1-{block}-{part}").items()
         }
         same(CovarianceSet(found, provenance=whole.provenance), whole)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_make_the_adapter_of_one_process(
-    place: tuple[nn.Module, list[Any], Path], tmp_path: Path, ranks: int
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
 ) -> None:
-    model, batches, folder = place
-    ended = torchrun(ranks, SCRIPT, "adapter", folder / "model", tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    model, batches, _ = place
+    ranks, out = worked
     expected = corda_adapter(model, batches, CordaConfig("kpm", rank=4, progress=False))
-    adapters = [read_adapter(folder) for folder in sorted(tmp_path.iterdir())]
+    adapters = [read_adapter(out / f"adapter-{rank}") for rank in range(ranks)]
     assert len({adapter.record.initial_sha256 for adapter in adapters}) == 1
     found = adapters[0]
     assert list(found.layers) == list(expected.layers)
@@ -151,20 +162,19 @@ def test_the_command_line_works_under_torchrun(
     (tmp_path / "text.txt").write_text(" ".join(f"w{(7 * i + i // 9) % 60}" for i in range(2000)))
     options = ["--data", tmp_path / "text.txt", "--samples", 9, "--seq-len", 16, "--rank", 4]
     command = ["-m", "corda_kernels"]
-    for name, ranks in (("one", 1), ("two", 2)):
-        ended = torchrun(ranks, *command, "calibrate", folder, tmp_path / f"cov-{name}", *options)
+    for what, more in (("calibrate", []), ("init", ["--mode", "ipm"])):
+        arguments = [what, folder, tmp_path / f"one-{what}", *options, *more]
+        alone = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert alone.exit_code == 0
+        arguments[2] = tmp_path / f"two-{what}"
+        ended = torchrun(2, *command, *arguments)
         assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("distinct covariances") == 1
-        ended = torchrun(
-            ranks, *command, "init", folder, tmp_path / name, *options, "--mode", "ipm"
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("IPM adapter of rank 4") == 1
-    one, two = (CovarianceSet.load(tmp_path / f"cov-{name}") for name in ("one", "two"))
+        assert ended.stdout == alone.stdout.replace("one-", "two-")
+    one, two = (CovarianceSet.load(tmp_path / f"{name}-calibrate") for name in ("one", "two"))
     one.provenance.pop("stability")
     two.provenance.pop("stability")
     same(two, one)
-    first, second = (read_adapter(tmp_path / name) for name in ("one", "two"))
+    first, second = (read_adapter(tmp_path / f"{name}-init") for name in ("one", "two"))
     for name, layer in second.layers.items():
         product = first.layers[name].initial_product()
         assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
