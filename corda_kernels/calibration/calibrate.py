@@ -82,7 +82,7 @@ def calibrate(
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        _evaluating(model),
+        evaluating(model),
         capture,
         _token_bar(batches, progress) as bar,
     ):
@@ -143,7 +143,7 @@ def _options(runner: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

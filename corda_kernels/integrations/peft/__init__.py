@@ -1,0 +1,13 @@
+"""PEFT's own CorDA entry point on this package's numerics; see `patch_peft`."""
+
+from corda_kernels.integrations.peft.eigens import CordaEigens
+from corda_kernels.integrations.peft.patch import TRIED_VERSIONS, PeftPatch, patch_peft
+from corda_kernels.integrations.peft.preprocess import preprocess_corda
+
+__all__ = [
+    "TRIED_VERSIONS",
+    "CordaEigens",
+    "PeftPatch",
+    "patch_peft",
+    "preprocess_corda",
+]
