@@ -109,7 +109,7 @@ def adapter_of_peft(model: Any) -> Adapter:
 
 
 def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
-    """The LoraConfig of an adapter of `multiple` times its rank, with the same scaling."""
+    """The LoraConfig of an adapter of `multiple` times its ranks, with the same scaling."""
     record = adapter.record
     return LoraConfig(
         r=record.rank * multiple,
@@ -117,10 +117,15 @@ def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
         lora_dropout=0.0,
         bias="none",
         target_modules=record.base["target_modules"],
+        rank_pattern={
+            name: layer.rank * multiple
+            for name, layer in adapter.layers.items()
+            if layer.rank != record.rank
+        },
         alpha_pattern={
             name: layer.scaling * layer.rank * multiple
             for name, layer in adapter.layers.items()
-            if layer.scaling != 1.0
+            if layer.scaling != 1.0 or layer.rank != record.rank
         },
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],

@@ -71,6 +71,7 @@ def svd_llm_whitening(
         total = covariance.matrix.double() * covariance.tokens
         if damping:
             total.diagonal().add_(damping * total.diagonal().mean())
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(total)
         if int(info):
             raise DecompositionError(

@@ -37,7 +37,7 @@ _PARTS = ("S_WC", "U_WC", "V_WC")
 
 def is_written(path: StrPath | None) -> bool:
     """Whether the file is there and not empty, which is when PEFT reads it."""
-    return path is not None and os.path.exists(path) and os.path.getsize(path) > 0
+    return path is not None and os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def notes_path(path: StrPath) -> Path:
@@ -102,6 +102,22 @@ def read_cache(
             *(tensor.to(target.weight.device, torch.float32, copy=True) for tensor in found)
         )
     return eigens
+
+
+def read_components(path: StrPath) -> tuple[dict[str, CordaEigens], dict[str, Any]]:
+    """All components in a cache, on the CPU, and the notes on them, empty where PEFT wrote it.
+
+    Raises:
+        CacheError: the file is damaged, or is no cache.
+    """
+    tensors, notes = _load(path)
+    suffix = _key("", _PARTS[0])
+    names = [key.removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    if {_key(name, part) for name in names for part in _PARTS} != tensors.keys():
+        raise CacheError(f"{path} is no cache of components: choose another path")
+    return {
+        name: CordaEigens(*(tensors[_key(name, part)].float() for part in _PARTS)) for name in names
+    }, notes
 
 
 def write_covariances(
@@ -196,6 +212,22 @@ def _write(
 def _read(
     path: StrPath, model: nn.Module, wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `_load`, after a check that the file was made for this model with what is wanted."""
+    tensors, notes = _load(path)
+    if notes:
+        _check_notes(path, notes, wanted, model)
+    else:
+        facts = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+        warnings.warn(
+            f"{path} has no notes beside it, as PEFT writes it: it is taken as made for this model "
+            f"with {facts}, which cannot be checked",
+            CompatibilityWarning,
+            stacklevel=6,
+        )
+    return tensors, notes
+
+
+def _load(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file's tensors, on the CPU, and its notes, which are empty where PEFT wrote it."""
     notes = _read_notes(path)
     try:
@@ -207,16 +239,6 @@ def _read(
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CacheError(f"{path} does not hold tensors by name: choose another path")
-    if notes:
-        _check_notes(path, notes, wanted, model)
-    else:
-        facts = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
-        warnings.warn(
-            f"{path} has no notes beside it, as PEFT writes it: it is taken as made for this model "
-            f"with {facts}, which cannot be checked",
-            CompatibilityWarning,
-            stacklevel=6,
-        )
     return tensors, notes
 
 

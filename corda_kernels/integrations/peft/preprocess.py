@@ -90,7 +90,9 @@ def preprocess_corda(
     Source: CorDA (arXiv:2406.05223), algorithm 1; PEFT's peft/tuners/lora/corda.py for the form.
     """
     options = lora_config.corda_config
-    _check_options(options, memory_limit, normalize=normalize, method=method, on_unseen=on_unseen)
+    _check_options(
+        options, damping, memory_limit, normalize=normalize, method=method, on_unseen=on_unseen
+    )
     targets = corda_targets(model, lora_config)
     recipe = {"corda_method": options.corda_method, "damping": damping, "normalize": normalize}
     cache_file, covariance_file = options.cache_file, options.covariance_file
@@ -134,10 +136,14 @@ def preprocess_corda(
     _attach(targets, eigens, observed, options)
 
 
-def _check_options(options: CordaConfig | None, memory_limit: int | None, **chosen: str) -> None:
+def _check_options(
+    options: CordaConfig | None, damping: float | None, memory_limit: int | None, **chosen: str
+) -> None:
     for name, value in chosen.items():
         if value not in _CHOICES[name]:
             raise ConfigError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+    if damping is not None and not 0 <= damping < float("inf"):
+        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
     if options is None or options.corda_method not in ("ipm", "kpm"):
         raise ConfigError(
             'corda_config.corda_method must be "ipm" or "kpm": set LoraConfig(init_lora_weights='
