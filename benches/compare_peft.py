@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as peft_own
-from torch import Tensor, nn
+from torch import Tensor
 
 from corda_kernels import load_model, load_tokenizer, token_batches
 from corda_kernels.bench.timing import environment
@@ -135,7 +135,8 @@ def report(rows: dict[str, Any]) -> None:
             truth = row["overlap_float64"]
             print(
                 f"  {name}: overlap {row['overlap']:.6f}, S {row['S']:.1e}; with float64 PEFT's "
-                f"{truth['peft']:.6f}, ours {truth['ours']:.6f}"
+                f"{truth['peft']:.6f}, {row['S_float64']['peft']:.1e}, ours {truth['ours']:.6f}, "
+                f"{row['S_float64']['ours']:.1e}"
             )
     worse = [
         n for n, r in rows.items() if r["tail_energy"]["ours"] > r["tail_energy"]["peft"] * 1.001

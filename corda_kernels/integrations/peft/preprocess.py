@@ -31,7 +31,8 @@ from corda_kernels.integrations.peft.targets import Target, corda_targets, exclu
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
-    from peft import CordaConfig, LoraConfig
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("tokens", "peft"),
