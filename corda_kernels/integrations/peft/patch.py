@@ -19,7 +19,7 @@ from corda_kernels.integrations.peft.eigens import CordaEigens
 from corda_kernels.integrations.peft.preprocess import preprocess_corda
 
 # Versions of PEFT under which the tests of this integration have passed.
-TRIED_VERSIONS = ("0.21.2",)
+TRIED_VERSIONS = ("0.19.1", "0.20.0", "0.21.2")
 
 _HOME = "peft.tuners.lora.corda"
 _FUNCTION = "preprocess_corda"
