@@ -1,4 +1,4 @@
-"""PEFT's CorDA and ours on two layers of SmolLM2-135M; benches/compare_peft.py takes all of them."""
+"""PEFT's CorDA and ours on two layers of SmolLM2-135M; benches/compare_peft.py takes all."""
 
 import importlib.util
 from pathlib import Path
