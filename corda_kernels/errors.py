@@ -86,6 +86,14 @@ class AdapterError(CordaError):
     """An adapter folder or adapted model is incomplete, altered, or does not belong to its base."""
 
 
+class CacheError(CordaError):
+    """A file that PEFT keeps results in is damaged, or was made with other options."""
+
+
+class CompatibilityError(CordaError):
+    """Another library is of a version that this one cannot work with."""
+
+
 class OutputError(CordaError):
     """A result cannot be written: no permission, not a folder, or no space left."""
 
@@ -116,3 +124,7 @@ class LeftOutWarning(CordaWarning):
 
 class ConvergenceWarning(CordaWarning):
     """An iterative method did not converge and the exact one was used instead."""
+
+
+class CompatibilityWarning(CordaWarning):
+    """Another library, or a file of its making, is used in a way that cannot be checked."""

@@ -94,13 +94,18 @@ def _split(fields: dict[str, Tensor], max_rows: int | None) -> Iterator[dict[str
         yield {name: value[start : start + size] for name, value in fields.items()}
 
 
-def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
-    if pad_token_id is None or ids.shape[1] < 2:
-        return
+def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
+    """Whether a sequence of token ids (batch, seq) starts or ends in padding."""
+    if ids.ndim != 2 or ids.shape[1] < 2:
+        return False
     pads = ids == pad_token_id
     # One such token at an end may well be an end-of-text that doubles as padding; two in a row are
     # not.
-    if bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any()):
+    return bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any())
+
+
+def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
+    if pad_token_id is not None and looks_padded(ids, pad_token_id):
         warnings.warn(
             f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
             "mask: the padding counts as text and inflates the covariances; pass a mapping with "

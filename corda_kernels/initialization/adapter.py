@@ -158,7 +158,7 @@ class AdapterRecord:
         """
         if not isinstance(value, dict):
             raise AdapterError("corda.json was altered: it holds no object")
-        if value.get("format") not in _SINCE:
+        if str(value.get("format")) not in _SINCE:
             raise AdapterError(
                 f"corda.json has format {value.get('format')!r}, this version reads "
                 f"{' and '.join(map(repr, _SINCE))}: update corda_kernels, or make the adapter "
@@ -259,11 +259,20 @@ def check_base(record: AdapterRecord, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         AdapterError: it does not.
     """
-    expected = torch.tensor(record.base["sample"], dtype=torch.float64)
-    found = torch.tensor(_sample(modules), dtype=torch.float64)
-    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if difference > _SAME_BASE:
+    difference = base_difference(record.base, modules)
+    if difference:
         raise AdapterError(
             f"the adapter was made for {record.base_name}, but this model's weights differ "
             f"from that one's by {difference:.1%}: load the base that the adapter was made for"
         )
+
+
+def base_difference(base: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> float:
+    """How far the layers' weights are from those that `describe_base` saw, relative RMS.
+
+    It is 0 where they differ by no more than another dtype of the same base does.
+    """
+    expected = torch.tensor(base["sample"], dtype=torch.float64)
+    found = torch.tensor(_sample(modules), dtype=torch.float64)
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return difference if difference > _SAME_BASE else 0.0
