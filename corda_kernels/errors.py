@@ -62,6 +62,14 @@ class CovarianceFileError(CovarianceError):
     """A covariance file is truncated, altered or of another kind."""
 
 
+class CheckpointError(CordaError):
+    """An interrupted calibration's checkpoint is damaged, or of another run."""
+
+
+class DistributedError(CordaError):
+    """Another rank of a distributed run has ended, or cannot be reached."""
+
+
 class DecompositionError(CordaError):
     """A matrix cannot be decomposed or inverted as asked."""
 
@@ -96,6 +104,10 @@ class RankDeficientWarning(CordaWarning):
 
 class PaddingWarning(CordaWarning):
     """A batch looks padded but carries no attention mask."""
+
+
+class OutOfMemoryWarning(CordaWarning):
+    """A device's memory did not suffice, and the work goes on in smaller pieces or on the CPU."""
 
 
 class LeftOutWarning(CordaWarning):

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration import CovarianceSet, calibrate
+from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, calibrate
 from corda_kernels.calibration.batches import token_count
-from corda_kernels.decomposition import co_svd
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.needs import covariance_bytes
+from corda_kernels.calibration.streaming import calibrate_block_parts
+from corda_kernels.decomposition import CoSVD, co_svd
 from corda_kernels.errors import (
+    CheckpointError,
     ConfigError,
     CovarianceError,
+    LeftOutWarning,
     ModelError,
     NonFiniteActivationError,
+    OutOfMemoryWarning,
+    PaddingWarning,
     RankDeficientWarning,
     RankError,
 )
 from corda_kernels.initialization import (
     Adapter,
+    AdapterFactors,
     AdapterRecord,
     LayerAdapter,
     adapter_factors,
@@ -34,7 +45,7 @@ from corda_kernels.initialization import (
     residual_marker,
 )
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
-from corda_kernels.models import linear_weight, target_linears
+from corda_kernels.models import linear_weight, target_linears, weights_at_hand
 from corda_kernels.planning import (
     allocate_ranks,
     layer_spectra,
@@ -87,6 +98,10 @@ class CordaConfig:
         seed: of the randomised method.
         stability: whether to find out, where batches are given, if there were enough of them, by
             decomposing two halves of them as well; not with several candidates.
+        memory_limit: of the covariances, in bytes; if all of them take more, the model is
+            calibrated and decomposed block by block. None for no limit.
+        distributed: whether the ranks of torch.distributed share the work; all of them are given
+            the same model and batches, and end up with the same adapter.
         progress: whether to show progress bars.
     """
 
@@ -107,6 +122,8 @@ class CordaConfig:
     method: Literal["auto", "exact", "randomized"] = "auto"
     seed: int = 0
     stability: bool = True
+    memory_limit: int | None = None
+    distributed: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -127,6 +144,12 @@ class CordaConfig:
             raise ConfigError(f"damping must be at least 0 and finite, got {self.damping}")
         if self.candidates < 1:
             raise ConfigError(f"candidates must be at least 1, got {self.candidates}")
+        whole = self.budget is not None or self.candidates > 1
+        if self.memory_limit is not None and whole:
+            raise ConfigError(
+                "a budget and candidates need the covariances of all layers at once: leave the "
+                "memory limit out, or calibrate first and give the covariances"
+            )
         bounds = (self.min_rank, self.max_rank, self.rank_multiple)
         if self.budget is None and bounds != (0, None, 1):
             raise ConfigError(
@@ -174,54 +197,56 @@ def init_corda(
 
 
 def corda_adapter(
-    model: nn.Module, data: Iterable[Batch] | CovarianceSet, config: CordaConfig
+    model: nn.Module,
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    *,
+    domain: str = "the given batches",
 ) -> Adapter:
-    """Makes the adapter of `init_corda` without attaching it; the model is left as it was."""
-    modules = check_targets(model, config)
-    covariances = data if isinstance(data, CovarianceSet) else calibrated(model, data, config)
-    modules = _covered(modules, covariances)
-    _warn_rank_deficient(covariances, config.damping)
-    ranks, allocation = _planned_ranks(model, modules, covariances, config)
-    modules = {name: module for name, module in modules.items() if ranks[name]}
+    """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
 
-    generators: dict[torch.device, torch.Generator] = {}
+    Args:
+        model: see `init_corda`.
+        data: see `init_corda`.
+        config: see `init_corda`.
+        domain: what batches are a sample of.
+    """
+    modules = check_targets(model, config)
+    stages: Iterable[CovarianceSet]
+    if isinstance(data, CovarianceSet):
+        _check_complete(modules, data)
+        stages = [data]
+    else:
+        stages = calibrated(model, data, config, domain=domain)
+    peers = Ranks.of(config.distributed)
+    allocation: dict[str, Any] = {}
     layers: dict[str, LayerAdapter] = {}
     notes: dict[str, dict[str, Any]] = {}
-    for name in progress_bar(
-        modules, description="decomposing", unit="layers", shown=config.progress
-    ):
-        weight = linear_weight(modules[name]).detach()
-        device = weight.device
-        if device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(config.seed)
-        part = co_svd(
-            weight,
-            covariances[name].matrix.to(device),
-            rank=ranks[name],
-            which=config.which,
-            method=config.method,
-            damping=config.damping,
-            generator=generators[device],
-        )
-        factors = adapter_factors(weight, part, balance=config.balance, step=config.step)
-        layers[name] = LayerAdapter.fresh(factors)
-        notes[name] = {
-            "rank": ranks[name],
-            "scaling": factors.scaling,
-            "tokens": covariances[name].tokens,
-            "sigma_max": float(part.S[0]),
-            "sigma_min": float(part.S[-1]),
-            "residual": float(part.residual),
-        }
-    calibration = dict(covariances.provenance)
+    provenances: list[dict[str, Any]] = []
+    short: dict[str, tuple[int, int]] = {}
+    for covariances in stages:
+        short |= _rank_deficient(covariances)
+        covered = _covered(modules, covariances)
+        # Under a budget there is but one stage: its ranks depend on all layers.
+        ranks, allocation = _planned_ranks(model, covered, covariances, config)
+        mine = _shared(peers, {name: covered[name] for name in covered if ranks[name]})
+        for made in peers.gather(_decompose(mine, covariances, ranks, config, peers)):
+            layers |= {name: layer for name, (layer, _) in made.items()}
+            notes |= {name: note for name, (_, note) in made.items()}
+        provenances.append(covariances.provenance)
+        del covariances  # before the next ones are made
+    _warn_rank_deficient(short, config.damping)
+    layers = {name: layers[name] for name in modules if name in layers}
+    notes = {name: notes[name] for name in layers}
+    calibration = united_provenance(provenances)
     record = AdapterRecord(
         mode=config.mode,
-        rank=max(ranks.values()),
+        rank=max(layer.rank for layer in layers.values()),
         balance=config.balance,
         step=config.step,
         residual=config.residual,
         damping=config.damping,
-        base=describe_base(model, modules),
+        base=describe_base(model, {name: modules[name] for name in layers}),
         stability=calibration.pop("stability", None) or {},
         calibration=calibration,
         layers=notes,
@@ -233,14 +258,82 @@ def corda_adapter(
     return adapter
 
 
+def _shared(peers: Ranks, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """This rank's part of the modules, by what their decompositions cost."""
+    costs = {name: math.prod(shape) * max(shape) for name, shape in _shapes(modules).items()}
+    return {name: modules[name] for name in peers.share(costs)}
+
+
+def _decompose(
+    modules: Mapping[str, nn.Module],
+    covariances: CovarianceSet,
+    ranks: Mapping[str, int],
+    config: CordaConfig,
+    peers: Ranks,
+) -> dict[str, tuple[LayerAdapter, dict[str, Any]]]:
+    """The factors of every module, and what is to be noted of it."""
+    made: dict[str, tuple[LayerAdapter, dict[str, Any]]] = {}
+    for name in progress_bar(
+        modules,
+        description="decomposing",
+        unit="layers",
+        shown=config.progress and peers.rank == 0,
+    ):
+        with weights_at_hand(modules[name]):
+            weight = linear_weight(modules[name]).detach()
+            matrix = covariances[name].matrix
+            job = partial(_decompose_layer, name, rank=ranks[name], config=config)
+            try:
+                part, factors = job(weight, matrix.to(weight.device))
+            except torch.OutOfMemoryError:
+                warnings.warn(
+                    f"{weight.device} has too little memory to decompose layer {name}: the CPU "
+                    "takes over",
+                    OutOfMemoryWarning,
+                    stacklevel=4,
+                )
+                part, factors = job(weight.cpu(), matrix.cpu())
+        layer = LayerAdapter.fresh(factors)
+        note = {
+            "rank": ranks[name],
+            "scaling": factors.scaling,
+            "tokens": covariances[name].tokens,
+            "sigma_max": float(part.S[0]),
+            "sigma_min": float(part.S[-1]),
+            "residual": float(part.residual),
+        }
+        made[name] = (layer.cpu() if peers.size > 1 else layer, note)
+    return made
+
+
+def _decompose_layer(
+    name: str, weight: Tensor, matrix: Tensor, *, rank: int, config: CordaConfig
+) -> tuple[CoSVD, AdapterFactors]:
+    # Of its own for each layer, so that it does not matter which rank it falls to.
+    generator = torch.Generator(weight.device)
+    generator.manual_seed((config.seed + zlib.crc32(name.encode())) % 2**63)
+    part = co_svd(
+        weight,
+        matrix,
+        rank=rank,
+        which=config.which,
+        method=config.method,
+        damping=config.damping,
+        generator=generator,
+    )
+    return part, adapter_factors(weight, part, balance=config.balance, step=config.step)
+
+
 def calibrated(
     model: nn.Module,
     batches: Iterable[Batch],
     config: CordaConfig,
     *,
     domain: str = "the given batches",
-) -> CovarianceSet:
+) -> Iterable[CovarianceSet]:
     """The covariances that an adapter is made of: those of all batches, or of the best candidates.
+
+    They may come in stages, see `covariance_stages`.
 
     Args:
         model: see `calibrate`.
@@ -253,7 +346,7 @@ def calibrated(
         CalibrationError: see `calibrate`.
     """
     if config.candidates > 1:
-        return calibrate_candidates(
+        chosen = calibrate_candidates(
             model,
             batches,
             candidates=config.candidates,
@@ -262,15 +355,19 @@ def calibrated(
             damping=config.damping,
             targets=config.targets,
             domain=domain,
+            distributed=config.distributed,
             progress=config.progress,
         )
-    return calibrate_halves(
+        return [chosen]
+    return covariance_stages(
         model,
         batches,
         targets=config.targets,
         rank=config.rank if config.stability else None,
         ends=(config.which,),
         damping=config.damping,
+        memory_limit=config.memory_limit,
+        distributed=config.distributed,
         progress=config.progress,
     )
 
@@ -291,7 +388,7 @@ def _planned_ranks(
         covariances,
         damping=config.damping or _SCORING_DAMPING,
         condition=config.condition,
-        progress=config.progress,
+        progress=config.progress and Ranks.of(config.distributed).rank == 0,
     )
     ranks = allocate_ranks(
         {name: spectrum.singular_values for name, spectrum in spectra.items()},
@@ -372,6 +469,89 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     return modules
 
 
+def covariance_stages(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    rank: int | None = 32,
+    ends: Sequence[str] = ("largest", "smallest"),
+    damping: float | None = 0.01,
+    memory_limit: int | None = None,
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> Iterator[CovarianceSet]:
+    """Calibrates in one pass if all covariances fit into `memory_limit` bytes, else block by block.
+
+    Args:
+        model: see `calibrate`.
+        batches: see `calibrate`.
+        targets: see `calibrate`.
+        rank: see `calibrate_halves`.
+        ends: see `calibrate_halves`.
+        damping: see `calibrate_halves`.
+        memory_limit: in bytes; None for no limit. The covariances of both halves and their mean
+            count.
+        checkpoint: see `calibrate`; only one pass keeps its progress.
+        distributed: see `calibrate`.
+        progress: whether to show progress bars.
+
+    Yields:
+        The covariances of all layers, or of each block in turn, as from `calibrate_halves`.
+
+    Raises:
+        CheckpointError: a run is to be resumed, but goes block by block.
+    """
+    batches = list(batches)
+    parts = _parts(batches, rank)
+    sets = parts if parts == 1 else parts + 1
+    if memory_limit is None or sets * covariance_bytes(model, targets) <= memory_limit:
+        yield calibrate_halves(
+            model,
+            batches,
+            targets=targets,
+            rank=rank,
+            ends=ends,
+            damping=damping,
+            checkpoint=checkpoint,
+            distributed=distributed,
+            progress=progress,
+        )
+        return
+    if checkpoint is not None and checkpoint.resume and checkpoint.kept():
+        raise CheckpointError(
+            f"{checkpoint.kept()[0]} is of a run in one pass, but within the memory limit this one "
+            "goes block by block: raise the limit, or delete the file and start again"
+        )
+    peers = Ranks.of(distributed)
+    for halves in calibrate_block_parts(
+        model, batches, parts=parts, targets=targets, distributed=distributed, progress=progress
+    ):
+        stage = _with_stability(model, halves, rank, ends, damping, peers, progress=False)
+        halves.clear()
+        yield stage
+        del stage  # nothing of a block is left when the next one runs
+
+
+def _parts(batches: Sequence[Batch], rank: int | None) -> int:
+    """Into how many parts the text goes for the sake of its stability at that rank."""
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank at which stability is judged must be at least 1, got {rank}")
+    return 1 if rank is None or len(batches) < 2 else 2
+
+
+def united_provenance(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The provenance of covariances that came in stages: the stability is that of all layers."""
+    united = dict(stages[0]) if stages else {}
+    if united.get("stability"):
+        layers: dict[str, Any] = {}
+        for stage in stages:
+            layers |= stage["stability"]["layers"]
+        united["stability"] = united["stability"] | {"layers": layers}
+    return united
+
+
 def calibrate_halves(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -380,6 +560,8 @@ def calibrate_halves(
     rank: int | None = 32,
     ends: Sequence[str] = ("largest", "smallest"),
     damping: float | None = 0.01,
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
     """Calibrates and finds out on the way whether there were enough samples.
@@ -391,6 +573,8 @@ def calibrate_halves(
         rank: of the subspaces to compare between the halves; None leaves the comparison out.
         ends: of the spectrum to compare, "largest" and "smallest".
         damping: of the comparison.
+        checkpoint: see `calibrate`; each half keeps its own part of it.
+        distributed: see `calibrate`.
         progress: whether to show progress bars.
 
     Returns:
@@ -398,28 +582,53 @@ def calibrate_halves(
         is None where there was but one batch.
     """
     batches = list(batches)
-    if rank is None or len(batches) < 2:
-        covariances = calibrate(model, batches, targets=targets, progress=progress)
-        covariances.provenance["stability"] = None
-        return covariances
-    first, second = (
-        _calibrate_share(model, batches, half, 2, targets, progress) for half in range(2)
-    )
-    modules = {
-        name: module
-        for name, module in target_linears(model, targets).items()
-        if name in first and name in second
+    parts = _parts(batches, rank)
+    kept = [None] * parts if checkpoint is None else checkpoint.parts(parts)
+    peers = Ranks.of(distributed)
+    options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
+    if parts == 1:
+        whole = calibrate(model, batches, checkpoint=kept[0], **options)
+        return _with_stability(model, [whole], rank, ends, damping, peers, progress)
+    halves = [
+        _calibrate_share(model, batches, half, 2, checkpoint=kept[half], **options)
+        for half in range(2)
+    ]
+    return _with_stability(model, halves, rank, ends, damping, peers, progress)
+
+
+def _with_stability(
+    model: nn.Module,
+    halves: Sequence[CovarianceSet],
+    rank: int | None,
+    ends: Sequence[str],
+    damping: float | None,
+    peers: Ranks,
+    progress: bool,
+) -> CovarianceSet:
+    """The covariances of both halves, or of the only one, with a note on how well they agree."""
+    if rank is None or len(halves) < 2:
+        halves[0].provenance["stability"] = None
+        return halves[0]
+    first, second = halves
+    modules = {name: model.get_submodule(name) for name in first if name in second}
+    share = _shared(peers, modules)
+    with contextlib.ExitStack() as stack:
+        for module in share.values():
+            stack.enter_context(weights_at_hand(module))
+        stability = subspace_stability(
+            share,
+            first,
+            second,
+            rank=rank,
+            damping=damping,
+            top="largest" in ends,
+            bottom="smallest" in ends,
+            progress=progress and peers.rank == 0,
+        )
+    layers = {
+        name: layer for part in peers.gather(stability.layers) for name, layer in part.items()
     }
-    stability = subspace_stability(
-        modules,
-        first,
-        second,
-        rank=rank,
-        damping=damping,
-        top="largest" in ends,
-        bottom="smallest" in ends,
-        progress=progress,
-    )
+    stability = replace(stability, layers={name: layers[name] for name in modules})
     covariances = first.merge(second)
     covariances.provenance["stability"] = stability.to_json()
     return covariances
@@ -436,6 +645,7 @@ def calibrate_candidates(
     targets: str | Sequence[str] = "all-linear",
     domain: str = "the given batches",
     state: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
     """Deals batches out to candidates and selects among those; see `select_covariance`.
@@ -450,6 +660,7 @@ def calibrate_candidates(
         targets: see `calibrate`.
         domain: what the batches are a sample of.
         state: see `select_covariance`.
+        distributed: see `calibrate`.
         progress: whether to show progress bars.
 
     Raises:
@@ -463,8 +674,10 @@ def calibrate_candidates(
             "smaller batches or fewer candidates"
         )
 
+    options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
+
     def candidate(index: int) -> CovarianceSet:
-        made = _calibrate_share(model, batches, index, candidates, targets, progress)
+        made = _calibrate_share(model, batches, index, candidates, **options)
         made.provenance["domain"] = domain
         return made
 
@@ -475,7 +688,7 @@ def calibrate_candidates(
         damping=damping or _SCORING_DAMPING,
         condition=condition,
         state=state,
-        progress=progress,
+        progress=progress and Ranks.of(distributed).rank == 0,
     )
 
 
@@ -484,15 +697,16 @@ def _calibrate_share(
     batches: Sequence[Batch],
     share: int,
     shares: int,
-    targets: str | Sequence[str],
-    progress: bool,
+    **options: Any,
 ) -> CovarianceSet:
     """Calibrates on every `shares`-th batch from `share` on; warns for the first share only."""
     try:
         with warnings.catch_warnings():
             if share:
-                warnings.simplefilter("ignore")
-            return calibrate(model, batches[share::shares], targets=targets, progress=progress)
+                # What the first share warned of need not be said again.
+                warnings.simplefilter("ignore", LeftOutWarning)
+                warnings.simplefilter("ignore", PaddingWarning)
+            return calibrate(model, batches[share::shares], **options)
     except NonFiniteActivationError as error:
         index = shares * error.batch + share
         before = sum(token_count(batch) for batch in batches[:index])
@@ -503,37 +717,44 @@ def _calibrate_share(
 
 
 def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> dict[str, nn.Module]:
-    """The modules that have a covariance of their size; those left out on purpose are dropped."""
-    covered = {}
-    for name, module in modules.items():
-        if name in covariances:
-            inputs = linear_weight(module).shape[1]
-            channels = covariances[name].matrix.shape[0]
-            if channels != inputs:
-                raise CovarianceError(
-                    f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
-                    "the covariances were taken from another model"
-                )
-            covered[name] = module
-        elif name not in covariances.left_out:
+    """The modules that have a covariance in the set, after a check that it is of their size."""
+    covered = {name: module for name, module in modules.items() if name in covariances}
+    for name, module in covered.items():
+        inputs = linear_weight(module).shape[1]
+        channels = covariances[name].matrix.shape[0]
+        if channels != inputs:
+            raise CovarianceError(
+                f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
+                "the covariances were taken from another model"
+            )
+    return covered
+
+
+def _check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
+    """Makes sure that a set covers all modules but those that were left out on purpose."""
+    for name in modules:
+        if name not in covariances and name not in covariances.left_out:
             raise CovarianceError(
                 f"there is no covariance for layer {name}: calibrate the same model with the same "
                 "targets, or leave the layer out of the targets"
             )
-    if not covered:
+    if modules.keys().isdisjoint(covariances):
         raise CovarianceError("the covariances cover none of the target layers")
-    return covered
 
 
-def _warn_rank_deficient(covariances: CovarianceSet, damping: float | None) -> None:
-    short = {
-        name: covariance
+def _rank_deficient(covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
+    """Tokens and channels of each layer whose covariance is singular, having fewer tokens."""
+    return {
+        name: (covariance.tokens, covariance.matrix.shape[0])
         for name, covariance in covariances.items()
         if covariance.tokens < covariance.matrix.shape[0]
     }
+
+
+def _warn_rank_deficient(short: Mapping[str, tuple[int, int]], damping: float | None) -> None:
     if not short:
         return
-    name, worst = max(short.items(), key=lambda item: item[1].matrix.shape[0])
+    name, (tokens, channels) = max(short.items(), key=lambda item: item[1][1])
     effect = (
         f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
         "directions that the text never touched"
@@ -542,7 +763,7 @@ def _warn_rank_deficient(covariances: CovarianceSet, damping: float | None) -> N
     )
     warnings.warn(
         f"{len(short)} covariance(s) come from fewer tokens than channels and are singular, for "
-        f"one {name} ({worst.tokens} tokens, {worst.matrix.shape[0]} channels): {effect}; use more "
+        f"one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
         "samples or longer sequences",
         RankDeficientWarning,
         stacklevel=4,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance
+from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -33,6 +33,12 @@ class _Sums:
     outlier_count: Tensor  # (d,) int64
     tokens: int = 0
     calls: int = 0
+
+    def to(self, device: torch.device) -> None:
+        """Moves the sums to where their inputs are, from which a checkpoint may have taken them."""
+        self.matrix = self.matrix.to(device)
+        self.absmax = self.absmax.to(device)
+        self.outlier_count = self.outlier_count.to(device)
 
     def clone(self) -> _Sums:
         return _Sums(
@@ -86,11 +92,13 @@ class InputCapture:
         modules: the layers by name; each takes one tensor (..., in) as its first argument.
         outlier_threshold: |x| above which an activation counts as an outlier, in units of x.
         normalize: "tokens", or "peft" for each call's input divided by |max x|.
+        deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU too.
     """
 
     modules: Mapping[str, nn.Module]
     outlier_threshold: float = 6.0
     normalize: str = "tokens"
+    deterministic: bool = False
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _forming: deque[_Group] = field(default_factory=deque, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
@@ -181,6 +189,7 @@ class InputCapture:
     def _add(self, group: _Group, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
         sums = group.sums
+        sums.to(rows.device)
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
@@ -197,6 +206,7 @@ class InputCapture:
             absmax=sums.absmax,
             outlier_count=sums.outlier_count,
             outlier_threshold=self.outlier_threshold,
+            deterministic=self.deterministic,
         )
         sums.tokens += rows.shape[0]
         sums.calls += 1
@@ -231,6 +241,34 @@ class InputCapture:
             for name in self.modules
             if name not in self._groups or not self._groups[name].sums.tokens
         ]
+
+    def sums(self) -> list[Group]:
+        """The sums so far, not divided by anything, each with the modules that share it.
+
+        Only lower triangles are filled. The tensors are the running ones: they change with the next
+        pass.
+        """
+        return [
+            (
+                Covariance(
+                    group.sums.matrix,
+                    group.sums.tokens,
+                    group.sums.calls,
+                    group.sums.absmax,
+                    group.sums.outlier_count,
+                    self.outlier_threshold,
+                ),
+                group.modules,
+            )
+            for group in self._distinct()
+        ]
+
+    def restore(self, groups: list[Group]) -> None:
+        """Takes up sums that `sums` gave between two passes, in place of its own."""
+        self._groups.clear()
+        for part, names in groups:
+            sums = _Sums(part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls)
+            self._groups.update(dict.fromkeys(names, _Group(names, sums)))
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
