@@ -12,6 +12,7 @@ import os
 import random
 import re
 import string
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -92,7 +93,9 @@ def token_batches(
         sequences = _packed(documents, samples, seq_len)
         complete = sum(len(ids) == seq_len for ids in sequences)
     else:
-        sequences = [ids[:seq_len] for ids in itertools.islice(documents, samples)]
+        sequences = [
+            ids[:seq_len] for ids in itertools.islice(documents, min(samples, sys.maxsize))
+        ]
         complete = len(sequences)
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.errors import CordaError
 
 if TYPE_CHECKING:
     from corda_kernels.calibration import Covariance
@@ -122,7 +123,16 @@ def _selection(value: Mapping[str, Any] | None) -> Selection | None:
 def _stability(value: Mapping[str, Any] | None) -> Stability | None:
     from corda_kernels.planning import Stability
 
-    return Stability.from_json(value) if value else None
+    if not value:
+        return None
+    try:
+        stability = Stability.from_json(value)
+        stability.summary()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CordaError(
+            f"the note on stability was altered ({error!r}): calibrate again, or copy the file"
+        ) from error
+    return stability
 
 
 def _print_notes(notes: Mapping[str, Any]) -> None:
