@@ -20,11 +20,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate, export_lora
+from corda_kernels import (
+    CalibrationCheckpoint,
+    CordaConfig,
+    CovarianceSet,
+    calibrate,
+    export_lora,
+)
 from corda_kernels.cli import main
 from corda_kernels.errors import AdapterError, CheckpointError, CordaError, CovarianceFileError
 from corda_kernels.files import write_checked
-from corda_kernels.initialization import read_adapter, save_adapter
+from corda_kernels.initialization import read_adapter, save_adapter, write_adapter
+from corda_kernels.pipeline import corda_adapter
 
 # The same examples every time, and no shrinking: what fails is printed as it is.
 FUZZ = settings(
@@ -122,6 +129,10 @@ def place(
     save_tokenizer(root / "model")
     (root / "text.txt").write_text(" ".join(f"w{i % 60}" for i in range(300)))
     save_adapter(adapt(calibrated()), root / "adapter")
+    for name, options in (("judged", {}), ("planned", {"budget": "r=4", "candidates": 2})):
+        config = CordaConfig("ipm", rank=4, progress=False, **options)
+        texts = [torch.arange(3 + i, 63).view(-1, 60 - i) for i in range(2)]
+        write_adapter(corda_adapter(calibrated()[0], texts, config), root / name)
     return root
 
 
@@ -242,10 +253,12 @@ def test_a_damaged_adapter_folder(place: Path, tmp_path: Path, damage: Any, file
         export_lora(tmp_path / "adapter", tmp_path / "lora")
 
 
-@given(edit=edits)
-@FUZZ
-def test_an_adapter_folder_with_an_edited_record(place: Path, tmp_path: Path, edit: Any) -> None:
-    shutil.copytree(place / "adapter", tmp_path / "adapter", dirs_exist_ok=True)
+@given(edit=edits, kind=st.sampled_from(["adapter", "judged", "planned"]))
+@settings(FUZZ, max_examples=120)
+def test_an_adapter_folder_with_an_edited_record(
+    place: Path, tmp_path: Path, edit: Any, kind: str
+) -> None:
+    shutil.copytree(place / kind, tmp_path / "adapter", dirs_exist_ok=True)
     record = tmp_path / "adapter" / "corda.json"
     value = edited(json.loads(record.read_text()), *edit)
     record.write_text(json.dumps(value), encoding="utf-8", errors="replace")
@@ -303,6 +316,13 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     "--dtype": st.sampled_from(["float32", "bfloat16", "float64"]) | words,
     "--device": st.sampled_from(["cpu", "cuda:99", "meta"]) | words,
     "--cov": st.sampled_from(["cov", "text.txt", "model", "run"]),
+    "--mix": st.sampled_from(["cov=1", "cov=nan", "cov", "text.txt=1", "=", "cov=0"]) | words,
+    "--budget": numbers | words | st.sampled_from(["r=2", "1%", "r=", "r=-1", "0%", "101%"]),
+    "--min-rank": numbers,
+    "--max-rank": numbers,
+    "--rank-multiple": numbers,
+    "--candidates": st.sampled_from(["-1", "0", "1", "2", "3"]) | words,
+    "--selection": st.sampled_from(["argmin", "pool"]) | words,
 }
 
 
@@ -323,7 +343,7 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     likely=st.booleans(),
     data=st.data(),
 )
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=250)
 def test_any_command_line_ends_in_success_or_one_of_our_errors(
     place: Path,
     tmp_path: Path,

@@ -44,6 +44,12 @@ _BASE_FIELDS: dict[str, tuple[type, ...]] = {
     "fan_in_fan_out": (bool,),
     "task_type": (str, NoneType),
 }
+_ALLOCATION_FIELDS: dict[str, tuple[type, ...]] = {
+    "budget": (int,),
+    "spent": (int,),
+    "condition": (str,),
+    "ranks": (dict,),
+}
 _LAYER_FIELDS: dict[str, tuple[type, ...]] = {
     "rank": (int,),
     "scaling": (float, int),
@@ -172,6 +178,14 @@ class AdapterRecord:
         _check_fields("base", value["base"], _BASE_FIELDS)
         for name, entry in value["layers"].items():
             _check_fields(name, entry, _LAYER_FIELDS)
+        if value["allocation"]:
+            _check_fields("the allocation", value["allocation"], _ALLOCATION_FIELDS)
+            ranks = value["allocation"]["ranks"]
+            adapted = {name: entry["rank"] for name, entry in value["layers"].items()}
+            if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
+                raise AdapterError(
+                    "corda.json was altered: the ranks of the allocation are not the layers' ranks"
+                )
         sample, targets = value["base"]["sample"], value["base"]["target_modules"]
         if len(sample) != _SAMPLES or not all(isinstance(entry, float | int) for entry in sample):
             raise AdapterError("corda.json was altered: the base's sample is not made of numbers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def main(what: str, folder: Path, out: Path) -> None:
                 covariances.save(out / f"part-{rank}-{block}-{part}")
         config = CordaConfig("kpm", rank=4, progress=False, distributed=True)
         write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
+        planned = replace(config, budget="r=4", candidates=2)
+        write_adapter(corda_adapter(model, batches, planned), out / f"planned-{rank}")
+        blocks = replace(config, candidates=2, memory_limit=0)
+        write_adapter(corda_adapter(model, batches, blocks), out / f"blocks-{rank}")
     else:
         if rank == 1:
             model.model.layers[1].register_forward_pre_hook(

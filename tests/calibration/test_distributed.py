@@ -24,6 +24,7 @@ from corda_kernels.cli import app
 from corda_kernels.errors import ConfigError
 from corda_kernels.initialization import read_adapter
 from corda_kernels.pipeline import corda_adapter
+from corda_kernels.planning import Selection
 
 SCRIPT = str(Path(__file__).with_name("rank_script.py"))
 
@@ -118,6 +119,34 @@ def test_ranks_make_the_adapter_of_one_process(
         product = expected.layers[name].initial_product()
         assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
     assert found.record.stability["layers"].keys() == expected.record.stability["layers"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("planned", {"budget": "r=4"}), ("blocks", {})], ids=["budget", "blocks"]
+)
+def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
+    place: tuple[nn.Module, list[Any], Path],
+    worked: tuple[int, Path],
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    config = CordaConfig("kpm", rank=4, progress=False, candidates=2, **options)
+    expected = corda_adapter(model, batches, config)
+    adapters = [read_adapter(out / f"{name}-{rank}") for rank in range(ranks)]
+    assert all(adapter.record == adapters[0].record for adapter in adapters)
+    found = adapters[0]
+    assert found.record.allocation == expected.record.allocation
+    chosen, whole = (
+        Selection.from_json(adapter.record.calibration["selection"])
+        for adapter in (found, expected)
+    )
+    assert chosen.winners() == whole.winners()
+    assert list(found.layers) == list(expected.layers)
+    for layer, made in found.layers.items():
+        product = expected.layers[layer].initial_product()
+        assert (made.initial_product() - product).norm() < 1e-3 * product.norm(), layer
 
 
 def test_a_rank_that_dies_ends_the_others_with_its_reason(

@@ -253,10 +253,11 @@ def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_pat
     assert line in invoke("inspect", tmp_path / "out").splitlines()
 
 
+@pytest.mark.parametrize("more", [(), ("--candidates", 2)], ids=["halves", "candidates"])
 def test_within_a_memory_limit_the_file_and_the_adapter_are_the_same(
-    invoke: Callable[..., str], place: Path, tmp_path: Path
+    invoke: Callable[..., str], place: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
-    data = ("--data", place / "text.txt", *SMALL, "--batch-size", 2)
+    data = ("--data", place / "text.txt", *SMALL, "--batch-size", 2, *more)
     shown = {}
     for limit in ("1GB", "20KB"):
         shown[limit] = invoke(
@@ -434,6 +435,14 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "memory limit": (
         (*INIT, *TEXT, "--memory-limit", "much"),
         "'much' is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+    ),
+    "memory limit of covariances": (
+        (*INIT, "--cov", "{tmp}/c", "--memory-limit", "1GB"),
+        "--memory-limit is of a calibration on --data: covariance files are read whole",
+    ),
+    "a budget by block": (
+        (*INIT, *TEXT, "--budget", "r=4", "--memory-limit", "1KB"),
+        "a budget is shared out by the spectra of all layers, which block by block are not at hand",
     ),
     "rank of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
