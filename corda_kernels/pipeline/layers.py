@@ -27,7 +27,7 @@ def layer_adapters(
     *,
     progress: bool,
 ) -> dict[str, tuple[LayerAdapter, dict[str, Any]]]:
-    """The adapter of every module, in their order, and what is to be noted of it.
+    """The adapter of every module, in the order in which they come, and what to note of it.
 
     Raises:
         DecompositionError: a covariance is not finite.
@@ -52,7 +52,7 @@ def layer_adapters(
                     }
                     made[name] = (LayerAdapter.fresh(factors), note)
                     bar.update()
-    return {name: made[name] for name in modules}
+    return made
 
 
 def _loaded_together(

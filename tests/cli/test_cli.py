@@ -232,6 +232,34 @@ def test_candidates_and_a_budget_show_in_what_is_printed(
     assert "selection: 3 candidates" in shown
 
 
+@pytest.mark.parametrize(
+    ("note", "value"),
+    [
+        ("selection", {"rounds": 2}),
+        ("selection", {"scores": {}}),
+        ("mixture", {"files": ["a"]}),
+        ("mixture", {"sources": [], "weights": [1], "normalize": "trace"}),
+    ],
+)
+def test_a_note_that_was_altered_is_told(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    place: Path,
+    tmp_path: Path,
+    note: str,
+    value: dict[str, Any],
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--candidates", 2)
+    invoke("init", place / "model", tmp_path / "out", *data, "--mode", "ipm")
+    file = tmp_path / "out" / "corda.json"
+    record = json.loads(file.read_text())
+    record["calibration"][note] = record["calibration"].get(note, {}) | value
+    file.write_text(json.dumps(record))
+    status, _, lines = command("inspect", tmp_path / "out")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: the note on the {note} was altered")
+
+
 def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_path: Path) -> None:
     model, files = place / "model", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for seed, file in enumerate(files):
