@@ -9,7 +9,6 @@ work on the left side alone: U obtained from V as M·V/σ would carry the error 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
 
-# Blocks of the basis at the first look at what has converged, and at which to start afresh.
-_FIRST_LOOK = 3
+# Blocks of the basis at the first look at what has converged, in the first cycle and in later ones,
+# and blocks at which to start afresh.
+_FIRST_LOOK = (4, 2)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 6
-# What A, applied to the Ritz vectors twice, takes off their error at least (measured: 1e3 to 1e5 on
-# real layers). What it did take off is looked at afterwards.
-_FILTER_GAIN = 1e2
+# Up to this multiple of the tolerated error one more block will probably do.
+_NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
 # square: an eigenproblem's error is eps times the largest.
 _SQUARABLE = 1e9
@@ -37,6 +36,7 @@ def leading_pairs(
     *,
     tolerance: float,
     least_gap: float,
+    gain: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading left singular pairs of `back`, by block Lanczos iteration with restarts.
 
@@ -51,6 +51,8 @@ def leading_pairs(
         rank: how many are wanted.
         tolerance: the error of the subspace, as a sine, at which to stop.
         least_gap: smaller gaps count as this one.
+        gain: what one more application of A is expected to take off the error of Ritz vectors; what
+            it did take off is looked at afterwards.
 
     Returns:
         U (*batch, n, rank), the singular values of `back` (*batch, rank) descending, and the error
@@ -64,8 +66,8 @@ def leading_pairs(
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
     front = _orthonormal(start)
     for cycle in range(_MOST_CYCLES):
-        look = min(_FIRST_LOOK if cycle == 0 else 2, blocks)
-        front = _lanczos(half, back, front, rank, look, blocks, tolerance, least_gap)
+        look = min(_FIRST_LOOK[cycle > 0], blocks)
+        front = _lanczos(half, back, front, rank, look, blocks, gain * tolerance, least_gap)
         # Ritz pairs of A on this subspace, and once more A on them.
         right, triangle = torch.linalg.qr(half(front))
         turned = back(right)
@@ -91,7 +93,6 @@ def _lanczos(
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors."""
     block = front.shape[-1]
     basis, images = front, back(half(front))
-    tolerance *= _FILTER_GAIN
     while True:
         while basis.shape[-1] < look * block:
             front = _next_block(basis, images[..., -block:])
@@ -101,20 +102,17 @@ def _lanczos(
         error = float(_error(basis, images, theta, turn, rank, least_gap).max())
         if not error > tolerance or look == blocks:  # NaN ends it, too
             return _orthonormal(images @ turn[..., :block])
-        # Errors fall by a constant factor a step, from about 1 on.
-        digits = -math.log(min(error, 0.3)) / look
-        look = min(blocks, look + max(1, math.ceil(math.log(error / tolerance) / digits)))
+        # A block takes off one to three orders of magnitude; a look costs about as much as a block.
+        look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
 
 
 def _next_block(basis: Tensor, image: Tensor) -> Tensor:
     """Orthonormal columns that span what A adds to the basis."""
-    # Scaled first: where the space is exhausted QR fills up with arbitrary columns, which need a
-    # second round to become orthogonal to the basis.
+    # Twice: of an image that lies in the basis the first round leaves nothing but rounding.
     fresh = image
     for _ in range(2):
-        fresh = _orthonormal(fresh)
-        fresh = fresh - basis @ (basis.mT @ fresh)
-    return _orthonormal(fresh)
+        fresh = _orthonormal(fresh - basis @ (basis.mT @ fresh))
+    return fresh
 
 
 def _ritz(half: Operator, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def top(
     M: Tensor, rank: int, *, block: int = 20, tolerance: float = 1e-4, least_gap: float = 1e-3
 ) -> tuple[Tensor, ...]:
     start = random(*M.shape[:-1], block)
-    options = {"tolerance": tolerance, "least_gap": least_gap}
+    options = {"tolerance": tolerance, "least_gap": least_gap, "gain": 1e2}
     return leading_pairs(lambda X: M.mT @ X, lambda Y: M @ Y, start, rank, **options)
 
 
@@ -53,6 +53,7 @@ def bottom(M: Tensor, rank: int, *, block: int = 20, tolerance: float = 1e-2) ->
         rank,
         tolerance=tolerance,
         least_gap=1e-2,
+        gain=1e2,
     )
     return U.flip(-1), 1 / S.flip(-1), error
 
@@ -96,7 +97,7 @@ def test_a_smaller_tolerance_takes_more_work_and_leaves_less_error() -> None:
             return M.T @ X
 
         torch.manual_seed(1)
-        start, options = random(400, 12), {"tolerance": tolerance, "least_gap": 1e-3}
+        start, options = random(400, 12), {"tolerance": tolerance, "least_gap": 1e-3, "gain": 1e2}
         U, _, error = leading_pairs(half, lambda Y: M @ Y, start, 4, **options)
         assert float(error) <= tolerance
         assert distance(U, known_U[:, :4]) <= tolerance
