@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from corda_kernels import errors, kernels
-    from corda_kernels.calibration import Covariance, CovarianceSet, calibrate
+    from corda_kernels.calibration import (
+        CalibrationCheckpoint,
+        Covariance,
+        CovarianceSet,
+        calibrate,
+        calibrate_blocks,
+    )
     from corda_kernels.data import token_batches
     from corda_kernels.decomposition import (
         CoSVD,
@@ -46,9 +52,11 @@ __version__ = "0.1.0"
 
 # The module in which each public name lives.
 _HOMES = {
+    "CalibrationCheckpoint": "calibration",
     "Covariance": "calibration",
     "CovarianceSet": "calibration",
     "calibrate": "calibration",
+    "calibrate_blocks": "calibration",
     "token_batches": "data",
     "CoSVD": "decomposition",
     "RegularizedInverse": "decomposition",
@@ -79,6 +87,7 @@ _HOMES = {
 
 __all__ = [
     "AdapterFactors",
+    "CalibrationCheckpoint",
     "CoSVD",
     "CordaConfig",
     "CordaLinear",
@@ -90,6 +99,7 @@ __all__ = [
     "adapter_factors",
     "allocate_ranks",
     "calibrate",
+    "calibrate_blocks",
     "co_svd",
     "co_svd_layers",
     "compactness",

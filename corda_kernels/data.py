@@ -12,6 +12,7 @@ import os
 import random
 import re
 import string
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import ConfigError, CordaWarning, DataError
+from corda_kernels.files import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +94,9 @@ def token_batches(
         sequences = _packed(documents, samples, seq_len)
         complete = sum(len(ids) == seq_len for ids in sequences)
     else:
-        sequences = [ids[:seq_len] for ids in itertools.islice(documents, samples)]
+        sequences = [
+            ids[:seq_len] for ids in itertools.islice(documents, min(samples, sys.maxsize))
+        ]
         complete = len(sequences)
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")
@@ -378,3 +382,16 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def help_topics(path: str | os.PathLike[str]) -> Path:
+    """Writes Python's help topics to a text file: prose and code that every Python carries.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from pydoc_data.topics import topics
+
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return Path(path)

@@ -62,6 +62,14 @@ class CovarianceFileError(CovarianceError):
     """A covariance file is truncated, altered or of another kind."""
 
 
+class CheckpointError(CordaError):
+    """An interrupted calibration's checkpoint is damaged, or of another run."""
+
+
+class DistributedError(CordaError):
+    """Another rank of a distributed run has ended, or cannot be reached."""
+
+
 class DecompositionError(CordaError):
     """A matrix cannot be decomposed or inverted as asked."""
 
@@ -76,6 +84,14 @@ class ConfigError(CordaError):
 
 class AdapterError(CordaError):
     """An adapter folder or adapted model is incomplete, altered, or does not belong to its base."""
+
+
+class CacheError(CordaError):
+    """A file that PEFT keeps results in is damaged, or was made with other options."""
+
+
+class CompatibilityError(CordaError):
+    """Another library is of a version that this one cannot work with."""
 
 
 class OutputError(CordaError):
@@ -98,9 +114,17 @@ class PaddingWarning(CordaWarning):
     """A batch looks padded but carries no attention mask."""
 
 
+class OutOfMemoryWarning(CordaWarning):
+    """A device's memory did not suffice, and the work goes on in smaller pieces or on the CPU."""
+
+
 class LeftOutWarning(CordaWarning):
     """Weights that "all-linear" does not reach, such as fused experts."""
 
 
 class ConvergenceWarning(CordaWarning):
     """An iterative method did not converge and the exact one was used instead."""
+
+
+class CompatibilityWarning(CordaWarning):
+    """Another library, or a file of its making, is used in a way that cannot be checked."""

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from corda_kernels.errors import OutputError
+from corda_kernels.errors import CordaError, OutputError
+
+# The one entry of a checked file's metadata. There is only one because safetensors writes several
+# in an order that differs from run to run, and equal contents should make equal files.
+_SEAL = "corda"
 
 
 def check_output(
@@ -94,6 +98,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, on the same disk, which is deleted afterwards.
+
+    It has the same name every time, so that what a kill leaves behind is gone after the next run.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.pieces")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write beside {path}: {error.strerror or error}; choose another output path"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes `value` as indented JSON, atomically.
 
@@ -121,6 +149,74 @@ def write_tensors(
     """
     with atomic_path(path) as temporary:
         save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+
+
+def write_checked(
+    path: str | os.PathLike[str],
+    format_: str,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Writes a safetensors file with a JSON header and a checksum over all of it, atomically.
+
+    Equal contents make equal files, byte for byte.
+
+    Args:
+        path: the file.
+        format_: name and version of what the file holds.
+        header: a JSON object.
+        tensors: as for `write_tensors`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = json.dumps(header, ensure_ascii=False)
+    write_tensors(path, tensors, {_SEAL: "\n".join((format_, digest(tensors, text), text))})
+
+
+def read_checked(
+    path: str | os.PathLike[str], format_: str, *, what: str, error: type[CordaError], remedy: str
+) -> tuple[Any, dict[str, Tensor]]:
+    """Reads a file that `write_checked` wrote, and verifies its format and checksum.
+
+    Args:
+        path: the file.
+        format_: which it must have.
+        what: kind of file, for messages.
+        error: type to raise.
+        remedy: what to do about a bad file, for messages.
+
+    Returns:
+        The JSON value of its header, and its tensors.
+
+    Raises:
+        CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise error(f"{path}: no such {what} file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            seal = (file.metadata() or {}).get(_SEAL, "").split("\n", 2)
+            if seal[0] != format_:
+                raise error(
+                    f"{path} is a safetensors file, but not a {what} file written by this package "
+                    f"(format {seal[0]!r}, expected {format_!r})"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as reason:
+        raise error(
+            f"{path} is truncated or not a safetensors file ({reason}): {remedy}"
+        ) from reason
+    if len(seal) != 3 or digest(tensors, seal[2]) != seal[1]:
+        raise error(
+            f"{path}: the contents do not match their checksum; the file was altered or damaged: "
+            f"{remedy}"
+        )
+    try:
+        return json.loads(seal[2]), tensors
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: the header is not JSON ({reason}): {remedy}") from reason
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

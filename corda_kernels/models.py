@@ -60,11 +60,37 @@ def load_model(
         model.name_or_path = model.config._name_or_path = os.fspath(source)
     model.eval()
     try:
+        if torch.device(device).type == "meta":
+            raise ModelError("device meta holds no numbers: choose cpu or cuda")
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"cannot move the model to device {device!r}: {_first_line(error)}"
         ) from error
+
+
+def load_skeleton(
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model on the meta device, of which only the config is read.
+
+    Args:
+        source: as in `load_model`.
+        dtype: as in `load_model`.
+
+    Raises:
+        ModelError: as in `load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(dtype, str):
+        dtype = parse_dtype(dtype)
+    where, options = _locate(source)
+    with _loading_errors(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, **options)
+        dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -140,6 +166,50 @@ def decoder(model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "base_model", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that make up the decoder, by name in their order.
+
+    They are the members of the list that holds the most linear layers.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    lists = [
+        (sum(is_linear(module) for module in blocks.modules()), name, blocks)
+        for name, blocks in decoder(model).named_modules()
+        if isinstance(blocks, nn.ModuleList)
+    ]
+    linears, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
+    if not linears or found is None:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks: calibrate it in one pass"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    return {names[block]: block for block in found}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs; for one whose weights are offloaded, where it computes."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside the block, weights that accelerate keeps on the disk or the host are there to read."""
+    if getattr(module, "_hf_hook", None) is None:
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
 
 
 def is_linear(module: nn.Module) -> bool:

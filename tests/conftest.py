@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -104,6 +105,25 @@ def calibrated(
         return copy.deepcopy(model), covariances
 
     return give
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer() -> Callable[[Path], None]:
+    """Writes a tokenizer of the words w0 … w59 into a tiny model's folder."""
+
+    def save(folder: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(60))]
+        vocabulary = {word: index for index, word in enumerate(words)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

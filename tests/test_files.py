@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from corda_kernels import files
-from corda_kernels.errors import OutputError
+from corda_kernels.errors import CovarianceFileError, OutputError
 from corda_kernels.files import (
     atomic_path,
     check_output,
     digest,
     format_bytes,
+    read_checked,
+    temporary_folder,
+    write_checked,
     write_json,
     write_tensors,
 )
@@ -169,6 +175,52 @@ def test_a_full_disk_that_safetensors_reports_is_an_output_error(
     monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         write_tensors(tmp_path / "result", {}, {})
+
+
+def test_a_temporary_folder_starts_empty_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result"
+    left = tmp_path / "new" / ".result.pieces"
+    left.mkdir(parents=True)
+    (left / "0").touch()  # of a run that was killed
+    for failing in (False, True):
+        with contextlib.suppress(KeyError), temporary_folder(path) as folder:
+            assert names(folder) == []
+            (folder / "0").touch()
+            if failing:
+                raise KeyError
+        assert names(path.parent) == []
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match="cannot write beside"),
+        temporary_folder(tmp_path / "file" / "x"),
+    ):
+        pass
+
+
+CHECKED = {"what": "kind of", "error": CovarianceFileError, "remedy": "make it again"}
+
+
+def test_equal_contents_make_equal_files_in_every_process(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from corda_kernels.files import write_checked
+write_checked(sys.argv[1], "f/1", {"a": "σ", "b": [1]}, {"x": torch.ones(3), "y": torch.zeros(2)})
+"""
+    for number in range(3):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
+    first, *others = (path.read_bytes() for path in tmp_path.iterdir())
+    assert others == [first, first]
+    header, tensors = read_checked(tmp_path / "0", "f/1", **CHECKED)
+    assert header == {"a": "σ", "b": [1]}
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {"x": 3, "y": 2}
+
+
+def test_a_file_of_another_format_is_refused_by_its_name(tmp_path: Path) -> None:
+    write_checked(tmp_path / "a", "f/1", {}, {})
+    with pytest.raises(CovarianceFileError, match=r"not a kind of file .*'f/1', expected 'f/2'"):
+        read_checked(tmp_path / "a", "f/2", **CHECKED)
+    with pytest.raises(CovarianceFileError, match="absent: no such kind of file"):
+        read_checked(tmp_path / "absent", "f/2", **CHECKED)
 
 
 def test_json_keeps_letters_and_order(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ LAYERS = [
     {"calibration"},
     {"planning", "initialization"},
     {"pipeline", "training"},
-    {"integrations", "bench", "report"},
+    {"integrations"},
+    {"bench", "report"},
     {"cli"},
     {"__main__"},
 ]

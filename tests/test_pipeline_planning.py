@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import (
+    CalibrationCheckpoint,
     CordaConfig,
     CovarianceSet,
     export_lora,
@@ -31,7 +33,7 @@ from corda_kernels.errors import (
 )
 from corda_kernels.initialization import adapter_of, read_adapter
 from corda_kernels.models import linear_weight
-from corda_kernels.pipeline import calibrate_candidates, corda_adapter
+from corda_kernels.pipeline import calibrate_candidates, corda_adapter, stages
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -227,6 +229,110 @@ def test_a_selection_can_be_cut_off_and_resumed(calibrated: Calibrated, tmp_path
     found = calibrate_candidates(model, batches(), candidates=3, state=state, progress=False)
     assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
     assert found.provenance == expected.provenance
+
+
+def same_adapters(found: Any, expected: Any) -> None:
+    """Whether two adapters have the same ranks and products, and were made of the same text."""
+    assert list(found.layers) == list(expected.layers)
+    for name, layer in found.layers.items():
+        assert layer.rank == expected.layers[name].rank
+        product = expected.layers[name].initial_product()
+        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+    assert found.record.allocation == expected.record.allocation
+    scores, others = (
+        Selection.from_json(adapter.record.calibration.pop("selection"))
+        if "selection" in adapter.record.calibration
+        else None
+        for adapter in (found, expected)
+    )
+    assert found.record.calibration == expected.record.calibration
+    assert (scores is None) == (others is None)
+    if scores is not None and others is not None:
+        assert scores.winners() == others.winners()
+        assert (scores.tokens, scores.domains) == (others.tokens, others.domains)
+        assert scores.groups == others.groups
+        for name, row in scores.scores.items():
+            assert row == pytest.approx(others.scores[name], rel=1e-4)
+
+
+def covariance_size(covariances: CovarianceSet) -> int:
+    return sum(4 * covariance.matrix.numel() for covariance, _ in covariances.groups())
+
+
+@pytest.mark.parametrize("selection", ["argmin", "pool"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_candidates_are_selected_block_by_block_too(
+    calibrated: Calibrated,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    selection: Any,
+) -> None:
+    model, covariances = calibrated(architecture)
+    options = {"budget": None, "rank": 4, "candidates": 3, "selection": selection}
+    text = [batch.repeat(4, 1) for batch in batches()]
+    # What is kept, and one candidate.
+    limit = 2 * covariance_size(covariances)
+    whole = corda_adapter(model, text, config(**options, memory_limit=limit), domain="text")
+    monkeypatch.setattr(stages, "calibrate_candidates", None)
+    found = corda_adapter(model, text, config(**options, memory_limit=limit - 1), domain="text")
+    same_adapters(found, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "sets"),
+    [({}, 3), ({"stability": False}, 1), ({"candidates": 3}, 2)],
+    ids=["halves", "whole", "candidates"],
+)
+def test_a_budget_is_shared_out_in_one_pass_or_not_at_all(
+    calibrated: Calibrated, options: dict[str, Any], sets: int
+) -> None:
+    model, covariances = calibrated()
+    limit = sets * covariance_size(covariances)
+    given = batches() if "candidates" in options else [*batches(), *batches()]
+    expected = corda_adapter(model, given, config(**options))
+    same_adapters(corda_adapter(model, given, config(**options, memory_limit=limit)), expected)
+    with pytest.raises(ConfigError, match=f"raise the memory limit to {limit} bytes"):
+        corda_adapter(model, given, config(**options, memory_limit=limit - 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": 2}, {"candidates": 2, "memory_limit": 0}])
+def test_offloaded_layers_are_scored_and_decomposed(
+    calibrated: Calibrated, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model, _ = calibrated()
+    choices = config(
+        **({"budget": None, "rank": 4} if "memory_limit" in options else {}), **options
+    )
+    text = [batch.repeat(4, 1) for batch in batches()]
+    expected = corda_adapter(model, text, choices)
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    same_adapters(corda_adapter(model, text, choices), expected)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_candidates_are_resumed_from_the_one_that_was_cut_off(
+    calibrated: Calibrated, tmp_path: Path, count: int
+) -> None:
+    model, _ = calibrated()
+    given = [*batches(), *batches()]
+    expected = calibrate_candidates(model, given, candidates=count, progress=False)
+    kept = CalibrationCheckpoint(tmp_path / "run", every=1, resume=True)
+    broken = [*given]
+    broken[count - 1] = broken[count - 1].new_full((3, 16), 10**6)  # there is no such token
+    with pytest.raises(IndexError):
+        calibrate_candidates(model, broken, candidates=count, checkpoint=kept, progress=False)
+    assert {file.name for file in kept.kept()} == {f"run-{i + 1}" for i in range(count - 1)}
+    calls: list[nn.Module] = []
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    handle = module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    found = calibrate_candidates(model, given, candidates=count, checkpoint=kept, progress=False)
+    handle.remove()
+    assert len(calls) == len(given[count - 1 :: count])
+    assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
+    assert found.provenance == expected.provenance
+    (tmp_path / "run-5-other").touch()
+    kept.discard()
+    assert [file.name for file in tmp_path.iterdir()] == ["run-5-other"]
 
 
 def test_too_few_batches_for_the_candidates(calibrated: Calibrated) -> None:

@@ -2,5 +2,13 @@
 
 from corda_kernels.calibration.calibrate import calibrate
 from corda_kernels.calibration.covariance import Covariance, CovarianceSet
+from corda_kernels.calibration.resume import CalibrationCheckpoint
+from corda_kernels.calibration.streaming import calibrate_blocks
 
-__all__ = ["Covariance", "CovarianceSet", "calibrate"]
+__all__ = [
+    "CalibrationCheckpoint",
+    "Covariance",
+    "CovarianceSet",
+    "calibrate",
+    "calibrate_blocks",
+]

@@ -35,7 +35,11 @@ def token_count(batch: Tensor | Mapping[str, Any]) -> int:
 
 
 def unpadded(
-    batch: Tensor | Mapping[str, Any], index: int, *, pad_token_id: int | None = None
+    batch: Tensor | Mapping[str, Any],
+    index: int,
+    *,
+    pad_token_id: int | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yields inputs of equal-length sequences that together hold exactly the tokens that count.
 
@@ -45,6 +49,7 @@ def unpadded(
             are passed on to the model.
         index: the batch's number, for messages.
         pad_token_id: warns where a batch without a mask seems to be padded with it.
+        max_rows: the most sequences that run together; None for as many as there are.
 
     Raises:
         CalibrationError: the batch has no token ids, or its mask does not fit them.
@@ -69,27 +74,42 @@ def unpadded(
     if mask is None:
         _warn_of_padding(fields["input_ids"], index, pad_token_id)
         if ids.numel():
-            yield fields
+            yield from _split(fields, max_rows)
         return
     kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
     lengths = kept.sum(1)
     for length in torch.unique(lengths).tolist():
         if length:
             rows = lengths == length
-            yield {name: value[rows][kept[rows]].view(-1, length) for name, value in fields.items()}
+            alike = {
+                name: value[rows][kept[rows]].view(-1, length) for name, value in fields.items()
+            }
+            yield from _split(alike, max_rows)
 
 
-def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
-    if pad_token_id is None or ids.shape[1] < 2:
-        return
+def _split(fields: dict[str, Tensor], max_rows: int | None) -> Iterator[dict[str, Tensor]]:
+    rows = fields["input_ids"].shape[0]
+    size = max_rows or rows
+    for start in range(0, rows, size):
+        yield {name: value[start : start + size] for name, value in fields.items()}
+
+
+def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
+    """Whether a sequence of token ids (batch, seq) starts or ends in padding."""
+    if ids.ndim != 2 or ids.shape[1] < 2:
+        return False
     pads = ids == pad_token_id
     # One such token at an end may well be an end-of-text that doubles as padding; two in a row are
     # not.
-    if bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any()):
+    return bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any())
+
+
+def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
+    if pad_token_id is not None and looks_padded(ids, pad_token_id):
         warnings.warn(
             f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
             "mask: the padding counts as text and inflates the covariances; pass a mapping with "
             "input_ids and attention_mask",
             PaddingWarning,
-            stacklevel=5,  # the caller of calibrate, which no_grad wraps
+            stacklevel=6,  # the caller of calibrate, which no_grad wraps
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +12,11 @@ from torch import Tensor, nn
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
-from corda_kernels.errors import CalibrationError, LeftOutWarning
-from corda_kernels.models import decoder, output_head, target_linears, unreached_weights
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.resume import CalibrationCheckpoint, Journal
+from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
+from corda_kernels.errors import CalibrationError, ConfigError, OutOfMemoryWarning
 from corda_kernels.progress import progress_bar
-from corda_kernels.versions import library_versions
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,15 +31,18 @@ def calibrate(
     *,
     targets: str | Sequence[str] = "all-linear",
     outlier_threshold: float = 6.0,
-    normalize: Literal["tokens", "peft"] = "tokens",
-    on_unseen: Literal["error", "skip"] = "error",
+    normalize: Normalize = "tokens",
+    on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
     """Runs the model over calibration text: the covariance of every target layer's inputs.
 
     The model runs in eval mode without its output head; its hooks, modes and weights are as before
     afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
-    kept in float32 or better.
+    kept in float32 or better. Where memory runs out, it starts again with smaller batches, and
+    warns.
 
     Args:
         model: a transformers model, or any module that takes token ids.
@@ -52,6 +54,10 @@ def calibrate(
             and takes the mean over calls, as PEFT's own CorDA does.
         on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
             out.
+        checkpoint: where to keep what has been summed up so far, and whether to go on from it after
+            a kill. The result is the same to the last bit, interrupted or not.
+        distributed: whether the ranks of torch.distributed, which must all be given the same
+            batches, run a share of them each; all get the same result.
         progress: whether to show a progress bar with tokens per second.
 
     Returns:
@@ -61,100 +67,106 @@ def calibrate(
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
+        CheckpointError: the checkpoint to go on from is damaged, or of another run.
+        DistributedError: another rank has ended.
+        ConfigError: `distributed` without a process group, or together with `checkpoint`.
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
-    linears = target_linears(model, targets)
-    _check_plain(model)
-    left_out = unreached_weights(model) if targets == "all-linear" else {}
-    _warn_left_out(left_out)
-    head = output_head(model)
-    runner = (
-        model
-        if head is not None and any(module is head for module in linears.values())
-        else decoder(model)
+    ranks = Ranks.of(distributed)
+    if distributed and checkpoint is not None:
+        raise ConfigError("a distributed calibration keeps no checkpoint: leave one of them out")
+    subject = Subject.of(model, targets)
+    max_rows: int | None = None
+    while True:
+        capture = InputCapture(
+            subject.linears, outlier_threshold, normalize, deterministic=checkpoint is not None
+        )
+        try:
+            tokens = _accumulate(subject, batches, capture, checkpoint, ranks, max_rows, progress)
+            break
+        except torch.OutOfMemoryError as error:
+            max_rows = _fewer_rows(batches, max_rows, error)
+        warnings.warn(
+            "memory ran out while calibrating: starting again with at most "
+            f"{max_rows} sequence(s) at a time",
+            OutOfMemoryWarning,
+            stacklevel=3,  # the caller of calibrate, which no_grad wraps
+        )
+    ranks.add_up(capture)
+    return subject.result(
+        capture.covariances(),
+        capture.unseen(),
+        tokens=tokens,
+        normalize=normalize,
+        on_unseen=on_unseen,
     )
-    options = _options(runner)
-    device = next(model.parameters()).device
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    capture = InputCapture(linears, outlier_threshold, normalize)
-    tokens = 0
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        _evaluating(model),
-        capture,
-        _token_bar(batches, progress) as bar,
-    ):
+
+
+def _accumulate(
+    subject: Subject,
+    batches: Iterable[Batch],
+    capture: InputCapture,
+    checkpoint: CalibrationCheckpoint | None,
+    ranks: Ranks,
+    max_rows: int | None,
+    progress: bool,
+) -> int:
+    """Runs this rank's batches, `max_rows` sequences at a time; tokens of all batches."""
+    journal = Journal(checkpoint, capture, subject.model, subject.device)
+    batch_count = tokens = 0
+    shown = progress and ranks.rank == 0
+    with evaluating(subject.model), capture, token_bar(batches, shown) as bar:
         for index, batch in enumerate(batches):
+            if not ranks.owns(index):
+                tokens += token_count(batch)
+                bar.update(token_count(batch))
+                continue
             before = tokens
-            for inputs in unpadded(batch, index, pad_token_id=pad):
-                runner(**{name: value.to(device) for name, value in inputs.items()}, **options)
+            for inputs in unpadded(
+                batch, index, pad_token_id=subject.pad_token_id, max_rows=max_rows
+            ):
+                journal.read(inputs)
+                if not journal.covers(index):
+                    subject.run(inputs)
                 count = inputs["input_ids"].numel()
                 tokens += count
                 bar.update(count)
-            capture.end_pass(index, (before, tokens))
-    if not tokens:
+            if not journal.covers(index):
+                capture.end_pass(index, (before, tokens))
+            journal.end_batch(index, tokens)
+            batch_count += 1
+        journal.end(batch_count)
+    return tokens
+
+
+def _fewer_rows(batches: Iterable[Batch], max_rows: int | None, error: Exception) -> int:
+    """Half as many sequences at a time as ran out of memory.
+
+    Raises:
+        CalibrationError: there was only one, or the batches cannot be read a second time.
+    """
+    if not isinstance(batches, Sequence | Tensor):
         raise CalibrationError(
-            "there were no tokens to calibrate on: the batches are empty or masked throughout"
-        )
-    unseen = capture.unseen()
-    if unseen and on_unseen == "error":
+            "memory ran out while calibrating: give smaller batches, or a list of batches, which "
+            "can be started again"
+        ) from error
+    largest = max_rows or max(_rows(batch) for batch in batches)
+    if largest < 2:
         raise CalibrationError(
-            f"{len(unseen)} target layer(s) never received a token: {', '.join(unseen[:5])}"
-            f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more text "
-            'if they are routed experts, or pass on_unseen="skip"'
-        )
-    return CovarianceSet(
-        capture.covariances(),
-        normalize=normalize,
-        left_out=left_out | dict.fromkeys(unseen, "never called during calibration"),
-        provenance={
-            "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
-            "tokens": tokens,
-            "versions": library_versions(),
-        },
-    )
+            "memory does not suffice for a single sequence: use shorter ones (--seq-len), go block "
+            "by block (--memory-limit), or run on the CPU (--device cpu)"
+        ) from error
+    return largest // 2
 
 
-def _check_plain(model: nn.Module) -> None:
-    if getattr(model, "peft_config", None):
-        raise CalibrationError(
-            "the model carries a PEFT adapter already; calibrate the base model before attaching "
-            "one (model.unload() takes it off)"
-        )
+def _rows(batch: Batch) -> int:
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    return ids.shape[0] if ids.ndim == 2 else 1
 
 
-def _warn_left_out(left_out: Mapping[str, str]) -> None:
-    if left_out:
-        name, reason = next(iter(left_out.items()))
-        warnings.warn(
-            f"{len(left_out)} weight(s) get no covariance and no adapter, among them {name}: "
-            f"{reason}; all are named in left_out",
-            LeftOutWarning,
-            stacklevel=4,
-        )
-
-
-def _options(runner: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that spare the pass what calibration does not use."""
-    accepted = inspect.signature(runner.forward).parameters
-    return {"use_cache": False} if "use_cache" in accepted else {}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+    """A progress bar that counts tokens, towards a total where the batches are at hand."""
     total = None
     if isinstance(batches, Sequence) and isinstance(batches, Sized):
         total = sum(token_count(batch) for batch in batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance
+from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -34,6 +35,12 @@ class _Sums:
     tokens: int = 0
     calls: int = 0
 
+    def to(self, device: torch.device) -> None:
+        """Moves the sums to where their inputs are, from which a checkpoint may have taken them."""
+        self.matrix = self.matrix.to(device)
+        self.absmax = self.absmax.to(device)
+        self.outlier_count = self.outlier_count.to(device)
+
     def clone(self) -> _Sums:
         return _Sums(
             self.matrix.clone(),
@@ -49,11 +56,16 @@ class _Sighting:
     """A tensor seen at a module's input; holding it keeps its memory from being reused."""
 
     tensor: Tensor
-    version: int
+    version: float
     modules: list[str]
 
     def matches(self, tensor: Tensor) -> bool:
-        return self.tensor is tensor and self.version == tensor._version
+        return self.tensor is tensor and self.version == _version(tensor)
+
+
+def _version(tensor: Tensor) -> float:
+    """The counter of changes in place; inference tensors have none, and match nothing (NaN)."""
+    return math.nan if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -86,11 +98,16 @@ class InputCapture:
         modules: the layers by name; each takes one tensor (..., in) as its first argument.
         outlier_threshold: |x| above which an activation counts as an outlier, in units of x.
         normalize: "tokens", or "peft" for each call's input divided by |max x|.
+        deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU too.
+        row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
+            change between passes only.
     """
 
     modules: Mapping[str, nn.Module]
     outlier_threshold: float = 6.0
     normalize: str = "tokens"
+    deterministic: bool = False
+    row_mask: Tensor | None = field(default=None, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _forming: deque[_Group] = field(default_factory=deque, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
@@ -119,7 +136,9 @@ class InputCapture:
                 raise CalibrationError(
                     f"layer {name} was called without an input tensor; leave it out of the targets"
                 )
-            self._read(name, x)
+            # Sums made under the caller's inference mode could not be changed outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._read(name, x)
 
         return read_input
 
@@ -132,7 +151,9 @@ class InputCapture:
             self._add(group, x)
         elif group.pending is None:
             group.close()
-            group.pending = _Sighting(x, x._version, [name])
+            group.pending = _Sighting(x, _version(x), [name])
+            if x.is_inference():
+                self._split(group)
         elif group.pending.matches(x) and name not in group.pending.modules:
             group.pending.modules.append(name)
             if len(group.pending.modules) == len(group.modules):
@@ -155,7 +176,7 @@ class InputCapture:
             torch.zeros(d, dtype=torch.float32, device=x.device),
             torch.zeros(d, dtype=torch.int64, device=x.device),
         )
-        group = self._groups[name] = _Group([name], sums, forming=_Sighting(x, x._version, [name]))
+        group = self._groups[name] = _Group([name], sums, forming=_Sighting(x, _version(x), [name]))
         self._forming.append(group)
         if len(self._forming) > _FORMING_GROUPS:
             self._forming.popleft().close()
@@ -165,7 +186,7 @@ class InputCapture:
         """Moves the modules that read the pending tensor to a group of their own and adds it."""
         pending = group.pending
         assert pending is not None
-        if pending.version != pending.tensor._version:
+        if _version(pending.tensor) > pending.version:
             raise CalibrationError(
                 f"layers {', '.join(group.modules)} read one tensor at first, but later it was "
                 "changed in place before all of them had read it: calibrate them in separate runs, "
@@ -179,8 +200,9 @@ class InputCapture:
         self._add(apart, pending.tensor)
 
     def _add(self, group: _Group, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = self._counted(group, x.reshape(-1, x.shape[-1]))
         sums = group.sums
+        sums.to(rows.device)
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
@@ -197,9 +219,21 @@ class InputCapture:
             absmax=sums.absmax,
             outlier_count=sums.outlier_count,
             outlier_threshold=self.outlier_threshold,
+            deterministic=self.deterministic,
         )
         sums.tokens += rows.shape[0]
         sums.calls += 1
+
+    def _counted(self, group: _Group, rows: Tensor) -> Tensor:
+        if self.row_mask is None:
+            return rows
+        if self.row_mask.numel() != rows.shape[0]:
+            raise CalibrationError(
+                f"layer {group.modules[0]} received {rows.shape[0]} rows, to which the attention "
+                f"mask of {tuple(self.row_mask.shape)} does not apply (it may be a routed expert): "
+                "run sequences without padding, such as one at a time"
+            )
+        return rows[self.row_mask.flatten().to(rows.device)]
 
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
@@ -231,6 +265,34 @@ class InputCapture:
             for name in self.modules
             if name not in self._groups or not self._groups[name].sums.tokens
         ]
+
+    def sums(self) -> list[Group]:
+        """The sums so far, not divided by anything, each with the modules that share it.
+
+        Only lower triangles are filled. The tensors are the running ones: they change with the next
+        pass.
+        """
+        return [
+            (
+                Covariance(
+                    group.sums.matrix,
+                    group.sums.tokens,
+                    group.sums.calls,
+                    group.sums.absmax,
+                    group.sums.outlier_count,
+                    self.outlier_threshold,
+                ),
+                group.modules,
+            )
+            for group in self._distinct()
+        ]
+
+    def restore(self, groups: list[Group]) -> None:
+        """Takes up sums that `sums` gave between two passes, in place of its own."""
+        self._groups.clear()
+        for part, names in groups:
+            sums = _Sums(part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls)
+            self._groups.update(dict.fromkeys(names, _Group(names, sums)))
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import CovarianceError, CovarianceFileError
-from corda_kernels.files import digest, write_tensors
+from corda_kernels.errors import CordaError, CovarianceError, CovarianceFileError
+from corda_kernels.files import atomic_path, read_checked, temporary_folder, write_checked
 
 _FORMAT = "corda_kernels.covariances/1"
+_AS_COVARIANCES: Any = {
+    "what": "covariance",
+    "error": CovarianceFileError,
+    "remedy": "copy or calibrate it again",
+}
 _NORMALIZATIONS = ("tokens", "peft")
 
 
@@ -149,34 +152,13 @@ class CovarianceSet(Mapping[str, Covariance]):
         Raises:
             OutputError: the file cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        records = []
-        for index, (covariance, names) in enumerate(self.groups()):
-            tensors[f"{index}.matrix"] = pack_symmetric(covariance.matrix.cpu())
-            tensors[f"{index}.absmax"] = covariance.absmax.cpu()
-            tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
-            records.append(
-                {
-                    "modules": names,
-                    "channels": covariance.matrix.shape[0],
-                    "tokens": covariance.tokens,
-                    "calls": covariance.calls,
-                    "outlier_threshold": covariance.outlier_threshold,
-                }
-            )
         header = {
-            "groups": records,
             "order": list(self),
-            "normalize": self.normalize,
             "left_out": self.left_out,
+            "normalize": self.normalize,
             "provenance": self.provenance,
         }
-        text = json.dumps(header, ensure_ascii=False)
-        write_tensors(
-            path,
-            tensors,
-            {"format": _FORMAT, "corda": text, "sha256": digest(tensors, text)},
-        )
+        write_groups(path, _FORMAT, self.groups(), header)
 
     @classmethod
     def load(
@@ -187,46 +169,128 @@ class CovarianceSet(Mapping[str, Covariance]):
         Raises:
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise CovarianceFileError(
-                f"{path}: no such covariance file; write one with `corda-kernels calibrate`"
-            )
+        header, groups = read_groups(path, _FORMAT, **_AS_COVARIANCES, device=device)
+        covariances = {name: covariance for covariance, names in groups for name in names}
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CovarianceFileError(
-                        f"{path} is a safetensors file, but not of covariances written by this "
-                        f"package (format {metadata.get('format')!r}, expected {_FORMAT!r})"
-                    )
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
+            return cls(
+                {name: covariances[name] for name in header["order"]},
+                normalize=header["normalize"],
+                left_out=header["left_out"],
+                provenance=header["provenance"],
+            )
+        except (KeyError, TypeError, ValueError, CovarianceError) as error:
             raise CovarianceFileError(
-                f"{path} is truncated or not a safetensors file ({error}): copy or calibrate it "
-                "again"
+                f"{path}: its header is not that of a covariance file ({error!r}): "
+                "calibrate it again"
             ) from error
-        if digest(tensors, metadata.get("corda", "")) != metadata.get("sha256"):
-            raise CovarianceFileError(
-                f"{path}: the contents do not match their checksum; the file was altered or "
-                "damaged: copy or calibrate it again"
-            )
-        header = json.loads(metadata["corda"])
-        covariances: dict[str, Covariance] = {}
-        for index, record in enumerate(header["groups"]):
-            covariance = Covariance(
-                unpack_symmetric(tensors.pop(f"{index}.matrix"), record["channels"]).to(device),
-                record["tokens"],
-                record["calls"],
-                tensors.pop(f"{index}.absmax").to(device),
-                tensors.pop(f"{index}.outlier_count").to(device),
-                record["outlier_threshold"],
-            )
-            covariances.update(dict.fromkeys(record["modules"], covariance))
-        return cls(
-            {name: covariances[name] for name in header["order"]},
-            normalize=header["normalize"],
-            left_out=header["left_out"],
-            provenance=header["provenance"],
+
+
+def save_pieces(
+    pieces: Iterable[CovarianceSet],
+    path: str | os.PathLike[str],
+    provenance: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> None:
+    """Writes sets of different layers as one file, the same that `save` writes of their union.
+
+    Only one of them is in memory at a time; the others wait on the disk beside `path`.
+
+    Args:
+        pieces: at least one, with the same normalisation.
+        path: the file.
+        provenance: of the whole, made of that of the pieces; a single piece keeps its own.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    whole: dict[str, Any] = {"groups": [], "order": [], "left_out": {}}
+    notes: list[dict[str, Any]] = []
+    with temporary_folder(path) as folder:
+        # No enumerate: it would hold a piece while the next one is made.
+        for piece in pieces:
+            number = len(notes)
+            piece.save(folder / str(number))
+            notes.append(piece.provenance)
+            del piece
+            # Mapped, not read: the system drops these pages when memory is short.
+            header, mapped = read_checked(folder / str(number), _FORMAT, **_AS_COVARIANCES)
+            first = len(whole["groups"])
+            for name, tensor in mapped.items():
+                index, _, part = name.partition(".")
+                tensors[f"{first + int(index)}.{part}"] = tensor
+            whole["groups"] += header["groups"]
+            whole["order"] += header["order"]
+            whole["left_out"] |= header["left_out"]
+            whole["normalize"] = header["normalize"]
+        if len(notes) == 1:
+            with atomic_path(path) as temporary:
+                os.replace(folder / "0", temporary)
+            return
+        write_checked(path, _FORMAT, whole | {"provenance": provenance(notes)}, tensors)
+
+
+Group = tuple[Covariance, list[str]]
+
+
+def write_groups(
+    path: str | os.PathLike[str], format_: str, groups: Sequence[Group], header: Mapping[str, Any]
+) -> None:
+    """Writes covariances, each with the modules that share it, as a checked file.
+
+    Only the lower triangle of a matrix is read. `header` gets a record of the groups.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    records = []
+    for index, (covariance, names) in enumerate(groups):
+        tensors[f"{index}.matrix"] = pack_symmetric(covariance.matrix).cpu()
+        tensors[f"{index}.absmax"] = covariance.absmax.cpu()
+        tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
+        records.append(
+            {
+                "modules": names,
+                "channels": covariance.matrix.shape[0],
+                "tokens": covariance.tokens,
+                "calls": covariance.calls,
+                "outlier_threshold": covariance.outlier_threshold,
+            }
         )
+    write_checked(path, format_, {"groups": records, **header}, tensors)
+
+
+def read_groups(
+    path: str | os.PathLike[str],
+    format_: str,
+    *,
+    what: str,
+    error: type[CordaError],
+    remedy: str,
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, Any], list[Group]]:
+    """Reads what `write_groups` wrote: the header and the groups; see `read_checked`.
+
+    Raises:
+        CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
+    """
+    header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
+    groups = []
+    try:
+        for index, record in enumerate(header["groups"]):
+            channels = int(record["channels"])
+            covariance = Covariance(
+                unpack_symmetric(tensors.pop(f"{index}.matrix"), channels).to(device),
+                int(record["tokens"]),
+                int(record["calls"]),
+                tensors.pop(f"{index}.absmax").view(channels).to(device),
+                tensors.pop(f"{index}.outlier_count").view(channels).to(device),
+                float(record["outlier_threshold"]),
+            )
+            groups.append((covariance, [str(name) for name in record["modules"]]))
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as reason:
+        raise error(
+            f"{path}: its header is not that of a {what} file ({reason!r}): {remedy}"
+        ) from reason
+    return header, groups

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from corda_kernels import __version__
+from corda_kernels.cli import options
 from corda_kernels.cli.bench import bench
 from corda_kernels.cli.calibrate import calibrate
 from corda_kernels.cli.demo import demo
@@ -18,6 +19,7 @@ from corda_kernels.cli.export import export
 from corda_kernels.cli.init import init
 from corda_kernels.cli.inspect import inspect
 from corda_kernels.cli.merge import merge
+from corda_kernels.cli.plan import plan
 from corda_kernels.errors import CordaError, CordaWarning
 
 app = typer.Typer(
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, init, calibrate, inspect, export, merge, doctor):
+for command in (demo, plan, init, calibrate, inspect, export, merge, doctor):
     app.command()(command)
 app.add_typer(bench)
 
@@ -63,8 +65,13 @@ def main() -> None:
         if debug:
             raise
         message = " ".join(str(error).split())
-        typer.echo(f"error: {message}", err=True)
+        typer.echo(f"{_who()}error: {message}", err=True)
         raise SystemExit(2) from error
+
+
+def _who() -> str:
+    """Which rank speaks, if there are several."""
+    return f"rank {os.environ.get('RANK', 0)}: " if options.under_torchrun() else ""
 
 
 def _quiet() -> None:
@@ -75,6 +82,7 @@ def _quiet() -> None:
     warnings.simplefilter("always", CordaWarning)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        typer.echo(f"warning: {message}", err=True)
+        if options.first_rank():
+            typer.echo(f"warning: {message}", err=True)
 
     warnings.showwarning = show

@@ -11,7 +11,10 @@ from corda_kernels.cli import options
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from corda_kernels.bench.covariance import CalibrationRow, Row
+    from corda_kernels.bench.pipeline import PipelineRow
 
 bench = typer.Typer(
     name="bench", help="Measure kernels against their baselines.", no_args_is_help=True
@@ -68,6 +71,85 @@ def covariance(
         )
     if json is not None:
         write_json(json, results)
+
+
+@bench.command()
+def pipeline(
+    model: options.Model,
+    data: options.Data = None,
+    samples: options.Samples = 16,
+    seq_len: options.SeqLen = 512,
+    rank: Annotated[int, typer.Option(help="Components of each layer.")] = 32,
+    mode: Annotated[str, typer.Option(help="ipm or kpm.")] = "ipm",
+    only: Annotated[
+        str | None, typer.Option(help="Contestants: peft, patch_peft, init_corda, by commas.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
+) -> None:
+    """Time init_corda and the patched PEFT against PEFT's own CorDA, on the CPU, with memory.
+
+    The text is Python's own help topics, or --data FILE. PEFT takes one sequence at a time.
+    """
+    import torch
+
+    from corda_kernels.bench.pipeline import CONTESTANTS, Task, bench_pipeline
+    from corda_kernels.bench.timing import environment
+    from corda_kernels.files import check_output, write_json
+
+    if json is not None:
+        check_output(json)
+    names = CONTESTANTS if only is None else tuple(name.strip() for name in only.split(","))
+    if mode not in ("ipm", "kpm") or not set(names) <= set(CONTESTANTS):
+        raise ConfigError(
+            f"--mode must be ipm or kpm and --only of {', '.join(CONTESTANTS)}, got {mode!r}, "
+            f"{only!r}"
+        )
+    described = environment(torch.device("cpu"))
+    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    batches = _sequences(model, data, samples, seq_len)
+    tokens = sum(ids.numel() for ids in batches)
+    typer.echo(f"{model}, {mode}, rank {rank}, {len(batches)} sequences, {tokens} tokens")
+    typer.echo(
+        f"{'':<12} {'seconds':>9} {'forward':>9} {'beyond':>9} {'growth':>10} {'× PEFT':>8} "
+        f"{'beyond':>8} {'growth':>8} {'overlap':>9}"
+    )
+    rows = bench_pipeline(Task(model, batches, "ipm" if mode == "ipm" else "kpm", rank), names)
+    peft = next((row for row in rows if row.name == "peft"), None)
+    for row in rows:
+        typer.echo(_contest(row, peft))
+    if json is not None:
+        task = {"model": model, "mode": mode, "rank": rank, "tokens": tokens}
+        results = [row.to_json() for row in rows]
+        write_json(json, {"environment": described, "task": task, "pipeline": results})
+
+
+def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> list[Tensor]:
+    """Token ids (1, seq_len) each."""
+    import tempfile
+
+    from corda_kernels.data import help_topics, token_batches
+    from corda_kernels.models import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = data or help_topics(Path(folder) / "python-help.txt")
+        batches = token_batches(text, load_tokenizer(model), samples=samples, seq_len=seq_len)
+    return [batch["input_ids"] for batch in batches]
+
+
+def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
+    if not row.passed:
+        return f"{row.name:<12} computes something else (overlap {row.overlap:.4f}): no speed"
+    ratios = ""
+    if peft is not None:
+        ratios = (
+            f"{peft.seconds / row.seconds:>8.2f} {peft.beyond / row.beyond:>8.2f} "
+            f"{row.growth / peft.growth if peft.growth else 0:>8.2f}"
+        )
+    overlap = "" if row.overlap is None else f"{row.overlap:.6f}"
+    return (
+        f"{row.name:<12} {row.seconds:>9.1f} {row.forward:>9.1f} {row.beyond:>9.1f} "
+        f"{row.growth / 2**20:>6.0f} MiB {ratios:>26} {overlap:>9}"
+    )
 
 
 def _numbers(text: str) -> list[int]:

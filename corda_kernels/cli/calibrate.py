@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from corda_kernels.calibration import CovarianceSet
 
 
 def calibrate(
@@ -29,19 +34,46 @@ def calibrate(
     rank: Annotated[int, typer.Option(help="At which the stability is judged.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
+    memory_limit: options.MemoryLimit = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of this stopped.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Keep what is done every so many tokens, for --resume; 0 for never. "
+            "By default so many that it takes about 1 % of the time.",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
-    from corda_kernels.files import check_output, format_bytes
+    from corda_kernels.calibration import CalibrationCheckpoint
+    from corda_kernels.calibration.covariance import save_pieces
+    from corda_kernels.files import format_bytes
     from corda_kernels.models import linear_weight, load_tokenizer, target_linears
-    from corda_kernels.pipeline import calibrate_candidates, calibrate_halves
+    from corda_kernels.pipeline import covariance_stages, united_provenance
 
     text = options.TextOptions(
         data, field, template, chat_template, samples * candidates, seq_len, batch_size, pack, seed
     )
-    check_output(out)
+    options.check_output(out)
+    limit = options.parse_size(memory_limit)
+    if checkpoint_every is not None and checkpoint_every < 0:
+        raise ConfigError(f"--checkpoint-every must be at least 0, got {checkpoint_every}")
+    if resume and options.under_torchrun():
+        raise ConfigError("several ranks keep no checkpoints: leave --resume out, or run only one")
+    checkpoint = CalibrationCheckpoint(
+        out.with_name(f"{out.name}.checkpoint"), checkpoint_every, resume
+    )
+    if not resume and (left := checkpoint.kept()):
+        raise ConfigError(
+            f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
+            "delete the file"
+        )
     batches = text.batches(load_tokenizer(model))
     network = options.load(model, dtype, device)
     chosen = options.parse_targets(targets)
@@ -50,30 +82,44 @@ def calibrate(
         (name.rpartition(".")[0], linear_weight(module).shape[1])
         for name, module in target_linears(network, chosen).items()
     }
-    check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
-    if candidates > 1:
-        covariances = calibrate_candidates(
-            network,
-            batches,
-            candidates=candidates,
-            selection=selection,
-            targets=chosen,
-            domain=data.name,
-        )
-    else:
-        covariances = calibrate_halves(
+    options.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
+    layers = groups = 0
+    notes: list[dict[str, Any]] = []
+
+    def noted(stages: Iterable[CovarianceSet]) -> Iterator[CovarianceSet]:
+        nonlocal layers, groups
+        for covariances in stages:
+            covariances.provenance["data"] = text.provenance()
+            notes.append(covariances.provenance)
+            layers += len(covariances)
+            groups += len(covariances.groups())
+            yield covariances
+            del covariances  # before the next ones are made
+
+    with options.ranks(device) as distributed:
+        stages = covariance_stages(
             network,
             batches,
             targets=chosen,
             rank=rank if stability else None,
             damping=damping,
+            candidates=candidates,
+            selection=selection,
+            domain=data.name,
+            memory_limit=limit,
+            checkpoint=None if checkpoint_every == 0 or distributed else checkpoint,
+            distributed=distributed,
         )
-    covariances.provenance["data"] = text.provenance()
-    covariances.save(out)
-    tokens = covariances.provenance["tokens"]
+        if not options.first_rank():
+            for _ in stages:
+                pass
+            return
+        save_pieces(noted(stages), out, united_provenance)
+    checkpoint.discard()
+    provenance = united_provenance(notes)
     typer.echo(
-        f"{out}: {len(covariances)} layers, {len(covariances.groups())} distinct covariances, "
-        f"{tokens} tokens, {format_bytes(out.stat().st_size)}"
+        f"{out}: {layers} layers, {groups} distinct covariances, {provenance['tokens']} tokens, "
+        f"{format_bytes(out.stat().st_size)}"
     )
-    options.report_selection(covariances.provenance)
+    options.report_selection(provenance)
     typer.echo(f"next: corda-kernels inspect {out}")

@@ -40,6 +40,7 @@ def demo(
     The text is Python's own help topics, or --data FILE. Takes a few minutes.
     """
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.data import help_topics
     from corda_kernels.files import check_output
     from corda_kernels.models import load_model, load_tokenizer
 
@@ -54,7 +55,7 @@ def demo(
     else:
         typer.echo("1. SmolLM2-135M is unpacked already")
     tokenizer = load_tokenizer(base)
-    text = data or _help_topics(out / "python-help.txt")
+    text = data or help_topics(out / "python-help.txt")
     calibration, training, held_out = _batches(text, tokenizer, samples, seq_len, steps, seed)
 
     typer.echo(f"2. calibrating on {sum(b['input_ids'].numel() for b in calibration)} tokens")
@@ -83,17 +84,6 @@ def _gguf_file() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading the demo's model needs the package gguf; get it by: {_INSTALL}")
     return files[0]
-
-
-def _help_topics(path: Path) -> Path:
-    """Python's help topics as a text file: prose and code that every Python carries."""
-    from pydoc_data.topics import topics
-
-    from corda_kernels.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    return path
 
 
 def _batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,19 +73,18 @@ def init(
         bool, typer.Option("--save-base", help="Also store the base that the adapter sits on.")
     ] = False,
     stability: options.Stability = True,
+    memory_limit: options.MemoryLimit = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT."""
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.files import check_output
     from corda_kernels.initialization import subtract_initial, write_adapter
     from corda_kernels.models import load_tokenizer
     from corda_kernels.pipeline import (
         CordaConfig,
         adapter_parameters,
-        calibrated,
         check_targets,
         corda_adapter,
     )
@@ -94,6 +94,10 @@ def init(
         raise ConfigError("give one of --data, --cov and --mix")
     if data is None and candidates > 1:
         raise ConfigError("--candidates are samples of --data: they are selected in calibration")
+    if data is None and memory_limit is not None:
+        raise ConfigError(
+            "--memory-limit is of a calibration on --data: covariance files are read whole"
+        )
     config = CordaConfig(
         mode=mode,
         rank=rank,
@@ -111,8 +115,9 @@ def init(
         method=method,
         seed=seed,
         stability=stability,
+        memory_limit=options.parse_size(memory_limit),
     )
-    check_output(out, folder=True)
+    options.check_output(out, folder=True)
     covariances = None if cov is None else CovarianceSet.load(cov)
     if mix:
         mixture = options.parse_mixture(mix)
@@ -140,11 +145,17 @@ def init(
     needed = 8 * adapter_parameters(network, modules, config)
     if save_base:
         needed += sum(p.numel() * p.element_size() for p in network.parameters())
-    check_output(out, folder=True, needed_bytes=needed)
+    options.check_output(out, folder=True, needed_bytes=needed)
+    with options.ranks(device) as distributed:
+        config = replace(config, distributed=distributed)
+        if covariances is None:
+            adapter = corda_adapter(network, batches, config, domain=text.data.name)
+        else:
+            adapter = corda_adapter(network, covariances, config)
+    if not options.first_rank():
+        return
     if covariances is None:
-        covariances = calibrated(network, batches, config, domain=text.data.name)
-        covariances.provenance["data"] = text.provenance()
-    adapter = corda_adapter(network, covariances, config)
+        adapter.record.calibration["data"] = text.provenance()
     write_adapter(adapter, out)
     typer.echo(
         f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.errors import CordaError
 
 if TYPE_CHECKING:
     from corda_kernels.calibration import Covariance
@@ -113,22 +115,45 @@ def _layer_row(layer: Mapping[str, Any]) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _unaltered(note: str) -> Iterator[None]:
+    """Turns what reading an altered note raises into an error that says so."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CordaError(
+            f"the note on {note} was altered ({error!r}): calibrate again, or copy the file"
+        ) from error
+
+
+@_unaltered("the selection")
 def _selection(value: Mapping[str, Any] | None) -> Selection | None:
     from corda_kernels.planning import Selection
 
-    return Selection.from_json(value) if value else None
+    if not value:
+        return None
+    selection = Selection.from_json(value)
+    selection.summary()
+    _selection_cells(selection)
+    return selection
 
 
+@_unaltered("stability")
 def _stability(value: Mapping[str, Any] | None) -> Stability | None:
     from corda_kernels.planning import Stability
 
-    return Stability.from_json(value) if value else None
+    if not value:
+        return None
+    stability = Stability.from_json(value)
+    stability.summary()
+    return stability
 
 
 def _print_notes(notes: Mapping[str, Any]) -> None:
     for name, value in notes.items():
         if name == "mixture":
-            value = options.describe_mixture(value)
+            with _unaltered("the mixture"):
+                value = options.describe_mixture(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
         typer.echo(f"{name}: {value}")

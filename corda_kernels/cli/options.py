@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -56,6 +59,15 @@ Dtype = Annotated[
 Stability = Annotated[
     bool, typer.Option(help="Find out whether there are enough samples; takes longer.")
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of the covariances, such as 8GB; if all take more, the model runs block by block.",
+    ),
+]
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,49 @@ class TextOptions:
         }
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_output(path: Path, *, needed_bytes: int = 0, folder: bool = False) -> None:
+    """See `corda_kernels.files.check_output`; on the rank that writes."""
+    from corda_kernels import files
+
+    if first_rank():
+        files.check_output(path, needed_bytes=needed_bytes, folder=folder)
+
+
+@contextlib.contextmanager
+def ranks(device: str) -> Iterator[bool]:
+    """Joins the ranks that torchrun started, if it did; yields whether there are any."""
+    if not under_torchrun():
+        yield False
+        return
+    import torch
+    import torch.distributed
+
+    from corda_kernels.errors import DistributedError
+
+    on_gpu = torch.device(resolve_device(device)).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(resolve_device(device))
+    try:
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the ranks cannot be joined ({error}): start the program with torchrun"
+        ) from error
+    yield True
+    # Not after an error: the others may no longer be there to take part in it.
+    torch.distributed.destroy_process_group()
+
+
 def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
     """The model on its device, without a bar for reading it that errors would have to follow."""
     from transformers.utils import logging
@@ -114,12 +169,29 @@ def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> str:
-    """The device's name, with "auto" decided."""
+    """The device's name, with "auto" decided: under torchrun, each rank has a GPU of its own."""
     import torch
 
     if device != "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if under_torchrun() else "cuda"
+
+
+def parse_size(size: str | None) -> int | None:
+    """The number of bytes that a text such as "8GB", "1.5 GiB" or "1000" stands for."""
+    if size is None:
+        return None
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise ConfigError(
+            f"{size!r} is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB "
+            "or TiB"
+        )
+    number, prefix, binary = match.groups(default="")
+    power = " kmgt".index(prefix.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def parse_targets(targets: str) -> str | list[str]:

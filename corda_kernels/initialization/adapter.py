@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,14 +14,50 @@ from torch import Tensor, nn
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
-from corda_kernels.models import is_linear, linear_weight
+from corda_kernels.models import is_linear, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/2"
 # Fields that earlier formats lack, with what their absence means.
 _SINCE: dict[str, dict[str, Any]] = {"corda_kernels.adapter/1": {"allocation": {}}, FORMAT: {}}
 
-_BASE_FIELDS = {"source", "sample", "target_modules", "fan_in_fan_out", "task_type"}
-_LAYER_FIELDS = {"rank", "scaling", "tokens", "sigma_max", "sigma_min", "residual"}
+# What the fields of corda.json may hold.
+_RECORD_FIELDS: dict[str, tuple[type, ...]] = {
+    "mode": (str,),
+    "rank": (int,),
+    "balance": (str,),
+    "step": (str, NoneType),
+    "residual": (str,),
+    "damping": (float, int, NoneType),
+    "base": (dict,),
+    "calibration": (dict,),
+    "layers": (dict,),
+    "allocation": (dict,),
+    "stability": (dict,),
+    "versions": (dict,),
+    "initial_sha256": (str,),
+    "format": (str,),
+}
+_BASE_FIELDS: dict[str, tuple[type, ...]] = {
+    "source": (str, NoneType),
+    "sample": (list,),
+    "target_modules": (list,),
+    "fan_in_fan_out": (bool,),
+    "task_type": (str, NoneType),
+}
+_ALLOCATION_FIELDS: dict[str, tuple[type, ...]] = {
+    "budget": (int,),
+    "spent": (int,),
+    "condition": (str,),
+    "ranks": (dict,),
+}
+_LAYER_FIELDS: dict[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "scaling": (float, int),
+    "tokens": (int,),
+    "sigma_max": (float, int),
+    "sigma_min": (float, int),
+    "residual": (float, int),
+}
 
 # Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
@@ -56,6 +93,11 @@ class LayerAdapter:
     def rank(self) -> int:
         """Number of components."""
         return self.A.shape[0]
+
+    def cpu(self) -> LayerAdapter:
+        """The same with its factors on the CPU."""
+        A, B, A0, B0 = (factor.cpu() for factor in (self.A, self.B, self.A0, self.B0))
+        return LayerAdapter(A, B, A0, B0, self.scaling)
 
     def delta(self) -> Tensor:
         """What training has added to W: (out, in) float32, computed as one product of rank 2r."""
@@ -122,25 +164,47 @@ class AdapterRecord:
         """
         if not isinstance(value, dict):
             raise AdapterError("corda.json was altered: it holds no object")
-        if value.get("format") not in _SINCE:
+        if str(value.get("format")) not in _SINCE:
             raise AdapterError(
                 f"corda.json has format {value.get('format')!r}, this version reads "
                 f"{' and '.join(map(repr, _SINCE))}: update corda_kernels, or make the adapter "
                 "again"
             )
         value = _SINCE[value["format"]] | value | {"format": FORMAT}
-        known = {entry.name for entry in fields(cls)}
-        if value.keys() != known:
-            odd = sorted(known ^ value.keys())
+        odd = sorted(_RECORD_FIELDS.keys() ^ value.keys())
+        if odd:
             raise AdapterError(f"corda.json was altered: field {odd[0]!r} is missing or unknown")
-        for where, entry, needed in (
-            ("base", value["base"], _BASE_FIELDS),
-            *((name, entry, _LAYER_FIELDS) for name, entry in value["layers"].items()),
-        ):
-            missing = needed - entry.keys()
-            if missing:
-                raise AdapterError(f"corda.json was altered: {where} lacks {min(missing)!r}")
+        _check_fields("the record", value, _RECORD_FIELDS)
+        _check_fields("base", value["base"], _BASE_FIELDS)
+        for name, entry in value["layers"].items():
+            _check_fields(name, entry, _LAYER_FIELDS)
+        if value["allocation"]:
+            _check_fields("the allocation", value["allocation"], _ALLOCATION_FIELDS)
+            ranks = value["allocation"]["ranks"]
+            adapted = {name: entry["rank"] for name, entry in value["layers"].items()}
+            if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
+                raise AdapterError(
+                    "corda.json was altered: the ranks of the allocation are not the layers' ranks"
+                )
+        sample, targets = value["base"]["sample"], value["base"]["target_modules"]
+        if len(sample) != _SAMPLES or not all(isinstance(entry, float | int) for entry in sample):
+            raise AdapterError("corda.json was altered: the base's sample is not made of numbers")
+        if not all(isinstance(entry, str) for entry in targets):
+            raise AdapterError("corda.json was altered: target_modules are not names")
         return cls(**value)
+
+
+def _check_fields(where: str, entry: Any, allowed: Mapping[str, tuple[type, ...]]) -> None:
+    if not isinstance(entry, dict):
+        raise AdapterError(f"corda.json was altered: {where} is no object")
+    missing = allowed.keys() - entry.keys()
+    if missing:
+        raise AdapterError(f"corda.json was altered: {where} lacks {min(missing)!r}")
+    for name, types in allowed.items():
+        if not isinstance(entry[name], types):
+            raise AdapterError(
+                f"corda.json was altered: {name!r} of {where} cannot be {str(entry[name])[:40]!r}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +258,12 @@ def _sample(modules: Mapping[str, nn.Module]) -> list[float]:
     names = sorted(modules)
     values = []
     for index in range(_SAMPLES):
-        weight = linear_weight(modules[names[index * len(names) // _SAMPLES]]).detach()
-        place = (2654435761 * (index + 1)) % weight.numel()
-        row, column = divmod(place, weight.shape[1])
-        values.append(round(float(weight[row, column]), 8))
+        module = modules[names[index * len(names) // _SAMPLES]]
+        with weights_at_hand(module):
+            weight = linear_weight(module).detach()
+            place = (2654435761 * (index + 1)) % weight.numel()
+            row, column = divmod(place, weight.shape[1])
+            values.append(round(float(weight[row, column]), 8))
     return values
 
 
@@ -207,11 +273,20 @@ def check_base(record: AdapterRecord, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         AdapterError: it does not.
     """
-    expected = torch.tensor(record.base["sample"], dtype=torch.float64)
-    found = torch.tensor(_sample(modules), dtype=torch.float64)
-    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if difference > _SAME_BASE:
+    difference = base_difference(record.base, modules)
+    if difference:
         raise AdapterError(
             f"the adapter was made for {record.base_name}, but this model's weights differ "
             f"from that one's by {difference:.1%}: load the base that the adapter was made for"
         )
+
+
+def base_difference(base: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> float:
+    """How far the layers' weights are from those that `describe_base` saw, relative RMS.
+
+    It is 0 where they differ by no more than another dtype of the same base does.
+    """
+    expected = torch.tensor(base["sample"], dtype=torch.float64)
+    found = torch.tensor(_sample(modules), dtype=torch.float64)
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return difference if difference > _SAME_BASE else 0.0

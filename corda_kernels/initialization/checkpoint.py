@@ -115,7 +115,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         )
     try:
         value = json.loads(record_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{record_file} is not JSON ({error}): copy it again") from error
     record = AdapterRecord.from_json(value)
     trained = _read_lora(folder, "the trained factors")
@@ -130,6 +130,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 " to different adapters, or were altered"
             )
         A, B, A0, B0 = (tensor for tensor in tensors if tensor is not None)
+        if A.ndim != 2 or B.ndim != 2 or A.shape != A0.shape or B.shape != B0.shape:
+            raise AdapterError(
+                f"the trained factors of layer {name} in {folder} have not the shapes of its "
+                "initial ones: its files belong to different adapters, or were altered"
+            )
         layers[name] = LayerAdapter(A, B, A0, B0.neg(), entry["scaling"])
     adapter = Adapter(layers, record)
     if adapter.initial_checksum() != record.initial_sha256:

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
 from corda_kernels.errors import ConfigError, DecompositionError
-from corda_kernels.models import linear_weight
+from corda_kernels.models import linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
 Condition = Literal["ratio", "bound", "tight"]
 
 CONDITIONS = ("ratio", "bound", "tight")
 
+# Of scores where none is asked for: real covariances are singular to working precision.
+SCORING_DAMPING = 0.01
 # Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
 _SMALL = 2048
 
@@ -147,6 +150,7 @@ def layer_spectra(
     damping: float = 1e-2,
     condition: Condition = "ratio",
     tail: bool = True,
+    distributed: bool = False,
     progress: bool = False,
 ) -> dict[str, LayerSpectrum]:
     """Spectrum and log condition of every layer; of a shared covariance the condition once.
@@ -157,33 +161,38 @@ def layer_spectra(
         damping: see `compactness`.
         condition: see `log_condition`.
         tail: whether the smallest singular values must be right; scores do not need them.
+        distributed: whether the ranks of torch.distributed, which must all be given the same, share
+            the work; all get the same result.
         progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: damping or condition is not possible.
+        ConfigError: damping or condition is not possible; or `distributed` without a process group.
         DecompositionError: a covariance does not fit its layer, is not finite, or singular although
             damped; the message names the layer.
     """
     check_condition(damping, condition)
-    groups = [
-        (covariance.matrix, [name for name in names if name in modules])
+    ranks = Ranks.of(distributed)
+    share = ranks.share_layers(modules)
+    members = [
+        (covariance.matrix, [name for name in names if name in share])
         for covariance, names in covariances.groups()
     ]
-    score = partial(
-        _group_spectra, modules=modules, damping=damping, condition=condition, tail=tail
-    )
+    groups = [(matrix, names) for matrix, names in members if names]
+    score = partial(_group_spectra, modules=share, damping=damping, condition=condition, tail=tail)
     small: list[_Group] = []
     large: list[_Group] = []
     for group in groups:
-        device = linear_weight(modules[group[1][0]]).device if group[1] else None
+        device = linear_weight(share[group[1][0]]).device
         beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
         (small if beside else large).append(group)
     found: dict[str, LayerSpectrum] = {}
-    bar = progress_bar(description="scoring", unit="layers", shown=progress, total=len(modules))
+    shown = progress and ranks.rank == 0
+    bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
     with bar:
         for part in itertools.chain(parallel_map(score, small), map(score, large)):
             found.update(part)
             bar.update(len(part))
+    found = {name: spectrum for part in ranks.gather(found) for name, spectrum in part.items()}
     return {name: found[name] for name in modules}
 
 
@@ -199,14 +208,15 @@ def _group_spectra(
     found: dict[str, LayerSpectrum] = {}
     spread = 0.0
     for name in names:
-        weight = linear_weight(modules[name]).detach()
-        C = matrix.to(weight.device)
-        try:
-            spectrum = singular_values(weight, C, damping=damping, tail=tail)
-            if not found:
-                spread = float(log_condition(C, 1, damping=damping, condition=condition))
-        except DecompositionError as error:
-            raise DecompositionError(f"layer {name}: {error}") from error
+        with weights_at_hand(modules[name]):
+            weight = linear_weight(modules[name]).detach()
+            C = matrix.to(weight.device)
+            try:
+                spectrum = singular_values(weight, C, damping=damping, tail=tail)
+                if not found:
+                    spread = float(log_condition(C, 1, damping=damping, condition=condition))
+            except DecompositionError as error:
+                raise DecompositionError(f"layer {name}: {error}") from error
         found[name] = LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
     return found
 

@@ -32,6 +32,7 @@ def select_covariance(
     damping: float = 1e-2,
     condition: Condition = "ratio",
     state: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
     """Scores candidates by their compactness, layer by layer, and makes one set of them.
@@ -53,6 +54,8 @@ def select_covariance(
         condition: see `log_condition`.
         state: a covariance file to write after every round and, if it is there, to go on from.
             Candidates that it has seen are skipped (a function is not even called).
+        distributed: whether the ranks of torch.distributed, which must all be given the same
+            candidates, share the scoring; all get the same result. They keep no `state`.
         progress: whether to show a progress bar for each candidate.
 
     Returns:
@@ -70,6 +73,8 @@ def select_covariance(
     if selection not in METHODS:
         raise ConfigError(f'selection must be "argmin" or "pool", got {selection!r}')
     check_condition(damping, condition)
+    if distributed and state is not None:
+        raise ConfigError("a distributed selection keeps no state: leave one of them out")
     report = Selection(selection, damping, condition, [], [], {}, [])
     kept: dict[str, Covariance] = {}
     about: CovarianceSet | None = None
@@ -93,6 +98,7 @@ def select_covariance(
             damping=damping,
             condition=condition,
             tail=False,
+            distributed=distributed,
             progress=progress,
         )
         report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
@@ -144,6 +150,15 @@ class Selection:
             domains=[*self.domains, str(candidate.provenance.get("domain", ""))],
             scores={name: [*self.scores.get(name, []), score] for name, score in scores.items()},
             groups=[names for _, names in candidate.groups()],
+        )
+
+    def joined(self, other: Selection) -> Selection:
+        """With what the same candidates scored in other layers."""
+        return replace(
+            self,
+            tokens=[max(pair) for pair in zip(self.tokens, other.tokens, strict=True)],
+            scores=self.scores | other.scores,
+            groups=self.groups + other.groups,
         )
 
     @property

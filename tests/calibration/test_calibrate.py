@@ -14,6 +14,7 @@ from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
     NonFiniteActivationError,
+    OutOfMemoryWarning,
     PaddingWarning,
     TargetError,
 )
@@ -421,6 +422,49 @@ def test_the_set_says_where_it_comes_from(tiny_model: ModelMaker) -> None:
     assert provenance["model"] == "some/model"
     assert provenance["tokens"] == 10
     assert run(Flat(), [random_ids(1, 5)], on_unseen="skip").provenance["model"] == "Flat"
+
+
+class Cramped(nn.Module):
+    """A model that has memory for so many sequences at a time."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 6)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.rows = rows
+        self.ran: list[int] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.first(self.embedding(input_ids))
+        if len(input_ids) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.ran.append(len(input_ids))
+        return self.second(x)
+
+
+def test_out_of_memory_starts_again_with_smaller_batches() -> None:
+    model = Cramped(rows=2)
+    batches: list[Any] = [random_ids(1, 5), random_ids(9, 4), pad([random_ids(3)] * 5, "right")]
+    with pytest.warns(OutOfMemoryWarning) as caught:
+        found = run(model, batches)
+    ends = [str(warning.message).partition("with at most ")[2] for warning in caught]
+    assert ends == ["4 sequence(s) at a time", "2 sequence(s) at a time"]
+    assert caught[0].filename == __file__
+    assert model.ran[-3:] == [2, 2, 1]
+    roomy = Cramped(rows=9)
+    roomy.load_state_dict(model.state_dict())
+    expected = inputs_read(roomy, [batches[0], batches[1], batches[2]["input_ids"]])
+    check(found, expected, tolerance=1e-6)
+
+
+def test_out_of_memory_for_a_single_sequence_says_what_to_do() -> None:
+    with (
+        pytest.warns(OutOfMemoryWarning),
+        pytest.raises(CalibrationError, match=r"for a single sequence: .*--memory-limit"),
+    ):
+        run(Cramped(rows=0), [random_ids(2, 5)])
+    with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):
+        run(Cramped(rows=0), iter([random_ids(2, 5)]))
 
 
 def test_nothing_is_warned_about_on_plain_text(tiny_model: ModelMaker) -> None:

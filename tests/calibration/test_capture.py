@@ -313,3 +313,51 @@ def test_hooks_live_inside_the_context_only() -> None:
         fail()
     assert list(layer._forward_pre_hooks) == [own.id]
     assert not layer._forward_pre_hooks_with_kwargs
+
+
+def test_masked_rows_count_nowhere() -> None:
+    feed = Feed("q", "k", "o")
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    x, y = torch.randn(2, 3, D), torch.randn(2, 3, D)
+    x[0, 1] = torch.nan  # what a model makes of padding is nobody's concern
+    with InputCapture(feed.layers, 1.0) as capture:
+        capture.row_mask = keep
+        feed(x, "q", "k")
+        feed(y.flatten(0, 1), "o")
+        capture.end_pass(0, (0, 3))
+        capture.row_mask = None
+        feed(x[:1, :1], "q", "k")
+        capture.end_pass(1, (3, 4))
+    feed.seen = {
+        "q": [x[keep], x[0, :1]],
+        "k": [x[keep], x[0, :1]],
+        "o": [y[keep]],
+    }
+    feed.check(capture.covariances())
+
+
+def test_a_mask_that_does_not_fit_a_layers_rows_is_refused() -> None:
+    feed = Feed("expert")
+    with InputCapture(feed.layers) as capture:
+        capture.row_mask = torch.tensor([[True, False, True]])
+        with pytest.raises(CalibrationError, match=r"layer expert received 2 rows, .* \(1, 3\)"):
+            feed(torch.randn(2, D), "expert")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["from_the_start", "later"])
+def test_inference_tensors_are_summed_but_not_shared(first: bool) -> None:
+    """They have no version counter, so that a change in place could not be told."""
+    feed = Feed("q", "k")
+    with InputCapture(feed.layers, 1.0) as capture:
+        for batch in range(3):
+            with torch.inference_mode(first or batch == 1):
+                x = torch.randn(4, D)
+                feed(x, "q")
+                if x.is_inference():
+                    x.mul_(3)
+                feed(x, "k")
+                capture.end_pass(batch, (0, 0))
+    found = capture.covariances()
+    feed.check(found)
+    assert apart(found, "q", "k")
+    assert not found["q"].matrix.is_inference()

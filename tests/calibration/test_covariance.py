@@ -14,6 +14,7 @@ from torch import Tensor
 
 from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
+from corda_kernels.calibration.covariance import save_pieces
 from corda_kernels.errors import CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
@@ -209,8 +210,32 @@ def test_another_safetensors_file_is_refused(
     tmp_path: Path, metadata: dict[str, str] | None
 ) -> None:
     save_file({"0.matrix": torch.ones(3)}, tmp_path / "x.safetensors", metadata=metadata)
-    with pytest.raises(CovarianceFileError, match="not of covariances written by this"):
+    with pytest.raises(CovarianceFileError, match="not a covariance file written by this"):
         CovarianceSet.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pieces_make_the_file_of_the_whole(tmp_path: Path, count: int) -> None:
+    import gc
+    import weakref
+
+    whole = {f"{i}.{name}": c for i in range(count) for name, c in random_set().items()}
+    CovarianceSet(whole, left_out={"x": "why"}, provenance={"n": count}).save(tmp_path / "whole")
+    alive: list[weakref.ref[CovarianceSet]] = []
+
+    def pieces() -> Any:
+        for i in range(count):
+            gc.collect()
+            assert not any(reference() is not None for reference in alive)
+            part = {name: c for name, c in whole.items() if name.startswith(f"{i}.")}
+            piece = CovarianceSet(part, left_out={"x": "why"}, provenance={"n": 1})
+            alive.append(weakref.ref(piece))
+            yield piece
+            del piece
+
+    save_pieces(pieces(), tmp_path / "pieces", lambda notes: {"n": sum(n["n"] for n in notes)})
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pieces", "whole"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -36,27 +40,17 @@ from corda_kernels.pipeline import corda_adapter
 from corda_kernels.planning import Selection
 
 Logits = Callable[[nn.Module], Tensor]
-COMMANDS = ("demo", "init", "calibrate", "inspect", "export", "merge", "doctor")
+COMMANDS = ("demo", "plan", "init", "calibrate", "inspect", "export", "merge", "doctor")
 WORDS = [f"w{index}" for index in range(60)]
 SMALL = ("--samples", 8, "--seq-len", 32, "--rank", 4)
 LAST = "model.layers.1.mlp.down_proj"
 
 
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def place(
-    calibrated: Callable[..., tuple[nn.Module, Any]], tmp_path_factory: pytest.TempPathFactory
+    calibrated: Callable[..., tuple[nn.Module, Any]],
+    save_tokenizer: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder with a tiny model, one with a NaN in it, and texts. Nothing is written to it."""
     root = tmp_path_factory.mktemp("cli")
@@ -238,6 +232,34 @@ def test_candidates_and_a_budget_show_in_what_is_printed(
     assert "selection: 3 candidates" in shown
 
 
+@pytest.mark.parametrize(
+    ("note", "value"),
+    [
+        ("selection", {"rounds": 2}),
+        ("selection", {"scores": {}}),
+        ("mixture", {"files": ["a"]}),
+        ("mixture", {"sources": [], "weights": [1], "normalize": "trace"}),
+    ],
+)
+def test_a_note_that_was_altered_is_told(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    place: Path,
+    tmp_path: Path,
+    note: str,
+    value: dict[str, Any],
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--candidates", 2)
+    invoke("init", place / "model", tmp_path / "out", *data, "--mode", "ipm")
+    file = tmp_path / "out" / "corda.json"
+    record = json.loads(file.read_text())
+    record["calibration"][note] = record["calibration"].get(note, {}) | value
+    file.write_text(json.dumps(record))
+    status, _, lines = command("inspect", tmp_path / "out")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: the note on the {note} was altered")
+
+
 def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_path: Path) -> None:
     model, files = place / "model", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for seed, file in enumerate(files):
@@ -257,6 +279,33 @@ def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_pat
     for name, layer in expected.layers.items():
         assert torch.equal(found.layers[name].A0, layer.A0)
     assert line in invoke("inspect", tmp_path / "out").splitlines()
+
+
+@pytest.mark.parametrize("more", [(), ("--candidates", 2)], ids=["halves", "candidates"])
+def test_within_a_memory_limit_the_file_and_the_adapter_are_the_same(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, more: tuple[object, ...]
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--batch-size", 2, *more)
+    shown = {}
+    for limit in ("1GB", "20KB"):
+        shown[limit] = invoke(
+            "calibrate", place / "model", tmp_path / limit, *data, "--memory-limit", limit
+        ).replace(limit, "")
+        invoke(
+            "init",
+            place / "model",
+            tmp_path / f"adapter-{limit}",
+            *data,
+            "--mode",
+            "kpm",
+            "--memory-limit",
+            limit,
+        )
+    assert shown["20KB"] == shown["1GB"]
+    assert (tmp_path / "20KB").read_bytes() == (tmp_path / "1GB").read_bytes()
+    first, second = (read_adapter(tmp_path / f"adapter-{limit}") for limit in ("1GB", "20KB"))
+    assert first.record == second.record
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_inspect_says_where_stability_was_not_measured(
@@ -411,6 +460,26 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/model", "{place}/text.txt/out", *TEXT),
         "cannot write to {place}/text.txt: ",
     ),
+    "memory limit": (
+        (*INIT, *TEXT, "--memory-limit", "much"),
+        "'much' is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+    ),
+    "memory limit of covariances": (
+        (*INIT, "--cov", "{tmp}/c", "--memory-limit", "1GB"),
+        "--memory-limit is of a calibration on --data: covariance files are read whole",
+    ),
+    "a budget by block": (
+        (*INIT, *TEXT, "--budget", "r=4", "--memory-limit", "1KB"),
+        "a budget is shared out by the spectra of all layers, which block by block are not at hand",
+    ),
+    "rank of the stability": (
+        ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
+        "the rank at which stability is judged must be at least 1, got 0",
+    ),
+    "negative interval": (
+        ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", -1),
+        "--checkpoint-every must be at least 0, got -1",
+    ),
     "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
     "inspect a model": (("inspect", "{place}/model"), "{place}/model has no corda.json"),
@@ -447,6 +516,84 @@ def test_a_truncated_covariance_file_is_one_line(
         status, _, lines = command(*arguments)
         assert (status, len(lines)) == (2, 1)
         assert lines[0].startswith(f"error: {file} is truncated or not a safetensors file")
+
+
+def killed_while_calibrating(arguments: list[str], checkpoint: Path) -> None:
+    """Runs the program in a process of its own and kills it as soon as it keeps a checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "corda_kernels", *arguments])
+    while not checkpoint.exists():
+        assert process.poll() is None, "it ended before it kept anything"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_calibrate_resumes_after_a_kill_with_the_same_file(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    place: Path,
+    tmp_path: Path,
+    part: int,
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = ("--data", place / "text.txt", "--samples", 64, "--seq-len", 8, "--rank", 4)
+    invoke("calibrate", place / "model", whole, *options)
+    arguments = ["calibrate", place / "model", out, *options, "--checkpoint-every", 8]
+    checkpoint = tmp_path / f"out.checkpoint-{part}"
+    killed_while_calibrating([str(argument) for argument in arguments], checkpoint)
+    assert not out.exists()
+
+    status, _, lines = command(*arguments)
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: {tmp_path / 'out.checkpoint-1'} was left by an interrupted")
+    status, _, lines = command(*arguments, "--seed", 1, "--resume")
+    assert (status, len(lines)) == (2, 1)
+    assert "is the checkpoint of another run, which differs in data" in lines[0]
+
+    damaged = (tmp_path / "out.checkpoint-1").read_bytes()
+    (tmp_path / "out.checkpoint-1").write_bytes(damaged[:-1])
+    status, _, lines = command(*arguments, "--resume")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: {tmp_path / 'out.checkpoint-1'} is truncated")
+    (tmp_path / "out.checkpoint-1").write_bytes(damaged)
+
+    invoke(*arguments, "--resume")
+    # What stands in the file beside the sums says the same, too.
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_old_file_and_the_checkpoints(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    from corda_kernels import files
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ("--data", place / "text.txt", *SMALL, "--checkpoint-every", 32)
+    invoke("calibrate", place / "model", whole, *arguments)
+    out.write_text("before")
+    save = files.save_file
+
+    def full(tensors: Any, path: str, metadata: dict[str, str]) -> None:
+        if "covariances/1" in metadata["corda"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", full)
+        status, _, lines = command("calibrate", place / "model", out, *arguments)
+    assert (status, len(lines)) == (2, 1)
+    assert "No space left on device" in lines[0]
+    assert out.read_text() == "before"
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"whole", "out", "out.checkpoint-1", "out.checkpoint-2"}
+    invoke("calibrate", place / "model", out, *arguments, "--resume")
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -252,3 +252,15 @@ def test_impossible_options_are_refused(model: nn.Module, candidates: list[Covar
     ):
         with pytest.raises(ConfigError, match=says):
             select(model, candidates, **options)  # type: ignore[arg-type]
+
+
+def test_reports_on_several_layers_become_one() -> None:
+    # Routed experts see no more than a part of the tokens.
+    first = Selection("argmin", 0.01, "ratio", [5, 8], ["a", "b"], {"x": [1.0, 2.0]}, [["x"]])
+    second = Selection(
+        "argmin", 0.01, "ratio", [6, 7], ["a", "b"], {"y": [3, 1], "z": [1, 2]}, [["y", "z"]]
+    )
+    both = first.joined(second)
+    assert (both.tokens, both.domains) == ([6, 8], ["a", "b"])
+    assert both.winners() == {"x": 0, "y": 1, "z": 1}
+    assert both.winners() == first.winners() | second.winners()

@@ -1,0 +1,145 @@
+"""A model as calibration runs it: its target layers, and its decoder without the head."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.calibration.covariance import Covariance, CovarianceSet
+from corda_kernels.errors import CalibrationError, LeftOutWarning
+from corda_kernels.models import (
+    decoder,
+    input_device,
+    output_head,
+    target_linears,
+    unreached_weights,
+)
+from corda_kernels.versions import library_versions
+
+OnUnseen = Literal["error", "skip"]
+Normalize = Literal["tokens", "peft"]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a calibration runs, and what it looks at.
+
+    Attributes:
+        model: the whole model.
+        linears: its target layers by name.
+        left_out: weights that cannot be reached, by name with the reason.
+        runner: the part that is called.
+        options: keyword arguments that spare the pass what calibration does not use.
+        device: where its inputs go.
+        pad_token_id: of the model's config, if it has one.
+    """
+
+    model: nn.Module
+    linears: dict[str, nn.Module]
+    left_out: dict[str, str]
+    runner: nn.Module
+    options: dict[str, Any]
+    device: torch.device
+    pad_token_id: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: str | Sequence[str]) -> Subject:
+        """The model with the layers that `targets` selects; warns of weights left out.
+
+        Raises:
+            TargetError: no layer matches.
+            CalibrationError: the model carries an adapter.
+        """
+        linears = target_linears(model, targets)
+        if getattr(model, "peft_config", None):
+            raise CalibrationError(
+                "the model carries a PEFT adapter already; calibrate the base model before "
+                "attaching one (model.unload() takes it off)"
+            )
+        left_out = unreached_weights(model) if targets == "all-linear" else {}
+        _warn_left_out(left_out)
+        head = output_head(model)
+        asked = head is not None and any(module is head for module in linears.values())
+        runner = model if asked else decoder(model)
+        accepted = inspect.signature(runner.forward).parameters
+        return cls(
+            model,
+            linears,
+            left_out,
+            runner,
+            {"use_cache": False} if "use_cache" in accepted else {},
+            input_device(model),
+            getattr(getattr(model, "config", None), "pad_token_id", None),
+        )
+
+    def run(self, inputs: Mapping[str, Tensor]) -> None:
+        """Runs sequences of equal length, without padding."""
+        self.runner(
+            **{name: value.to(self.device) for name, value in inputs.items()}, **self.options
+        )
+
+    def result(
+        self,
+        covariances: Mapping[str, Covariance],
+        unseen: Sequence[str],
+        *,
+        tokens: int,
+        normalize: Normalize,
+        on_unseen: OnUnseen,
+    ) -> CovarianceSet:
+        """The covariances with notes on where they come from.
+
+        Raises:
+            CalibrationError: there were no tokens, or a layer received none.
+        """
+        if not tokens:
+            raise CalibrationError(
+                "there were no tokens to calibrate on: the batches are empty or masked throughout"
+            )
+        if unseen and on_unseen == "error":
+            raise CalibrationError(
+                f"{len(unseen)} target layer(s) never received a token: {', '.join(unseen[:5])}"
+                f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more "
+                'text if they are routed experts, or pass on_unseen="skip"'
+            )
+        return CovarianceSet(
+            covariances,
+            normalize=normalize,
+            left_out=self.left_out | dict.fromkeys(unseen, "never called during calibration"),
+            provenance={
+                "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
+                "tokens": tokens,
+                "versions": library_versions(),
+            },
+        )
+
+
+def _warn_left_out(left_out: Mapping[str, str]) -> None:
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        warnings.warn(
+            f"{len(left_out)} weight(s) get no covariance and no adapter, among them {name}: "
+            f"{reason}; all are named in left_out",
+            LeftOutWarning,
+            stacklevel=5,  # the caller of calibrate, which no_grad wraps
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; afterwards every module's mode is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,1 @@
+"""The library inside other tools: PEFT's CorDA, and statistics for other methods."""

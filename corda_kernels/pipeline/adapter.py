@@ -1,0 +1,247 @@
+"""The one call: an adapter for a model from calibration text or covariances."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.calibrate import Batch
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.errors import CovarianceError, ModelError, RankDeficientWarning, RankError
+from corda_kernels.initialization import (
+    Adapter,
+    AdapterRecord,
+    LayerAdapter,
+    attach,
+    describe_base,
+    has_adapter,
+    residual_marker,
+)
+from corda_kernels.models import linear_weight, target_linears
+from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
+from corda_kernels.pipeline.candidates import GIVEN
+from corda_kernels.pipeline.config import CordaConfig
+from corda_kernels.pipeline.layers import layer_adapters
+from corda_kernels.pipeline.stages import covariance_stages, united_provenance
+from corda_kernels.versions import library_versions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def init_corda(
+    model: nn.Module,
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    *,
+    use_peft: bool = True,
+) -> PeftModel | nn.Module:
+    """Initialises a CorDA adapter and attaches it, ready to train.
+
+    At the start the adapted model computes what the base does.
+
+    Args:
+        model: a transformers model. With `residual="pair"` its weights stay as they are.
+        data: calibration batches, see `calibrate`; or covariances.
+        config: how.
+        use_peft: False for CordaLinear layers in place of a PeftModel.
+
+    Returns:
+        A PeftModel with adapters `default` (trainable) and `corda_initial` (frozen); or, without
+        PEFT, `model` with its layers replaced by CordaLinear.
+
+    Raises:
+        TargetError: no layer matches.
+        RankError: a layer is too small for the rank, found before anything runs; or a budget does
+            not pay for a single component.
+        ConfigError: the budget cannot be read, or all covariances that it needs do not fit into the
+            memory limit; or there are fewer batches than candidates.
+        CovarianceError: given covariances do not cover the layers, or have other sizes.
+        CalibrationError: the forward passes gave no usable covariance for a layer.
+
+    Source: CorDA (arXiv:2406.05223), algorithm 1.
+    """
+    adapter = corda_adapter(model, data, config)
+    return attach(model, adapter, use_peft=use_peft)
+
+
+def corda_adapter(
+    model: nn.Module,
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    *,
+    domain: str = GIVEN,
+) -> Adapter:
+    """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
+
+    Args:
+        model: see `init_corda`.
+        data: see `init_corda`.
+        config: see `init_corda`.
+        domain: what the batches are a sample of.
+
+    Raises:
+        CordaError: see `init_corda`.
+    """
+    modules = check_targets(model, config)
+    ranks = Ranks.of(config.distributed)
+    layers: dict[str, LayerAdapter] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    allocation: dict[str, Any] = {}
+    provenances: list[dict[str, Any]] = []
+    short: dict[str, tuple[int, int]] = {}
+    for covariances in _stages(model, modules, data, config, domain):
+        short |= _rank_deficient(covariances)
+        covered = _covered(modules, covariances)
+        planned, allocation = planned_ranks(model, covered, covariances, config)
+        adapted = {name: module for name, module in covered.items() if planned[name]}
+        share = ranks.share_layers(adapted)
+        found = layer_adapters(
+            share, covariances, planned, config, progress=config.progress and ranks.rank == 0
+        )
+        if ranks.size > 1:
+            found = {name: (layer.cpu(), note) for name, (layer, note) in found.items()}
+        for made in ranks.gather(found):
+            layers |= {name: layer for name, (layer, _) in made.items()}
+            notes |= {name: note for name, (_, note) in made.items()}
+        provenances.append(covariances.provenance)
+        del covariances  # before the next ones are made
+    _warn_rank_deficient(short, config.damping)
+    layers = {name: layers[name] for name in modules if name in layers}
+    calibration = united_provenance(provenances)
+    record = AdapterRecord(
+        mode=config.mode,
+        rank=max(layer.rank for layer in layers.values()),
+        balance=config.balance,
+        step=config.step,
+        residual=config.residual,
+        damping=config.damping,
+        base=describe_base(model, {name: modules[name] for name in layers}),
+        stability=calibration.pop("stability", None) or {},
+        calibration=calibration,
+        layers={name: notes[name] for name in layers},
+        allocation=allocation,
+        versions=library_versions(),
+    )
+    adapter = Adapter(layers, record)
+    record.initial_sha256 = adapter.initial_checksum()
+    return adapter
+
+
+def _stages(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    domain: str,
+) -> Iterator[CovarianceSet]:
+    """The covariances that the adapter is made of, at once or in pieces."""
+    if isinstance(data, CovarianceSet):
+        _check_complete(modules, data)
+        yield data
+        return
+    yield from covariance_stages(
+        model,
+        data,
+        targets=config.targets,
+        rank=config.rank if config.stability else None,
+        ends=(config.which,),
+        damping=config.damping,
+        candidates=config.candidates,
+        selection=config.selection,
+        condition=config.condition,
+        domain=domain,
+        memory_limit=config.memory_limit,
+        all_at_once=config.budget is not None,
+        distributed=config.distributed,
+        progress=config.progress,
+    )
+
+
+def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+    """The layers that `config` selects, after a check of its rank or budget.
+
+    Raises:
+        TargetError: no layer matches, or one is quantised.
+        ConfigError: the budget cannot be read.
+        RankError: the rank is not possible for a layer.
+        ModelError: the model carries an adapter already, or is the residual of one.
+    """
+    if has_adapter(model):
+        raise ModelError(
+            "the model carries an adapter already: load the base afresh, or merge the adapter"
+        )
+    if residual_marker(model) is not None:
+        raise ModelError(
+            "this model is the residual that an adapter left (see --save-base): load the "
+            "untouched base"
+        )
+    modules = target_linears(model, config.targets)
+    if config.budget is not None:
+        adapter_parameters(model, modules, config)
+        return modules
+    for name, (outputs, inputs) in layer_shapes(modules).items():
+        if not 1 <= config.rank <= min(outputs, inputs):
+            raise RankError(
+                f"rank {config.rank} is not possible for layer {name} ({outputs} × {inputs}): "
+                f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"
+            )
+    return modules
+
+
+def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> dict[str, nn.Module]:
+    """The modules that have a covariance in the set, after a check that it is of their size."""
+    covered = {name: module for name, module in modules.items() if name in covariances}
+    for name, module in covered.items():
+        inputs = linear_weight(module).shape[1]
+        channels = covariances[name].matrix.shape[0]
+        if channels != inputs:
+            raise CovarianceError(
+                f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
+                "the covariances were taken from another model"
+            )
+    return covered
+
+
+def _check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
+    """Makes sure that a set covers all modules but those that were left out on purpose."""
+    for name in modules:
+        if name not in covariances and name not in covariances.left_out:
+            raise CovarianceError(
+                f"there is no covariance for layer {name}: calibrate the same model with the same "
+                "targets, or leave the layer out of the targets"
+            )
+    if modules.keys().isdisjoint(covariances):
+        raise CovarianceError("the covariances cover none of the target layers")
+
+
+def _rank_deficient(covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
+    """Tokens and channels of each layer whose covariance is singular, having fewer tokens."""
+    return {
+        name: (covariance.tokens, covariance.matrix.shape[0])
+        for name, covariance in covariances.items()
+        if covariance.tokens < covariance.matrix.shape[0]
+    }
+
+
+def _warn_rank_deficient(short: Mapping[str, tuple[int, int]], damping: float | None) -> None:
+    if not short:
+        return
+    name, (tokens, channels) = max(short.items(), key=lambda item: item[1][1])
+    effect = (
+        f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
+        "directions that the text never touched"
+        if damping
+        else "without damping, directions that the text never touched are ordered by the weights"
+    )
+    warnings.warn(
+        f"{len(short)} covariance(s) come from fewer tokens than channels and are singular, for "
+        f"one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
+        "samples or longer sequences",
+        RankDeficientWarning,
+        stacklevel=4,
+    )

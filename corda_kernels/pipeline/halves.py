@@ -1,0 +1,120 @@
+"""Calibration on two halves of the text, which show whether it was enough."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
+from corda_kernels.calibration.calibrate import Batch
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.errors import ConfigError
+from corda_kernels.models import weights_at_hand
+from corda_kernels.pipeline.parts import calibrate_part
+from corda_kernels.planning import subspace_stability
+
+
+def calibrate_halves(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    rank: int | None = 32,
+    ends: Sequence[str] = ("largest", "smallest"),
+    damping: float | None = 0.01,
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> CovarianceSet:
+    """Calibrates and finds out on the way whether there were enough samples.
+
+    Args:
+        model: see `calibrate`.
+        batches: see `calibrate`; every other one belongs to the second half.
+        targets: see `calibrate`.
+        rank: of the subspaces to compare between the halves; None leaves the comparison out.
+        ends: of the spectrum to compare, "largest" and "smallest".
+        damping: of the comparison.
+        checkpoint: see `calibrate`; each half keeps its own part of it.
+        distributed: see `calibrate`.
+        progress: whether to show progress bars.
+
+    Returns:
+        The covariances over all batches, with `provenance["stability"]` (see `Stability`), which
+        is None where there was but one batch.
+    """
+    batches = list(batches)
+    count = half_count(batches, rank)
+    kept = [None] * count if checkpoint is None else checkpoint.parts(count)
+    options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
+    halves = [
+        calibrate_part(model, batches, half, count, checkpoint=kept[half], **options)
+        for half in range(count)
+    ]
+    return with_stability(
+        model,
+        halves,
+        rank=rank,
+        ends=ends,
+        damping=damping,
+        distributed=distributed,
+        progress=progress,
+    )
+
+
+def half_count(batches: Sequence[Batch], rank: int | None) -> int:
+    """2, or 1 where the text cannot be halved, or its stability at `rank` is not asked for.
+
+    Raises:
+        ConfigError: the rank is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank at which stability is judged must be at least 1, got {rank}")
+    return 1 if rank is None or len(batches) < 2 else 2
+
+
+def with_stability(
+    model: nn.Module,
+    halves: Sequence[CovarianceSet],
+    *,
+    rank: int | None,
+    ends: Sequence[str],
+    damping: float | None,
+    distributed: bool,
+    progress: bool,
+) -> CovarianceSet:
+    """The covariances of both halves, or of the only one, with a note on how well they agree.
+
+    See `calibrate_halves`.
+    """
+    if rank is None or len(halves) < 2:
+        halves[0].provenance["stability"] = None
+        return halves[0]
+    first, second = halves
+    ranks = Ranks.of(distributed)
+    modules = {name: model.get_submodule(name) for name in first if name in second}
+    share = ranks.share_layers(modules)
+    with contextlib.ExitStack() as stack:
+        for module in share.values():
+            stack.enter_context(weights_at_hand(module))
+        stability = subspace_stability(
+            share,
+            first,
+            second,
+            rank=rank,
+            damping=damping,
+            top="largest" in ends,
+            bottom="smallest" in ends,
+            progress=progress and ranks.rank == 0,
+        )
+    layers = {
+        name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
+    }
+    stability = replace(stability, layers={name: layers[name] for name in modules})
+    covariances = first.merge(second)
+    covariances.provenance["stability"] = stability.to_json()
+    return covariances

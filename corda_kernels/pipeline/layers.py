@@ -1,0 +1,106 @@
+"""Covariances and ranks in, the adapter of each layer out."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.calibration import CovarianceSet
+from corda_kernels.decomposition import CoSVD, co_svd_layers
+from corda_kernels.errors import OutOfMemoryWarning
+from corda_kernels.initialization import AdapterFactors, LayerAdapter, adapter_factors
+from corda_kernels.models import linear_weight, weights_at_hand
+from corda_kernels.pipeline.config import CordaConfig
+from corda_kernels.progress import progress_bar
+
+
+def layer_adapters(
+    modules: Mapping[str, nn.Module],
+    covariances: CovarianceSet,
+    ranks: Mapping[str, int],
+    config: CordaConfig,
+    *,
+    progress: bool,
+) -> dict[str, tuple[LayerAdapter, dict[str, Any]]]:
+    """The adapter of every module, in the order in which they come, and what to note of it.
+
+    Raises:
+        DecompositionError: a covariance is not finite.
+    """
+    made: dict[str, tuple[LayerAdapter, dict[str, Any]]] = {}
+    bar = progress_bar(description="decomposing", unit="layers", shown=progress, total=len(modules))
+    with bar:
+        for together in _loaded_together(modules, covariances):
+            with contextlib.ExitStack() as stack:
+                for name in together:
+                    stack.enter_context(weights_at_hand(modules[name]))
+                weights = {name: linear_weight(modules[name]).detach() for name in together}
+                matrices = {name: covariances[name].matrix for name in together}
+                for name, part, factors in _decomposed(weights, matrices, ranks, config):
+                    note = {
+                        "rank": ranks[name],
+                        "scaling": factors.scaling,
+                        "tokens": covariances[name].tokens,
+                        "sigma_max": float(part.S[0]),
+                        "sigma_min": float(part.S[-1]),
+                        "residual": float(part.residual),
+                    }
+                    made[name] = (LayerAdapter.fresh(factors), note)
+                    bar.update()
+    return made
+
+
+def _loaded_together(
+    modules: Mapping[str, nn.Module], covariances: CovarianceSet
+) -> Iterator[list[str]]:
+    """All layers whose weights are in memory, then offloaded ones, input by input."""
+    offloaded = {name for name, module in modules.items() if linear_weight(module).is_meta}
+    groups = [[name for name in names if name in offloaded] for _, names in covariances.groups()]
+    present = [name for name in modules if name not in offloaded]
+    yield from filter(None, [present, *groups])
+
+
+def _decomposed(
+    weights: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    config: CordaConfig,
+) -> Iterator[tuple[str, CoSVD, AdapterFactors]]:
+    """The decomposition and factors of each layer, on the CPU where a device's memory runs out."""
+
+    def found(of: Mapping[str, Tensor]) -> Iterator[tuple[str, CoSVD, AdapterFactors]]:
+        for name, part in co_svd_layers(
+            of,
+            {name: matrices[name] for name in of},
+            rank=ranks,
+            which=config.which,
+            method=config.method,
+            damping=config.damping,
+            seed=config.seed,
+        ):
+            factors = adapter_factors(of[name], part, balance=config.balance, step=config.step)
+            yield name, part, factors
+
+    left = dict(weights)
+    try:
+        for entry in found(weights):
+            del left[entry[0]]
+            yield entry
+    except torch.OutOfMemoryError:
+        pass  # what is left goes one by one, which takes less
+    for name, weight in left.items():
+        try:
+            yield from found({name: weight})
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"{weight.device} has too little memory to decompose layer {name}: the CPU takes "
+                "over",
+                OutOfMemoryWarning,
+                stacklevel=5,
+            )
+            yield from found({name: weight.cpu()})

@@ -1,0 +1,245 @@
+"""Several ranks under torchrun, on the CPU, against one process that does it all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_script import five_batches
+from torch import nn
+from typer.testing import CliRunner
+
+from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.cli import app
+from corda_kernels.errors import ConfigError
+from corda_kernels.initialization import read_adapter
+from corda_kernels.pipeline import corda_adapter
+from corda_kernels.planning import Selection
+
+SCRIPT = str(Path(__file__).with_name("rank_script.py"))
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    options = ["--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(
+    calibrated: Callable[..., tuple[nn.Module, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[nn.Module, list[Any], Path]:
+    """A model, batches for it, and the folder that it is in."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model, _ = calibrated()
+    model.save_pretrained(folder / "model")
+    return model, five_batches(), folder
+
+
+def same(found: CovarianceSet, expected: CovarianceSet) -> None:
+    assert list(found) == list(expected)
+    assert [names for _, names in found.groups()] == [names for _, names in expected.groups()]
+    for name, covariance in found.items():
+        whole = expected[name]
+        assert (covariance.matrix - whole.matrix).norm() < 1e-6 * whole.matrix.norm(), name
+        assert torch.equal(covariance.matrix, covariance.matrix.T)
+        assert (covariance.tokens, covariance.calls) == (whole.tokens, whole.calls)
+        torch.testing.assert_close(covariance.absmax, whole.absmax, rtol=1e-5, atol=0)
+        assert torch.equal(covariance.outlier_count, whole.outlier_count)
+    assert found.provenance == expected.provenance | {"model": found.provenance["model"]}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def worked(
+    request: pytest.FixtureRequest,
+    place: tuple[nn.Module, list[Any], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[int, Path]:
+    """A number of ranks, and the folder with what they made."""
+    out = tmp_path_factory.mktemp("out")
+    ended = torchrun(request.param, SCRIPT, "work", place[2] / "model", out)
+    assert ended.returncode == 0, ended.stderr
+    return request.param, out
+
+
+def test_ranks_give_the_covariances_of_one_process(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    expected = calibrate(model, batches, progress=False)
+    files = [out / f"whole-{rank}" for rank in range(ranks)]
+    for file in files:
+        same(CovarianceSet.load(file), expected)
+        assert file.read_bytes() == files[0].read_bytes()
+
+
+def test_ranks_share_blocks_too(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    # Three ranks and a part of two batches: one rank has nothing to run in it.
+    assert len(list(out.glob("part-*"))) == ranks * 2 * 2
+    for part in range(2):
+        whole = calibrate(model, batches[part::2], progress=False)
+        found = {
+            name: covariance
+            for block in range(2)
+            for name, covariance in CovarianceSet.load(out / f"part-1-{block}-{part}").items()
+        }
+        same(CovarianceSet(found, provenance=whole.provenance), whole)
+
+
+def test_ranks_make_the_adapter_of_one_process(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    expected = corda_adapter(model, batches, CordaConfig("kpm", rank=4, progress=False))
+    adapters = [read_adapter(out / f"adapter-{rank}") for rank in range(ranks)]
+    assert len({adapter.record.initial_sha256 for adapter in adapters}) == 1
+    found = adapters[0]
+    assert list(found.layers) == list(expected.layers)
+    for name, layer in found.layers.items():
+        product = expected.layers[name].initial_product()
+        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+    assert found.record.stability["layers"].keys() == expected.record.stability["layers"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("planned", {"budget": "r=4"}), ("blocks", {})], ids=["budget", "blocks"]
+)
+def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
+    place: tuple[nn.Module, list[Any], Path],
+    worked: tuple[int, Path],
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    config = CordaConfig("kpm", rank=4, progress=False, candidates=2, **options)
+    expected = corda_adapter(model, batches, config)
+    adapters = [read_adapter(out / f"{name}-{rank}") for rank in range(ranks)]
+    assert all(adapter.record == adapters[0].record for adapter in adapters)
+    found = adapters[0]
+    assert found.record.allocation == expected.record.allocation
+    chosen, whole = (
+        Selection.from_json(adapter.record.calibration["selection"])
+        for adapter in (found, expected)
+    )
+    assert chosen.winners() == whole.winners()
+    assert list(found.layers) == list(expected.layers)
+    for layer, made in found.layers.items():
+        product = expected.layers[layer].initial_product()
+        assert (made.initial_product() - product).norm() < 1e-3 * product.norm(), layer
+
+
+def test_a_rank_that_dies_ends_the_others_with_its_reason(
+    place: tuple[nn.Module, list[Any], Path], tmp_path: Path
+) -> None:
+    _, _, folder = place
+    arguments = ["die", folder / "model", tmp_path]
+    ended = torchrun(2, SCRIPT, *arguments)
+    assert ended.returncode != 0
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert "rank" in ended.stderr
+
+    # Without torchrun to end them, the survivors find out by themselves.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, arguments)],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, -signal.SIGKILL]
+    assert "rank 0: another rank has ended or cannot be reached" in errors[0]
+
+
+def test_the_command_line_works_under_torchrun(
+    place: tuple[nn.Module, list[Any], Path], tmp_path: Path, save_tokenizer: Callable[[Path], None]
+) -> None:
+    folder = place[2] / "model"
+    save_tokenizer(folder)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{(7 * i + i // 9) % 60}" for i in range(2000)))
+    options = ["--data", tmp_path / "text.txt", "--samples", 9, "--seq-len", 16, "--rank", 4]
+    command = ["-m", "corda_kernels"]
+    for what, more in (("calibrate", []), ("init", ["--mode", "ipm"])):
+        arguments = [what, folder, tmp_path / f"one-{what}", *options, *more]
+        alone = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert alone.exit_code == 0
+        arguments[2] = tmp_path / f"two-{what}"
+        ended = torchrun(2, *command, *arguments)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout == alone.stdout.replace("one-", "two-")
+    one, two = (CovarianceSet.load(tmp_path / f"{name}-calibrate") for name in ("one", "two"))
+    one.provenance.pop("stability")
+    two.provenance.pop("stability")
+    same(two, one)
+    first, second = (read_adapter(tmp_path / f"{name}-init") for name in ("one", "two"))
+    for name, layer in second.layers.items():
+        product = first.layers[name].initial_product()
+        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+
+    ended = torchrun(2, *command, "calibrate", folder, tmp_path / "x", *options, "--resume")
+    assert ended.returncode != 0
+    assert "rank 0: error: several ranks keep no checkpoints" in ended.stderr
+
+
+def test_an_error_on_a_rank_is_one_line_and_ends_all(
+    place: tuple[nn.Module, list[Any], Path],
+    tmp_path: Path,
+    save_tokenizer: Callable[[Path], None],
+) -> None:
+    model = copy.deepcopy(place[0])
+    model.get_submodule("model.layers.0.self_attn.v_proj").weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 60}" for i in range(200)))
+    # One sequence: it falls to rank 0, and rank 1 waits.
+    options = ["--data", tmp_path / "text.txt", "--samples", 1, "--seq-len", 32, "--rank", 4]
+    command = ["-m", "corda_kernels", "init", tmp_path / "model", tmp_path / "out"]
+    ended = torchrun(2, *command, *options, "--mode", "ipm")
+    assert ended.returncode != 0
+    assert "rank 0: error: layer model.layers.0.self_attn.o_proj received NaN" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_work_is_shared_out_evenly() -> None:
+    costs = {f"layer{index}": cost for index, cost in enumerate([9.0, 1, 1, 1, 3, 3, 3, 8, 1, 1])}
+    shares = [Ranks(rank, 3).share(costs) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(costs)
+    assert max(sum(costs[name] for name in share) for share in shares) <= 11
+    assert Ranks().share(costs) == list(costs)
+
+
+def test_distributed_work_needs_a_process_group(place: tuple[nn.Module, list[Any], Path]) -> None:
+    with pytest.raises(ConfigError, match="start the program with torchrun"):
+        calibrate(place[0], place[1], distributed=True, progress=False)
