@@ -31,7 +31,7 @@ _FACTORED_BLOCKS = 12
 # Errors of the subspace at which to stop, and gaps below which there is nothing to tell apart. What
 # B A is off by in the end is a hundredth of it or less, for the error is estimated before the last
 # application of the operator.
-_TOLERANCE = {"largest": 8e-4, "smallest": 2e-2}
+_TOLERANCE = {"largest": 1e-4, "smallest": 2e-2}
 _LEAST_GAP = {"largest": 1e-3, "smallest": 1e-2}
 # What an application of the operator takes off the error, roughly, on layers of SmolLM2-135M.
 _GAIN = {"largest": 1e3, "smallest": 1e2}

@@ -20,7 +20,7 @@ Operator = Callable[[Tensor], Tensor]
 # and blocks at which to start afresh.
 _FIRST_LOOK = (4, 2)
 _MOST_BLOCKS = 8
-_MOST_CYCLES = 6
+_MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block will probably do.
 _NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
