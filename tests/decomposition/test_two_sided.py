@@ -207,6 +207,15 @@ def test_null_directions_are_zero_and_not_rounding() -> None:
         assert int((G.norm(dim=0) > 0).sum()) == rank
 
 
+def test_null_directions_are_zero_also_where_a_cholesky_factor_exists() -> None:
+    _, C, _ = problem("few_tokens", "wide")
+    level = 0.3 * len(C) * EPS * float(torch.linalg.matrix_norm(C, 2))
+    lifted = C + level * torch.eye(len(C), dtype=torch.float64)
+    assert int(torch.linalg.cholesky_ex(lifted).info) == 0
+    rank = int(torch.linalg.matrix_rank(C, hermitian=True))
+    assert int((input_root(lifted).norm(dim=0) > 0).sum()) == rank
+
+
 def test_matrices_of_a_batch_do_not_influence_each_other() -> None:
     names = ["tokens", "few_tokens", "log_spaced", "dead_channels"]
     Ws, Cs, Ds = (torch.stack(t) for t in zip(*(problem(n, "wide") for n in names), strict=True))
