@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.kernels.reference import CHOLESKY_ATTEMPTS
 
-_MAX_ATTEMPTS = 12
 # Up to this size all eigenvalues cost little more than the extreme ones to the same accuracy.
 _DENSE_SIZE = 2048
 _LANCZOS_STEPS = 80
@@ -74,7 +74,9 @@ def regularized_inverse(
     attempts = torch.zeros_like(share, dtype=torch.int64)
     factor = torch.zeros_like(flat)
     pending = torch.arange(flat.shape[0], device=flat.device)
-    allowed = _MAX_ATTEMPTS if damping is None else 1
+    # `kernels.batched_cholesky` follows the same rule but ends at the first λ that factors; the
+    # bound on the condition looks at every factor, and may ask for more.
+    allowed = CHOLESKY_ATTEMPTS if damping is None else 1
     while pending.numel() and allowed:
         shift = share[pending] * mean_diagonal[pending]
         candidate, good = _factor(flat[pending], shift)

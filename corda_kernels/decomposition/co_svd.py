@@ -11,6 +11,12 @@ from torch import Tensor
 
 from corda_kernels.decomposition.subspace import Operator, leading_pairs
 from corda_kernels.decomposition.triangle import lower_triangle, orthogonal_factor
+from corda_kernels.decomposition.two_sided import (
+    check_two_sided,
+    input_root,
+    oblique,
+    output_root,
+)
 from corda_kernels.errors import (
     ConfigError,
     ConvergenceWarning,
@@ -39,21 +45,25 @@ _GAIN = {"largest": 1e3, "smallest": 1e2}
 
 @dataclass(frozen=True, eq=False)
 class CoSVD:
-    """A part of the decomposition W·(C + λI) = U Σ Vᵀ, in float64.
+    """A part of the decomposition W·(C + λI)ᵖ = U Σ Vᵀ, in float64; p is 1 but for research.
 
     Attributes:
-        U: (*batch, out, rank), orthonormal left singular vectors.
+        U: (*batch, out, rank), left singular vectors: orthonormal or, given an output covariance D,
+            with Uᵀ D U = I.
         S: (*batch, rank), their singular values, descending.
         damping: (*batch), λ as a multiple of the mean diagonal of C.
         residual: (*batch), what the iteration stopped at, 0 where the exact method ran: the largest
             Ritz residual ‖A u − θ u‖/θ over the relative gap behind the wanted θ, where A is M Mᵀ
             or, for the smallest, its inverse, before the last application of A.
+        dual: (*batch, out, rank), D U where an output covariance D was given, otherwise None and U
+            is its own dual. The part of W that belongs to the components is U dualᵀ W.
     """
 
     U: Tensor
     S: Tensor
     damping: Tensor
     residual: Tensor
+    dual: Tensor | None = None
 
 
 @torch.no_grad()
@@ -66,12 +76,19 @@ def co_svd(
     method: Literal["auto", "exact", "randomized"] = "auto",
     damping: float | None = None,
     generator: torch.Generator | None = None,
+    output_covariance: Tensor | None = None,  # (*batch, out, out)
+    power: float = 1.0,
 ) -> CoSVD:
     """Decomposes W·C and keeps the `rank` largest or smallest singular pairs.
 
     All arithmetic is float64: covariances of real models have conditions up to 1e10, so that in
     float32 the smallest vectors would be noise. Directions that C does not see at all (σ = 0) are
     ordered by what W does on them, the limit of a vanishing damping, by the exact method.
+
+    For research, W·C may become D^½·W·C^power: with X = U dualᵀ W, which is U Uᵀ W without D, the
+    largest leave the least ‖D^½ (W − X) C^power‖_F of all X of that rank, and the smallest are what
+    the best approximation by all others leaves of W. With power 0.5 and no D, ‖(W − X) C^½‖² is
+    the mean ‖Wx − Xx‖² over the inputs, with D weighted as D weights the outputs.
 
     Args:
         weight: (*batch, out, in), any floating dtype.
@@ -81,21 +98,33 @@ def co_svd(
         which: "largest" (IPM trains these) or "smallest" (KPM).
         method: "exact" for a dense SVD; "randomized" for an iteration, which falls back on the
             exact method with a ConvergenceWarning where it does not converge; "auto" picks by size.
-        damping: λ as a multiple of the mean diagonal of C; None for none.
+        damping: λ as a multiple of the mean diagonal of C, and of D its own; None for none.
         generator: source of the random start; None for a fixed seed.
+        output_covariance: D (*batch, out, out), symmetric positive definite once damped; None for
+            the identity.
+        power: of C, 1.0 or 0.5.
 
     Raises:
         ConfigError: an option has an unknown value.
         RankError: the rank is not possible for this shape.
-        DecompositionError: shapes do not fit, or an input holds NaN or Inf.
+        DecompositionError: shapes do not fit, an input holds NaN or Inf, D is singular, or C at
+            power 0.5 has negative eigenvalues.
 
-    Source: CorDA (arXiv:2406.05223), equation 2.
+    Source: CorDA (arXiv:2406.05223), equation 2; for D and power, `decomposition/two_sided.py`.
     """
     check(weight, covariance, rank, which, method, damping)
+    check_two_sided(weight, output_covariance, power)
     C, share = damped(covariance.to(weight.device), damping)
-    found = decompose(weight.double(), C, rank, which, method, generator)
+    right = C if power == 1.0 else input_root(C)
+    if output_covariance is None:
+        found = decompose(weight.double(), right, rank, which, method, generator)
+        warn_given_up(found.given_up)
+        return CoSVD(found.U, found.S, share, found.residual)
+    P = output_root(damped(output_covariance.to(weight.device), damping)[0])
+    found = decompose(P.mT @ weight.double(), right, rank, which, method, generator)
     warn_given_up(found.given_up)
-    return CoSVD(found.U, found.S, share, found.residual)
+    U, dual = oblique(found.U, P)
+    return CoSVD(U, found.S, share, found.residual, dual)
 
 
 def warn_given_up(error: Tensor, prefix: str = "") -> None:

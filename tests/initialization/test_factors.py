@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.decomposition import CoSVD, co_svd
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.initialization.factors import AdapterFactors, adapter_factors, residual
 
 RANK = 6
@@ -223,4 +223,97 @@ def test_ranks_from_one_to_all(which: str, rank: int) -> None:
 def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
     W, _, found = layer("well_conditioned", (40, 64), "largest")
     with pytest.raises(ConfigError, match='balance must be "even" or "paper" and step None or'):
+        adapter_factors(W, found, **options)
+
+
+@all_shapes
+@all_ends
+@all_balances
+@all_steps
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_factors_of_a_two_sided_decomposition_are_its_oblique_projection(
+    power: float, step: Any, balance: Any, which: str, shape: tuple[int, int]
+) -> None:
+    W, C = LAYERS["well_conditioned"](*shape)
+    D = 1e4 * of_tokens(4 * shape[0], shape[0])
+    found = co_svd(W, C, rank=RANK, which=which, power=power, output_covariance=D)
+    assert found.dual is not None
+    expected = found.U @ (found.dual.T @ W)
+    factors = adapter_factors(W, found, balance=balance, step=step)
+    torch.testing.assert_close(product(factors), expected, rtol=0, atol=1e-13 * float(W.norm()))
+    assert float((expected - found.U @ (found.U.T @ W)).norm()) > 0.1 * float(expected.norm())
+    if balance == "even":
+        torch.testing.assert_close(factors.A.square().mean(1), factors.B.square().mean(0))
+
+
+def test_vanishing_components_of_a_two_sided_decomposition_can_still_train() -> None:
+    W, C = LAYERS["low_rank_weight"](40, 64)
+    found = co_svd(W, C, rank=9, output_covariance=1e6 * of_tokens(160, 40))
+    factors = adapter_factors(W, found)
+    assert bool((factors.A[:3] != 0).any(1).all())
+    assert not bool(factors.A[3:].any())
+    assert bool((factors.B != 0).any(0).all())
+
+
+@all_shapes
+@all_ends
+@all_balances
+@pytest.mark.parametrize("damping", [None, 0.01])
+def test_the_published_reconstruction_is_the_projection_but_for_rounding(
+    damping: float | None, balance: Any, which: str, shape: tuple[int, int]
+) -> None:
+    W, C = LAYERS["well_conditioned"](*shape)
+    found = co_svd(W, C, rank=RANK, which=which, damping=damping)
+    plain = adapter_factors(W, found, balance=balance)
+    inverse = adapter_factors(W, found, balance=balance, reconstruction="inverse", covariance=C)
+    torch.testing.assert_close(inverse.A, plain.A, rtol=0, atol=1e-11 * float(plain.A.norm()))
+    torch.testing.assert_close(inverse.B, plain.B, rtol=0, atol=1e-11 * float(plain.B.norm()))
+    assert not torch.equal(inverse.A, plain.A)
+    assert inverse.damping == (damping or 0.0)
+    assert plain.damping is None
+
+
+@all_steps
+def test_the_published_reconstruction_damps_what_it_cannot_invert(step: Any) -> None:
+    W, C, found = layer("dead_channels", (40, 64), "largest")
+    factors = adapter_factors(W, found, step=step, reconstruction="inverse", covariance=C)
+    assert factors.damping is not None
+    assert 0 < factors.damping < 1e-5
+    # What C does not see has no part in Vᵀ.
+    expected = found.U @ (found.U.T @ W) * (C.diagonal() > 0)
+    error = (product(factors) - expected).norm() / expected.norm()
+    assert float(error) <= 1e-4
+
+
+@all_ends
+def test_the_published_reconstruction_keeps_components_that_vanish_trainable(which: str) -> None:
+    W, C, found = layer("single_token", (40, 64), which)
+    factors = adapter_factors(W, found, reconstruction="inverse", covariance=C.float())
+    assert bool(torch.isfinite(factors.A).all() & torch.isfinite(factors.B).all())
+    assert bool(((factors.A != 0).any(1) | (factors.B != 0).any(0)).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reconstruction": "pinv"}, ConfigError, "reconstruction must be"),
+        ({"reconstruction": "inverse"}, ConfigError, "needs the covariance"),
+        ({"covariance": torch.eye(64)}, ConfigError, "needs the covariance"),
+        (
+            {"reconstruction": "inverse", "covariance": torch.eye(3)},
+            DecompositionError,
+            r"needs a covariance \(64, 64\), got \(3, 3\)",
+        ),
+        (
+            {"reconstruction": "inverse", "covariance": torch.zeros(64, 64)},
+            DecompositionError,
+            "cannot be inverted.*64 channels are dead",
+        ),
+    ],
+)
+def test_a_reconstruction_that_cannot_be_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    W, _, found = layer("well_conditioned", (40, 64), "largest")
+    with pytest.raises(error, match=message):
         adapter_factors(W, found, **options)
