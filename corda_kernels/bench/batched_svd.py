@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from corda_kernels.kernels import available_backends, batched_svd, reference, us
 # Largest of the errors below up to which a speed is worth printing. The Gram matrix squares: its
 # small singular values are only right to the root of eps, which is its own bound.
 _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-7}
+SIZES = (64, 96, 128, 160, 192, 224)
+BATCH = 128
 _SMALLEST = 1e-6  # of the singular values, the largest being 1
 
 Method = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -135,11 +137,29 @@ def line(row: Row) -> str:
     return f"{case} {milliseconds} {speedup:>8} {row.error:>8.1e}"
 
 
+def print_table(sizes: Sequence[int], batch: int, device: torch.device) -> list[Row]:
+    """Prints the rows of all sizes as they come, in float32 and then in float64; returns them."""
+    reason = available_backends("batched_svd")["cuda"]
+    if reason is not None:
+        print(f"without backend cuda: {reason}")
+    print(
+        f"{'method':<10} {'batch':>5} {'l':>4} {'dtype':>8} {'p20 ms':>9} {'p50 ms':>9} "
+        f"{'p80 ms':>9} {'× gram':>8} {'error':>8}"
+    )
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.float64):
+        for size in sizes:
+            for row in bench_batched_svd(batch, size, dtype, device):
+                rows.append(row)
+                print(line(row), flush=True)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints a table of all cases, and writes them to a file if one is named."""
     parser = argparse.ArgumentParser(prog="python -m corda_kernels.bench.batched_svd")
-    parser.add_argument("--sizes", default="64,96,128,160,192,224", help="separated by commas")
-    parser.add_argument("--batch", type=int, default=128, help="number of matrices")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="separated by commas")
+    parser.add_argument("--batch", type=int, default=BATCH, help="number of matrices")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="a file for all results")
     options = parser.parse_args(arguments)
@@ -152,19 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     described = environment(device)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
-    reason = available_backends("batched_svd")["cuda"]
-    if reason is not None:
-        print(f"without backend cuda: {reason}")
-    print(
-        f"{'method':<10} {'batch':>5} {'l':>4} {'dtype':>8} {'p20 ms':>9} {'p50 ms':>9} "
-        f"{'p80 ms':>9} {'× gram':>8} {'error':>8}"
-    )
-    rows: list[Row] = []
-    for dtype in (torch.float32, torch.float64):
-        for size in sizes:
-            for row in bench_batched_svd(options.batch, size, dtype, device):
-                rows.append(row)
-                print(line(row), flush=True)
+    rows = print_table(sizes, options.batch, device)
     if options.json is not None:
         results = {"environment": described, "rows": [row.to_json() for row in rows]}
         write_json(options.json, results)

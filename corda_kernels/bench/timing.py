@@ -15,7 +15,6 @@ import torch
 
 from corda_kernels.versions import library_versions
 
-_WARM_UP = 2
 _MAX_REPEATS = 100
 _BUDGET_S = 2.0
 
@@ -30,7 +29,12 @@ class Timing:
 
 
 def measure(
-    run: Callable[[Any], object], inputs: list[Any], device: torch.device, *, repeats: int = 5
+    run: Callable[[Any], object],
+    inputs: list[Any],
+    device: torch.device,
+    *,
+    repeats: int = 5,
+    warm_up: int = 2,
 ) -> Timing:
     """Times `run(input)` over the inputs in turn, until 2 seconds or 100 calls are spent.
 
@@ -38,10 +42,12 @@ def measure(
         run: the call.
         inputs: one or more arguments to rotate through, so that none is still in a cache.
         device: a CUDA device is timed by its events.
-        repeats: the least number of calls, however long they take.
+        repeats: the least number of calls, however long they take; of one call all quantiles are
+            its duration.
+        warm_up: calls beforehand that do not count.
     """
     rotation = cycle(inputs)
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         run(next(rotation))
     timed = _on_cuda(run, rotation) if device.type == "cuda" else _on_cpu(run, rotation)
     durations: list[float] = []
@@ -49,6 +55,8 @@ def measure(
         sum(durations) < _BUDGET_S and len(durations) < _MAX_REPEATS
     ):
         durations.append(next(timed))
+    if len(durations) == 1:
+        return Timing(durations[0], durations[0], durations[0])
     p20, _, _, p80 = statistics.quantiles(durations, n=5)
     return Timing(p20, statistics.median(durations), p80)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from corda_kernels.bench.covariance import CalibrationRow, Row
     from corda_kernels.bench.pipeline import PipelineRow
+    from corda_kernels.bench.svd import Row as SvdRow
 
 bench = typer.Typer(
     name="bench", help="Measure kernels against their baselines.", no_args_is_help=True
@@ -150,6 +151,97 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
         f"{row.name:<12} {row.seconds:>9.1f} {row.forward:>9.1f} {row.beyond:>9.1f} "
         f"{row.growth / 2**20:>6.0f} MiB {ratios:>26} {overlap:>9}"
     )
+
+
+@bench.command()
+def svd(
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas: model (--model and --cov), smollm2-block, llama2-7b, "
+            "4096x4096, 11008x4096, 4096x11008, whose layers are made up in these shapes "
+            "(llama2-7b, 224 layers, is for a GPU), and batched, many small matrices. By default "
+            "model or smollm2-block, 4096x4096, and batched on a GPU."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of the case model.")] = None,
+    cov: Annotated[
+        Path | None, typer.Option(help="The model's covariances, from `calibrate`.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Components; 32 for models, 128 for LLaMA-2's shapes.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas: published, ours, svd_lowrank, on a GPU torch's drivers."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Check large layers, too: takes minutes.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Also measure the peak memory of ours.")] = True,
+    device: options.Device = "auto",
+    json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
+) -> None:
+    """Time the decomposition of layers at both ends against PEFT's and torch's."""
+    import torch
+
+    from corda_kernels.bench import batched_svd
+    from corda_kernels.bench.svd import bench_case
+    from corda_kernels.bench.svd_cases import make_case
+    from corda_kernels.bench.svd_memory import bench_memory
+    from corda_kernels.bench.svd_methods import published_missing
+    from corda_kernels.bench.timing import environment
+    from corda_kernels.files import check_output, write_json
+
+    if json is not None:
+        check_output(json)
+    where = torch.device(options.resolve_device(device))
+    described = environment(where)
+    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    missing = published_missing()
+    if missing is not None:
+        typer.echo(f"without published: {missing}")
+    typer.echo(
+        f"{'case':<13} {'layers':>6} {'r':>4} {'end':<8} {'method':<11} {'p50 s':>9} "
+        f"{'× published':>11} {'error':>11}"
+    )
+    results: dict[str, Any] = {"environment": described, "rows": [], "memory": []}
+    file = None if cov is None else str(cov)
+    chosen = None if methods is None else [part.strip() for part in methods.split(",")]
+    if cases is None:
+        cases = f"{'smollm2-block' if model is None else 'model'},4096x4096"
+        cases += ",batched" if where.type == "cuda" else ""
+    for name in [part.strip() for part in cases.split(",")]:
+        if name == "batched":
+            rows = batched_svd.print_table(batched_svd.SIZES, batched_svd.BATCH, where)
+            results["batched_svd"] = [row.to_json() for row in rows]
+            continue
+        case = make_case(name, where, rank, model, file)
+        for row in bench_case(case, chosen, exact=exact):
+            results["rows"].append(row.to_json())
+            typer.echo(_svd_line(row))
+        if memory:
+            for grown in bench_memory(case, where, model, file):
+                results["memory"].append(grown.to_json())
+                typer.echo(grown.line())
+    if json is not None:
+        write_json(json, results)
+
+
+def _svd_line(row: SvdRow) -> str:
+    case = f"{row.case:<13} {row.layers:>6} {row.rank:>4} {row.which:<8} {row.method:<11}"
+    if row.error is None:
+        error = "not checked"
+    else:
+        # An energy of 1.0001 times the least possible is 1e-4 too much.
+        error = f"{row.error:.1e}" if row.which == "largest" else f"1 + {row.error - 1:.1e}"
+    error += "" if row.passed else " wrong"
+    if row.timing is None:
+        return f"{case} {'no speed':>21} {error:>11}"
+    speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
+    return f"{case} {row.timing.p50:>9.3f} {speedup:>11} {error:>11}"
 
 
 def _numbers(text: str) -> list[int]:

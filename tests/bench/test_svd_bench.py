@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from corda_kernels.bench import svd, svd_memory, svd_methods
+from corda_kernels.bench.svd_cases import Case, make_case, realistic_covariance
+from corda_kernels.bench.timing import measure
+from corda_kernels.cli import main
+from corda_kernels.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corda_kernels.bench.timing._BUDGET_S", 0.0)
+    shapes = [[(24, 24), (8, 24)], [(40, 24)], [(24, 40)]]
+    blocks = {"smollm2-block": (1, shapes), "llama2-7b": (2, shapes)}
+    monkeypatch.setattr("corda_kernels.bench.svd_cases._BLOCKS", blocks)
+
+
+def small() -> Case:
+    return make_case("smollm2-block", CPU, 4)
+
+
+def test_every_method_is_compared_with_the_published_procedure() -> None:
+    rows = list(svd.bench_case(small()))
+    assert [(row.method, row.which) for row in rows] == [
+        ("published", "largest"),
+        ("published", "smallest"),
+        ("ours", "largest"),
+        ("ours", "smallest"),
+        ("svd_lowrank", "largest"),
+    ]
+    base = rows[0].timing
+    assert base is not None
+    assert rows[0].timing == rows[1].timing
+    for row in rows[2:4]:
+        assert row.passed
+        assert row.timing is not None
+        assert row.speedup == pytest.approx(base.p50 / row.timing.p50)
+        assert row.error is not None
+        assert row.error < (1e-5 if row.which == "largest" else 1.001)
+
+
+def test_a_wrong_result_has_no_speed_but_for_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: Case, ends: Iterable[svd_methods.End]) -> svd_methods.Parts:
+        # The other end.
+        flipped = svd_methods.ENDS[::-1]
+        parts = exact(case, flipped)
+        turned = dict(zip(svd_methods.ENDS, (parts[end] for end in flipped), strict=True))
+        return {which: turned[which] for which in ends}
+
+    exact = svd_methods._ours
+    found = svd_methods.methods(CPU)
+    replaced = {name: dataclasses.replace(found[name], run=wrong) for name in ("published", "ours")}
+    monkeypatch.setattr(svd, "methods", lambda device: replaced)
+    for row in svd.bench_case(small()):
+        assert not row.passed
+        assert (row.timing is None) == (row.method == "ours")
+
+
+def test_without_attrs_the_published_procedure_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.corda", None)
+    assert list(svd_methods.methods(CPU)) == ["ours", "svd_lowrank"]
+    options = "--cases smollm2-block --rank 4 --device cpu --no-memory"
+    assert run(monkeypatch, *options.split()) == 0
+    assert "without published: import of peft.tuners.lora.corda halted" in capsys.readouterr().out
+
+
+def test_large_layers_are_checked_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svd, "_QUICK", 8)
+    (unchecked, _) = svd.bench_case(small(), ["ours"])
+    (checked, _) = svd.bench_case(small(), ["ours"], exact=True)
+    assert unchecked.error is None
+    assert unchecked.timing is not None
+    assert unchecked.speedup is None
+    assert checked.error is not None
+
+
+def test_made_up_covariances_are_positive_with_outliers_and_many_scales() -> None:
+    C = realistic_covariance(96, torch.Generator().manual_seed(0)).double()
+    values = torch.linalg.eigvalsh(C)
+    assert torch.equal(C, C.mT)
+    assert values[0] > -1e-7 * values[-1]
+    assert values[-1] / values[0].clamp_min(0) > 1e6
+    assert C.diagonal().max() > 50 * C.diagonal().median()
+
+
+def test_layers_share_covariances_and_blocks_share_tensors() -> None:
+    case = make_case("llama2-7b", CPU, 4)
+    assert len(case.weights) == 8
+    assert case.covariances["0.0.0"] is case.covariances["1.0.1"]
+    assert case.covariances["0.0.0"] is not case.covariances["0.1.0"]
+    assert case.sampled == ["0.0.0", "0.0.1", "0.1.0", "0.2.0"]
+
+
+def test_the_memory_bound_is_of_the_largest_groups() -> None:
+    case = small()
+    first, second, third = 24 * 24 + 32 * 24, 24 * 24 + 40 * 24, 40 * 40 + 24 * 40
+    assert case.memory_bound(1) == 3 * 8 * max(first, second, third)
+    assert case.memory_bound(2) == 3 * 8 * (third + max(first, second))
+
+
+@pytest.mark.skipif(not svd_memory._RESET.exists(), reason="needs /proc")
+def test_growth_is_the_peak_and_not_what_remains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ours(case: Case, ends: Iterable[svd_methods.End]) -> svd_methods.Parts:
+        assert list(ends) == ["smallest"]
+        torch.ones(64 << 20, dtype=torch.uint8)
+        return {}
+
+    method = dataclasses.replace(svd_methods.methods(CPU)["ours"], run=ours)
+    monkeypatch.setattr(svd_memory, "methods", lambda device: {"ours": method})
+    svd_memory.main(["smollm2-block", "smallest", "--rank", "4"])
+    assert 60 << 20 < int(capsys.readouterr().out) < 80 << 20
+
+
+@pytest.mark.skipif(not svd_memory._RESET.exists(), reason="needs /proc")
+def test_memory_is_measured_in_a_child_process_for_the_same_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+
+    def child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="1048576\n")
+
+    monkeypatch.setattr("subprocess.run", child)
+    case = dataclasses.replace(small(), name="some-model")
+    largest, smallest = svd_memory.bench_memory(case, CPU, "folder", "file")
+    assert [command[3:5] for command in commands] == [["model", "largest"], ["model", "smallest"]]
+    assert commands[0][5:] == ["--rank", "4", "--model", "folder", "--cov", "file"]
+    assert (largest.which, smallest.which, largest.grown) == ("largest", "smallest", 1 << 20)
+    assert "ABOVE three float64 copies" in largest.line()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("huge", "no case 'huge'"), ("model", "needs --model and --cov")]
+)
+def test_cases_that_cannot_be_made_are_refused(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_case(name, CPU)
+
+
+def test_a_single_call_is_its_own_quantiles() -> None:
+    seen: list[int] = []
+    timing = measure(seen.append, [1], CPU, repeats=1, warm_up=0)
+    assert seen == [1]
+    assert timing.p20 == timing.p50 == timing.p80
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "svd", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+def test_command_prints_a_table_and_writes_all_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    options = "--cases smollm2-block --rank 4 --device cpu --no-memory"
+    assert run(monkeypatch, *options.split(), "--json", str(out)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "versions" in lines[0]
+    assert len(lines) == 2 + 5
+    results: dict[str, Any] = json.loads(out.read_text())
+    assert [row["method"] for row in results["rows"]] == [line.split()[4] for line in lines[2:]]
+
+
+def test_the_table_of_batched_svd_is_a_case_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("corda_kernels.bench.batched_svd.SIZES", (4, 5))
+    out = tmp_path / "results.json"
+    assert run(monkeypatch, "--cases", "batched", "--device", "cpu", "--json", str(out)) == 0
+    rows = json.loads(out.read_text())["batched_svd"]
+    assert [row["size"] for row in rows] == [4, 4, 5, 5] * 2
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[-len(rows) :]] == [row["method"] for row in rows]
+
+
+def test_unknown_methods_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(monkeypatch, "--cases", "smollm2-block", "--methods", "magic", "--device", "cpu") == 2
+    )
+    assert capsys.readouterr().err.startswith("error: there is no method 'magic'")
