@@ -201,7 +201,7 @@ def read_checked(
             if seal[0] != format_:
                 raise error(
                     f"{path} is a safetensors file, but not a {what} file written by this package "
-                    f"(format {seal[0]!r}, expected {format_!r})"
+                    f"(format {seal[0][:40]!r}, expected {format_!r})"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as reason:
