@@ -110,8 +110,10 @@ def main() -> None:
                     corda_config=options,
                 )
                 prepare(model, config, run)
-                found[method, maker] = torch.load(cache)
-        covariances, ours = (torch.load(folder / f"{maker}.pt") for maker in makers)
+                found[method, maker] = torch.load(cache, weights_only=True)
+        covariances, ours = (
+            torch.load(folder / f"{maker}.pt", weights_only=True) for maker in makers
+        )
         rows = {}
         for layer, module in layers.items():
             parts = {

@@ -235,9 +235,14 @@ def test_files_of_either_are_read_by_the_other(make: Any, tmp_path: Path) -> Non
     peft_own(peft, config("peft"), run)
     ours, run = make()
     preprocess_corda(ours, config("ours"), run, **AS_PEFT)
-    files = [torch.load(tmp_path / maker / "covariance.pt") for maker in ("peft", "ours")]
+    files = [
+        torch.load(tmp_path / maker / "covariance.pt", weights_only=True)
+        for maker in ("peft", "ours")
+    ]
     assert list(files[0]) == list(files[1])
-    caches = [torch.load(tmp_path / maker / "cache.pt") for maker in ("peft", "ours")]
+    caches = [
+        torch.load(tmp_path / maker / "cache.pt", weights_only=True) for maker in ("peft", "ours")
+    ]
     assert list(caches[0]) == list(caches[1])
 
     for _ in range(2):  # from the cache, then from the covariances
@@ -256,7 +261,7 @@ def test_the_covariance_file_serves_other_methods_and_ranks(make: Any, tmp_path:
     file = tmp_path / "folder" / "covariance.pt"
     model, run = make()
     preprocess_corda(model, lora(covariance_file=file), run)
-    stored = torch.load(file)
+    stored = torch.load(file, weights_only=True)
     addresses = {matrix.data_ptr() for matrix in stored.values()}
     assert (len(stored), len(addresses)) == (14, 8)
 
@@ -284,7 +289,9 @@ def test_reading_a_cache_twice_gives_the_same(make: Any, tmp_path: Path) -> None
         again, _ = make()
         preprocess_corda(again, config)
         S = eigens(again)["model.layers.0.mlp.up_proj"].S_WC.clone()
-        assert torch.equal(S, torch.load(file)["model.layers.0.mlp.up_proj.eigens.S_WC"])
+        assert torch.equal(
+            S, torch.load(file, weights_only=True)["model.layers.0.mlp.up_proj.eigens.S_WC"]
+        )
         get_peft_model(again, config)
     assert file.read_bytes() == before
 
