@@ -62,7 +62,7 @@ def prepared(model, gguf, tmp_path_factory):
             else:
                 preprocess_corda(model, config, run, normalize="peft", damping=0.01)
             found[maker, method] = {name: model.get_submodule(name).eigens for name in LAYERS}
-    return found, torch.load(folder / "peft.pt")
+    return found, torch.load(folder / "peft.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)
