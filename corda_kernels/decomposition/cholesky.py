@@ -119,15 +119,18 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_square(matrix)
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    undamped = flat.new_zeros(flat.shape[0])
-    factor, good = _factor(flat, undamped)
-    if bool(good.all()):
-        if flat.shape[-1] <= _DENSE_SIZE:
+    if flat.shape[-1] <= _DENSE_SIZE:
+        good = flat.tril().sum((-2, -1)).isfinite()
+        if bool(good.all()):
             eigenvalues = torch.linalg.eigvalsh(flat)
             largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
-        else:
+            good = smallest > torch.finfo(flat.dtype).eps * largest
+    else:
+        undamped = flat.new_zeros(flat.shape[0])
+        factor, good = _factor(flat, undamped)
+        if bool(good.all()):
             largest, smallest = _factored_extremes(flat, undamped, factor)
-        good = smallest > 0
+            good = smallest > 0
     if not bool(good.all()):
         index = int(torch.nonzero(~good)[0])
         raise _not_invertible(index, 0.0, flat[index])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.decomposition.co_svd import check, damped
-from corda_kernels.decomposition.triangle import lower_triangle, orthogonal_factor
+from corda_kernels.decomposition.triangle import lower_gram, lower_triangle, orthogonal_factor
 
 
 @torch.no_grad()
@@ -37,11 +37,12 @@ def singular_values(
     check(weight, covariance, 1, "largest", "exact", damping)
     C, _ = damped(covariance.to(weight.device), damping)
     W = weight.double()
+    if not tail:
+        M = W @ C
+        gram = lower_gram(M if M.shape[-2] <= M.shape[-1] else M.mT)
+        squares: Tensor = torch.linalg.eigvalsh(gram)
+        return squares.flip(-1).clamp_min(0).sqrt()
     if W.shape[-2] > W.shape[-1]:
         W = orthogonal_factor(W)[1]
-    M = W @ C
-    if tail:
-        values: Tensor = torch.linalg.svdvals(lower_triangle(M))
-        return values
-    squares: Tensor = torch.linalg.eigvalsh(M @ M.mT)
-    return squares.flip(-1).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.svdvals(lower_triangle(W @ C))
+    return values

@@ -49,17 +49,22 @@ def orthogonal_factor(W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lift, upper
 
 
-def _gram_factor(M: Tensor) -> Tensor | None:
-    """The Cholesky factor of M Mᵀ, (*batch, n, n), or None where one of the batch is too close to
-    singular for it."""
+def lower_gram(M: Tensor) -> Tensor:
+    """M Mᵀ, (*batch, n, n), for M (*batch, n, m), of which only the lower triangle is filled."""
     flat = M.reshape(-1, *M.shape[-2:])
     gram = flat.new_zeros(*flat.shape[:2], flat.shape[1])
     for total, matrix in zip(gram, flat, strict=True):
         syrk_(total, matrix.mT)
-    factor, info = torch.linalg.cholesky_ex(gram)
+    return gram.reshape(*M.shape[:-1], M.shape[-2])
+
+
+def _gram_factor(M: Tensor) -> Tensor | None:
+    """The Cholesky factor of M Mᵀ, (*batch, n, n), or None where one of the batch is too close to
+    singular for it."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(lower_gram(M))
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     regular = (info == 0) & (diagonal.amin(-1) > _LEAST_RATIO * diagonal.amax(-1))
     if not bool(regular.all()):
         return None
-    shaped: Tensor = factor.reshape(*M.shape[:-1], M.shape[-2])
-    return shaped
+    return factor
