@@ -17,6 +17,7 @@ from corda_kernels.calibration.batches import looks_padded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
 from corda_kernels.errors import PaddingWarning
+from corda_kernels.models import output_head
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def observe(
     run_model: Callable[[], object],
     *,
     normalize: Literal["tokens", "peft"],
+    skip_logits: bool = False,
 ) -> dict[str, Covariance]:
     """Calls `run_model` and gives the covariances of what each of `modules` that was called read.
 
@@ -38,6 +40,8 @@ def observe(
         modules: layers within it, by name.
         run_model: runs the model on the calibration data, any number of times and batch sizes.
         normalize: see `calibrate`.
+        skip_logits: computes the logits of each sequence's last position alone, unless the output
+            head is one of `modules`.
 
     Raises:
         NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
@@ -45,10 +49,26 @@ def observe(
     """
     capture = InputCapture(modules, normalize=normalize)
     passes = _Passes(model, capture)
-    with evaluating(model), capture, passes.watched():
+    head = output_head(model) if skip_logits else None
+    if head in modules.values():
+        head = None
+    with evaluating(model), capture, passes.watched(), _last_position_only(head):
         run_model()
     capture.end_pass(passes.count, (passes.tokens, passes.tokens))
     return capture.covariances()
+
+
+@contextlib.contextmanager
+def _last_position_only(head: nn.Module | None) -> Iterator[None]:
+    """Gives an output head only the last hidden states of each sequence."""
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][..., -1:, :], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass

@@ -336,6 +336,23 @@ def test_files_of_another_model_are_refused(make: Any, tmp_path: Path) -> None:
             preprocess_corda(model, lora(["down_proj"], **{kind: file}))
 
 
+@pytest.mark.parametrize("targets", [LAYERS["llama"], ["q_proj", "lm_head"]])
+def test_logits_can_be_left_out(make: Any, targets: list[str]) -> None:
+    """Unless the head's own inputs are what is asked for."""
+    model, run = make()
+    preprocess_corda(model, lora(targets), run)
+    expected = {name: found.S_WC for name, found in eigens(model).items()}
+    positions = []
+    handle = model.lm_head.register_forward_hook(lambda *call: positions.append(call[2].shape[1]))
+    preprocess_corda(model, lora(targets), run, skip_logits=True)
+    assert positions == [24 if "lm_head" in targets else 1] * 12
+    for name, found in eigens(model).items():
+        torch.testing.assert_close(found.S_WC, expected[name])
+    handle.remove()
+    with torch.no_grad():
+        assert model(torch.tensor([[3, 4, 5]])).logits.shape[1] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "corda", "message"),
     [
