@@ -34,6 +34,8 @@ _ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-f
 _PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
 
 
+_TOKENS_AT_A_TIME = 2_048
+
 # What a document is put together from: literal text, and the keys that lead to a value.
 _Part = str | tuple[str, ...]
 
@@ -62,7 +64,8 @@ def token_batches(
         tokenizer: the model's tokenizer.
         samples: number of sequences.
         seq_len: tokens a sequence; at most that many where `pack` is off.
-        batch_size: sequences a batch; the last batch may have fewer.
+        batch_size: sequences a batch; the last batch may have fewer. `fitting_batch_size` knows a
+            good one.
         field: name of the JSON field that holds the text.
         template: the text with JSON fields in braces.
         chat_template: lays out each document as a conversation, by the tokenizer's chat template.
@@ -114,6 +117,24 @@ def token_batches(
     padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in padding if token is not None)
     return [_padded(group, pad) for group in groups]
+
+
+def fitting_batch_size(samples: int, seq_len: int) -> int:
+    """How many sequences to run at a time on a CPU: so many that they make about 2,048 tokens.
+
+    With fewer, every product reads all of its weight, and every covariance is read and written, for
+    a few hundred tokens: on 2 CPU cores SmolLM2-135M is calibrated in 20.6 s with 512 tokens at a
+    time, in 19 s with 1,024, and in 18.6 s with 2,048 or 4,096.
+
+    It divides `samples`, and half of them, so that halves of the text are of equal size.
+
+    Raises:
+        ConfigError: a count is not positive.
+    """
+    _check_positive(samples=samples, seq_len=seq_len)
+    half = samples // 2 if samples % 2 == 0 else 1
+    most = max(1, min(half, _TOKENS_AT_A_TIME // seq_len))
+    return max(size for size in range(1, most + 1) if half % size == 0)
 
 
 def read_texts(

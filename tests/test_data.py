@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from corda_kernels.data import decode_escapes, read_texts, token_batches
+from corda_kernels.data import decode_escapes, fitting_batch_size, read_texts, token_batches
 from corda_kernels.errors import ConfigError, CordaWarning, DataError
 
 CHATML = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"
@@ -479,3 +479,18 @@ class TestRefused:
             with pytest.raises(DataError) as caught:
                 token_batches(path, tokenizer, **options)
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "size"),
+    [(16, 512, 4), (64, 512, 4), (4, 512, 2), (6, 512, 3), (5, 64, 1), (1, 64, 1), (8, 4096, 1)],
+)
+def test_a_batch_is_as_large_as_products_are_quick_at(
+    samples: int, seq_len: int, size: int
+) -> None:
+    assert fitting_batch_size(samples, seq_len) == size
+
+
+def test_no_batch_fits_no_samples() -> None:
+    with pytest.raises(ConfigError, match="samples must be at least 1"):
+        fitting_batch_size(0, 512)

@@ -26,7 +26,7 @@ def calibrate(
     chat_template: options.ChatTemplate = False,
     samples: options.Samples = 256,
     seq_len: options.SeqLen = 2048,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
     candidates: options.Candidates = 1,
@@ -58,7 +58,7 @@ def calibrate(
     from corda_kernels.pipeline import covariance_stages, united_provenance
 
     text = options.TextOptions(
-        data, field, template, chat_template, samples * candidates, seq_len, batch_size, pack, seed
+        data, field, template, chat_template, samples, candidates, seq_len, batch_size, pack, seed
     )
     options.check_output(out)
     limit = options.parse_size(memory_limit)

@@ -51,7 +51,7 @@ def init(
     chat_template: options.ChatTemplate = False,
     samples: options.Samples = 256,
     seq_len: options.SeqLen = 2048,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
     balance: Annotated[
@@ -132,7 +132,8 @@ def init(
             field,
             template,
             chat_template,
-            samples * candidates,
+            samples,
+            candidates,
             seq_len,
             batch_size,
             pack,

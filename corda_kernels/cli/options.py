@@ -34,7 +34,12 @@ ChatTemplate = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Number of calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in each sequence.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences in each forward pass.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Sequences in each forward pass.", show_default="so many that they make 2048 tokens"
+    ),
+]
 Pack = Annotated[bool, typer.Option(help="Pack texts into full sequences.")]
 Targets = Annotated[
     str,
@@ -72,28 +77,35 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE | re.
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Where calibration text comes from and how it is cut up; see `token_batches`."""
+    """Where calibration text comes from and how it is cut up; see `token_batches`.
+
+    There are `samples` sequences for each of the candidates.
+    """
 
     data: Path
     field: str | None
     template: str | None
     chat_template: bool
     samples: int
+    candidates: int
     seq_len: int
-    batch_size: int
+    batch_size: int | None
     pack: bool
     seed: int
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
         """Token batches."""
-        from corda_kernels.data import decode_escapes, token_batches
+        from corda_kernels.data import decode_escapes, fitting_batch_size, token_batches
 
+        size = self.batch_size
+        if size is None:
+            size = fitting_batch_size(self.samples, self.seq_len)
         return token_batches(
             self.data,
             tokenizer,
-            samples=self.samples,
+            samples=self.samples * self.candidates,
             seq_len=self.seq_len,
-            batch_size=self.batch_size,
+            batch_size=size,
             field=self.field,
             template=None if self.template is None else decode_escapes(self.template),
             chat_template=self.chat_template,
@@ -108,7 +120,7 @@ class TextOptions:
             "field": self.field,
             "template": self.template,
             "chat_template": self.chat_template,
-            "samples": self.samples,
+            "samples": self.samples * self.candidates,
             "seq_len": self.seq_len,
             "packed": self.pack,
             "seed": self.seed,

@@ -1,0 +1,33 @@
+"""How calibration text is cut up where the command line leaves it open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from corda_kernels.cli.options import TextOptions
+from corda_kernels.data import fitting_batch_size
+
+
+@pytest.mark.parametrize(("asked", "sizes"), [(None, [4] * 4), (3, [3] * 5 + [1])])
+def test_batches_fit_each_candidate_unless_their_size_is_given(
+    tmp_path: Path, asked: int | None, sizes: list[int]
+) -> None:
+    """Two candidates of 8 sequences each, which four sequences at a time divide evenly."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"w{n % 7} w{n % 5}" for n in range(400)))
+    options = TextOptions(text, None, None, False, 8, 2, 4, asked, True, 0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_words())
+    batches = options.batches(tokenizer)
+    assert fitting_batch_size(8, 4) == 4
+    assert [len(batch["input_ids"]) for batch in batches] == sizes
+    assert options.provenance()["samples"] == 16
+
+
+def _words() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(7)} | {"?": 7}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
