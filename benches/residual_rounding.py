@@ -49,7 +49,7 @@ def row(name: str, found: Tensor, exact: Tensor) -> None:
     expected, got = exact.log_softmax(-1), found.log_softmax(-1)
     divergence = (expected.exp() * (expected - got)).sum(-1).mean()
     error = (found - exact).norm() / exact.norm()
-    print(f"{name:44}{float(error):12.2e}{float(divergence):12.2e}", flush=True)
+    print(f"{name:50}{float(error):12.2e}{float(divergence):12.2e}", flush=True)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def main() -> None:
     described = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     print(f"bfloat16, rank {given.rank}, {SAMPLES} x {LENGTH} tokens")
-    print(f"\n{'':44}{'logits':>12}{'KL':>12}")
+    print(f"\n{'':50}{'logits':>12}{'KL':>12}")
     base = load_model(given.model, dtype="bfloat16")
     covariances = CovarianceSet.load(given.covariances)
     (batch,) = token_batches(

@@ -218,19 +218,17 @@ def test_a_damaged_checkpoint(place: Path, tmp_path: Path, calibrated: Any, dama
 def test_a_checkpoint_with_a_foreign_header(
     place: Path, tmp_path: Path, calibrated: Any, header: Any, extra: Any, edit: Any
 ) -> None:
-    from corda_kernels.calibration.resume import _FORMAT
+    from corda_kernels.calibration.checkpoint import FORMAT
     from corda_kernels.files import read_checked
 
     path = tmp_path / "run"
     model = calibrated()[0]
     with only(CheckpointError):
-        write_checked(path, _FORMAT, header, extra)
+        write_checked(path, FORMAT, header, extra)
         resume(model, path)
-    whole, contents = read_checked(
-        place / "run", _FORMAT, what="", error=CheckpointError, remedy=""
-    )
+    whole, contents = read_checked(place / "run", FORMAT, what="", error=CheckpointError, remedy="")
     with only(CordaError):
-        write_checked(path, _FORMAT, edited(whole, *edit), contents)
+        write_checked(path, FORMAT, edited(whole, *edit), contents)
         resume(model, path)
 
 
