@@ -244,7 +244,7 @@ def read_sums(
     try:
         found = dict(header["fingerprint"])
         values = {name: kind(header[name]) for name, kind in fields.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: its header is not that of a calibration checkpoint file ({error!r}): "
             f"{_REMEDY}"
