@@ -124,16 +124,16 @@ def cost(model_folder: str, text: str, field: str) -> int:
     )
     written: list[float] = []
     sizes: list[int] = []
-    intervals: list[int] = []
+    intervals: list[float] = []
     keep, interval = resume.Journal._keep, resume.Journal._interval
 
-    def timed(journal: resume.Journal, checkpoint: CalibrationCheckpoint, done: int) -> None:
+    def timed(journal: resume.Journal, done: int) -> None:
         started = time.perf_counter()
-        keep(journal, checkpoint, done)
+        keep(journal, done)
         written.append(time.perf_counter() - started)
-        sizes.append(os.path.getsize(checkpoint.path))
+        sizes.append(os.path.getsize(journal._checkpoint.path))
 
-    def noted(journal: resume.Journal) -> int:
+    def noted(journal: resume.Journal) -> float:
         intervals.append(interval(journal))
         return 1  # keep after every batch, to time several
 

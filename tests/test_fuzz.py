@@ -25,6 +25,7 @@ from corda_kernels import (
     CordaConfig,
     CovarianceSet,
     calibrate,
+    calibrate_blocks,
     export_lora,
 )
 from corda_kernels.cli import main
@@ -125,6 +126,8 @@ def place(
     CovarianceSet({name: covariances[name] for name in list(covariances)[:5]}).save(root / "cov")
     checkpoint = CalibrationCheckpoint(root / "run", every=1)
     calibrate(model, BATCHES, targets=["q_proj"], checkpoint=checkpoint, progress=False)
+    blocks = CalibrationCheckpoint(root / "blocks", every=1)
+    next(calibrate_blocks(model, BATCHES, targets=["q_proj"], checkpoint=blocks, progress=False))
     model.save_pretrained(root / "model")
     save_tokenizer(root / "model")
     (root / "text.txt").write_text(" ".join(f"w{i % 60}" for i in range(300)))
@@ -140,8 +143,20 @@ BATCHES = [torch.arange(3, 23).view(2, 10)]
 
 
 def resume(model: nn.Module, path: Path) -> None:
-    checkpoint = CalibrationCheckpoint(path, every=10**9, resume=True)
-    calibrate(model, BATCHES, targets=["q_proj"], checkpoint=checkpoint, progress=False)
+    """Goes on from a checkpoint, of a run in one pass or of its first decoder block."""
+    run = path.name.removesuffix("-block-0")
+    options: Any = {
+        "targets": ["q_proj"],
+        "checkpoint": CalibrationCheckpoint(path.with_name(run), every=10**9, resume=True),
+        "progress": False,
+    }
+    if run == path.name:
+        calibrate(model, BATCHES, **options)
+    else:
+        list(calibrate_blocks(model, BATCHES, **options))
+
+
+checkpoints = pytest.mark.parametrize("file", ["run", "blocks-block-0"])
 
 
 @given(damage=damages())
@@ -203,34 +218,36 @@ def test_a_foreign_safetensors_file(
         resume(calibrated()[0], tmp_path / "x")
 
 
+@checkpoints
 @given(damage=damages())
 @FUZZ
-def test_a_damaged_checkpoint(place: Path, tmp_path: Path, calibrated: Any, damage: Any) -> None:
-    contents = (place / "run").read_bytes()
+def test_a_damaged_checkpoint(
+    place: Path, tmp_path: Path, calibrated: Any, damage: Any, file: str
+) -> None:
+    contents = (place / file).read_bytes()
     assume(damage(contents) != contents)
-    (tmp_path / "run").write_bytes(damage(contents))
+    (tmp_path / file).write_bytes(damage(contents))
     with pytest.raises(CheckpointError):
-        resume(calibrated()[0], tmp_path / "run")
+        resume(calibrated()[0], tmp_path / file)
 
 
+@checkpoints
 @given(header=json_values, extra=tensors, edit=edits)
 @FUZZ
 def test_a_checkpoint_with_a_foreign_header(
-    place: Path, tmp_path: Path, calibrated: Any, header: Any, extra: Any, edit: Any
+    place: Path, tmp_path: Path, calibrated: Any, header: Any, extra: Any, edit: Any, file: str
 ) -> None:
-    from corda_kernels.calibration.resume import _FORMAT
+    from corda_kernels.calibration.checkpoint import FORMAT
     from corda_kernels.files import read_checked
 
-    path = tmp_path / "run"
+    path = tmp_path / file
     model = calibrated()[0]
     with only(CheckpointError):
-        write_checked(path, _FORMAT, header, extra)
+        write_checked(path, FORMAT, header, extra)
         resume(model, path)
-    whole, contents = read_checked(
-        place / "run", _FORMAT, what="", error=CheckpointError, remedy=""
-    )
+    whole, contents = read_checked(place / file, FORMAT, what="", error=CheckpointError, remedy="")
     with only(CordaError):
-        write_checked(path, _FORMAT, edited(whole, *edit), contents)
+        write_checked(path, FORMAT, edited(whole, *edit), contents)
         resume(model, path)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import CalibrationError, PaddingWarning
+from corda_kernels.files import digest
 
 # Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
 # sequence itself.
@@ -32,6 +33,12 @@ def token_count(batch: Tensor | Mapping[str, Any]) -> int:
     if isinstance(mask, Tensor):
         return int(mask.sum())
     return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def batch_digest(batch: Tensor | Mapping[str, Any]) -> str:
+    """A checksum over all tensors of a batch, by their names."""
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    return digest({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
 
 
 def unpadded(

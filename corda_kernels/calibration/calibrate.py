@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.calibration.resume import CalibrationCheckpoint, Journal
+from corda_kernels.calibration.resume import Journal
 from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
-from corda_kernels.errors import CalibrationError, ConfigError, OutOfMemoryWarning
+from corda_kernels.errors import CalibrationError, OutOfMemoryWarning
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Batch = Tensor | Mapping[str, Any]
+
+_ONE_PASS_REMEDY = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
 
 
 @torch.no_grad()
@@ -55,7 +58,8 @@ def calibrate(
         on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
             out.
         checkpoint: where to keep what has been summed up so far, and whether to go on from it after
-            a kill. The result is the same to the last bit, interrupted or not.
+            a kill. The result is the same to the last bit, interrupted or not. Each of several
+            ranks keeps a file of its own, and must find it where as many ranks go on.
         distributed: whether the ranks of torch.distributed, which must all be given the same
             batches, run a share of them each; all get the same result.
         progress: whether to show a progress bar with tokens per second.
@@ -69,13 +73,11 @@ def calibrate(
         NonFiniteActivationError: a layer received NaN or Inf.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
         DistributedError: another rank has ended.
-        ConfigError: `distributed` without a process group, or together with `checkpoint`.
+        ConfigError: `distributed` without a process group.
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
     ranks = Ranks.of(distributed)
-    if distributed and checkpoint is not None:
-        raise ConfigError("a distributed calibration keeps no checkpoint: leave one of them out")
     subject = Subject.of(model, targets)
     max_rows: int | None = None
     while True:
@@ -86,13 +88,9 @@ def calibrate(
             tokens = _accumulate(subject, batches, capture, checkpoint, ranks, max_rows, progress)
             break
         except torch.OutOfMemoryError as error:
-            max_rows = _fewer_rows(batches, max_rows, error)
-        warnings.warn(
-            "memory ran out while calibrating: starting again with at most "
-            f"{max_rows} sequence(s) at a time",
-            OutOfMemoryWarning,
-            stacklevel=3,  # the caller of calibrate, which no_grad wraps
-        )
+            max_rows = fewer_rows(
+                batches, max_rows, error, again="starting again", last_resort=_ONE_PASS_REMEDY
+            )
     ranks.add_up(capture)
     return subject.result(
         capture.covariances(),
@@ -113,35 +111,43 @@ def _accumulate(
     progress: bool,
 ) -> int:
     """Runs this rank's batches, `max_rows` sequences at a time; tokens of all batches."""
-    journal = Journal(checkpoint, capture, subject.model, subject.device)
+    journal = Journal(checkpoint, capture, subject.model, subject.device, ranks)
     batch_count = tokens = 0
     shown = progress and ranks.rank == 0
     with evaluating(subject.model), capture, token_bar(batches, shown) as bar:
         for index, batch in enumerate(batches):
-            if not ranks.owns(index):
-                tokens += token_count(batch)
-                bar.update(token_count(batch))
-                continue
-            before = tokens
-            for inputs in unpadded(
-                batch, index, pad_token_id=subject.pad_token_id, max_rows=max_rows
-            ):
-                journal.read(inputs)
+            before, batch_count = tokens, index + 1
+            tokens += token_count(batch)
+            if ranks.owns(index):
+                journal.read(batch)
                 if not journal.covers(index):
-                    subject.run(inputs)
-                count = inputs["input_ids"].numel()
-                tokens += count
-                bar.update(count)
-            if not journal.covers(index):
-                capture.end_pass(index, (before, tokens))
+                    for inputs in unpadded(
+                        batch, index, pad_token_id=subject.pad_token_id, max_rows=max_rows
+                    ):
+                        subject.run(inputs)
+                    capture.end_pass(index, (before, tokens))
+            bar.update(tokens - before)
             journal.end_batch(index, tokens)
-            batch_count += 1
         journal.end(batch_count)
     return tokens
 
 
-def _fewer_rows(batches: Iterable[Batch], max_rows: int | None, error: Exception) -> int:
-    """Half as many sequences at a time as ran out of memory.
+def fewer_rows(
+    batches: Iterable[Batch],
+    max_rows: int | None,
+    error: Exception,
+    *,
+    again: str,
+    last_resort: str,
+) -> int:
+    """Half as many sequences at a time as ran out of memory, of which it warns.
+
+    Args:
+        batches: that are run.
+        max_rows: how many sequences ran at most; None for as many as a batch has.
+        error: that was raised.
+        again: what is done now, for the warning.
+        last_resort: what to do where a single sequence is too much, for the error.
 
     Raises:
         CalibrationError: there was only one, or the batches cannot be read a second time.
@@ -154,10 +160,16 @@ def _fewer_rows(batches: Iterable[Batch], max_rows: int | None, error: Exception
     largest = max_rows or max(_rows(batch) for batch in batches)
     if largest < 2:
         raise CalibrationError(
-            "memory does not suffice for a single sequence: use shorter ones (--seq-len), go block "
-            "by block (--memory-limit), or run on the CPU (--device cpu)"
+            "memory does not suffice for a single sequence: use shorter ones (--seq-len), "
+            f"{last_resort}"
         ) from error
-    return largest // 2
+    fewer = largest // 2
+    warnings.warn(
+        f"memory ran out while calibrating: {again} with at most {fewer} sequence(s) at a time",
+        OutOfMemoryWarning,
+        stacklevel=4,  # the caller of calibrate, which no_grad wraps
+    )
+    return fewer
 
 
 def _rows(batch: Batch) -> int:

@@ -3,12 +3,17 @@
 The hidden states between two decoder blocks are kept on the host for the whole text. Each block
 runs over them once, yields the finished covariances of its layers, and leaves the hidden states
 that the next one starts from. At any time there are the covariances of one block and one set of
-hidden states.
+hidden states; where a device computes, from whose memory a block may have to start again, there are
+two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import itertools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.batches import token_count, unpadded
-from corda_kernels.calibration.calibrate import Batch, token_bar
+from corda_kernels.calibration.batches import batch_digest, token_count, unpadded
+from corda_kernels.calibration.block_resume import BlockJournal
+from corda_kernels.calibration.calibrate import Batch, fewer_rows, token_bar
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
-from corda_kernels.errors import CalibrationError
+from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.models import decoder_blocks
 from corda_kernels.progress import progress_bar
 
@@ -39,6 +46,7 @@ def calibrate_blocks(
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
     on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
 ) -> Iterator[CovarianceSet]:
@@ -49,18 +57,18 @@ def calibrate_blocks(
     pass.
 
     Beside the model there are in memory the covariances of one block and the hidden states of the
-    whole text in the model's dtype, on the host.
+    whole text in the model's dtype, on the host. Where a device's memory runs out, the block starts
+    again with smaller batches, and warns; for that the host keeps the hidden states from before the
+    block as well.
 
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
             by accelerate.
-        batches: see `calibrate`.
-        targets: see `calibrate`; all of them must lie in the decoder's blocks.
-        outlier_threshold: see `calibrate`.
-        normalize: see `calibrate`.
-        on_unseen: see `calibrate`.
-        distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
-        progress: whether to show a progress bar.
+        batches: see `calibrate`, as for all that is not listed here.
+        targets: all of them must lie in the decoder's blocks.
+        checkpoint: where to keep the sums of every finished block, and whether to go on from those
+            after a kill: finished blocks then only run, and the one that was cut off starts again.
+        distributed: each rank keeps the hidden states of its own batches.
 
     Returns:
         An iterator over the blocks that hold targets, in their order.
@@ -79,6 +87,7 @@ def calibrate_blocks(
         outlier_threshold=outlier_threshold,
         normalize=normalize,
         on_unseen=on_unseen,
+        checkpoint=checkpoint,
         distributed=distributed,
         progress=progress,
     )
@@ -95,6 +104,7 @@ def calibrate_block_parts(
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
     on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
 ) -> Iterator[list[CovarianceSet]]:
@@ -112,39 +122,71 @@ def calibrate_block_parts(
     blocks = decoder_blocks(model)
     chosen = _by_block(subject, blocks)
     shown = progress and ranks.rank == 0
-    with evaluating(model):
-        sequences, counts = _record(
-            subject, blocks, batches, lambda batch: ranks.owns(batch // parts), shown
-        )
-    tokens = [sum(counts[part::parts]) for part in range(parts)]
+    text = _Text(
+        subject, list(blocks.values()), batches, lambda batch: ranks.owns(batch // parts), shown
+    )
+    text.record()
+    tokens = [sum(text.counts[part::parts]) for part in range(parts)]
     empty = [part for part in range(parts) if not tokens[part]]
     if empty and sum(tokens):
         raise CalibrationError(
             f"{parts} parts need text each, but part {empty[0]} has none: give more batches"
         )
+    journal = BlockJournal(
+        checkpoint,
+        subject,
+        chosen,
+        text.checksum.hexdigest(),
+        tokens=sum(tokens),
+        parts=parts,
+        outlier_threshold=outlier_threshold,
+        normalize=normalize,
+        ranks=ranks,
+    )
+
+    def fresh(index: int) -> list[InputCapture]:
+        return [
+            InputCapture(
+                chosen[index], outlier_threshold, normalize, deterministic=checkpoint is not None
+            )
+            for _ in range(parts)
+        ]
+
+    last = max(index for index, linears in enumerate(chosen) if linears)
+
+    def captured(index: int) -> list[InputCapture]:
+        """The inputs of one block, over the whole text of all ranks."""
+        if index >= journal.finished:
+            captures = text.advance(index, functools.partial(fresh, index))
+            for capture in captures:
+                ranks.add_up(capture)
+            journal.keep(index, captures)
+            return captures
+        captures = fresh(index)
+        journal.restore(index, captures)
+        if index < last:
+            text.advance(index, list)
+        return captures
 
     def run() -> Iterator[list[CovarianceSet]]:
-        last = max(index for index, linears in enumerate(chosen) if linears)
         bar = progress_bar(
-            list(blocks.values())[: last + 1], description="blocks", unit="blocks", shown=shown
+            list(blocks)[: last + 1], description="blocks", unit="blocks", shown=shown
         )
-        for index, block in enumerate(bar):
-            captures = [
-                InputCapture(chosen[index], outlier_threshold, normalize) for _ in range(parts)
+        for index, _ in enumerate(bar):
+            if not chosen[index]:
+                text.advance(index, list)
+                continue
+            # No name for it: a block's covariances would be kept while the next one runs.
+            yield [
+                subject.result(
+                    capture.covariances(),
+                    capture.unseen(),
+                    tokens=tokens[part],
+                    normalize=normalize,
+                    on_unseen=on_unseen,
+                )
+                for part, capture in enumerate(captured(index))
             ]
-            with evaluating(block):
-                _advance(block, index, sequences, captures, subject.device, ranks)
-            if chosen[index]:
-                yield [
-                    subject.result(
-                        capture.covariances(),
-                        capture.unseen(),
-                        tokens=tokens[part],
-                        normalize=normalize,
-                        on_unseen=on_unseen,
-                    )
-                    for part, capture in enumerate(captures)
-                ]
 
     return run()
 
@@ -162,7 +204,7 @@ class _Sequences:
 
     batch: int
     span: tuple[int, int]
-    hidden: Tensor | None = None
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[_Call] = field(default_factory=list)
 
 
@@ -213,34 +255,151 @@ def _by_block(subject: Subject, blocks: dict[str, nn.Module]) -> list[dict[str, 
     return chosen
 
 
-def _record(
-    subject: Subject,
-    blocks: dict[str, nn.Module],
-    batches: Iterable[Batch],
-    owned: Callable[[int], bool],
-    shown: bool,
-) -> tuple[list[_Sequences], list[int]]:
-    """Runs the model with blocks that pass on what they get, and notes how each was called.
+class _Text:
+    """The text on its way through the blocks.
 
-    Returns the sequences of the batches that are `owned`, and the number of tokens in every batch.
+    Args:
+        subject: what is calibrated.
+        blocks: the decoder's.
+        batches: the text.
+        owned: which batches are this process's, by their number.
+        shown: whether to show a progress bar.
+
+    Attributes:
+        sequences: those of the batches that are `owned`, in their order.
+        counts: number of tokens in every batch.
+        checksum: of the batches that are `owned`.
     """
-    sequences: list[_Sequences] = []
-    counts: list[int] = []
-    recorder = _Recorder(list(blocks.values()))
-    with recorder.in_place_of_blocks(), token_bar(batches, shown) as bar:
-        for index, batch in enumerate(batches):
-            before = sum(counts)
-            counts.append(token_count(batch))
-            bar.update(counts[-1])
-            if not owned(index):
-                continue
-            for inputs in unpadded(batch, index, pad_token_id=subject.pad_token_id):
-                recorder.current = _Sequences(index, (before, before + counts[-1]))
-                subject.run(inputs)
-                if len(recorder.current.calls) != len(blocks):
-                    raise _unsuitable("not all of its blocks ran")
-                sequences.append(recorder.current)
-    return sequences, counts
+
+    def __init__(
+        self,
+        subject: Subject,
+        blocks: list[nn.Module],
+        batches: Iterable[Batch],
+        owned: Callable[[int], bool],
+        shown: bool,
+    ) -> None:
+        self._subject = subject
+        self._blocks = blocks
+        self._batches = batches
+        self._owned = owned
+        self._shown = shown
+        self._max_rows: int | None = None
+        self.sequences: list[_Sequences] = []
+        self.counts: list[int] = []
+        self.checksum = hashlib.sha256()
+
+    def record(self) -> None:
+        """Runs the model with blocks that pass on what they get, and notes how each was called."""
+        while True:
+            try:
+                with evaluating(self._subject.model):
+                    self._record()
+                return
+            except torch.OutOfMemoryError as error:
+                self._halve(error, "starting again")
+
+    def _record(self) -> None:
+        subject = self._subject
+        self.sequences, self.counts, self.checksum = [], [], hashlib.sha256()
+        recorder = _Recorder(self._blocks)
+        with recorder.in_place_of_blocks(), token_bar(self._batches, self._shown) as bar:
+            for index, batch in enumerate(self._batches):
+                before = sum(self.counts)
+                self.counts.append(token_count(batch))
+                bar.update(self.counts[-1])
+                if not self._owned(index):
+                    continue
+                self.checksum.update(batch_digest(batch).encode())
+                for inputs in unpadded(
+                    batch, index, pad_token_id=subject.pad_token_id, max_rows=self._max_rows
+                ):
+                    recorder.current = _Sequences(index, (before, before + self.counts[-1]))
+                    subject.run(inputs)
+                    if len(recorder.current.calls) != len(self._blocks):
+                        raise _unsuitable("not all of its blocks ran")
+                    self.sequences.append(recorder.current)
+
+    def advance(
+        self, index: int, captures_of: Callable[[], list[InputCapture]]
+    ) -> list[InputCapture]:
+        """Runs block number `index` over the text.
+
+        Args:
+            index: of the block.
+            captures_of: makes fresh captures of its inputs, one for each part, or none at all.
+
+        Returns:
+            The captures.
+        """
+        while True:
+            captures = captures_of()
+            try:
+                with evaluating(self._blocks[index]):
+                    self._advance(index, captures)
+                return captures
+            except torch.OutOfMemoryError as error:
+                if not _keeps_inputs(self._subject.device):
+                    raise
+                del captures  # the device needs their memory
+                self._halve(error, f"starting block {index} again")
+            self._regroup()
+
+    def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
+        passed: list[Tensor] = []
+        for position, current in enumerate(self.sequences):
+            capture = captures[current.batch % len(captures)] if captures else None
+            with capture or contextlib.nullcontext():
+                output = current.calls[index].run(
+                    self._blocks[index], current.hidden.to(self._subject.device)
+                )
+            hidden = _hidden_states(output).to(_HOST)
+            if _keeps_inputs(self._subject.device):
+                passed.append(hidden)
+            else:
+                current.hidden = hidden
+            following = self.sequences[position + 1 : position + 2]
+            if capture and (not following or following[0].batch != current.batch):
+                capture.end_pass(current.batch, current.span)
+        for current, hidden in zip(self.sequences, passed, strict=False):
+            current.hidden = hidden
+
+    def _halve(self, error: Exception, again: str) -> None:
+        self._max_rows = fewer_rows(
+            self._batches,
+            self._max_rows,
+            error,
+            again=again,
+            last_resort="or run on the CPU (--device cpu)",
+        )
+
+    def _regroup(self) -> None:
+        """Lets fewer sequences run together, from the hidden states that they have reached."""
+        reached = {
+            key: torch.cat([current.hidden for current in group])
+            for key, group in itertools.groupby(self.sequences, _alike)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PaddingWarning)  # it was said the first time
+            self.record()
+        for key, group in itertools.groupby(self.sequences, _alike):
+            smaller = list(group)
+            rows = [current.hidden.shape[0] for current in smaller]
+            for current, hidden in zip(smaller, torch.split(reached[key], rows), strict=True):
+                current.hidden = hidden
+
+
+def _alike(sequences: _Sequences) -> tuple[int, int]:
+    """What sequences of one batch must have in common to run together: their length."""
+    return sequences.batch, sequences.hidden.shape[1]
+
+
+def _keeps_inputs(device: torch.device) -> bool:
+    """Whether the hidden states from before a block are kept until it is done.
+
+    A device's memory can run out and leave the host's intact, so that the block can start again.
+    """
+    return device.type != "cpu"
 
 
 @dataclass
@@ -310,25 +469,3 @@ class _Recorder:
         if isinstance(value, dict):
             return {name: self._kept(entry) for name, entry in value.items()}
         return value
-
-
-def _advance(
-    block: nn.Module,
-    index: int,
-    sequences: Sequence[_Sequences],
-    captures: Sequence[InputCapture],
-    device: torch.device,
-    ranks: Ranks,
-) -> None:
-    """Runs block number `index` over the whole text, on all ranks."""
-    for position, current in enumerate(sequences):
-        assert current.hidden is not None
-        capture = captures[current.batch % len(captures)]
-        with capture:
-            output = current.calls[index].run(block, current.hidden.to(device))
-        current.hidden = _hidden_states(output).to(_HOST)
-        following = sequences[position + 1 : position + 2]
-        if not following or following[0].batch != current.batch:
-            capture.end_pass(current.batch, current.span)
-    for capture in captures:
-        ranks.add_up(capture)

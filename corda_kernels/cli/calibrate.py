@@ -53,6 +53,7 @@ def calibrate(
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance import save_pieces
+    from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.files import format_bytes
     from corda_kernels.models import linear_weight, load_tokenizer, target_linears
     from corda_kernels.pipeline import covariance_stages, united_provenance
@@ -64,8 +65,6 @@ def calibrate(
     limit = options.parse_size(memory_limit)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise ConfigError(f"--checkpoint-every must be at least 0, got {checkpoint_every}")
-    if resume and options.under_torchrun():
-        raise ConfigError("several ranks keep no checkpoints: leave --resume out, or run only one")
     checkpoint = CalibrationCheckpoint(
         out.with_name(f"{out.name}.checkpoint"), checkpoint_every, resume
     )
@@ -107,15 +106,18 @@ def calibrate(
             selection=selection,
             domain=data.name,
             memory_limit=limit,
-            checkpoint=None if checkpoint_every == 0 or distributed else checkpoint,
+            checkpoint=None if checkpoint_every == 0 else checkpoint,
             distributed=distributed,
         )
-        if not options.first_rank():
+        if options.first_rank():
+            save_pieces(noted(stages), out, united_provenance)
+        else:
             for _ in stages:
                 pass
-            return
-        save_pieces(noted(stages), out, united_provenance)
-    checkpoint.discard()
+        Ranks.of(distributed).gather(None)  # the result is safe
+        checkpoint.discard()
+    if not options.first_rank():
+        return
     provenance = united_provenance(notes)
     typer.echo(
         f"{out}: {layers} layers, {groups} distinct covariances, {provenance['tokens']} tokens, "

@@ -20,6 +20,7 @@ from corda_kernels.initialization.checkpoint import (
 from corda_kernels.initialization.export import export_lora, merge
 from corda_kernels.initialization.factors import AdapterFactors, adapter_factors, residual
 from corda_kernels.initialization.linear import CordaLinear
+from corda_kernels.initialization.rounding import compensated
 
 __all__ = [
     "Adapter",
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_factors",
     "adapter_of",
     "attach",
+    "compensated",
     "describe_base",
     "export_lora",
     "has_adapter",

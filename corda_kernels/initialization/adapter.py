@@ -89,6 +89,18 @@ class LayerAdapter:
         A, B = factors.A.float().contiguous(), factors.B.float().contiguous()
         return cls(A, B, A.clone(), B.clone(), factors.scaling)
 
+    def starting_from(self, factors: AdapterFactors) -> LayerAdapter:
+        """The same with other factors to train, of the same scaling."""
+        A, B = (
+            factor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            for factor in (factors.A, factors.B)
+        )
+        return LayerAdapter(A, B, self.A0, self.B0, self.scaling)
+
+    def initial(self) -> AdapterFactors:
+        """A0 and B0 with their scaling."""
+        return AdapterFactors(self.A0, self.B0, self.scaling)
+
     @property
     def rank(self) -> int:
         """Number of components."""

@@ -25,6 +25,7 @@ from corda_kernels.initialization.adapter import (
     LayerAdapter,
     check_base,
 )
+from corda_kernels.initialization.factors import residual
 from corda_kernels.initialization.linear import CordaLinear, adapter_of_linears, attach_linears
 from corda_kernels.initialization.peft_model import (
     INITIAL,
@@ -218,8 +219,7 @@ def subtract_initial(model: nn.Module, adapter: Adapter) -> None:
     """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it."""
     for name, layer in adapter.layers.items():
         weight = linear_weight(model.get_submodule(name))
-        product = layer.initial_product().to(weight.device)
-        weight.copy_(weight.float() - product)
+        weight.copy_(residual(weight, layer.initial()))
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.corda_residual = adapter.record.initial_sha256

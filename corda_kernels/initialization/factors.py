@@ -25,8 +25,8 @@ class AdapterFactors:
     """A low-rank part of a weight, W ≈ scaling·B·A.
 
     Attributes:
-        A: (rank, in) float64.
-        B: (out, rank) float64.
+        A: (rank, in) float64, or float32 as an adapter keeps it.
+        B: (out, rank), likewise.
         scaling: factor of the product, LoRA's alpha/rank.
         damping: λ that the inverse of C took, as a multiple of the mean diagonal of C; None where
             nothing was inverted.
@@ -145,5 +145,5 @@ def _through_inverse(
 @torch.no_grad()
 def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
     """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype."""
-    W = weight.to(factors.A.dtype)
-    return (W - factors.scaling * (factors.B @ factors.A)).to(weight.dtype)
+    A, B = (factor.to(weight.device, torch.float64) for factor in (factors.A, factors.B))
+    return (weight.double() - factors.scaling * (B @ A)).to(weight.dtype)

@@ -34,7 +34,8 @@ class CordaConfig:
         balance: "even" or "paper", how the factors share their magnitude; see `adapter_factors`.
         step: None, or "lora" for first optimiser steps of plain LoRA's size.
         residual: "pair" leaves the base untouched and subtracts the initial product beside it;
-            "weight" writes W − B A into the base, as the paper does.
+            "weight" writes W − B A into the base, as the paper does, and in a narrow dtype lets the
+            trainable A and B start where they make up for its rounding; see `compensated`.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.models.target_linears`.

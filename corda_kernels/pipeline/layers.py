@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import OutOfMemoryWarning
-from corda_kernels.initialization import AdapterFactors, LayerAdapter, adapter_factors
+from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
 from corda_kernels.models import linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.progress import progress_bar
@@ -41,16 +41,16 @@ def layer_adapters(
                     stack.enter_context(weights_at_hand(modules[name]))
                 weights = {name: linear_weight(modules[name]).detach() for name in together}
                 matrices = {name: covariances[name].matrix for name in together}
-                for name, part, factors in _decomposed(weights, matrices, ranks, config):
+                for name, part, layer in _decomposed(weights, matrices, ranks, config):
                     note = {
                         "rank": ranks[name],
-                        "scaling": factors.scaling,
+                        "scaling": layer.scaling,
                         "tokens": covariances[name].tokens,
                         "sigma_max": float(part.S[0]),
                         "sigma_min": float(part.S[-1]),
                         "residual": float(part.residual),
                     }
-                    made[name] = (LayerAdapter.fresh(factors), note)
+                    made[name] = (layer, note)
                     bar.update()
     return made
 
@@ -70,10 +70,10 @@ def _decomposed(
     matrices: Mapping[str, Tensor],
     ranks: Mapping[str, int],
     config: CordaConfig,
-) -> Iterator[tuple[str, CoSVD, AdapterFactors]]:
-    """The decomposition and factors of each layer, on the CPU where a device's memory runs out."""
+) -> Iterator[tuple[str, CoSVD, LayerAdapter]]:
+    """The decomposition and adapter of each layer, on the CPU where a device's memory runs out."""
 
-    def found(of: Mapping[str, Tensor]) -> Iterator[tuple[str, CoSVD, AdapterFactors]]:
+    def found(of: Mapping[str, Tensor]) -> Iterator[tuple[str, CoSVD, LayerAdapter]]:
         for name, part in co_svd_layers(
             of,
             {name: matrices[name] for name in of},
@@ -84,7 +84,11 @@ def _decomposed(
             seed=config.seed,
         ):
             factors = adapter_factors(of[name], part, balance=config.balance, step=config.step)
-            yield name, part, factors
+            layer = LayerAdapter.fresh(factors)
+            if config.residual == "weight":
+                start = compensated(of[name], layer.initial(), matrices[name])
+                layer = layer.starting_from(start)
+            yield name, part, layer
 
     left = dict(weights)
     try:

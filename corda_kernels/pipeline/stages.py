@@ -11,7 +11,7 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
-from corda_kernels.errors import CheckpointError, ConfigError
+from corda_kernels.errors import ConfigError
 from corda_kernels.files import format_bytes
 from corda_kernels.pipeline.candidates import (
     GIVEN,
@@ -59,7 +59,7 @@ def covariance_stages(
         memory_limit: in bytes; None for no limit. The covariances of both halves and their mean
             count, or two candidates.
         all_at_once: whether block by block will not do, since ranks are to depend on all layers.
-        checkpoint: see `calibrate`; only one pass keeps its progress.
+        checkpoint: see `calibrate` and `calibrate_blocks`.
         distributed: see `calibrate`.
         progress: whether to show progress bars.
 
@@ -69,7 +69,7 @@ def covariance_stages(
     Raises:
         ConfigError: there are fewer batches than candidates; or all covariances are needed at once
             but do not fit.
-        CheckpointError: a run is to be resumed, but goes block by block.
+        CheckpointError: the checkpoint to go on from is damaged, or of another run.
     """
     batches = list(batches)
     if candidates > 1:
@@ -101,13 +101,14 @@ def covariance_stages(
             f"hand at once: raise the memory limit to {needed} bytes ({format_bytes(needed)}), or "
             "give a rank instead"
         )
-    if checkpoint is not None and checkpoint.resume and checkpoint.kept():
-        raise CheckpointError(
-            f"{checkpoint.kept()[0]} is of a run in one pass, but within the memory limit this one "
-            "goes block by block: raise the limit, or delete the file and start again"
-        )
     for made in calibrate_block_parts(
-        model, batches, parts=parts, targets=targets, distributed=distributed, progress=progress
+        model,
+        batches,
+        parts=parts,
+        targets=targets,
+        checkpoint=checkpoint,
+        distributed=distributed,
+        progress=progress,
     ):
         if candidates > 1:
             made.reverse()  # the first one is taken off first

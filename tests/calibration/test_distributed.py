@@ -183,6 +183,34 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(
     assert "rank 0: another rank has ended or cannot be reached" in errors[0]
 
 
+def test_ranks_go_on_from_where_each_of_them_was(
+    place: tuple[nn.Module, list[Any], Path], tmp_path: Path
+) -> None:
+    model = place[2] / "model"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for what, folder in (("resumed", whole), ("kept", out), ("resumed", out)):
+        folder.mkdir(exist_ok=True)
+        ended = torchrun(2, SCRIPT, what, model, folder)
+        assert ended.returncode == 0, ended.stderr
+        if what == "kept":
+            # The one that calibrated less of the text keeps fewer of its own batches.
+            assert sorted(file.name for file in out.iterdir()) == [
+                "blocks-block-0-rank-0-of-2",
+                "blocks-block-0-rank-1-of-2",
+                "blocks-block-1-rank-1-of-2",
+                "pass-rank-0-of-2",
+                "pass-rank-1-of-2",
+            ]
+    results = sorted(file.name for file in whole.glob("[wp]*-*") if "rank" not in file.name)
+    assert len(results) == 2 + 2 * 2 * 2
+    for name in results:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+    ended = torchrun(3, SCRIPT, "resumed", model, out)
+    assert ended.returncode != 0
+    assert "is the checkpoint of another run, which differs in ranks" in ended.stderr
+
+
 def test_the_command_line_works_under_torchrun(
     place: tuple[nn.Module, list[Any], Path], tmp_path: Path, save_tokenizer: Callable[[Path], None]
 ) -> None:
@@ -208,9 +236,15 @@ def test_the_command_line_works_under_torchrun(
         product = first.layers[name].initial_product()
         assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
 
-    ended = torchrun(2, *command, "calibrate", folder, tmp_path / "x", *options, "--resume")
+    kept = tmp_path / "two-calibrate.checkpoint-1-rank-1-of-2"
+    kept.touch()
+    arguments = ["calibrate", folder, tmp_path / "two-calibrate", *options]
+    ended = torchrun(2, *command, *arguments)
     assert ended.returncode != 0
-    assert "rank 0: error: several ranks keep no checkpoints" in ended.stderr
+    assert f"error: {kept} was left by an interrupted run" in ended.stderr
+    ended = torchrun(2, *command, *arguments, "--resume")
+    assert ended.returncode != 0
+    assert f"error: {kept} is truncated" in ended.stderr
 
 
 def test_an_error_on_a_rank_is_one_line_and_ends_all(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
 from corda_kernels.calibration import resume as resume_module
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning
 from corda_kernels.pipeline import calibrate_halves
 
@@ -280,7 +281,11 @@ def test_the_default_interval_costs_about_a_hundredth(
     layers = {"up": nn.Linear(narrow, wide, device="meta"), "down": nn.Linear(wide, narrow)}
     capture = resume_module.InputCapture(layers)
     journal = resume_module.Journal(
-        checkpoint(tmp_path, every=None), capture, nn.ModuleDict(layers), torch.device(device)
+        checkpoint(tmp_path, every=None),
+        capture,
+        nn.ModuleDict(layers),
+        torch.device(device),
+        Ranks(),
     )
     for name, layer in layers.items():
         capture._read(name, torch.zeros(1, layer.in_features))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels.calibration import streaming
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
     NonFiniteActivationError,
+    OutOfMemoryWarning,
     TargetError,
 )
 
@@ -174,17 +176,15 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
 
 
 def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> None:
-    from corda_kernels.calibration import streaming
-
     model = make("gemma2")
     subject = streaming.Subject.of(model, "all-linear")
-    blocks = streaming.decoder_blocks(model)
-    with streaming.evaluating(model):
-        batches = [torch.ones(1, 9).long()] * 5
-        sequences, _ = streaming._record(subject, blocks, batches, lambda _: True, False)
+    blocks = list(streaming.decoder_blocks(model).values())
+    batches = [torch.ones(1, 9).long()] * 5
+    text = streaming._Text(subject, blocks, batches, lambda _: True, False)
+    text.record()
     kept = {
         id(tensor)
-        for current in sequences
+        for current in text.sequences
         for call in current.calls
         for tensor in _tensors((call.args, call.kwargs))
     }
@@ -234,6 +234,92 @@ def test_offloaded_weights_are_fetched_block_by_block(
         same(block, whole)
     again = calibrate(model, batches, outlier_threshold=1.0, progress=False)
     same(again, whole)
+
+
+class Cramped:
+    """Lets a block run out of memory, half of it done, with more than so many sequences."""
+
+    def __init__(self, block: nn.Module, rows: int) -> None:
+        self.rows = rows
+        self.ran: list[int] = []
+        block.mlp.down_proj.register_forward_pre_hook(self.run_out)
+
+    def run_out(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.ran.append(len(args[0]))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_out_of_memory_starts_the_block_again_with_smaller_batches(
+    make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
+) -> None:
+    monkeypatch.setattr(streaming, "_keeps_inputs", lambda device: True)
+    model = make(architecture)
+    batches = [*random_batches(), torch.randint(3, 64, (5, 12))]
+    expected = [calibrate(model, batches[part::parts], progress=False) for part in range(parts)]
+    # The first block runs as it comes, the second in threes … ones, the third likewise.
+    cramped = Cramped(model.model.layers[1], rows=1)
+    with pytest.warns(OutOfMemoryWarning) as caught:
+        found = stream(model, batches, parts=parts, outlier_threshold=6.0)
+    assert [str(warning.message) for warning in caught] == [
+        "memory ran out while calibrating: starting block 1 again with at most "
+        f"{rows} sequence(s) at a time"
+        for rows in (2, 1)
+    ]
+    rows = sum(len(batch["input_ids"] if isinstance(batch, dict) else batch) for batch in batches)
+    assert cramped.ran[-rows:] == [1] * rows
+    for index, block in enumerate(found):
+        for covariances, whole in zip(block, expected, strict=True):
+            for name, covariance in covariances.items():
+                error = covariance.matrix - whole[name].matrix
+                assert error.norm() < 1e-5 * whole[name].matrix.norm(), name
+                assert covariance.tokens == whole[name].tokens
+                assert (covariance.calls > whole[name].calls) == (index > 0)
+            assert [n for _, n in covariances.groups()] == [
+                n for _, n in whole.groups() if n[0] in covariances
+            ]
+
+
+def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> None:
+    model, batches = make("llama"), random_batches()
+    whole = calibrate(model, batches, outlier_threshold=1.0, progress=False)
+
+    def run_out(_: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.embed_tokens.register_forward_pre_hook(run_out)
+    with pytest.warns(OutOfMemoryWarning, match="starting again with at most 2 sequence"):
+        found = stream(model, batches)
+    for (block,) in found:
+        for name, covariance in block.items():
+            error = covariance.matrix - whole[name].matrix
+            assert error.norm() < 1e-5 * whole[name].matrix.norm(), name
+
+
+def test_out_of_memory_for_a_single_sequence_says_what_to_do(
+    make: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_keeps_inputs", lambda device: True)
+    model = make("llama")
+    Cramped(model.model.layers[1], rows=0)
+    with pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"):
+        stream(model, [torch.randint(3, 64, (1, 5))])
+    with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):
+        stream(model, iter([torch.randint(3, 64, (2, 5))]))
+
+
+def test_the_host_keeps_one_set_of_hidden_states_where_it_computes_itself(
+    make: ModelMaker,
+) -> None:
+    assert not streaming._keeps_inputs(torch.device("cpu"))
+    assert streaming._keeps_inputs(torch.device("cuda:1"))
+    model = make("llama")
+    Cramped(model.model.layers[1], rows=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream(model, random_batches())
 
 
 def test_nan_is_reported_with_its_batch_and_tokens(make: ModelMaker) -> None:

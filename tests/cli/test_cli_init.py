@@ -1,0 +1,170 @@
+"""`corda-kernels init`."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_text import SMALL
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from corda_kernels import (
+    CordaConfig,
+    CovarianceSet,
+    load_for_training,
+    load_model,
+    mix_covariances,
+)
+from corda_kernels.initialization import adapter_of, read_adapter
+from corda_kernels.pipeline import corda_adapter
+from corda_kernels.planning import Selection
+
+Logits = Callable[[nn.Module], Tensor]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("text.txt",),
+        ("rows.jsonl", "--template", r"Q: {question}\nA: {answer[0]}"),
+        ("rows.jsonl", "--field", "question", "--no-pack", "--batch-size", 3),
+    ],
+    ids=["text", "template", "field"],
+)
+def test_init_writes_an_adapter_that_starts_at_the_base(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, logits: Logits, data: Any
+) -> None:
+    file, *options = data
+    model, out = place / "model", tmp_path / "out"
+    # Unpacked, the questions hold about 120 tokens: enough for every layer.
+    shown = invoke("init", model, out, "--mode", "ipm", "--data", place / file, *SMALL, *options)
+    assert f"{out}: IPM adapter of rank 4 for 14 layers of {model}" in shown
+    assert "calibration: " in shown
+    assert "next: " in shown
+    base = AutoModelForCausalLM.from_pretrained(model)
+    expected = logits(base)
+    adapted = load_for_training(base, out)
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    noted = adapter_of(adapted).record.calibration["data"]
+    assert noted["file"] == file
+    assert noted["samples"] == 8
+
+
+def test_options_of_init_reach_the_adapter(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    options = "--mode kpm --balance paper --step lora --damping 0.1 --no-stability --rank 3"
+    targets = ("--targets", "q_proj, mlp.up_proj", "--dtype", "bfloat16", "--method", "exact")
+    data = ("--data", place / "text.txt", *SMALL, *options.split(), *targets)
+    shown = invoke("init", place / "model", tmp_path / "out", *data)
+    assert "calibration:" not in shown
+    adapter = read_adapter(tmp_path / "out")
+    record = adapter.record
+    assert (record.mode, record.rank, record.balance, record.step) == ("kpm", 3, "paper", "lora")
+    assert (record.residual, record.damping, record.stability) == ("pair", 0.1, {})
+    assert {name.rpartition(".")[2] for name in adapter.layers} == {"q_proj", "up_proj"}
+    assert all(layer.rank == 3 for layer in adapter.layers.values())
+
+
+def lines_by_layer(shown: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in shown.splitlines() if line}
+
+
+@pytest.mark.parametrize("selection", ["argmin", "pool"])
+def test_candidates_and_a_budget_show_in_what_is_printed(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, selection: str
+) -> None:
+    file, adapter = tmp_path / "covariances.safetensors", tmp_path / "adapter"
+    select = ("--candidates", 3, "--selection", selection)
+    text = ("--data", place / "text.txt", *SMALL, "--samples", 4, *select)
+    shown = invoke("calibrate", place / "model", file, *text)
+    assert "selection: 3 candidates, whose scores differ by" in shown
+    report = Selection.from_json(CovarianceSet.load(file).provenance["selection"])
+    assert report.domains == ["text.txt"] * 3
+    assert report.tokens == [4 * 32] * 3
+    chosen = {
+        name: "all" if selection == "pool" else str(winner + 1)
+        for name, winner in report.winners().items()
+    }
+    table = lines_by_layer(invoke("inspect", file))
+    assert table["layer"][-5:] == ["chosen", "score", "min", "max", "spread"]
+    assert {name: table[name][-4] for name in chosen} == chosen
+
+    model = place / "model"
+    budget = ("--mode", "kpm", "--budget", "r=2", "--max-rank", 8)
+    shown = invoke("init", model, adapter, *budget, *text)
+    record = read_adapter(adapter).record
+    ranks = record.allocation["ranks"]
+    assert f"KPM adapter of ranks 1 to {record.rank}" in shown
+    assert f"{record.allocation['spent']:,} of {record.allocation['budget']:,} parameters" in shown
+    assert "all are samples of one text" in shown
+    assert 2 < record.rank <= 8
+    shown = invoke("inspect", adapter)
+    table = lines_by_layer(shown)
+    for name, rank in ranks.items():
+        assert table[name][2 if rank else 1] == str(rank)
+        assert table[name][-4] == chosen[name]
+    assert "selection: 3 candidates" in shown
+
+
+def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_path: Path) -> None:
+    model, files = place / "model", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, file in enumerate(files):
+        text = ("--data", place / "text.txt", *SMALL, "--seed", seed, "--no-stability")
+        invoke("calibrate", model, file, *text)
+    parts = ("--mix", f"{files[0]}=3", "--mix", f"{files[1]}=1")
+    shown = invoke("init", model, tmp_path / "out", "--mode", "kpm", "--rank", 4, *parts)
+    line = "mixture: 0.75 a.safetensors + 0.25 b.safetensors, their traces made equal"
+    assert line in shown.splitlines()
+    found = read_adapter(tmp_path / "out")
+    mixture = found.record.calibration["mixture"]
+    assert mixture["weights"] == [0.75, 0.25]
+    assert mixture["files"] == ["a.safetensors", "b.safetensors"]
+    mixed = mix_covariances([CovarianceSet.load(file) for file in files], [3, 1])
+    config = CordaConfig("kpm", rank=4, progress=False)
+    expected = corda_adapter(load_model(model), mixed, config)
+    for name, layer in expected.layers.items():
+        assert torch.equal(found.layers[name].A0, layer.A0)
+    assert line in invoke("inspect", tmp_path / "out").splitlines()
+
+
+def test_a_stored_residual_cannot_be_initialised_again(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
+    out = tmp_path / "out"
+    invoke("init", place / "model", out, *data, "--residual", "weight", "--save-base")
+    status, _, lines = command("init", out / "base", tmp_path / "second", *data)
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: this model is the residual that an adapter left")
+
+
+def test_a_base_to_store_counts_as_needed_space(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 0, 60_000))
+    data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
+    status, _, lines = command("init", place / "model", tmp_path / "out", *data, "--save-base")
+    assert (status, len(lines)) == (2, 1)
+    assert "needs about" in lines[0]
+    assert command("init", place / "model", tmp_path / "out", *data)[0] == 0
+
+
+def test_few_tokens_are_one_warning(
+    command: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    data = ("--data", place / "text.txt", "--samples", 2, "--seq-len", 10, "--rank", 4)
+    status, out, lines = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
+    assert (status, len(lines)) == (0, 1)
+    assert lines[0].startswith("warning: 14 covariance(s) come from fewer tokens than channels")
+    assert "IPM adapter of rank 4" in out

@@ -1,0 +1,79 @@
+"""`corda-kernels inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_text import SMALL
+
+from corda_kernels import (
+    CovarianceSet,
+)
+
+
+def test_calibrate_then_inspect_then_init(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    file, adapter = tmp_path / "sub" / "covariances.safetensors", tmp_path / "adapter"
+    shown = invoke("calibrate", place / "model", file, "--data", place / "text.txt", *SMALL)
+    assert f"{file}: 14 layers, 8 distinct covariances, 256 tokens" in shown
+    covariances = CovarianceSet.load(file)
+
+    shown = invoke("inspect", file)
+    table = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    assert table["layer"][:3] == ["layer", "tokens", "in"]
+    for name, covariance in covariances.items():
+        assert table[name][1:3] == ["256", str(len(covariance.matrix))]
+        assert table[name][-1] in ("stable", "fair", "unstable")
+    assert shown.splitlines()[-1].startswith("samples: ")
+    assert "enough samples" in shown.splitlines()[-1]
+
+    shown = invoke("init", place / "model", adapter, "--mode", "kpm", "--cov", file, "--rank", 4)
+    assert "KPM adapter of rank 4" in shown
+    shown = invoke("inspect", adapter)
+    assert f"{adapter}: KPM adapter of rank 4 for 14 layers of {place / 'model'}" in shown
+    table = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    for name in covariances:
+        assert table[name][1:3] == ["256", "4"]
+    assert shown.splitlines()[-1].startswith("samples: ")
+
+
+@pytest.mark.parametrize(
+    ("note", "value"),
+    [
+        ("selection", {"rounds": 2}),
+        ("selection", {"scores": {}}),
+        ("mixture", {"files": ["a"]}),
+        ("mixture", {"sources": [], "weights": [1], "normalize": "trace"}),
+    ],
+)
+def test_a_note_that_was_altered_is_told(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    place: Path,
+    tmp_path: Path,
+    note: str,
+    value: dict[str, Any],
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--candidates", 2)
+    invoke("init", place / "model", tmp_path / "out", *data, "--mode", "ipm")
+    file = tmp_path / "out" / "corda.json"
+    record = json.loads(file.read_text())
+    record["calibration"][note] = record["calibration"].get(note, {}) | value
+    file.write_text(json.dumps(record))
+    status, _, lines = command("inspect", tmp_path / "out")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: the note on the {note} was altered")
+
+
+def test_inspect_says_where_stability_was_not_measured(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "covariances.safetensors"
+    data = ("--data", place / "text.txt", *SMALL, "--no-stability")
+    invoke("calibrate", place / "model", file, *data)
+    assert invoke("inspect", file).endswith("samples: their stability was not measured\n")
