@@ -1,0 +1,275 @@
+"""Tables in Markdown of what benchmarks wrote, each from the JSON of one or more result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Results = dict[str, Any]
+
+_MIB = 2**20
+_CALLED = {
+    "addmm": "torch.addmm",
+    "published": "PEFT",
+    "svd_lowrank": "torch.svd_lowrank",
+    "ours": "corda_kernels",
+    "peft": "PEFT CorDA",
+    "pissa": "PEFT PiSSA",
+    "eva": "PEFT EVA",
+}
+_MODE = {"largest": "IPM", "smallest": "KPM"}
+_STAGES = ("forward", "covariance", "decomposition", "attaching")
+_LIBRARIES = ("torch", "transformers", "peft")
+_EMPTY = "–"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
+    """A table whose first `text` columns are aligned left, the others right."""
+    rules = ["---"] * text + ["---:"] * (len(header) - text)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+
+
+def measured_on(*results: Results) -> str:
+    """One line for each machine that the results were made on."""
+    lines = []
+    for each in results:
+        about = each["environment"]
+        versions = ", ".join(f"{name} {about['versions'][name]}" for name in _LIBRARIES)
+        where = about["machine"]
+        if about["device"] != "cpu":
+            where += f", {about['device']}"
+        lines.append(f"Measured on {where}, {about['threads']} threads; {versions}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def speed(covariance: Results, svd: Results, accuracy: Results, pipeline: Results) -> str:
+    """What a reader wants to know first: here against the baseline, with the errors of both."""
+    rows = [*_widest_covariance(covariance), *_whole_model(svd, accuracy), *_adapter(pipeline)]
+    header = ("", "baseline", "error", "here", "error", "times as fast")
+    caption = [
+        f"{model_name(svd['rows'][0]['case'])}. Errors are against float64: of the covariance; of "
+        "B A, IPM; of the tail's norm over the least possible, KPM; the worst of all layers here, "
+        f"of a sample of them for PEFT. {measured_on(covariance, svd, pipeline)}"
+    ]
+    if calibration := covariance.get("calibration"):
+        caption.append(
+            f"Calibration takes {calibration['ratio']:.2f} times as long as the bare forward pass."
+        )
+    return "\n".join([markdown(header, rows), "", *caption])
+
+
+def _widest_covariance(results: Results) -> list[list[str]]:
+    cases = [row for row in results["syrk"] if row["dtype"] == "float32"]
+    widest = max(row["channels"] for row in cases)
+    found = {row["backend"]: row for row in cases if row["channels"] == widest}
+    base = found["addmm"]
+    if "cpu" not in found:
+        return []
+    return [
+        [
+            f"covariance of {base['tokens']} × {widest}, with statistics",
+            f"torch.addmm {seconds(base['timing'])}",
+            relative(base["error"]),
+            seconds(found["cpu"]["timing"]),
+            relative(found["cpu"]["error"]),
+            ratio(found["cpu"]["speedup"]),
+        ]
+    ]
+
+
+def _whole_model(results: Results, accuracy: Results) -> list[list[str]]:
+    found = {(row["method"], row["which"]): row for row in results["rows"]}
+    damped = next((run for run in accuracy["runs"] if run["damping"]), None)
+    rows = []
+    for which, mode in _MODE.items():
+        peft, ours = found["published", which], found["ours", which]
+        error = ours["error"]
+        if damped:  # of all layers rather than of a sample
+            error = max(error, damped["top" if which == "largest" else "energy"])
+        rows.append(
+            [
+                f"{mode}: decomposition of {ours['layers']} layers, r = {ours['rank']}",
+                f"PEFT {seconds(peft['timing'])}",
+                end_error(which, peft["error"]),
+                seconds(ours["timing"]),
+                end_error(which, error),
+                ratio(ours["speedup"]),
+            ]
+        )
+    return rows
+
+
+def _adapter(results: Results) -> list[list[str]]:
+    found = {row["name"]: row for row in results["pipeline"]}
+    peft, ours = found["peft"], found["init_corda"]
+    task = results["task"]
+    return [
+        [
+            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter",
+            f"PEFT {peft['seconds']:.1f} s, {mebibytes(peft['growth'])}",
+            _EMPTY,
+            f"{ours['seconds']:.1f} s, {mebibytes(ours['growth'])}",
+            _EMPTY,
+            ratio(peft["seconds"] / ours["seconds"]),
+        ]
+    ]
+
+
+def covariances(*results: Results) -> str:
+    """C += XᵀX of every backend."""
+    rows = [
+        [
+            f"{row['tokens']} × {row['channels']} {row['dtype']}",
+            _CALLED.get(row["backend"], row["backend"]),
+            seconds(row["timing"]),
+            ratio(row["speedup"]),
+            share(row["ceiling"]),
+            relative(row["error"]),
+        ]
+        for each in results
+        for row in each["syrk"]
+    ]
+    header = ("tokens × channels", "", "median", "× torch.addmm", "of GEMM's rate", "error")
+    calibrations = [
+        f"Calibration of {model_name(timed['model'])} on {timed['tokens']} tokens: "
+        f"{timed['calibration']['p50']:.1f} s, the bare forward pass {timed['forward']['p50']:.1f} "
+        f"s, ratio {timed['ratio']:.2f}."
+        for each in results
+        if (timed := each.get("calibration"))
+    ]
+    return "\n".join([markdown(header, rows, text=2), "", measured_on(*results), *calibrations])
+
+
+def decompositions(*results: Results) -> str:
+    """Both ends by every method; a method whose error is too large has no speed."""
+    rows = [
+        [
+            f"{row['case']}, r = {row['rank']}",
+            _MODE[row["which"]],
+            _CALLED.get(row["method"], row["method"]),
+            seconds(row["timing"]),
+            ratio(row["speedup"]),
+            end_error(row["which"], row["error"]) + ("" if row["passed"] else ", wrong"),
+        ]
+        for each in results
+        for row in each["rows"]
+    ]
+    memory = [
+        f"{grown['case']} {_MODE[grown['which']]} {mebibytes(grown['grown'])}"
+        for each in results
+        for grown in each["memory"]
+    ]
+    header = ("layers", "end", "", "seconds", "× PEFT", "error")
+    lines = [markdown(header, rows, text=3), "", measured_on(*results)]
+    if memory:
+        lines.append(f"Memory beyond the inputs: {', '.join(memory)}.")
+    return "\n".join(lines)
+
+
+def accuracies(results: Results) -> str:
+    """The worst layer of a model, with and without damping."""
+    rows = [
+        [
+            f"{run['damping']:g}",
+            f"{run['condition'][0]:.0e} to {run['condition'][1]:.0e}",
+            relative(run["top"]),
+            end_error("smallest", run["energy"]),
+            relative(run["bottom"]),
+        ]
+        for run in results["runs"]
+    ]
+    header = (
+        "damping",
+        "cond(WC)",
+        "IPM, error of B A",
+        "KPM, tail",
+        f"KPM, error of B A at gaps of {results['least_gap']:.0%}",
+    )
+    layers = {len(run["layers"]) for run in results["runs"]}
+    lines = f"The worst of {max(layers)} layers of {model_name(results['model'])}, r = "
+    lines += f"{results['rank']}. {measured_on(results)}"
+    return f"{markdown(header, rows)}\n\n{lines}"
+
+
+def pipelines(*results: Results) -> str:
+    """From tokens to the adapter, by stage."""
+    rows = []
+    for each in results:
+        peft = next((row for row in each["pipeline"] if row["name"] == "peft"), None)
+        for row in each["pipeline"]:
+            name = _CALLED.get(row["name"], row["name"])
+            if not row["passed"]:
+                rows.append([name, "computes something else: no speed", *[_EMPTY] * 8])
+                continue
+            stages = row.get("stages") or {"forward": row["forward"]}
+            cells = [f"{stages[stage]:.1f}" if stage in stages else _EMPTY for stage in _STAGES]
+            faster, growth = _EMPTY, _EMPTY
+            if peft:
+                faster = ratio(peft["seconds"] / row["seconds"])
+                growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else _EMPTY
+            overlap = _EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
+            memory = [mebibytes(row["growth"]), growth]
+            rows.append([name, f"{row['seconds']:.1f}", *cells, faster, *memory, overlap])
+    header = ("", "seconds", *_STAGES, "× PEFT", "memory", "× PEFT", "overlap")
+    tasks = [each["task"] for each in results]
+    lines = [
+        f"{model_name(task['model'])}, {task['mode'].upper()}, rank {task['rank']}, "
+        f"{task['tokens']} tokens."
+        for task in tasks
+    ]
+    return "\n".join([markdown(header, rows), "", *lines, measured_on(*results)])
+
+
+def selections(results: Results) -> str:
+    """Candidates scored and a budget shared out, against the procedure as it is written down."""
+    literal = sum(results["literal"])
+    total = literal + results["loop"]
+    spent = results["selection"] + results["allocation"]
+    rows = [
+        ["selection", f"{literal:.1f} s", f"{results['selection']:.1f} s"],
+        ["allocation", f"{results['loop']:.1f} s", f"{results['allocation']:.1f} s"],
+        ["both", f"{total:.1f} s", f"{spent:.1f} s"],
+    ]
+    lines = (
+        f"{ratio(results['ratio'])} times as fast; of {len(results['ranks'])} layers "
+        f"{results['right']} have the literal winner, scores differ by at most "
+        f"{relative(results['error'])}. {measured_on(results)}"
+    )
+    header = ("", "full SVDs in float64, filtering one by one", "corda_kernels")
+    return f"{markdown(header, rows)}\n\n{lines}"
+
+
+def model_name(source: str) -> str:
+    """The last part of a folder or hub id: where it lay is nobody's business."""
+    return source.rstrip("/").rpartition("/")[2]
+
+
+def seconds(timing: dict[str, float] | None) -> str:
+    """The median; nothing of what is wrong."""
+    if timing is None:
+        return _EMPTY
+    value = timing["p50"]
+    return f"{value:.1f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
+
+
+def ratio(value: float | None) -> str:
+    return _EMPTY if value is None else f"{value:.2f}"
+
+
+def share(value: float | None) -> str:
+    return _EMPTY if value is None else f"{value:.0%}"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / _MIB:,.0f} MiB"
+
+
+def relative(error: float | None) -> str:
+    return "not checked" if error is None else f"{error:.1e}"
+
+
+def end_error(which: str, error: float | None) -> str:
+    """Of B A for the largest; for the smallest the norm of the tail over the least possible."""
+    if error is None or which == "largest":
+        return relative(error)
+    return f"1 + {error - 1:.1e}"
