@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Results = dict[str, Any]
 
 _MIB = 2**20
+_WIDTH = 108  # of the documents
 _CALLED = {
     "addmm": "torch.addmm",
     "published": "PEFT",
@@ -29,8 +31,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int 
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
 
 
+def notes(*sentences: str) -> str:
+    """What stands below a table."""
+    return "\n\n" + textwrap.fill(" ".join(sentences), _WIDTH, break_long_words=False)
+
+
 def measured_on(*results: Results) -> str:
-    """One line for each machine that the results were made on."""
+    """A sentence for each machine that the results were made on."""
     lines = []
     for each in results:
         about = each["environment"]
@@ -39,23 +46,24 @@ def measured_on(*results: Results) -> str:
         if about["device"] != "cpu":
             where += f", {about['device']}"
         lines.append(f"Measured on {where}, {about['threads']} threads; {versions}.")
-    return "\n".join(dict.fromkeys(lines))
+    return " ".join(dict.fromkeys(lines))
 
 
 def speed(covariance: Results, svd: Results, accuracy: Results, pipeline: Results) -> str:
     """What a reader wants to know first: here against the baseline, with the errors of both."""
     rows = [*_widest_covariance(covariance), *_whole_model(svd, accuracy), *_adapter(pipeline)]
     header = ("", "baseline", "error", "here", "error", "times as fast")
-    caption = [
-        f"{model_name(svd['rows'][0]['case'])}. Errors are against float64: of the covariance; of "
-        "B A, IPM; of the tail's norm over the least possible, KPM; the worst of all layers here, "
-        f"of a sample of them for PEFT. {measured_on(covariance, svd, pipeline)}"
+    about = [
+        f"{svd['rows'][0]['case']}.",
+        "Errors are against float64: of the covariance; of B A, IPM; of the tail's norm over the "
+        "least possible, KPM; the worst of all layers here, of a sample of them for PEFT.",
+        measured_on(covariance, svd, pipeline),
     ]
     if calibration := covariance.get("calibration"):
-        caption.append(
+        about.append(
             f"Calibration takes {calibration['ratio']:.2f} times as long as the bare forward pass."
         )
-    return "\n".join([markdown(header, rows), "", *caption])
+    return markdown(header, rows) + notes(*about)
 
 
 def _widest_covariance(results: Results) -> list[list[str]]:
@@ -137,7 +145,7 @@ def covariances(*results: Results) -> str:
         for each in results
         if (timed := each.get("calibration"))
     ]
-    return "\n".join([markdown(header, rows, text=2), "", measured_on(*results), *calibrations])
+    return markdown(header, rows, text=2) + notes(measured_on(*results), *calibrations)
 
 
 def decompositions(*results: Results) -> str:
@@ -160,10 +168,10 @@ def decompositions(*results: Results) -> str:
         for grown in each["memory"]
     ]
     header = ("layers", "end", "", "seconds", "× PEFT", "error")
-    lines = [markdown(header, rows, text=3), "", measured_on(*results)]
+    about = [measured_on(*results)]
     if memory:
-        lines.append(f"Memory beyond the inputs: {', '.join(memory)}.")
-    return "\n".join(lines)
+        about.append(f"Memory beyond the inputs: {', '.join(memory)}.")
+    return markdown(header, rows, text=3) + notes(*about)
 
 
 def accuracies(results: Results) -> str:
@@ -186,9 +194,9 @@ def accuracies(results: Results) -> str:
         f"KPM, error of B A at gaps of {results['least_gap']:.0%}",
     )
     layers = {len(run["layers"]) for run in results["runs"]}
-    lines = f"The worst of {max(layers)} layers of {model_name(results['model'])}, r = "
-    lines += f"{results['rank']}. {measured_on(results)}"
-    return f"{markdown(header, rows)}\n\n{lines}"
+    model = model_name(results["model"])
+    about = f"The worst of {max(layers)} layers of {model}, r = {results['rank']}."
+    return markdown(header, rows) + notes(about, measured_on(results))
 
 
 def pipelines(*results: Results) -> str:
@@ -211,13 +219,12 @@ def pipelines(*results: Results) -> str:
             memory = [mebibytes(row["growth"]), growth]
             rows.append([name, f"{row['seconds']:.1f}", *cells, faster, *memory, overlap])
     header = ("", "seconds", *_STAGES, "× PEFT", "memory", "× PEFT", "overlap")
-    tasks = [each["task"] for each in results]
-    lines = [
+    tasks = [
         f"{model_name(task['model'])}, {task['mode'].upper()}, rank {task['rank']}, "
         f"{task['tokens']} tokens."
-        for task in tasks
+        for task in (each["task"] for each in results)
     ]
-    return "\n".join([markdown(header, rows), "", *lines, measured_on(*results)])
+    return markdown(header, rows) + notes(*tasks, measured_on(*results))
 
 
 def selections(results: Results) -> str:
@@ -226,17 +233,21 @@ def selections(results: Results) -> str:
     total = literal + results["loop"]
     spent = results["selection"] + results["allocation"]
     rows = [
-        ["selection", f"{literal:.1f} s", f"{results['selection']:.1f} s"],
-        ["allocation", f"{results['loop']:.1f} s", f"{results['allocation']:.1f} s"],
+        ["scores of all candidates", f"{literal:.1f} s", f"{results['selection']:.1f} s"],
+        [
+            "ranks; here with the spectra of the chosen ones",
+            f"{results['loop']:.1f} s",
+            f"{results['allocation']:.1f} s",
+        ],
         ["both", f"{total:.1f} s", f"{spent:.1f} s"],
     ]
-    lines = (
-        f"{ratio(results['ratio'])} times as fast; of {len(results['ranks'])} layers "
-        f"{results['right']} have the literal winner, scores differ by at most "
-        f"{relative(results['error'])}. {measured_on(results)}"
-    )
     header = ("", "full SVDs in float64, filtering one by one", "corda_kernels")
-    return f"{markdown(header, rows)}\n\n{lines}"
+    layers = len(results["ranks"])
+    return markdown(header, rows) + notes(
+        f"{ratio(results['ratio'])} times as fast. {results['right']} of {layers} layers have the "
+        f"literal winner, scores differ by at most {relative(results['error'])}.",
+        measured_on(results),
+    )
 
 
 def model_name(source: str) -> str:
