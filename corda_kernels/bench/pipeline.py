@@ -10,9 +10,8 @@ import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +68,24 @@ class PipelineRow:
         return asdict(self) | {"beyond": self.beyond}
 
 
-def bench_pipeline(task: Task, names: tuple[str, ...] = CONTESTANTS) -> list[PipelineRow]:
-    """Runs the contestants one after the other.
+def bench_pipeline(task: Task, names: Collection[str] = CONTESTANTS) -> Iterator[PipelineRow]:
+    """Runs the contestants one after the other, PEFT's own first, and yields their rows.
 
     Raises:
         CordaError: one of them failed; PEFT's own needs the package attrs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rows = [_in_child(name, task, Path(folder)) for name in names]
-        caches = [Path(folder) / f"{name}.pt" for name in ("peft", "patch_peft")]
-        if task.mode == "ipm" and all(cache.exists() for cache in caches):
-            overlap = _overlap(*map(partial(torch.load, weights_only=True), caches))
-            rows = [
-                replace(row, overlap=overlap, passed=overlap >= _SAME_SUBSPACE)
-                if row.name == "patch_peft"
-                else row
-                for row in rows
-            ]
-    return rows
+        caches = {name: Path(folder) / f"{name}.pt" for name in ("peft", "patch_peft")}
+        for name in CONTESTANTS:
+            if name not in names:
+                continue
+            row = _in_child(name, task, Path(folder))
+            both = all(cache.exists() for cache in caches.values())
+            if name == "patch_peft" and both and task.mode == "ipm":
+                read = [torch.load(cache, weights_only=True) for cache in caches.values()]
+                overlap = _overlap(*read)
+                row = replace(row, overlap=overlap, passed=overlap >= _SAME_SUBSPACE)
+            yield row
 
 
 def _overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -141,7 +140,8 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
         for ids in task.batches:
             runner(input_ids=ids, use_cache=False)
 
-    runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
+    with torch.no_grad():
+        runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
     forget_peak(device)
     bare = _timed(forward, device)
     before = peak_bytes(device)

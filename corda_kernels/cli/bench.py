@@ -119,14 +119,18 @@ def pipeline(
         f"{'growth':>10} {'× PEFT':>8} {'beyond':>8} {'growth':>8} {'overlap':>9}"
     )
     task = Task(model, batches, "ipm" if mode == "ipm" else "kpm", rank, where)
-    rows = bench_pipeline(task, names)
-    peft = next((row for row in rows if row.name == "peft"), None)
-    for row in rows:
+    results: dict[str, Any] = {
+        "environment": described,
+        "task": {"model": Path(model).name, "mode": mode, "rank": rank, "tokens": tokens},
+        "pipeline": [],
+    }
+    peft: PipelineRow | None = None
+    for row in bench_pipeline(task, names):
+        peft = row if row.name == "peft" else peft
         typer.echo(_contest(row, peft))
-    if json is not None:
-        about = {"model": Path(model).name, "mode": mode, "rank": rank, "tokens": tokens}
-        results = [row.to_json() for row in rows]
-        write_json(json, {"environment": described, "task": about, "pipeline": results})
+        results["pipeline"].append(row.to_json())
+        if json is not None:  # after every row: who stops it keeps what is done
+            write_json(json, results)
 
 
 def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> list[Tensor]:

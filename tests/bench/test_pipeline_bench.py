@@ -143,7 +143,29 @@ def test_a_contestant_that_computes_something_else_has_no_speed(
 def test_a_childs_failure_is_told(task: Task) -> None:
     broken = Task(task.model, [torch.tensor([[1000]])], "ipm", 4, CPU)
     with pytest.raises(CordaError, match="the run of init_corda failed: IndexError"):
-        bench_pipeline(broken, ("init_corda",))
+        list(bench_pipeline(broken, ("init_corda",)))
+
+
+@pytest.mark.usefixtures("_here")
+def test_rows_are_written_as_they_come(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(subject: Subject, stages: Stages) -> nn.Module:
+        raise CordaError("stopped")
+
+    monkeypatch.setitem(METHODS, "init_corda", stopped)
+    command_module = sys.modules["corda_kernels.cli.bench"]
+    monkeypatch.setattr(command_module, "_sequences", lambda *_: task.batches)
+    out = tmp_path / "results.json"
+    command = f"corda-kernels bench pipeline {task.model} --rank 4 --json {out}"
+    monkeypatch.setattr(sys, "argv", f"{command} --only init_corda,pissa,peft".split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "stopped" in capsys.readouterr().err
+    results = json.loads(out.read_text())
+    assert [row["name"] for row in results["pipeline"]] == ["peft"]  # whatever the order given
+    assert results["task"]["model"] == "model"  # without its folder
 
 
 def test_growth_and_time_are_written(tmp_path: Path) -> None:
