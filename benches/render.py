@@ -24,7 +24,7 @@ RESULTS = ROOT / "benches" / "results"
 _MARKED = re.compile(
     r"^<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
-_MARKER = re.compile(r"<!-- (?:table: [^>]*|end) -->")
+_MARKER = re.compile(r"(?<!`)<!-- (?:table: [^>]*|end) -->(?!`)")  # not one that is spoken of
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ TABLES: dict[str, Table] = {
     "accuracy": Table(tables.accuracies, ("cpu-decomposition-accuracy",)),
     "pipeline": Table(tables.pipelines, ("cpu-pipeline",)),
     "selection": Table(tables.selections, ("cpu-selection",)),
+    # For when a GPU has run benches/gpu.sh.
+    "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),
+    "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b", "gpu-svd")),
+    "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
+    "gpu-pipeline": Table(tables.pipelines, ("gpu-pipeline",)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -92,8 +93,9 @@ def _whole_model(results: Results, accuracy: Results) -> list[list[str]]:
     for which, mode in _MODE.items():
         peft, ours = found["published", which], found["ours", which]
         error = ours["error"]
-        if damped:  # of all layers rather than of a sample
-            error = max(error, damped["top" if which == "largest" else "energy"])
+        if damped:  # of all layers rather than of a sample; None where one was not finite
+            worst = damped["top" if which == "largest" else "energy"]
+            error = max(error or 0, math.inf if worst is None else worst)
         rows.append(
             [
                 f"{mode}: decomposition of {ours['layers']} layers, r = {ours['rank']}",
@@ -180,9 +182,11 @@ def accuracies(results: Results) -> str:
         [
             f"{run['damping']:g}",
             f"{run['condition'][0]:.0e} to {run['condition'][1]:.0e}",
-            relative(run["top"]),
-            end_error("smallest", run["energy"]),
-            relative(run["bottom"]),
+            *(
+                "not finite" if run[key] is None else end_error(which, run[key])
+                for key, which in (("top", "largest"), ("energy", "smallest"))
+            ),
+            _EMPTY if run["bottom"] is None else relative(run["bottom"]),
         ]
         for run in results["runs"]
     ]
@@ -225,6 +229,21 @@ def pipelines(*results: Results) -> str:
         for task in (each["task"] for each in results)
     ]
     return markdown(header, rows) + notes(*tasks, measured_on(*results))
+
+
+def end_to_end(results: Results) -> str:
+    """A random model of a large shape, part by part."""
+    rows = [
+        [part, f"{found['seconds']:.1f} s", mebibytes(found["growth"])]
+        for part, found in results["parts"].items()
+    ]
+    return markdown(("", "seconds", "memory beyond the weights"), rows) + notes(
+        f"{results['layers']} layers of width {results['hidden']} in {results['dtype']}, "
+        f"{mebibytes(results['weight_bytes'])} of random weights; {results['tokens']} tokens; "
+        f"{results['mode'].upper()}, rank {results['rank']}; covariances "
+        f"{mebibytes(results['covariance_bytes'])}, {results['way']}.",
+        measured_on(results),
+    )
 
 
 def selections(results: Results) -> str:

@@ -40,7 +40,7 @@ def test_the_documents_show_what_the_committed_results_say(
 
 def test_every_table_is_shown_somewhere_in_the_documents() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in render.documents())
-    shown = set(re.findall(r"<!-- table: ([\w-]+) -->", text))
+    shown = set(re.findall(r"^<!-- table: ([\w-]+) -->", text, re.MULTILINE))
     later = {name for name in render.TABLES if name.startswith("gpu-")}  # no GPU has run them yet
     assert shown | later == render.TABLES.keys()
 
@@ -60,6 +60,8 @@ def test_tables_are_made_between_their_markers_only(results: Path) -> None:
         "<!-- table: two -->\n1.50\n\nbelow\n<!-- end -->\nafter\n"
     )
     assert rendered(text, results, KNOWN) == (text, [])
+    spoken_of = "a pair of `<!-- table: one -->` and `<!-- end -->`\n"
+    assert rendered(spoken_of, results, KNOWN) == (spoken_of, [])
 
 
 def test_a_figure_that_was_changed_by_hand_is_noticed_and_put_right(
@@ -138,7 +140,7 @@ def test_all_rows_of_a_table_have_its_columns() -> None:
         assert len(counts) == 1
 
 
-def test_stages_and_the_worst_of_all_layers_are_shown() -> None:
+def test_stages_are_shown() -> None:
     pipeline = committed("cpu-pipeline")
     stages = {"forward": 3.25, "decomposition": 2.5, "attaching": 0.75}
     pipeline["pipeline"].append(
@@ -151,11 +153,37 @@ def test_stages_and_the_worst_of_all_layers_are_shown() -> None:
     assert cells[:6] == ["PEFT EVA", "6.5", "3.2", "–", "2.5", "0.8"]
     assert cells[6:8] == [f"{peft['seconds'] / 6.5:.2f}", "7 MiB"]
 
+
+@pytest.mark.parametrize(("worst", "shown"), [(0.125, "1.2e-01"), (None, "inf")])
+def test_the_worst_of_all_layers_counts(worst: float | None, shown: str) -> None:
     accuracy = committed("cpu-decomposition-accuracy")
-    accuracy["runs"][0]["top"] = 0.125
+    accuracy["runs"][0]["top"] = worst  # of which JSON holds nothing if it is not finite
     read = [committed(f"cpu-{name}") for name in ("covariance", "svd")]
     text = tables.speed(*read, accuracy, committed("cpu-pipeline"))
-    assert "| 1.2e-01 |" in next(row for row in text.splitlines() if "IPM: decomp" in row)
+    (line,) = (row for row in text.splitlines() if "IPM: decomposition" in row)
+    assert line.count(f"| {shown} |") == 1
+    assert ("not finite" in tables.accuracies(accuracy)) == (worst is None)
+
+
+def test_a_random_model_is_shown_part_by_part() -> None:
+    text = tables.end_to_end(
+        {
+            "environment": committed("cpu-svd")["environment"],
+            "parts": {"forward": {"seconds": 1.25, "growth": 3 << 20}},
+            "layers": 32,
+            "hidden": 4096,
+            "dtype": "bfloat16",
+            "weight_bytes": 12852 << 20,
+            "tokens": 32768,
+            "mode": "ipm",
+            "rank": 128,
+            "covariance_bytes": 22 << 30,
+            "way": "one pass",
+        }
+    )
+    assert "| forward | 1.2 s | 3 MiB |" in text
+    assert "12,852 MiB of random weights" in text
+    assert "22,528 MiB, one pass." in " ".join(text.split())
 
 
 def test_a_second_machine_is_named_too() -> None:
