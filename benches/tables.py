@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -201,6 +202,33 @@ def accuracies(results: Results) -> str:
     model = model_name(results["model"])
     about = f"The worst of {max(layers)} layers of {model}, r = {results['rank']}."
     return markdown(header, rows) + notes(about, measured_on(results))
+
+
+def reconstructions(*results: Results) -> str:
+    """B A by the published formula, by an inverse of C and by projection, in two precisions."""
+    parts = []
+    for each in results:
+        (first, *_), *_ = each["errors"].values()
+        columns = [
+            (dtype, method)
+            for dtype, found in next(iter(first.values())).items()
+            for method in found
+        ]
+        rows = [
+            [f"{end}, {name}", *(_spread([one[end][a][b] for one in layers]) for a, b in columns)]
+            for end in first
+            for name, layers in each["errors"].items()
+        ]
+        header = ("", *(f"{dtype} {method}" for dtype, method in columns))
+        parts.append(markdown(header, rows) + notes(f"{each['title']}.", measured_on(each)))
+    return "\n\n".join(parts)
+
+
+def _spread(errors: Sequence[float | None]) -> str:
+    """The median and, of more than one, the worst."""
+    known = [math.nan if error is None else error for error in errors]
+    worst = f" ({max(known):.0e})" if len(known) > 1 else ""
+    return f"{statistics.median(known):.0e}{worst}"
 
 
 def pipelines(*results: Results) -> str:
