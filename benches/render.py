@@ -48,9 +48,7 @@ TABLES: dict[str, Table] = {
     "covariance": Table(tables.covariances, ("cpu-covariance", "cpu-covariance-4096")),
     "svd": Table(tables.decompositions, ("cpu-svd", "cpu-svd-4096", "cpu-svd-11008")),
     "accuracy": Table(tables.accuracies, ("cpu-decomposition-accuracy",)),
-    "reconstruction": Table(
-        tables.reconstructions, ("cpu-reconstruction", "cpu-reconstruction-smollm2")
-    ),
+    "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
     "pipeline": Table(tables.pipelines, ("cpu-pipeline",)),
     "selection": Table(tables.selections, ("cpu-selection",)),
     # For when a GPU has run benches/gpu.sh.
