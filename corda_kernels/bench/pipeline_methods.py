@@ -145,6 +145,7 @@ def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
         covariances = calibrate(subject.model, task.batches, progress=False)
     with stages.clock("decomposition"):
         adapter = corda_adapter(subject.model, covariances, config)
+        del covariances  # as init_corda does
     with stages.clock("attaching"):
         return attach(subject.model, adapter)
 
