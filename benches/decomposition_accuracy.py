@@ -1,22 +1,25 @@
 """The decomposition of every linear layer of a model against a float64 SVD: the worst layers.
 
-    python benches/decomposition_accuracy.py MODEL COVARIANCES            # as `init` damps
-    python benches/decomposition_accuracy.py MODEL COVARIANCES --damping 0
+    python benches/decomposition_accuracy.py MODEL COVARIANCES [--damping 0.01 0] [--json OUT]
 
-COVARIANCES is a file that `corda-kernels calibrate` wrote. The bounds: B A of the largest
-components within 1e-5 (undamped 1e-4) of the reference; tail energy of the smallest at most 1.001
-(1.01) times the least possible, and their B A within 1e-3 (finite) wherever the spectrum has a gap
-of 1 %. Exit status 1 if one of them does not hold.
+By default damped as `init` does, and then not at all. COVARIANCES is a file that `corda-kernels
+calibrate` wrote. The bounds: B A of the largest components within 1e-5 (undamped 1e-4) of the
+reference; tail energy of the smallest at most 1.001 (1.01) times the least possible, and their B A
+within 1e-3 (finite) wherever the spectrum has a gap of 1 %. Exit status 1 if one of them does not
+hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from corda_kernels import CovarianceSet, load_model
@@ -28,6 +31,7 @@ from corda_kernels.bench.accuracy import (
 )
 from corda_kernels.bench.timing import environment
 from corda_kernels.decomposition import co_svd_layers, parallel_map
+from corda_kernels.files import check_output, write_json
 from corda_kernels.models import linear_weight
 
 LEAST_GAP = 0.01
@@ -55,13 +59,9 @@ class Errors:
     gap: float
 
 
-def measured(arguments: argparse.Namespace) -> list[Errors]:
-    logging.disable_progress_bar()
-    model = load_model(arguments.model)
-    covariances = CovarianceSet.load(arguments.covariances)
-    weights = {name: linear_weight(model.get_submodule(name)).detach() for name in covariances}
-    matrices = {name: covariances[name].matrix for name in covariances}
-    rank, damping = arguments.rank, arguments.damping
+def measured(
+    weights: Mapping[str, Tensor], matrices: Mapping[str, Tensor], rank: int, damping: float
+) -> list[Errors]:
     top, bottom = (
         dict(co_svd_layers(weights, matrices, rank=rank, which=which, damping=damping))
         for which in ("largest", "smallest")
@@ -103,22 +103,12 @@ def _order(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("covariances", type=Path)
-    parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--rank", type=int, default=32)
-    arguments = parser.parse_args()
-    with torch.no_grad():
-        rows = measured(arguments)
-    bounds = DAMPED if arguments.damping else UNDAMPED
-    described = environment(torch.device("cpu"))
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
-    print(
-        f"damping {arguments.damping:g}, rank {arguments.rank}: cond(WC) "
-        f"{min(row.condition for row in rows):.0e} to {max(row.condition for row in rows):.0e}"
-    )
+def run(damping: float, rank: int, rows: list[Errors]) -> dict[str, Any]:
+    """Prints what was found at one damping, and returns it as a JSON object."""
+    bounds = DAMPED if damping else UNDAMPED
+    conditions = [row.condition for row in rows]
+    lowest, highest = min(conditions), max(conditions)
+    print(f"damping {damping:g}, rank {rank}: cond(WC) {lowest:.0e} to {highest:.0e}")
     gapped = [row for row in rows if row.gap >= LEAST_GAP]
     finite = all(math.isfinite(row.top) and math.isfinite(row.bottom) for row in rows)
     print(f"B A is finite at both ends of all layers: {'holds' if finite else 'DOES NOT HOLD'}")
@@ -128,7 +118,52 @@ def main() -> int:
         report("smallest, tail energy over the least", "energy", bounds.energy, rows),
         report("smallest, error of B A where the gap is 1 %", "bottom", bounds.bottom, gapped),
     ]
-    return 0 if all(held) else 1
+    return {
+        "damping": damping,
+        "held": all(held),
+        "condition": [lowest, highest],
+        "top": _finite(max(row.top for row in rows)),
+        "energy": _finite(max(row.energy for row in rows)),
+        "bottom": _finite(max((row.bottom for row in gapped), default=math.nan)),
+        "layers": [
+            # JSON knows no infinity: a gap without an end has no number.
+            {key: _finite(value) for key, value in asdict(row).items()}
+            for row in rows
+        ],
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("covariances", type=Path)
+    parser.add_argument("--damping", type=float, nargs="+", default=[0.01, 0.0])
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="a file for all results")
+    arguments = parser.parse_args()
+    if arguments.json is not None:
+        check_output(arguments.json)
+    logging.disable_progress_bar()
+    model = load_model(arguments.model)
+    covariances = CovarianceSet.load(arguments.covariances)
+    weights = {name: linear_weight(model.get_submodule(name)).detach() for name in covariances}
+    matrices = {name: covariances[name].matrix for name in covariances}
+    described = environment(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    runs = []
+    for damping in arguments.damping:
+        with torch.no_grad():
+            rows = measured(weights, matrices, arguments.rank, damping)
+        runs.append(run(damping, arguments.rank, rows))
+    if arguments.json is not None:
+        about = {"environment": described, "model": Path(arguments.model).name}
+        about |= {"rank": arguments.rank, "least_gap": LEAST_GAP}
+        write_json(arguments.json, about | {"runs": runs})
+    return 0 if all(each["held"] for each in runs) else 1
 
 
 if __name__ == "__main__":

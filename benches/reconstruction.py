@@ -11,14 +11,15 @@ The last two differ in the reconstruction alone. Where float32 cannot invert C, 
 least damping that works, and `published` what torch.linalg.inv returns. In float32 adapter_factors
 takes components of W below max(out, in)·eps·‖W‖ for zero, which counts in some q_proj.
 
-    python benches/reconstruction.py > benches/results/cpu-reconstruction.txt
+    python benches/reconstruction.py --json benches/results/cpu-reconstruction.json
     python benches/reconstruction.py --model MODEL --cov COVARIANCES --every 10 \\
-        > benches/results/cpu-reconstruction-smollm2.txt
+        --json benches/results/cpu-reconstruction-smollm2.json
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from torch import Tensor
 from corda_kernels import CoSVD, CovarianceSet, adapter_factors, co_svd, load_model
 from corda_kernels.bench.timing import environment
 from corda_kernels.decomposition.co_svd import End
+from corda_kernels.files import check_output, write_json
 from corda_kernels.models import linear_weight
 
 RANK = 32
@@ -127,7 +129,10 @@ def main() -> None:
     parser.add_argument("--cov", type=Path)
     parser.add_argument("--every", type=int, default=1, help="take one layer in so many")
     parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--json", type=Path, help="a file for all results")
     arguments = parser.parse_args()
+    if arguments.json is not None:
+        check_output(arguments.json)
     described = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     rows: dict[str, list[Errors]] = defaultdict(list)
@@ -143,6 +148,26 @@ def main() -> None:
     for name, W, C in layers:
         rows[name].append(errors(W, C))
     print(table(title, rows))
+    if arguments.json is not None:
+        write_json(
+            arguments.json,
+            {"environment": described, "title": title}
+            | {"errors": {name: list(map(nested, found)) for name, found in rows.items()}},
+        )
+
+
+def nested(found: Errors) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By end, dtype and method; None for NaN, which JSON does not know."""
+    return {
+        end: {
+            label: {
+                method: None if math.isnan(error := found[end, label, method]) else error
+                for method in METHODS
+            }
+            for label in DTYPES
+        }
+        for end, _ in ENDS
+    }
 
 
 if __name__ == "__main__":

@@ -14,20 +14,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def peak() -> int:
-    """The largest resident size of this process since the last reset, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+from corda_kernels.bench.memory import forget_peak, peak_bytes
 
 
 def load(given: argparse.Namespace) -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -54,7 +45,7 @@ def run(given: argparse.Namespace) -> None:
 
     model, batches = load(given)
     model.base_model(**batches[0], use_cache=False)
-    reset_peak()
+    forget_peak()
     started = time.perf_counter()
     checksum = 0.0
     if given.way == "forward":
@@ -67,7 +58,7 @@ def run(given: argparse.Namespace) -> None:
         for block in calibrate_blocks(model, batches, progress=False):
             checksum += sum(float(covariance.matrix.norm()) for covariance, _ in block.groups())
             del block
-    print(peak(), time.perf_counter() - started, checksum)
+    print(peak_bytes(), time.perf_counter() - started, checksum)
 
 
 def measured(given: argparse.Namespace, way: str) -> tuple[int, float, float]:

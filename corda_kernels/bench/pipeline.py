@@ -6,46 +6,30 @@ left.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from corda_kernels.bench.memory import forget_peak, peak_bytes
+from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task
 from corda_kernels.errors import CordaError
 
-CONTESTANTS = ("peft", "patch_peft", "init_corda")
+CONTESTANTS = tuple(METHODS)
+
+# Of a row, in the order in which they run.
+STAGES = ("forward", "covariance", "decomposition", "attaching")
 
 # Least overlap (smallest cosine between subspaces, median over the layers) at which the same was
 # computed. For the smallest components PEFT's float32 leaves no such agreement to test.
 _SAME_SUBSPACE = 0.999
-
-Mode = Literal["ipm", "kpm"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to initialise.
-
-    Attributes:
-        model: folder of the model.
-        batches: token ids (1, seq), for PEFT takes one sequence at a time.
-        mode: "ipm" or "kpm".
-        rank: of every layer.
-    """
-
-    model: str
-    batches: list[Tensor]
-    mode: Mode
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -54,13 +38,15 @@ class PipelineRow:
 
     Attributes:
         name: of the contestant.
-        seconds: of the whole initialisation, once.
-        forward: seconds of the bare forward passes that it makes: with the output head where the
-            caller runs the model, without it in init_corda.
-        growth: bytes by which the peak of the process's memory rose over that of the loaded model
-            and its forward pass.
+        seconds: of the whole initialisation, from tokens to an adapted model, once.
+        forward: seconds of the bare forward passes that it makes, timed by themselves: with the
+            output head where the caller runs the model, without it in init_corda.
+        growth: bytes by which the peak of memory, of the process or on a GPU of the allocator, rose
+            over that of the loaded model and its forward pass.
+        stages: seconds of each of STAGES that it has; together they are `seconds`.
         overlap: median over the layers of the smallest cosine between its subspaces and PEFT's;
-            None where it was not compared.
+            None where it was not compared. init_corda's covariances are normalised in another way,
+            and PiSSA and EVA compute something else.
         passed: whether it computed what PEFT did, as far as it was compared.
     """
 
@@ -68,6 +54,7 @@ class PipelineRow:
     seconds: float
     forward: float
     growth: int
+    stages: dict[str, float] = field(default_factory=dict)
     overlap: float | None = None
     passed: bool = True
 
@@ -81,24 +68,24 @@ class PipelineRow:
         return asdict(self) | {"beyond": self.beyond}
 
 
-def bench_pipeline(task: Task, names: tuple[str, ...] = CONTESTANTS) -> list[PipelineRow]:
-    """Runs the contestants one after the other.
+def bench_pipeline(task: Task, names: Collection[str] = CONTESTANTS) -> Iterator[PipelineRow]:
+    """Runs the contestants one after the other, PEFT's own first, and yields their rows.
 
     Raises:
         CordaError: one of them failed; PEFT's own needs the package attrs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rows = [_in_child(name, task, Path(folder)) for name in names]
-        caches = [Path(folder) / f"{name}.pt" for name in ("peft", "patch_peft")]
-        if task.mode == "ipm" and all(cache.exists() for cache in caches):
-            overlap = _overlap(*map(torch.load, caches))
-            rows = [
-                replace(row, overlap=overlap, passed=overlap >= _SAME_SUBSPACE)
-                if row.name == "patch_peft"
-                else row
-                for row in rows
-            ]
-    return rows
+        caches = {name: Path(folder) / f"{name}.pt" for name in ("peft", "patch_peft")}
+        for name in CONTESTANTS:
+            if name not in names:
+                continue
+            row = _in_child(name, task, Path(folder))
+            both = all(cache.exists() for cache in caches.values())
+            if name == "patch_peft" and both and task.mode == "ipm":
+                read = [torch.load(cache, weights_only=True) for cache in caches.values()]
+                overlap = _overlap(*read)
+                row = replace(row, overlap=overlap, passed=overlap >= _SAME_SUBSPACE)
+            yield row
 
 
 def _overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -143,7 +130,9 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
     """Runs one contestant in this process; those of PEFT's form leave a cache in `folder`."""
     from corda_kernels.models import decoder, load_model
 
-    model = load_model(task.model)
+    device = task.device
+    model = load_model(task.model, device=device)
+    task = replace(task, batches=[ids.to(device) for ids in task.batches])
     runner = decoder(model) if name == "init_corda" else model
 
     @torch.no_grad()
@@ -151,62 +140,34 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
         for ids in task.batches:
             runner(input_ids=ids, use_cache=False)
 
-    runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
-    _forget_peak()
-    bare = _timed(forward)
-    before = _peak()
-    seconds = _timed(_contestant(name, model, task, forward, folder))
-    return PipelineRow(name, seconds, bare, max(0, _peak() - before))
+    with torch.no_grad():
+        runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
+    forget_peak(device)
+    bare = _timed(forward, device)
+    before = peak_bytes(device)
+    stages = Stages(device, passes=len(task.batches))
+    METHODS[name](Subject(task, model, forward, folder), stages)
+    growth = max(0, peak_bytes(device) - before)
+    passes = bare * stages.passes / len(task.batches)
+    seconds = by_stage(stages.seconds, passes)
+    return PipelineRow(name, sum(seconds.values()), passes, growth, seconds)
 
 
-def _contestant(
-    name: str, model: nn.Module, task: Task, forward: Callable[[], None], folder: Path
-) -> Callable[[], object]:
-    from peft import LoraConfig
-    from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
-
-    from corda_kernels.integrations.peft import preprocess_corda
-    from corda_kernels.models import target_linears
-    from corda_kernels.pipeline import CordaConfig, init_corda
-
-    lora = LoraConfig(
-        r=task.rank,
-        target_modules=list(target_linears(model)),
-        init_lora_weights="corda",
-        corda_config=PeftCordaConfig(corda_method=task.mode, cache_file=str(folder / f"{name}.pt")),
-    )
-    if name == "peft":
-        from peft.tuners.lora.corda import preprocess_corda as peft_own
-
-        return lambda: peft_own(model, lora, forward)
-    if name == "patch_peft":
-        return lambda: preprocess_corda(model, lora, forward, normalize="peft", damping=0.01)
-    config = CordaConfig(task.mode, rank=task.rank, stability=False, progress=False)
-    return lambda: init_corda(model, task.batches, config)
+def by_stage(clocked: dict[str, float], forward: float) -> dict[str, float]:
+    """Seconds of STAGES from those that `Stages` clocked, the forward passes taken out of them."""
+    found = dict(clocked)
+    if forward:
+        found["forward"] = forward
+        if "calibration" in found:
+            found["covariance"] = found.pop("calibration") - forward
+        else:
+            found["decomposition"] -= forward
+    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def _forget_peak() -> None:
-    """Makes the peak what is in use now; loading the model may have taken more for a moment."""
-    with contextlib.suppress(OSError):  # Linux only
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    """The most bytes that this process has held in memory.
-
-    On Linux from VmHWM: ru_maxrss starts at what the parent held when it made this process.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    import resource  # not on Windows
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size

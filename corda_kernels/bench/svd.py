@@ -74,7 +74,7 @@ def bench_case(
         if name not in available:
             raise ConfigError(f"there is no method {name!r} here: give some of {list(available)}")
     # First, so that nothing but what is timed runs in between.
-    truths = _references(case) if exact or _largest(case) <= _QUICK else {}
+    truths = references(case) if exact or _largest(case) <= _QUICK else {}
     warm_up = make_case("smollm2-block", device, 8)
     base: float | None = None
     for name, method in available.items():
@@ -91,7 +91,7 @@ def bench_case(
             if name == BASELINE:
                 base = timing.p50
             for which in ends:
-                error = _error(kept[0][which], truths, which) if truths else None
+                error = end_error(kept[0][which], truths, which) if truths else None
                 passed = error is None or error <= method.allowed[which]
                 facts = (case.name, len(case.weights), case.rank, which, name, error, passed)
                 if passed or name == BASELINE:
@@ -104,7 +104,9 @@ def _largest(case: Case) -> int:
     return max(max(weight.shape) for weight in case.weights.values())
 
 
-def _references(case: Case) -> dict[str, Reference]:
+def references(case: Case) -> dict[str, Reference]:
+    """The sampled layers of a case, in float64, on the CPU."""
+
     def one(name: str) -> Reference:
         return reference(case.weights[name].cpu(), case.covariances[name].cpu(), DAMPING)
 
@@ -112,7 +114,8 @@ def _references(case: Case) -> dict[str, Reference]:
     return dict(zip(case.sampled, parallel_map(one, case.sampled, workers=workers), strict=True))
 
 
-def _error(parts: dict[str, Part], truths: dict[str, Reference], which: End) -> float:
+def end_error(parts: dict[str, Part], truths: dict[str, Reference], which: End) -> float:
+    """The largest error of one end over the layers in `truths`; see `Row.error`."""
     errors = []
     for name, truth in truths.items():
         U, A = parts[name].U.cpu().double(), parts[name].A

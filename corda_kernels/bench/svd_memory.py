@@ -14,16 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from corda_kernels.bench.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes
 from corda_kernels.bench.svd_cases import CASES, Case, make_case
 from corda_kernels.bench.svd_methods import ENDS, End, methods
-
-_STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def bench_memory(
     for which in ENDS:
         if device.type == "cuda":
             yield Growth(case.name, which, _on_cuda(case, which), None)
-        elif _RESET.exists():
+        elif can_forget_peak():
             # Groups of small layers run side by side, a single layer is its own group.
             bound = case.memory_bound(torch.get_num_threads())
             yield Growth(case.name, which, _in_child(case, which, model, cov), bound)
@@ -81,16 +78,12 @@ def _in_child(case: Case, which: End, model: str | None, cov: str | None) -> int
 
 
 def _on_cuda(case: Case, which: End) -> int:
-    run = methods(torch.device("cuda"))["ours"].run
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    device = torch.device("cuda")
+    run = methods(device)["ours"].run
+    forget_peak(device)
+    before = used_bytes(device)
     run(case, [which])
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _kibibytes(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+    return peak_bytes(device) - before
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,10 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
         run(make_case("smollm2-block", cpu, 8), [options.which])
         case = make_case(options.case, cpu, options.rank, options.model, options.cov)
         gc.collect()
-        _RESET.write_text("5")  # the high-water mark falls to what is resident now
-        before = _kibibytes("VmRSS")
+        forget_peak()
+        before = used_bytes()
         run(case, [options.which])
-        print(1024 * (_kibibytes("VmHWM") - before))
+        print(peak_bytes() - before)
 
 
 if __name__ == "__main__":

@@ -83,17 +83,20 @@ def pipeline(
     rank: Annotated[int, typer.Option(help="Components of each layer.")] = 32,
     mode: Annotated[str, typer.Option(help="ipm or kpm.")] = "ipm",
     only: Annotated[
-        str | None, typer.Option(help="Contestants: peft, patch_peft, init_corda, by commas.")
+        str | None,
+        typer.Option(help="Contestants by commas: peft, patch_peft, init_corda, pissa, eva."),
     ] = None,
+    device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
 ) -> None:
-    """Time init_corda and the patched PEFT against PEFT's own CorDA, on the CPU, with memory.
+    """Time init_corda and the patched PEFT against PEFT's CorDA, PiSSA and EVA, with memory.
 
     The text is Python's own help topics, or --data FILE. PEFT takes one sequence at a time.
     """
     import torch
 
-    from corda_kernels.bench.pipeline import CONTESTANTS, Task, bench_pipeline
+    from corda_kernels.bench.pipeline import CONTESTANTS, STAGES, bench_pipeline
+    from corda_kernels.bench.pipeline_methods import Task
     from corda_kernels.bench.timing import environment
     from corda_kernels.files import check_output, write_json
 
@@ -105,23 +108,29 @@ def pipeline(
             f"--mode must be ipm or kpm and --only of {', '.join(CONTESTANTS)}, got {mode!r}, "
             f"{only!r}"
         )
-    described = environment(torch.device("cpu"))
+    where = torch.device(options.resolve_device(device))
+    described = environment(where)
     typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
     batches = _sequences(model, data, samples, seq_len)
     tokens = sum(ids.numel() for ids in batches)
     typer.echo(f"{model}, {mode}, rank {rank}, {len(batches)} sequences, {tokens} tokens")
     typer.echo(
-        f"{'':<12} {'seconds':>9} {'forward':>9} {'beyond':>9} {'growth':>10} {'× PEFT':>8} "
-        f"{'beyond':>8} {'growth':>8} {'overlap':>9}"
+        f"{'':<10} {'seconds':>9} {' '.join(f'{stage:>13}' for stage in STAGES)} {'beyond':>9} "
+        f"{'growth':>10} {'× PEFT':>8} {'beyond':>8} {'growth':>8} {'overlap':>9}"
     )
-    rows = bench_pipeline(Task(model, batches, "ipm" if mode == "ipm" else "kpm", rank), names)
-    peft = next((row for row in rows if row.name == "peft"), None)
-    for row in rows:
+    task = Task(model, batches, "ipm" if mode == "ipm" else "kpm", rank, where)
+    results: dict[str, Any] = {
+        "environment": described,
+        "task": {"model": Path(model).name, "mode": mode, "rank": rank, "tokens": tokens},
+        "pipeline": [],
+    }
+    peft: PipelineRow | None = None
+    for row in bench_pipeline(task, names):
+        peft = row if row.name == "peft" else peft
         typer.echo(_contest(row, peft))
-    if json is not None:
-        task = {"model": model, "mode": mode, "rank": rank, "tokens": tokens}
-        results = [row.to_json() for row in rows]
-        write_json(json, {"environment": described, "task": task, "pipeline": results})
+        results["pipeline"].append(row.to_json())
+        if json is not None:  # after every row: who stops it keeps what is done
+            write_json(json, results)
 
 
 def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> list[Tensor]:
@@ -138,8 +147,13 @@ def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> lis
 
 
 def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
+    from corda_kernels.bench.pipeline import STAGES
+
     if not row.passed:
-        return f"{row.name:<12} computes something else (overlap {row.overlap:.4f}): no speed"
+        return f"{row.name:<10} computes something else (overlap {row.overlap:.4f}): no speed"
+    stages = " ".join(
+        f"{row.stages[stage]:>13.1f}" if stage in row.stages else " " * 13 for stage in STAGES
+    )
     ratios = ""
     if peft is not None:
         ratios = (
@@ -148,7 +162,7 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
         )
     overlap = "" if row.overlap is None else f"{row.overlap:.6f}"
     return (
-        f"{row.name:<12} {row.seconds:>9.1f} {row.forward:>9.1f} {row.beyond:>9.1f} "
+        f"{row.name:<10} {row.seconds:>9.1f} {stages} {row.beyond:>9.1f} "
         f"{row.growth / 2**20:>6.0f} MiB {ratios:>26} {overlap:>9}"
     )
 

@@ -3,23 +3,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from corda_kernels import CordaConfig, init_corda, load_model
 from corda_kernels.bench import pipeline
-from corda_kernels.bench.pipeline import PipelineRow, Task, bench_pipeline
+from corda_kernels.bench.pipeline import STAGES, PipelineRow, bench_pipeline, by_stage
+from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task
 from corda_kernels.cli import main
 from corda_kernels.errors import CordaError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def task(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> Task:
     tiny_model("llama", initializer_range=0.1).save_pretrained(tmp_path / "model")
     batches = list(torch.randint(3, 64, (6, 1, 24)))
-    return Task(str(tmp_path / "model"), batches, "ipm", 4)
+    return Task(str(tmp_path / "model"), batches, "ipm", 4, CPU)
 
 
 @pytest.fixture
@@ -30,57 +35,137 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_here")
 def test_contestants_compute_the_same(task: Task) -> None:
-    peft, patched, ours = bench_pipeline(task)
-    assert [row.name for row in (peft, patched, ours)] == ["peft", "patch_peft", "init_corda"]
-    for row in (peft, patched, ours):
+    rows = {row.name: row for row in bench_pipeline(task)}
+    assert list(rows) == ["peft", "patch_peft", "init_corda", "pissa", "eva"]
+    for row in rows.values():
         assert row.seconds > 0
         assert row.beyond == row.seconds - row.forward
-    assert patched.overlap == pytest.approx(1, abs=1e-4)
-    assert patched.passed
+        assert sum(row.stages.values()) == pytest.approx(row.seconds)
+        assert row.stages.get("forward", 0) == row.forward
+    for name in ("peft", "patch_peft", "init_corda"):
+        assert list(rows[name].stages) == list(STAGES)
+    assert list(rows["pissa"].stages) == ["decomposition", "attaching"]
+    assert list(rows["eva"].stages) == ["forward", "decomposition", "attaching"]
+    assert rows["patch_peft"].overlap == pytest.approx(1, abs=1e-4)
+    assert rows["patch_peft"].passed
+    assert [name for name, row in rows.items() if row.overlap is not None] == ["patch_peft"]
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_the_stages_make_what_init_corda_makes(task: Task, tmp_path: Path, mode: str) -> None:
+    task = Task(task.model, task.batches, mode, 4, CPU)
+    subject = Subject(task, load_model(task.model), lambda: None, tmp_path)
+    staged = METHODS["init_corda"](subject, Stages(CPU, 0)).state_dict()
+    config = CordaConfig(mode, rank=4, stability=False, progress=False)
+    whole = init_corda(load_model(task.model), task.batches, config).state_dict()
+    assert staged.keys() == whole.keys()
+    assert all(torch.equal(staged[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_contestant_adapts_all_layers_at_the_rank(
+    task: Task, tmp_path: Path, name: str
+) -> None:
+    model = load_model(task.model)
+
+    def forward() -> None:
+        for ids in task.batches:
+            model(input_ids=ids)
+
+    stages = Stages(CPU, len(task.batches))
+    adapted = METHODS[name](Subject(task, model, forward, tmp_path), stages)
+    ranks = [
+        tensor.shape[0]
+        for key, tensor in adapted.state_dict().items()
+        if key.endswith("lora_A.default.weight")
+    ]
+    assert ranks == [4] * 14
+    expected = {"pissa": 0, "eva": stages.passes}.get(name, len(task.batches))
+    assert stages.passes == expected
+    assert name != "eva" or stages.passes > len(task.batches)  # until the last layer converges
+
+
+def test_pissa_leaves_peft_as_it_was(task: Task, tmp_path: Path) -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    before = LoraLayer.pissa_init
+    broken = Task(task.model, task.batches, "ipm", 0, CPU)  # a rank that PEFT refuses
+    subject = Subject(broken, load_model(task.model), lambda: None, tmp_path)
+    with pytest.raises(ValueError, match="positive integer"):
+        METHODS["pissa"](subject, Stages(CPU, 0))
+    assert LoraLayer.pissa_init is before
+
+
+def test_forward_passes_are_a_stage_of_their_own() -> None:
+    clocked = {"decomposition": 3.0, "calibration": 9.0, "attaching": 1.0}
+    assert by_stage(clocked, 4.0) == {
+        "forward": 4.0,
+        "covariance": 5.0,
+        "decomposition": 3.0,
+        "attaching": 1.0,
+    }
+    assert by_stage({"decomposition": 9.0}, 4.0) == {"forward": 4.0, "decomposition": 5.0}
+    assert by_stage({"decomposition": 9.0}, 0.0) == {"decomposition": 9.0}
+
+
+def test_a_stage_inside_another_counts_once() -> None:
+    stages = Stages(CPU, 1, {"decomposition": 5.0, "calibration": 2.0})
+    stages.move("calibration", "decomposition")
+    assert stages.seconds == {"decomposition": 3.0, "calibration": 2.0}
 
 
 @pytest.mark.usefixtures("_here")
 def test_a_contestant_that_computes_something_else_has_no_speed(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = pipeline._contestant
+    real = METHODS["patch_peft"]
 
-    def other_end(name: str, model: nn.Module, task: Task, *rest: object) -> Callable[[], object]:
-        if name == "patch_peft":
-            task = Task(task.model, task.batches, "kpm", task.rank)
-        return real(name, model, task, *rest)
+    def other_end(subject: Subject, stages: Stages) -> nn.Module:
+        return real(replace(subject, task=replace(subject.task, mode="kpm")), stages)
 
-    monkeypatch.setattr(pipeline, "_contestant", other_end)
+    monkeypatch.setitem(METHODS, "patch_peft", other_end)
     command_module = sys.modules["corda_kernels.cli.bench"]  # its name in cli is the command
     monkeypatch.setattr(command_module, "_sequences", lambda *_: task.batches)
     out = tmp_path / "results.json"
     command = f"corda-kernels bench pipeline {task.model} --rank 4 --json {out}"
+    command += " --only peft,patch_peft,init_corda"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "patch_peft   computes something else" in printed
+    assert "patch_peft computes something else" in printed
     rows = {row["name"]: row for row in json.loads(out.read_text())["pipeline"]}
     assert rows["patch_peft"]["passed"] is False
     assert rows["init_corda"]["passed"] is True
 
 
 def test_a_childs_failure_is_told(task: Task) -> None:
-    broken = Task(task.model, [torch.tensor([[1000]])], "ipm", 4)
+    broken = Task(task.model, [torch.tensor([[1000]])], "ipm", 4, CPU)
     with pytest.raises(CordaError, match="the run of init_corda failed: IndexError"):
-        bench_pipeline(broken, ("init_corda",))
+        list(bench_pipeline(broken, ("init_corda",)))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
-    size = 256 << 20
-    torch.ones(size // 4)
-    pipeline._forget_peak()
-    before = pipeline._peak()
-    assert pipeline._peak() - before < size / 8
-    torch.ones(size // 4)
-    assert size * 0.9 < pipeline._peak() - before < size * 1.2
+@pytest.mark.usefixtures("_here")
+def test_rows_are_written_as_they_come(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(subject: Subject, stages: Stages) -> nn.Module:
+        raise CordaError("stopped")
+
+    monkeypatch.setitem(METHODS, "init_corda", stopped)
+    command_module = sys.modules["corda_kernels.cli.bench"]
+    monkeypatch.setattr(command_module, "_sequences", lambda *_: task.batches)
+    out = tmp_path / "results.json"
+    command = f"corda-kernels bench pipeline {task.model} --rank 4 --json {out}"
+    monkeypatch.setattr(sys, "argv", f"{command} --only init_corda,pissa,peft".split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "stopped" in capsys.readouterr().err
+    results = json.loads(out.read_text())
+    assert [row["name"] for row in results["pipeline"]] == ["peft"]  # whatever the order given
+    assert results["task"]["model"] == "model"  # without its folder
 
 
 def test_growth_and_time_are_written(tmp_path: Path) -> None:
@@ -90,6 +175,7 @@ def test_growth_and_time_are_written(tmp_path: Path) -> None:
         "seconds": 10.0,
         "forward": 4.0,
         "growth": 1 << 20,
+        "stages": {},
         "overlap": None,
         "passed": True,
         "beyond": 6.0,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from corda_kernels.bench import svd, svd_memory, svd_methods
+from corda_kernels.bench.memory import can_forget_peak
 from corda_kernels.bench.svd_cases import Case, make_case, realistic_covariance
 from corda_kernels.bench.timing import measure
 from corda_kernels.cli import main
@@ -113,7 +114,7 @@ def test_the_memory_bound_is_of_the_largest_groups() -> None:
     assert case.memory_bound(2) == 3 * 8 * (third + max(first, second))
 
 
-@pytest.mark.skipif(not svd_memory._RESET.exists(), reason="needs /proc")
+@pytest.mark.skipif(not can_forget_peak(), reason="needs /proc")
 def test_growth_is_the_peak_and_not_what_remains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +129,7 @@ def test_growth_is_the_peak_and_not_what_remains(
     assert 60 << 20 < int(capsys.readouterr().out) < 80 << 20
 
 
-@pytest.mark.skipif(not svd_memory._RESET.exists(), reason="needs /proc")
+@pytest.mark.skipif(not can_forget_peak(), reason="needs /proc")
 def test_memory_is_measured_in_a_child_process_for_the_same_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

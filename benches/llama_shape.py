@@ -1,0 +1,161 @@
+"""A random model in the shapes of LLaMA-2-7B, end to end: seconds and peak memory of each part.
+
+    python benches/llama_shape.py --json OUT                                  # on a GPU
+    python benches/llama_shape.py --layers 2 --hidden 256 --dtype float32     # to try it anywhere
+
+The weights are made on the device, layer by layer. The parts are the bare forward passes without
+the output head, the calibration, and `init_corda` as a whole, which calibrates, decomposes and
+attaches. Covariances that do not fit into --memory-limit come block by block. The file is written
+after every part, so that a run that is stopped leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from corda_kernels import CordaConfig, init_corda
+from corda_kernels.bench.memory import forget_peak, peak_bytes, used_bytes
+from corda_kernels.bench.timing import environment
+from corda_kernels.calibration.needs import covariance_bytes
+from corda_kernels.errors import RankDeficientWarning
+from corda_kernels.files import check_output, format_bytes, write_json
+from corda_kernels.models import decoder, parse_dtype
+from corda_kernels.pipeline.stages import covariance_stages
+
+# LLaMA-2-7B's widths, as multiples of its hidden size of 4096.
+_HEADS = 32
+_INNER = 11008 / 4096
+
+
+def make_model(layers: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Random weights, on the device from the start."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=int(hidden * _INNER),
+        num_hidden_layers=layers,
+        num_attention_heads=min(_HEADS, hidden // 16),
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is not in use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(part: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds, and by how many bytes memory grew at the most."""
+    forget_peak(device)
+    before = used_bytes(device)
+    started = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "growth": peak_bytes(device) - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--mode", choices=("ipm", "kpm"), default="ipm")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--memory-limit",
+        type=int,
+        help="bytes of all covariances; half of what is free if not given",
+    )
+    parser.add_argument("--json", type=Path, help="a file for all results")
+    given = parser.parse_args()
+    if given.json is not None:
+        check_output(given.json)
+    device = torch.device(given.device)
+    model = make_model(given.layers, given.hidden, parse_dtype(given.dtype), device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (given.samples, 1, given.seq_len)
+    batches = list(torch.randint(0, 32000, shape, generator=generator).to(device))
+    limit = free_bytes(device) // 2 if given.memory_limit is None else given.memory_limit
+    needed = covariance_bytes(model)
+    results: dict[str, Any] = {
+        "environment": environment(device),
+        "layers": given.layers,
+        "hidden": given.hidden,
+        "dtype": given.dtype,
+        "mode": given.mode,
+        "rank": given.rank,
+        "tokens": given.samples * given.seq_len,
+        "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
+        "covariance_bytes": needed,
+        "way": "one pass" if needed <= limit else "block by block",
+        "parts": {},
+    }
+    print(", ".join(f"{key} {value}" for key, value in results["environment"].items()))
+    print(
+        f"{given.layers} layers of width {given.hidden}, {given.dtype}, "
+        f"{format_bytes(results['weight_bytes'])}; {results['tokens']} tokens; covariances "
+        f"{format_bytes(needed)}, {results['way']}"
+    )
+    warnings.simplefilter("ignore", RankDeficientWarning)  # few tokens are as good for the clock
+    for name, part in parts(model, batches, given, limit).items():
+        found = results["parts"][name] = measured(part, device)
+        print(
+            f"{name:<16} {found['seconds']:9.2f} s, memory grew by {format_bytes(found['growth'])}",
+            flush=True,
+        )
+        if given.json is not None:
+            write_json(given.json, results)
+
+
+def parts(
+    model: Any, batches: list[Tensor], given: argparse.Namespace, limit: int
+) -> dict[str, Callable[[], object]]:
+    runner = decoder(model)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for ids in batches:
+            runner(input_ids=ids, use_cache=False)
+
+    def calibration() -> None:
+        stages = covariance_stages(model, batches, rank=None, memory_limit=limit, progress=False)
+        for _ in stages:
+            pass
+
+    def initialisation() -> None:
+        config = CordaConfig(
+            given.mode, rank=given.rank, memory_limit=limit, stability=False, progress=False
+        )
+        init_corda(model, batches, config)
+
+    with torch.no_grad():
+        runner(input_ids=batches[0], use_cache=False)  # the first call prepares things
+    return {
+        "forward": forward,
+        "calibration": calibration,
+        "initialisation": initialisation,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Tables in Markdown of what benchmarks wrote, each from the JSON of one or more result files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Results = dict[str, Any]
+
+_MIB = 2**20
+_WIDTH = 108  # of the documents
+_CALLED = {
+    "addmm": "torch.addmm",
+    "published": "PEFT",
+    "svd_lowrank": "torch.svd_lowrank",
+    "ours": "corda_kernels",
+    "peft": "PEFT CorDA",
+    "pissa": "PEFT PiSSA",
+    "eva": "PEFT EVA",
+}
+_MODE = {"largest": "IPM", "smallest": "KPM"}
+_STAGES = ("forward", "covariance", "decomposition", "attaching")
+_LIBRARIES = ("torch", "transformers", "peft")
+_EMPTY = "–"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
+    """A table whose first `text` columns are aligned left, the others right."""
+    rules = ["---"] * text + ["---:"] * (len(header) - text)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+
+
+def notes(*sentences: str) -> str:
+    """What stands below a table."""
+    return "\n\n" + textwrap.fill(" ".join(sentences), _WIDTH, break_long_words=False)
+
+
+def measured_on(*results: Results) -> str:
+    """A sentence for each machine that the results were made on."""
+    lines = []
+    for each in results:
+        about = each["environment"]
+        versions = ", ".join(f"{name} {about['versions'][name]}" for name in _LIBRARIES)
+        where = about["machine"]
+        if about["device"] != "cpu":
+            where += f", {about['device']}"
+        lines.append(f"Measured on {where}, {about['threads']} threads; {versions}.")
+    return " ".join(dict.fromkeys(lines))
+
+
+def speed(covariance: Results, svd: Results, accuracy: Results, pipeline: Results) -> str:
+    """What a reader wants to know first: here against the baseline, with the errors of both."""
+    rows = [*_widest_covariance(covariance), *_whole_model(svd, accuracy), *_adapter(pipeline)]
+    header = ("", "baseline", "error", "here", "error", "times as fast")
+    about = [
+        f"{svd['rows'][0]['case']}.",
+        "Errors are against float64: of the covariance; of B A, IPM; of the tail's norm over the "
+        "least possible, KPM; the worst of all layers here, of a sample of them for PEFT.",
+        measured_on(covariance, svd, pipeline),
+    ]
+    if calibration := covariance.get("calibration"):
+        about.append(
+            f"Calibration takes {calibration['ratio']:.2f} times as long as the bare forward pass."
+        )
+    return markdown(header, rows) + notes(*about)
+
+
+def _widest_covariance(results: Results) -> list[list[str]]:
+    cases = [row for row in results["syrk"] if row["dtype"] == "float32"]
+    widest = max(row["channels"] for row in cases)
+    found = {row["backend"]: row for row in cases if row["channels"] == widest}
+    base = found["addmm"]
+    if "cpu" not in found:
+        return []
+    return [
+        [
+            f"covariance of {base['tokens']} × {widest}, with statistics",
+            f"torch.addmm {seconds(base['timing'])}",
+            relative(base["error"]),
+            seconds(found["cpu"]["timing"]),
+            relative(found["cpu"]["error"]),
+            ratio(found["cpu"]["speedup"]),
+        ]
+    ]
+
+
+def _whole_model(results: Results, accuracy: Results) -> list[list[str]]:
+    found = {(row["method"], row["which"]): row for row in results["rows"]}
+    damped = next((run for run in accuracy["runs"] if run["damping"]), None)
+    rows = []
+    for which, mode in _MODE.items():
+        peft, ours = found["published", which], found["ours", which]
+        error = ours["error"]
+        if damped:  # of all layers rather than of a sample; None where one was not finite
+            worst = damped["top" if which == "largest" else "energy"]
+            error = max(error or 0, math.inf if worst is None else worst)
+        rows.append(
+            [
+                f"{mode}: decomposition of {ours['layers']} layers, r = {ours['rank']}",
+                f"PEFT {seconds(peft['timing'])}",
+                end_error(which, peft["error"]),
+                seconds(ours["timing"]),
+                end_error(which, error),
+                ratio(ours["speedup"]),
+            ]
+        )
+    return rows
+
+
+def _adapter(results: Results) -> list[list[str]]:
+    found = {row["name"]: row for row in results["pipeline"]}
+    peft, ours = found["peft"], found["init_corda"]
+    task = results["task"]
+    return [
+        [
+            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter",
+            f"PEFT {peft['seconds']:.1f} s, {mebibytes(peft['growth'])}",
+            _EMPTY,
+            f"{ours['seconds']:.1f} s, {mebibytes(ours['growth'])}",
+            _EMPTY,
+            ratio(peft["seconds"] / ours["seconds"]),
+        ]
+    ]
+
+
+def covariances(*results: Results) -> str:
+    """C += XᵀX of every backend."""
+    rows = [
+        [
+            f"{row['tokens']} × {row['channels']} {row['dtype']}",
+            _CALLED.get(row["backend"], row["backend"]),
+            seconds(row["timing"]),
+            ratio(row["speedup"]),
+            share(row["ceiling"]),
+            relative(row["error"]),
+        ]
+        for each in results
+        for row in each["syrk"]
+    ]
+    header = ("tokens × channels", "", "median", "× torch.addmm", "of GEMM's rate", "error")
+    calibrations = [
+        f"Calibration of {model_name(timed['model'])} on {timed['tokens']} tokens: "
+        f"{timed['calibration']['p50']:.1f} s, the bare forward pass {timed['forward']['p50']:.1f} "
+        f"s, ratio {timed['ratio']:.2f}."
+        for each in results
+        if (timed := each.get("calibration"))
+    ]
+    return markdown(header, rows, text=2) + notes(measured_on(*results), *calibrations)
+
+
+def decompositions(*results: Results) -> str:
+    """Both ends by every method; a method whose error is too large has no speed."""
+    rows = [
+        [
+            f"{row['case']}, r = {row['rank']}",
+            _MODE[row["which"]],
+            _CALLED.get(row["method"], row["method"]),
+            seconds(row["timing"]),
+            ratio(row["speedup"]),
+            end_error(row["which"], row["error"]) + ("" if row["passed"] else ", wrong"),
+        ]
+        for each in results
+        for row in each["rows"]
+    ]
+    memory = [
+        f"{grown['case']} {_MODE[grown['which']]} {mebibytes(grown['grown'])}"
+        for each in results
+        for grown in each["memory"]
+    ]
+    header = ("layers", "end", "", "seconds", "× PEFT", "error")
+    about = [measured_on(*results)]
+    if memory:
+        about.append(f"Memory beyond the inputs: {', '.join(memory)}.")
+    return markdown(header, rows, text=3) + notes(*about)
+
+
+def accuracies(results: Results) -> str:
+    """The worst layer of a model, with and without damping."""
+    rows = [
+        [
+            f"{run['damping']:g}",
+            f"{run['condition'][0]:.0e} to {run['condition'][1]:.0e}",
+            *(
+                "not finite" if run[key] is None else end_error(which, run[key])
+                for key, which in (("top", "largest"), ("energy", "smallest"))
+            ),
+            _EMPTY if run["bottom"] is None else relative(run["bottom"]),
+        ]
+        for run in results["runs"]
+    ]
+    header = (
+        "damping",
+        "cond(WC)",
+        "IPM, error of B A",
+        "KPM, tail",
+        f"KPM, error of B A at gaps of {results['least_gap']:.0%}",
+    )
+    layers = {len(run["layers"]) for run in results["runs"]}
+    model = model_name(results["model"])
+    about = f"The worst of {max(layers)} layers of {model}, r = {results['rank']}."
+    return markdown(header, rows) + notes(about, measured_on(results))
+
+
+def reconstructions(*results: Results) -> str:
+    """B A by the published formula, by an inverse of C and by projection, in two precisions."""
+    parts = []
+    for each in results:
+        (first, *_), *_ = each["errors"].values()
+        columns = [
+            (dtype, method)
+            for dtype, found in next(iter(first.values())).items()
+            for method in found
+        ]
+        rows = [
+            [f"{end}, {name}", *(_spread([one[end][a][b] for one in layers]) for a, b in columns)]
+            for end in first
+            for name, layers in each["errors"].items()
+        ]
+        header = ("", *(f"{dtype} {method}" for dtype, method in columns))
+        parts.append(markdown(header, rows) + notes(f"{each['title']}.", measured_on(each)))
+    return "\n\n".join(parts)
+
+
+def _spread(errors: Sequence[float | None]) -> str:
+    """The median and, of more than one, the worst."""
+    known = [math.nan if error is None else error for error in errors]
+    worst = f" ({max(known):.0e})" if len(known) > 1 else ""
+    return f"{statistics.median(known):.0e}{worst}"
+
+
+def pipelines(*results: Results) -> str:
+    """From tokens to the adapter, by stage."""
+    rows = []
+    for each in results:
+        peft = next((row for row in each["pipeline"] if row["name"] == "peft"), None)
+        for row in each["pipeline"]:
+            name = _CALLED.get(row["name"], row["name"])
+            if not row["passed"]:
+                rows.append([name, "computes something else: no speed", *[_EMPTY] * 8])
+                continue
+            stages = row.get("stages") or {"forward": row["forward"]}
+            cells = [f"{stages[stage]:.1f}" if stage in stages else _EMPTY for stage in _STAGES]
+            faster, growth = _EMPTY, _EMPTY
+            if peft:
+                faster = ratio(peft["seconds"] / row["seconds"])
+                growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else _EMPTY
+            overlap = _EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
+            memory = [mebibytes(row["growth"]), growth]
+            rows.append([name, f"{row['seconds']:.1f}", *cells, faster, *memory, overlap])
+    header = ("", "seconds", *_STAGES, "× PEFT", "memory", "× PEFT", "overlap")
+    tasks = [
+        f"{model_name(task['model'])}, {task['mode'].upper()}, rank {task['rank']}, "
+        f"{task['tokens']} tokens."
+        for task in (each["task"] for each in results)
+    ]
+    return markdown(header, rows) + notes(*tasks, measured_on(*results))
+
+
+def end_to_end(results: Results) -> str:
+    """A random model of a large shape, part by part."""
+    rows = [
+        [part, f"{found['seconds']:.1f} s", mebibytes(found["growth"])]
+        for part, found in results["parts"].items()
+    ]
+    return markdown(("", "seconds", "memory beyond the weights"), rows) + notes(
+        f"{results['layers']} layers of width {results['hidden']} in {results['dtype']}, "
+        f"{mebibytes(results['weight_bytes'])} of random weights; {results['tokens']} tokens; "
+        f"{results['mode'].upper()}, rank {results['rank']}; covariances "
+        f"{mebibytes(results['covariance_bytes'])}, {results['way']}.",
+        measured_on(results),
+    )
+
+
+def selections(results: Results) -> str:
+    """Candidates scored and a budget shared out, against the procedure as it is written down."""
+    literal = sum(results["literal"])
+    total = literal + results["loop"]
+    spent = results["selection"] + results["allocation"]
+    rows = [
+        ["scores of all candidates", f"{literal:.1f} s", f"{results['selection']:.1f} s"],
+        [
+            "ranks; here with the spectra of the chosen ones",
+            f"{results['loop']:.1f} s",
+            f"{results['allocation']:.1f} s",
+        ],
+        ["both", f"{total:.1f} s", f"{spent:.1f} s"],
+    ]
+    header = ("", "full SVDs in float64, filtering one by one", "corda_kernels")
+    layers = len(results["ranks"])
+    return markdown(header, rows) + notes(
+        f"{ratio(results['ratio'])} times as fast. {results['right']} of {layers} layers have the "
+        f"literal winner, scores differ by at most {relative(results['error'])}.",
+        measured_on(results),
+    )
+
+
+def model_name(source: str) -> str:
+    """The last part of a folder or hub id: where it lay is nobody's business."""
+    return source.rstrip("/").rpartition("/")[2]
+
+
+def seconds(timing: dict[str, float] | None) -> str:
+    """The median; nothing of what is wrong."""
+    if timing is None:
+        return _EMPTY
+    value = timing["p50"]
+    return f"{value:.1f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
+
+
+def ratio(value: float | None) -> str:
+    return _EMPTY if value is None else f"{value:.2f}"
+
+
+def share(value: float | None) -> str:
+    return _EMPTY if value is None else f"{value:.0%}"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / _MIB:,.0f} MiB"
+
+
+def relative(error: float | None) -> str:
+    return "not checked" if error is None else f"{error:.1e}"
+
+
+def end_error(which: str, error: float | None) -> str:
+    """Of B A for the largest; for the smallest the norm of the tail over the least possible."""
+    if error is None or which == "largest":
+        return relative(error)
+    return f"1 + {error - 1:.1e}"

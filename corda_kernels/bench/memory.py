@@ -1,0 +1,60 @@
+"""The most memory that was in use: by this process on a CPU, from torch's allocator on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+_CPU = torch.device("cpu")
+
+
+def can_forget_peak(device: torch.device = _CPU) -> bool:
+    """Whether `forget_peak` does anything; of a process only Linux forgets it."""
+    return device.type == "cuda" or _RESET.exists()
+
+
+def forget_peak(device: torch.device = _CPU) -> None:
+    """Makes the peak what is in use now; loading a model may have taken more for a moment."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _RESET.write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device = _CPU) -> int:
+    """The most bytes in use since `forget_peak`, or since the process began where that is deaf.
+
+    On Linux from VmHWM: ru_maxrss starts at what the parent held when it made this process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    size = _status("VmHWM")
+    if size is not None:
+        return size
+    import resource  # not on Windows
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
+
+
+def used_bytes(device: torch.device = _CPU) -> int:
+    """Bytes in use now; the peak where the system tells no more than that."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    size = _status("VmRSS")
+    return peak_bytes() if size is None else size
+
+
+def _status(field: str) -> int | None:
+    """A size in Linux's account of this process, in bytes; None on other systems."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    return None

@@ -1,0 +1,205 @@
+"""Ways from tokens to an adapter: ours, and what PEFT offers, each timed by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["ipm", "kpm"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to initialise.
+
+    Attributes:
+        model: folder of the model.
+        batches: token ids (1, seq), for PEFT takes one sequence at a time.
+        mode: "ipm" or "kpm", where a contestant has them.
+        rank: of every layer.
+        device: where the model is.
+    """
+
+    model: str
+    batches: list[Tensor]
+    mode: Mode
+    rank: int
+    device: torch.device
+
+
+@dataclass
+class Stages:
+    """Seconds by stage.
+
+    Attributes:
+        device: is waited for at the end of each.
+        passes: forward passes over one batch each.
+        seconds: "calibration", the forward passes and the covariances that are made on the way;
+            "decomposition", with the forward passes where those are one with it; "attaching", the
+            adapter to the model. Only those that a contestant has.
+    """
+
+    device: torch.device
+    passes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Adds what happens inside to a stage."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def move(self, part: str, whole: str) -> None:
+        """Takes one stage, which was timed inside another, out of that."""
+        self.seconds[whole] -= self.seconds[part]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model at hand, and how to run it.
+
+    Attributes:
+        task: what to do.
+        model: loaded.
+        forward: runs the model on all batches.
+        folder: for a cache in PEFT's form, NAME.pt.
+    """
+
+    task: Task
+    model: Any
+    forward: Callable[[], None]
+    folder: Path
+
+
+def _lora(subject: Subject, initialisation: str, **options: Any) -> Any:
+    from peft import LoraConfig
+
+    from corda_kernels.models import target_linears
+
+    return LoraConfig(
+        r=subject.task.rank,
+        target_modules=list(target_linears(subject.model)),
+        init_lora_weights=initialisation,
+        **options,
+    )
+
+
+def _corda(
+    name: str, preprocess: Callable[..., None], subject: Subject, stages: Stages
+) -> nn.Module:
+    """PEFT's two calls: `preprocess_corda`, whoever's, and `get_peft_model`."""
+    from peft import get_peft_model
+    from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+
+    cache = subject.folder / f"{name}.pt"
+    options = PeftCordaConfig(corda_method=subject.task.mode, cache_file=str(cache))
+    lora = _lora(subject, "corda", corda_config=options)
+
+    def forward() -> None:
+        with stages.clock("calibration"):
+            subject.forward()
+
+    with stages.clock("decomposition"):
+        preprocess(subject.model, lora, forward)
+    stages.move("calibration", "decomposition")
+    with stages.clock("attaching"):
+        adapted: nn.Module = get_peft_model(subject.model, lora)
+    return adapted
+
+
+def _peft(subject: Subject, stages: Stages) -> nn.Module:
+    """PEFT's own CorDA."""
+    from peft.tuners.lora.corda import preprocess_corda
+
+    return _corda("peft", preprocess_corda, subject, stages)
+
+
+def _patch_peft(subject: Subject, stages: Stages) -> nn.Module:
+    """The function that `patch_peft` puts in its place, with its numbers."""
+    from corda_kernels.integrations.peft import preprocess_corda
+
+    same = partial(preprocess_corda, normalize="peft", damping=0.01)
+    return _corda("patch_peft", same, subject, stages)
+
+
+def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
+    """What `init_corda` does, call by call."""
+    from corda_kernels.calibration import calibrate
+    from corda_kernels.initialization import attach
+    from corda_kernels.pipeline import CordaConfig, corda_adapter
+
+    task = subject.task
+    config = CordaConfig(task.mode, rank=task.rank, stability=False, progress=False)
+    with stages.clock("calibration"):
+        covariances = calibrate(subject.model, task.batches, progress=False)
+    with stages.clock("decomposition"):
+        adapter = corda_adapter(subject.model, covariances, config)
+        del covariances  # as init_corda does
+    with stages.clock("attaching"):
+        return attach(subject.model, adapter)
+
+
+def _pissa(subject: Subject, stages: Stages) -> nn.Module:
+    """PEFT's PiSSA: a full SVD of every weight, without any text, while it attaches."""
+    from peft import get_peft_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    original = LoraLayer.pissa_init
+
+    def timed(*arguments: Any) -> None:
+        with stages.clock("decomposition"):
+            original(*arguments)
+
+    stages.passes = 0
+    try:
+        LoraLayer.pissa_init = timed
+        with stages.clock("attaching"):
+            adapted: nn.Module = get_peft_model(subject.model, _lora(subject, "pissa"))
+    finally:
+        LoraLayer.pissa_init = original
+    stages.move("decomposition", "attaching")
+    return adapted
+
+
+def _eva(subject: Subject, stages: Stages) -> nn.Module:
+    """PEFT's EVA, with one rank for all layers: incremental SVDs of the inputs, pass by pass, until
+    all have converged, in as many passes as that takes."""
+    from peft import EvaConfig, get_peft_model
+    from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
+
+    stages.passes = 0
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        stages.passes += 1
+        model(**batch, use_cache=False)
+
+    loader = [{"input_ids": ids} for ids in subject.task.batches]
+    with stages.clock("attaching"):
+        lora = _lora(subject, "eva", eva_config=EvaConfig(rho=1.0))
+        # As PEFT advises for EVA.
+        adapted: nn.Module = get_peft_model(subject.model, lora, low_cpu_mem_usage=True)
+    with stages.clock("decomposition"):
+        found = get_eva_state_dict(adapted, loader, forward_fn=forward, show_progress_bar=False)
+    with stages.clock("attaching"):
+        initialize_lora_eva_weights(adapted, eva_state_dict=found)
+    return adapted
+
+
+METHODS: dict[str, Callable[[Subject, Stages], nn.Module]] = {
+    "peft": _peft,
+    "patch_peft": _patch_peft,
+    "init_corda": _init_corda,
+    "pissa": _pissa,
+    "eva": _eva,
+}

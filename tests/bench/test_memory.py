@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from corda_kernels.bench import memory
+
+SIZE = 256 << 20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_the_peak_is_that_since_it_was_forgotten() -> None:
+    torch.ones(SIZE // 4)
+    memory.forget_peak()
+    before = memory.peak_bytes()
+    assert memory.peak_bytes() - before < SIZE / 8
+    torch.ones(SIZE // 4)
+    assert SIZE * 0.9 < memory.peak_bytes() - before < SIZE * 1.2
+
+
+@linux
+def test_what_is_in_use_falls_again_and_the_peak_does_not() -> None:
+    before = memory.used_bytes()
+    kept = torch.ones(SIZE // 4)
+    assert SIZE * 0.9 < memory.used_bytes() - before < SIZE * 1.2
+    del kept
+    assert memory.used_bytes() - before < SIZE / 8
+    assert memory.peak_bytes() - before > SIZE * 0.9
+
+
+def test_a_system_without_proc_still_tells_the_peak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "_RESET", tmp_path / "absent" / "clear_refs")
+    assert not memory.can_forget_peak()
+    memory.forget_peak()
+    assert memory.peak_bytes() > 50 << 20
+    assert memory.used_bytes() == memory.peak_bytes()
