@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 import tempfile
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import CordaError
+from corda_kernels.usage import peak_bytes
 
 CONTESTANTS = ("peft", "patch_peft", "init_corda")
 
@@ -154,9 +154,9 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
     runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
     _forget_peak()
     bare = _timed(forward)
-    before = _peak()
+    before = peak_bytes() or 0
     seconds = _timed(_contestant(name, model, task, forward, folder))
-    return PipelineRow(name, seconds, bare, max(0, _peak() - before))
+    return PipelineRow(name, seconds, bare, max(0, (peak_bytes() or 0) - before))
 
 
 def _contestant(
@@ -195,18 +195,3 @@ def _forget_peak() -> None:
     """Makes the peak what is in use now; loading the model may have taken more for a moment."""
     with contextlib.suppress(OSError):  # Linux only
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    """The most bytes that this process has held in memory.
-
-    On Linux from VmHWM: ru_maxrss starts at what the parent held when it made this process.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    import resource  # not on Windows
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size
