@@ -28,8 +28,9 @@ table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums
  overflow-wrap:normal}
 caption{text-align:left;padding:.4rem .5rem;color:#555}
 th,td{padding:.15rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid #eee}
-tbody th,thead th:first-child{text-align:left;font-weight:400}
-thead th{background:#f4f4f4;border-bottom:1px solid #999;font-weight:600}
+tbody th,thead th:first-child{text-align:left;font-weight:400;position:sticky;left:0;
+ background:#fff}
+table thead th{background:#f4f4f4;border-bottom:1px solid #999;font-weight:600}
 abbr{text-decoration:none}
 .legend{font-size:.8rem;color:#444;columns:18rem;padding:0 .5rem 0 1.4rem;margin:.6rem 0}
 footer{margin:2rem 0 .5rem;color:#555;font-size:.85rem}
@@ -42,6 +43,7 @@ footer{margin:2rem 0 .5rem;color:#555;font-size:.85rem}
  .scroll{overflow:visible;border:0}
  table{font-size:6pt}
  th,td{padding:.05rem .2rem}
+ tbody th,thead th:first-child{position:static}
  thead{display:table-header-group}
  tr{break-inside:avoid}
 }

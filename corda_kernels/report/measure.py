@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.decomposition import extreme_eigenvalues
+from corda_kernels.calibration.covariance import Group
+from corda_kernels.decomposition import extreme_eigenvalues, parallel_map
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.models import linear_weight
 from corda_kernels.pipeline.measured import measured_input, sampled_spectrum
@@ -33,17 +35,28 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
     Raises:
         DecompositionError: a covariance is not finite.
     """
-    found = []
-    for covariance, names in progress_bar(
-        covariances.groups(), description="spectra", unit="covariances", shown=progress
-    ):
-        note = measured_input(covariance, names)
-        try:
-            note |= _eigenvalues(covariance.matrix.double())
-        except DecompositionError as error:
-            raise DecompositionError(f"layer {names[0]}: {error}") from error
-        found.append(note)
-    return found
+    groups = covariances.groups()
+    small: list[Group] = []
+    large: list[Group] = []
+    for group in groups:
+        matrix = group[0].matrix
+        beside = matrix.device.type == "cpu" and len(matrix) <= _DENSE_SIZE
+        (small if beside else large).append(group)
+    found: dict[str, dict[str, Any]] = {}
+    bar = progress_bar(description="spectra", unit="covariances", shown=progress, total=len(groups))
+    with bar:
+        for note in chain(parallel_map(_measured, small), map(_measured, large)):
+            found[note["layers"][0]] = note
+            bar.update()
+    return [found[names[0]] for _, names in groups]
+
+
+def _measured(group: Group) -> dict[str, Any]:
+    covariance, names = group
+    try:
+        return measured_input(covariance, names) | _eigenvalues(covariance.matrix.double())
+    except DecompositionError as error:
+        raise DecompositionError(f"layer {names[0]}: {error}") from error
 
 
 @torch.no_grad()

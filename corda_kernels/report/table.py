@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from corda_kernels.report.content import Input, Report
 from corda_kernels.report.text import escaped, short
 
-_LONGEST_NAME = 60
+_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
