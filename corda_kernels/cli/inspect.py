@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corda_kernels.cli import options
-from corda_kernels.errors import CordaError
+from corda_kernels.errors import ConfigError, CordaError
 
 if TYPE_CHECKING:
-    from corda_kernels.calibration import Covariance
+    from corda_kernels.calibration import CovarianceSet
     from corda_kernels.planning import Selection, Stability
 
 _STABILITY_COLUMNS = ("top", "bottom", "verdict")
@@ -24,29 +24,48 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A covariance file or an adapter folder.")
     ],
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE", help="Also write a page with figures.")
+    ] = None,
+    cov: Annotated[
+        Path | None,
+        typer.Option(help="On an adapter's page also show its covariances, from `calibrate`."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="On the page also show whole spectra of W·C, of this model's layers."),
+    ] = None,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
+    if html is None and (cov or model):
+        raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
+    if cov is not None and not file.is_dir():
+        raise ConfigError(f"{file} is no adapter folder: --cov shows an adapter's covariances")
+    if model is not None and cov is None and file.is_dir():
+        raise ConfigError("the spectra of W·C take the covariances too: give --cov as well")
+    if html is not None:
+        from corda_kernels.files import check_output
+        from corda_kernels.report import check_matplotlib
+
+        check_matplotlib()
+        check_output(html)
     if file.is_dir():
-        _inspect_adapter(file)
+        _inspect_adapter(file, html, cov, model)
     else:
-        _inspect_covariances(file)
+        _inspect_covariances(file, html, model)
 
 
-def _inspect_covariances(file: Path) -> None:
+def _inspect_covariances(file: Path, html: Path | None, model: str | None) -> None:
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.progress import progress_bar
+    from corda_kernels.report import measure_inputs
 
     covariances = CovarianceSet.load(file)
     provenance = dict(covariances.provenance)
     stability = _stability(provenance.pop("stability", None))
     selection = _selection(provenance.pop("selection", None))
-    cells: dict[str, list[str]] = {}
-    for covariance, names in progress_bar(
-        covariances.groups(), description="spectra", unit="covariances"
-    ):
-        described = _describe(covariance)
-        cells.update(dict.fromkeys(names, described))
-    typer.echo(f"{file}: {len(covariances)} layers, {len(covariances.groups())} covariances")
+    inputs = measure_inputs(covariances)
+    cells = {name: _describe(entry) for entry in inputs for name in entry["layers"]}
+    typer.echo(f"{file}: {len(covariances)} layers, {len(inputs)} covariances")
     _print_notes(provenance)
     _print_table(
         ("layer", "tokens", "in", "condition", "eff. rank", "head", "tail", "outliers"),
@@ -61,30 +80,44 @@ def _inspect_covariances(file: Path) -> None:
     for name, reason in covariances.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     _print_verdict(stability, selection)
+    if html is not None:
+        from corda_kernels.report import DAMPING, covariance_report, write_page
+
+        spectra = _spectra(model, covariances, DAMPING)
+        write_page(covariance_report(file.name, covariances, inputs=inputs, spectra=spectra), html)
+        typer.echo(f"{html}: the same with figures")
 
 
-def _describe(covariance: Covariance) -> list[str]:
-    from corda_kernels.decomposition import extreme_eigenvalues
-    from corda_kernels.errors import DecompositionError
+def _spectra(
+    model: str | None, covariances: CovarianceSet, damping: float
+) -> dict[str, dict[str, Any]] | None:
+    """Those of W·C of a model's layers, computed on a GPU if there is one."""
+    from corda_kernels.models import target_linears
+    from corda_kernels.report import measure_spectra
 
-    matrix = covariance.matrix.double()
-    channels = matrix.shape[0]
-    mean = float(matrix.diagonal().mean())
-    effective = float((mean * channels) ** 2 / matrix.square().sum()) if mean else 0.0
-    outliers = int((covariance.outlier_count > 0).sum())
-    try:
-        largest, smallest = (float(value) for value in extreme_eigenvalues(matrix))
-        spectrum = [f"{largest / smallest:.1e}", f"{effective:.1f}"]
-        spectrum += [f"{largest / mean:.1e}", f"{smallest / mean:.1e}"]
-    except DecompositionError:
-        spectrum = ["singular", f"{effective:.1f}", "", "0"]
-    return [str(covariance.tokens), str(channels), *spectrum, str(outliers)]
+    if model is None:
+        return None
+    modules = target_linears(options.load(model, None, "auto"))
+    return measure_spectra(modules, covariances, damping=damping)
 
 
-def _inspect_adapter(folder: Path) -> None:
+def _describe(entry: Mapping[str, Any]) -> list[str]:
+    if entry.get("smallest"):
+        largest, smallest = entry["largest"], entry["smallest"]
+        spectrum = [f"{largest / smallest:.1e}", f"{entry['effective_rank']:.1f}"]
+        spectrum += [f"{largest:.1e}", f"{smallest:.1e}"]
+    else:
+        spectrum = ["singular", f"{entry['effective_rank']:.1f}", "", "0"]
+    return [str(entry["tokens"]), str(entry["channels"]), *spectrum, str(entry["outliers"])]
+
+
+def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, model: str | None) -> None:
+    from corda_kernels.calibration import CovarianceSet
     from corda_kernels.initialization import read_adapter
 
-    record = read_adapter(folder).record
+    adapter = read_adapter(folder)
+    record = adapter.record
+    covariances = None if cov is None else CovarianceSet.load(cov)
     typer.echo(
         f"{folder}: {record.mode.upper()} adapter of {options.describe_ranks(record)} for "
         f"{len(record.layers)} layers of {record.base_name} (balance {record.balance}, "
@@ -103,6 +136,21 @@ def _inspect_adapter(folder: Path) -> None:
     header = ("layer", "tokens", "rank", "σ max", "σ min", "scaling")
     _print_table(header, rows, stability, selection)
     _print_verdict(stability, selection)
+    if html is not None:
+        from corda_kernels.report import (
+            adapter_report,
+            measure_inputs,
+            with_covariances,
+            write_page,
+        )
+
+        with _unaltered("the run"):
+            report = adapter_report(folder.resolve().name, adapter)
+        if covariances is not None:
+            spectra = _spectra(model, covariances, report.damping)
+            report = with_covariances(report, measure_inputs(covariances), spectra)
+        write_page(report, html)
+        typer.echo(f"{html}: the same with figures")
 
 
 def _layer_row(layer: Mapping[str, Any]) -> list[str]:

@@ -16,9 +16,13 @@ from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.models import is_linear, linear_weight, weights_at_hand
 
-FORMAT = "corda_kernels.adapter/2"
+FORMAT = "corda_kernels.adapter/3"
 # Fields that earlier formats lack, with what their absence means.
-_SINCE: dict[str, dict[str, Any]] = {"corda_kernels.adapter/1": {"allocation": {}}, FORMAT: {}}
+_SINCE: dict[str, dict[str, Any]] = {
+    "corda_kernels.adapter/1": {"allocation": {}, "measured": {}},
+    "corda_kernels.adapter/2": {"measured": {}},
+    FORMAT: {},
+}
 
 # What the fields of corda.json may hold.
 _RECORD_FIELDS: dict[str, tuple[type, ...]] = {
@@ -33,6 +37,7 @@ _RECORD_FIELDS: dict[str, tuple[type, ...]] = {
     "layers": (dict,),
     "allocation": (dict,),
     "stability": (dict,),
+    "measured": (dict,),
     "versions": (dict,),
     "initial_sha256": (str,),
     "format": (str,),
@@ -138,6 +143,10 @@ class AdapterRecord:
         allocation: how a budget was shared out: `budget` and `spent` in adapter parameters,
             `condition`, and `ranks` by layer, 0 for layers without an adapter; {} without a budget.
         stability: how well the two halves of the calibration text agree, by layer.
+        measured: what a report shows of the run that made it, see `pipeline/measured.py`: `layers`
+            (by name: shape and spectrum), `inputs` (channel statistics), `seconds` by stage and
+            `peak_bytes` by device; {} where nothing was measured. Two runs that make the same
+            adapter take different times: it does not count when records are compared.
         versions: of the libraries involved.
         initial_sha256: checksum of all initial factors.
         format: of this file.
@@ -154,6 +163,7 @@ class AdapterRecord:
     layers: dict[str, dict[str, Any]]
     allocation: dict[str, Any] = field(default_factory=dict)
     stability: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict, compare=False)
     versions: dict[str, str] = field(default_factory=dict)
     initial_sha256: str = ""
     format: str = FORMAT

@@ -26,7 +26,9 @@ from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, plan
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.layers import layer_adapters
+from corda_kernels.pipeline.measured import measured_input, measured_layers, measured_run
 from corda_kernels.pipeline.stages import covariance_stages, united_provenance
+from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
 
 if TYPE_CHECKING:
@@ -94,20 +96,30 @@ def corda_adapter(
     allocation: dict[str, Any] = {}
     provenances: list[dict[str, Any]] = []
     short: dict[str, tuple[int, int]] = {}
-    for covariances in _stages(model, modules, data, config, domain):
+    measured: dict[str, dict[str, Any]] = {}
+    inputs: list[dict[str, Any]] = []
+    clock = Stopwatch()
+    for covariances in _stages(model, modules, data, config, domain, clock):
         short |= _rank_deficient(covariances)
         covered = _covered(modules, covariances)
-        planned, allocation = planned_ranks(model, covered, covariances, config)
+        planned, allocation, spectra = planned_ranks(model, covered, covariances, config, clock)
         adapted = {name: module for name, module in covered.items() if planned[name]}
         share = ranks.share_layers(adapted)
-        found = layer_adapters(
-            share, covariances, planned, config, progress=config.progress and ranks.rank == 0
-        )
-        if ranks.size > 1:
-            found = {name: (layer.cpu(), note) for name, (layer, note) in found.items()}
-        for made in ranks.gather(found):
-            layers |= {name: layer for name, (layer, _) in made.items()}
-            notes |= {name: note for name, (_, note) in made.items()}
+        with clock.stage("decomposition"):
+            found = layer_adapters(
+                share, covariances, planned, config, progress=config.progress and ranks.rank == 0
+            )
+            if ranks.size > 1:
+                found = {
+                    name: (layer.cpu(), note, part) for name, (layer, note, part) in found.items()
+                }
+            parts: dict[str, dict[str, Any]] = {}
+            for made in ranks.gather(found):
+                layers |= {name: layer for name, (layer, _, _) in made.items()}
+                notes |= {name: note for name, (_, note, _) in made.items()}
+                parts |= {name: part for name, (_, _, part) in made.items()}
+        measured |= measured_layers(layer_shapes(covered), parts, spectra, config.condition)
+        inputs += [measured_input(covariance, names) for covariance, names in covariances.groups()]
         provenances.append(covariances.provenance)
         del covariances  # before the next ones are made
     _warn_rank_deficient(short, config.damping)
@@ -125,6 +137,7 @@ def corda_adapter(
         calibration=calibration,
         layers={name: notes[name] for name in layers},
         allocation=allocation,
+        measured=measured_run(measured, inputs, clock),
         versions=library_versions(),
     )
     adapter = Adapter(layers, record)
@@ -138,6 +151,7 @@ def _stages(
     data: Iterable[Batch] | CovarianceSet,
     config: CordaConfig,
     domain: str,
+    clock: Stopwatch,
 ) -> Iterator[CovarianceSet]:
     """The covariances that the adapter is made of, at once or in pieces."""
     if isinstance(data, CovarianceSet):
@@ -159,6 +173,7 @@ def _stages(
         all_at_once=config.budget is not None,
         distributed=config.distributed,
         progress=config.progress,
+        clock=clock,
     )
 
 

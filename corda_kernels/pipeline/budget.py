@@ -12,7 +12,8 @@ from corda_kernels.errors import RankError
 from corda_kernels.models import linear_weight
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.planning import allocate_ranks, layer_spectra, parse_budget, uniform_budget
-from corda_kernels.planning.compactness import SCORING_DAMPING
+from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum
+from corda_kernels.usage import Stopwatch
 
 
 def planned_ranks(
@@ -20,34 +21,36 @@ def planned_ranks(
     modules: Mapping[str, nn.Module],
     covariances: CovarianceSet,
     config: CordaConfig,
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """The rank of each layer, and what to note of how a budget was shared out.
+    clock: Stopwatch,
+) -> tuple[dict[str, int], dict[str, Any], dict[str, LayerSpectrum]]:
+    """The rank of each layer, what to note of how a budget was shared out, and by which spectra.
 
     Raises:
         RankError: the budget does not pay for a single component.
     """
     if config.budget is None:
-        return dict.fromkeys(modules, config.rank), {}
+        return dict.fromkeys(modules, config.rank), {}, {}
     shapes = layer_shapes(modules)
     budget = adapter_parameters(model, modules, config)
-    spectra = layer_spectra(
-        modules,
-        covariances,
-        damping=config.damping or SCORING_DAMPING,
-        condition=config.condition,
-        distributed=config.distributed,
-        progress=config.progress,
-    )
-    ranks = allocate_ranks(
-        {name: spectrum.singular_values for name, spectrum in spectra.items()},
-        {name: spectrum.log_condition for name, spectrum in spectra.items()},
-        shapes,
-        budget=budget,
-        mode=config.mode,
-        min_rank=config.min_rank,
-        max_rank=config.max_rank,
-        rank_multiple=config.rank_multiple,
-    )
+    with clock.stage("allocation"):
+        spectra = layer_spectra(
+            modules,
+            covariances,
+            damping=config.damping or SCORING_DAMPING,
+            condition=config.condition,
+            distributed=config.distributed,
+            progress=config.progress,
+        )
+        ranks = allocate_ranks(
+            {name: spectrum.singular_values for name, spectrum in spectra.items()},
+            {name: spectrum.log_condition for name, spectrum in spectra.items()},
+            shapes,
+            budget=budget,
+            mode=config.mode,
+            min_rank=config.min_rank,
+            max_rank=config.max_rank,
+            rank_multiple=config.rank_multiple,
+        )
     spent = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
     if not spent:
         raise RankError(
@@ -55,12 +58,13 @@ def planned_ranks(
             "that is first in line: raise the budget, or write it as the rank it would hold in all "
             "layers (r=8)"
         )
-    return ranks, {
+    allocation = {
         "budget": budget,
         "spent": spent,
         "condition": config.condition,
         "ranks": ranks,
     }
+    return ranks, allocation, spectra
 
 
 def adapter_parameters(

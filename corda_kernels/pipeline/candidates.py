@@ -15,6 +15,7 @@ from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.planning import select_covariance
 from corda_kernels.planning.compactness import SCORING_DAMPING, Condition
 from corda_kernels.planning.selection import Method
+from corda_kernels.usage import Stopwatch
 
 # What candidates are a sample of where their maker has no name for it.
 GIVEN = "the given batches"
@@ -34,6 +35,7 @@ def calibrate_candidates(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    clock: Stopwatch | None = None,
 ) -> CovarianceSet:
     """Deals batches out to candidates and selects among those; see `select_covariance`.
 
@@ -50,6 +52,7 @@ def calibrate_candidates(
         checkpoint: see `calibrate`; each candidate keeps its own part of it.
         distributed: see `calibrate`; the ranks share the scoring too.
         progress: whether to show progress bars.
+        clock: takes the time of the stages "calibration" and "selection".
 
     Raises:
         ConfigError: there are fewer batches than candidates.
@@ -58,30 +61,33 @@ def calibrate_candidates(
     batches = list(batches)
     check_candidates(batches, candidates)
     kept = [None] * candidates if checkpoint is None else checkpoint.parts(candidates)
+    clock = clock or Stopwatch()
 
     def candidate(index: int) -> CovarianceSet:
-        return calibrate_part(
+        with clock.stage("calibration"):
+            return calibrate_part(
+                model,
+                batches,
+                index,
+                candidates,
+                targets=targets,
+                checkpoint=kept[index],
+                distributed=distributed,
+                progress=progress,
+            )
+
+    with clock.stage("selection"):
+        return selected(
             model,
-            batches,
-            index,
-            candidates,
-            targets=targets,
-            checkpoint=kept[index],
+            (partial(candidate, index) for index in range(candidates)),
+            selection=selection,
+            condition=condition,
+            damping=damping,
+            domain=domain,
+            state=state,
             distributed=distributed,
             progress=progress,
         )
-
-    return selected(
-        model,
-        (partial(candidate, index) for index in range(candidates)),
-        selection=selection,
-        condition=condition,
-        damping=damping,
-        domain=domain,
-        state=state,
-        distributed=distributed,
-        progress=progress,
-    )
 
 
 def check_candidates(batches: Sequence[Batch], candidates: int) -> None:

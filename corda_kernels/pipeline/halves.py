@@ -16,6 +16,7 @@ from corda_kernels.errors import ConfigError
 from corda_kernels.models import weights_at_hand
 from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.planning import subspace_stability
+from corda_kernels.usage import Stopwatch
 
 
 def calibrate_halves(
@@ -29,6 +30,7 @@ def calibrate_halves(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    clock: Stopwatch | None = None,
 ) -> CovarianceSet:
     """Calibrates and finds out on the way whether there were enough samples.
 
@@ -42,6 +44,7 @@ def calibrate_halves(
         checkpoint: see `calibrate`; each half keeps its own part of it.
         distributed: see `calibrate`.
         progress: whether to show progress bars.
+        clock: takes the time of the stages "calibration" and "stability".
 
     Returns:
         The covariances over all batches, with `provenance["stability"]` (see `Stability`), which
@@ -51,19 +54,22 @@ def calibrate_halves(
     count = half_count(batches, rank)
     kept = [None] * count if checkpoint is None else checkpoint.parts(count)
     options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
-    halves = [
-        calibrate_part(model, batches, half, count, checkpoint=kept[half], **options)
-        for half in range(count)
-    ]
-    return with_stability(
-        model,
-        halves,
-        rank=rank,
-        ends=ends,
-        damping=damping,
-        distributed=distributed,
-        progress=progress,
-    )
+    clock = clock or Stopwatch()
+    with clock.stage("calibration"):
+        halves = [
+            calibrate_part(model, batches, half, count, checkpoint=kept[half], **options)
+            for half in range(count)
+        ]
+    with clock.stage("stability"):
+        return with_stability(
+            model,
+            halves,
+            rank=rank,
+            ends=ends,
+            damping=damping,
+            distributed=distributed,
+            progress=progress,
+        )
 
 
 def half_count(batches: Sequence[Batch], rank: int | None) -> int:

@@ -16,6 +16,7 @@ from corda_kernels.errors import OutOfMemoryWarning
 from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
 from corda_kernels.models import linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
+from corda_kernels.pipeline.measured import sampled_spectrum
 from corda_kernels.progress import progress_bar
 
 
@@ -26,13 +27,15 @@ def layer_adapters(
     config: CordaConfig,
     *,
     progress: bool,
-) -> dict[str, tuple[LayerAdapter, dict[str, Any]]]:
-    """The adapter of every module, in the order in which they come, and what to note of it.
+) -> dict[str, tuple[LayerAdapter, dict[str, Any], dict[str, Any]]]:
+    """The adapter of every module, what to note of it, and its part of the spectrum, as JSON.
+
+    They are in the order in which they come.
 
     Raises:
         DecompositionError: a covariance is not finite.
     """
-    made: dict[str, tuple[LayerAdapter, dict[str, Any]]] = {}
+    made: dict[str, tuple[LayerAdapter, dict[str, Any], dict[str, Any]]] = {}
     bar = progress_bar(description="decomposing", unit="layers", shown=progress, total=len(modules))
     with bar:
         for together in _loaded_together(modules, covariances):
@@ -50,7 +53,9 @@ def layer_adapters(
                         "sigma_min": float(part.S[-1]),
                         "residual": float(part.residual),
                     }
-                    made[name] = (layer, note)
+                    whole = min(weights[name].shape)
+                    first = 0 if config.which == "largest" else whole - ranks[name]
+                    made[name] = (layer, note, sampled_spectrum(part.S, first, whole))
                     bar.update()
     return made
 

@@ -23,6 +23,7 @@ from corda_kernels.pipeline.halves import calibrate_halves, half_count, with_sta
 from corda_kernels.planning import Selection
 from corda_kernels.planning.compactness import Condition
 from corda_kernels.planning.selection import Method
+from corda_kernels.usage import Stopwatch
 
 
 def covariance_stages(
@@ -42,6 +43,7 @@ def covariance_stages(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    clock: Stopwatch | None = None,
 ) -> Iterator[CovarianceSet]:
     """Calibrates in one pass if all covariances fit into `memory_limit` bytes, else block by block.
 
@@ -62,6 +64,7 @@ def covariance_stages(
         checkpoint: see `calibrate` and `calibrate_blocks`.
         distributed: see `calibrate`.
         progress: whether to show progress bars.
+        clock: takes the time of the stages "calibration", "stability" and "selection".
 
     Yields:
         The covariances of all layers, or of each block in turn.
@@ -72,6 +75,7 @@ def covariance_stages(
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
     """
     batches = list(batches)
+    clock = clock or Stopwatch()
     if candidates > 1:
         check_candidates(batches, candidates)
         parts, sets = candidates, 2
@@ -88,7 +92,12 @@ def covariance_stages(
     }
     needed = 0 if memory_limit is None else sets * covariance_bytes(model, targets)
     if memory_limit is None or needed <= memory_limit:
-        options: Any = {"targets": targets, "checkpoint": checkpoint, "progress": progress}
+        options: Any = {
+            "targets": targets,
+            "checkpoint": checkpoint,
+            "progress": progress,
+            "clock": clock,
+        }
         if candidates > 1:
             options |= choosing
             yield calibrate_candidates(model, batches, candidates=candidates, **options)
@@ -101,7 +110,7 @@ def covariance_stages(
             f"hand at once: raise the memory limit to {needed} bytes ({format_bytes(needed)}), or "
             "give a rank instead"
         )
-    for made in calibrate_block_parts(
+    blocks = calibrate_block_parts(
         model,
         batches,
         parts=parts,
@@ -109,12 +118,15 @@ def covariance_stages(
         checkpoint=checkpoint,
         distributed=distributed,
         progress=progress,
-    ):
+    )
+    for made in clock.each("calibration", blocks):
         if candidates > 1:
             made.reverse()  # the first one is taken off first
-            stage = selected(model, [made.pop] * parts, **choosing, progress=False)
+            with clock.stage("selection"):
+                stage = selected(model, [made.pop] * parts, **choosing, progress=False)
         else:
-            stage = with_stability(model, made, **judging, progress=False)
+            with clock.stage("stability"):
+                stage = with_stability(model, made, **judging, progress=False)
             made.clear()
         yield stage
         del stage  # nothing of a block is left when the next one runs

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from corda_kernels.bench import svd, svd_memory, svd_methods
-from corda_kernels.bench.memory import can_forget_peak
 from corda_kernels.bench.svd_cases import Case, make_case, realistic_covariance
 from corda_kernels.bench.timing import measure
 from corda_kernels.cli import main
 from corda_kernels.errors import ConfigError
+from corda_kernels.memory import can_forget_peak
 
 CPU = torch.device("cpu")
 

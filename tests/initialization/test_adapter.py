@@ -76,7 +76,7 @@ def test_a_record_survives_json(calibrated: Calibrated) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "corda_kernels.adapter/3"}, "format 'corda_kernels.adapter/3'.*update"),
+        ({"format": "corda_kernels.adapter/4"}, "format 'corda_kernels.adapter/4'.*update"),
         ({"format": None}, "has format None"),
         ({"extra": 1}, "altered: field 'extra' is missing or unknown"),
         ({"base": ...}, "altered: field 'base' is missing or unknown"),

@@ -30,17 +30,31 @@ def forget_peak(device: torch.device = _CPU) -> None:
 def peak_bytes(device: torch.device = _CPU) -> int:
     """The most bytes in use since `forget_peak`, or since the process began where that is deaf.
 
-    On Linux from VmHWM: ru_maxrss starts at what the parent held when it made this process.
+    It is 0 where the system does not tell. On Linux it comes from VmHWM, for ru_maxrss starts at
+    what the parent held when it made this process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     size = _status("VmHWM")
     if size is not None:
         return size
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else 1024 * size
+
+
+def cuda_peak_bytes() -> dict[str, int]:
+    """The most bytes that torch has held on each GPU that this process uses, by device."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    peaks = {
+        f"cuda:{index}": torch.cuda.max_memory_allocated(index)
+        for index in range(torch.cuda.device_count())
+    }
+    return {device: peak for device, peak in peaks.items() if peak}
 
 
 def used_bytes(device: torch.device = _CPU) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corda_kernels.bench import memory
+from corda_kernels import memory
 
 SIZE = 256 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -41,3 +41,16 @@ def test_a_system_without_proc_still_tells_the_peak(
     memory.forget_peak()
     assert memory.peak_bytes() > 50 << 20
     assert memory.used_bytes() == memory.peak_bytes()
+
+
+def test_gpus_in_use_have_a_peak_each() -> None:
+    assert all(size > 0 for size in memory.cuda_peak_bytes().values())
+    assert torch.cuda.is_available() or memory.cuda_peak_bytes() == {}
+
+
+def test_a_system_that_does_not_tell_says_zero(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert memory.peak_bytes() == 0

@@ -1,0 +1,83 @@
+"""Spectra of covariances, against those of float64 matrices that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from corda_kernels import CovarianceSet, singular_values
+from corda_kernels.calibration import Covariance
+from corda_kernels.errors import CovarianceError, DecompositionError
+from corda_kernels.models import target_linears
+from corda_kernels.report import measure, measure_inputs, measure_spectra
+
+Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
+
+
+def covariance(eigenvalues: Tensor) -> Covariance:
+    """With these eigenvalues, in a random basis."""
+    channels = len(eigenvalues)
+    Q = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q
+    matrix = Q * eigenvalues @ Q.mT
+    counts = torch.zeros(channels, dtype=torch.int64)
+    return Covariance((matrix + matrix.mT) / 2, 99, 1, torch.ones(channels), counts, 6.0)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_spectra_are_relative_to_their_mean_and_in_the_sets_order(
+    monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
+    if not dense:
+        monkeypatch.setattr(measure, "_DENSE_SIZE", 4)
+    spectra = {
+        "b": torch.logspace(2, -4, 24, dtype=torch.float64),
+        "a": torch.linspace(5, 1, 12, dtype=torch.float64),
+    }
+    spectra["singular"] = torch.cat([spectra["a"], torch.zeros(4, dtype=torch.float64)])
+    found = measure_inputs(
+        CovarianceSet({name: covariance(values) for name, values in spectra.items()}),
+        progress=False,
+    )
+    assert [note["layers"] for note in found] == [[name] for name in spectra]
+    for note, values in zip(found, spectra.values(), strict=True):
+        values = values / values.mean()
+        assert note["largest"] == pytest.approx(float(values[0]), rel=0.01)
+        assert note["smallest"] == pytest.approx(float(values[-1]), rel=0.01)
+        effective = float(values.sum() ** 2 / values.square().sum())
+        assert note["effective_rank"] == pytest.approx(effective)
+        assert ("spectrum" in note) == dense
+        if dense:
+            expected = values[torch.tensor(note["spectrum"]["index"])]
+            assert note["spectrum"]["value"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-9)
+
+
+def test_a_covariance_of_zeros_has_no_spectrum() -> None:
+    (note,) = measure_inputs(CovarianceSet({"a": covariance(torch.zeros(5))}), progress=False)
+    assert note["effective_rank"] == 0
+    assert note.keys().isdisjoint({"largest", "smallest", "spectrum"})
+
+
+def test_what_is_not_finite_is_named() -> None:
+    broken = covariance(torch.ones(5))
+    broken.matrix[0, 1] = float("nan")
+    with pytest.raises(DecompositionError, match=r"layer a: .*NaN or Inf"):
+        measure_inputs(CovarianceSet({"a": broken}), progress=False)
+
+
+def test_products_are_those_of_the_damped_covariance(calibrated: Calibrated) -> None:
+    model, covariances = calibrated()
+    modules: dict[str, Any] = target_linears(model, ["q_proj", "down_proj"])
+    found = measure_spectra(modules, covariances, damping=0.01, progress=False)
+    assert found.keys() == modules.keys()
+    for name, note in found.items():
+        weight = modules[name].weight.detach()
+        values = singular_values(weight, covariances[name].matrix, damping=0.01)
+        expected = values[torch.tensor(note["spectrum"]["index"])].tolist()
+        assert note["shape"] == list(weight.shape)
+        assert note["spectrum"]["value"] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(CovarianceError, match="cover none of the model's layers"):
+        measure_spectra({"x": modules.popitem()[1]}, covariances, damping=0.01)
