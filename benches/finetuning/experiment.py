@@ -1,0 +1,248 @@
+"""An experiment in a folder: what all runs share, each run's file, and going on after a kill.
+
+settings.json         what was asked for; another experiment is not mixed into it
+base.json             measures of the model before any training
+runs/NAME.json        one run each
+.work/                covariances and locks, of no use afterwards
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corda_kernels import CovarianceSet, calibrate, load_model, load_tokenizer, token_batches
+from corda_kernels.bench.timing import environment
+from corda_kernels.data import help_topics
+from corda_kernels.errors import ConfigError, DataError
+from corda_kernels.files import write_json
+from corda_kernels.pipeline import calibrate_candidates
+
+from .claims import claim
+from .data import PROBLEM, QUESTION, plain_problems, problems, prose, read_records, training_batches
+from .measures import Examination, estimate, quiz
+from .methods import Mode, start
+from .profiles import Profile, Run
+from .training import train
+
+TRAIN, TEST = "gsm8k_train.jsonl", "gsm8k_test.jsonl"
+CALIBRATION, QUIZ = "nq_open_dev.jsonl", "nq_open_efficientqa_dev.jsonl"
+
+
+class Experiment:
+    """The runs of a profile on one model, in one folder."""
+
+    def __init__(
+        self, model: str, data: Path, folder: Path, name: str, profile: Profile, text: Path | None
+    ) -> None:
+        """Opens the folder, or begins one.
+
+        Args:
+            model: a folder, hub id or GGUF file.
+            data: the folder with the four files named above.
+            folder: of the results.
+            name: the profile's.
+            profile: the sizes.
+            text: prose to measure on; None for Python's help topics.
+
+        Raises:
+            DataError: a file is missing.
+            ConfigError: the folder holds another experiment.
+        """
+        missing = [file for file in (TRAIN, TEST, CALIBRATION, QUIZ) if not (data / file).is_file()]
+        if missing:
+            raise DataError(f"{data} lacks {', '.join(missing)}: see the beginning of finetune.py")
+        self.model, self.data, self.folder, self.text = model, data, folder, text
+        self.profile = profile
+        self.work = folder / ".work"
+        self.device = torch.device(profile.device)
+        settings = {
+            "profile": name,
+            "model": Path(model).name,
+            "text": "Python's help topics" if text is None else text.name,
+            **dataclasses.asdict(profile),
+        }
+        settings.pop("minutes")
+        settings = json.loads(json.dumps(settings))
+        file = folder / "settings.json"
+        with claim(self.work / "settings.lock", wait=True):
+            if not file.exists():
+                write_json(file, settings)
+            elif json.loads(file.read_text(encoding="utf-8")) != settings:
+                raise ConfigError(f"{folder} holds an experiment of other settings: give another")
+
+    def file(self, run: Run) -> Path:
+        """Where the result of a run is written."""
+        return self.folder / "runs" / f"{run.name}.json"
+
+    def go_on(self) -> None:
+        """Does all runs that are neither done nor being done by another process."""
+        started = time.monotonic()
+        for run in self.profile.runs():
+            limit = self.profile.minutes
+            if limit is not None and time.monotonic() - started > 60 * limit:
+                return
+            with claim(self.work / f"{run.name}.lock") as held:
+                if held and not self.file(run).exists():
+                    self.do(run)
+
+    def do(self, run: Run) -> None:
+        """Does one run and writes its file."""
+        base = self.base()
+        wall, cpu = time.perf_counter(), time.process_time()
+        model = start(
+            run.method,
+            load_model(self.model, dtype="float32", device=self.device),
+            rank=self.profile.rank,
+            seed=run.seed,
+            covariances=self.covariances,
+        )
+        started = time.perf_counter() - wall, time.process_time() - cpu
+        checkpoints: list[dict[str, Any]] = []
+
+        def measure(step: int) -> None:
+            if step in self.profile.checkpoints:
+                found = _measures(self.examination.take(model), base)
+                checkpoints.append({"step": step, **found})
+                shown = ", ".join(f"{key} {found[key]['mean']:.4f}" for key in base)
+                print(f"{run.name} step {step}: {shown}", flush=True)
+
+        batches = training_batches(
+            self.training_problems,
+            steps=self.profile.steps,
+            size=self.profile.batch_size,
+            seed=run.seed,
+        )
+        losses = train(model, batches, run.learning_rate, after_step=measure)
+        ranks = self.examination.rank(model)
+        spent = time.perf_counter() - wall, time.process_time() - cpu
+        write_json(
+            self.file(run),
+            {
+                "method": run.method.name,
+                "learning_rate": run.learning_rate,
+                "seed": run.seed,
+                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "training_loss": [round(loss, 6) for loss in losses],
+                "checkpoints": checkpoints,
+                "first": estimate((ranks == 0).double()),
+                "rank": estimate(1.0 + ranks),
+                "seconds": {
+                    "start": dict(zip(("wall", "cpu"), started, strict=True)),
+                    "run": dict(zip(("wall", "cpu"), spent, strict=True)),
+                },
+                "environment": environment(self.device),
+            },
+        )
+
+    def base(self) -> dict[str, Tensor]:
+        """The untouched model's measures, item by item; from their file if there is one."""
+        file = self.folder / "base.json"
+        with claim(self.work / "base.lock", wait=True):
+            if not file.exists():
+                model = load_model(self.model, dtype="float32", device=self.device)
+                items = self.examination.take(model)
+                ranks = self.examination.rank(model)
+                write_json(
+                    file,
+                    {name: estimate(values) for name, values in items.items()}
+                    | {"first": estimate((ranks == 0).double()), "rank": estimate(1.0 + ranks)}
+                    | {"items": {name: values.tolist() for name, values in items.items()}},
+                )
+            read = json.loads(file.read_text(encoding="utf-8"))["items"]
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in read.items()}
+
+    def covariances(self, mode: Mode, plus: bool) -> CovarianceSet:
+        """What CorDA, or CorDA++, starts from in a mode; the same for all runs."""
+        name = mode + "++" * plus
+        file = self.work / f"{name}.safetensors"
+        with claim(self.work / f"{name}.lock", wait=True):
+            if not file.exists():
+                count = self.profile.candidates if plus else 1
+                model = load_model(self.model, dtype="float32", device=self.device)
+                batches = token_batches(
+                    self._calibration_file(mode),
+                    load_tokenizer(self.model),
+                    samples=count * self.profile.samples,
+                    seq_len=self.profile.seq_len,
+                    template=PROBLEM if mode == "ipm" else QUESTION,
+                )
+                if plus:
+                    found = calibrate_candidates(model, batches, candidates=count, progress=False)
+                else:
+                    found = calibrate(model, batches, progress=False)
+                found.save(file)
+        return CovarianceSet.load(file)
+
+    def _calibration_file(self, mode: Mode) -> Path:
+        if mode == "kpm":
+            return self.data / CALIBRATION
+        return plain_problems(self.data / TRAIN, self.work / TRAIN)
+
+    @cached_property
+    def training_problems(self) -> list[Any]:
+        """The problems short enough to train on."""
+        return problems(
+            self.data / TRAIN,
+            load_tokenizer(self.model),
+            max_tokens=self.profile.max_tokens,
+            end=True,
+        )
+
+    @cached_property
+    def examination(self) -> Examination:
+        """What every model is measured on."""
+        tokenizer = load_tokenizer(self.model)
+        text = self.text or help_topics(self.work / "topics.txt")
+        size = self.profile
+        task = problems(self.data / TEST, tokenizer, max_tokens=size.max_tokens, end=False)
+        return Examination(
+            task[: size.problems],
+            quiz(
+                read_records(self.data / QUIZ),
+                tokenizer,
+                questions=size.questions,
+                shots=size.shots,
+            ),
+            prose(text, tokenizer, samples=size.texts, length=size.text_tokens),
+        )
+
+
+def _measures(found: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Each measure's mean, and its change since the base, paired item by item."""
+    measures = {}
+    for name, values in found.items():
+        change = estimate(values - base[name])
+        measures[name] = estimate(values) | {
+            "change": change["mean"],
+            "change_se": change["se"],
+        }
+    return measures
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """All that a folder's runs have found, as one JSON-like object, in the order of the runs.
+
+    Raises:
+        DataError: the folder holds no experiment.
+    """
+    try:
+        settings, base = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("settings.json", "base.json")
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no experiment: {error.filename} is missing") from error
+    base.pop("items")
+    names = (field.name for field in dataclasses.fields(Profile) if field.name in settings)
+    profile = Profile(**{name: settings[name] for name in names})
+    files = [folder / "runs" / f"{run.name}.json" for run in profile.runs()]
+    done = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return {"settings": settings, "base": base, "planned": len(files), "runs": done}

@@ -1,0 +1,139 @@
+"""Sizes of the experiment, and the order of its runs, any beginning of which is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .methods import METHODS, Method
+
+PLAIN = ("lora", "pissa", "kpm-paper", "kpm-even", "ipm-paper", "ipm-even")
+STEPS = ("kpm-even-lora", "ipm-even-lora")
+PLUS = ("kpm++-even", "ipm++-even", "kpm++-paper", "ipm++-paper")
+PLUS_STEPS = ("kpm++-even-lora", "ipm++-even-lora")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: Method
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its file's, without the ending."""
+        return f"{self.method.name}-lr{self.learning_rate:.0e}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large an experiment is.
+
+    Attributes:
+        methods: groups of methods; the grid of one group goes before the next group.
+        learning_rates: how many of each method's.
+        seeds: how many; each is another order of other problems.
+        rank: of the adapters.
+        steps: of training.
+        batch_size: problems a step.
+        max_tokens: of a problem; longer ones are left out.
+        checkpoints: steps after which the model is measured.
+        problems: measured.
+        questions: measured.
+        shots: answered questions before each.
+        texts: pieces of prose measured.
+        text_tokens: of each.
+        samples: calibration sequences of CorDA, and of each candidate of CorDA++.
+        seq_len: tokens of each.
+        candidates: of CorDA++.
+        device: where it runs.
+        minutes: after which no run is begun; None for no limit.
+    """
+
+    methods: tuple[tuple[str, ...], ...]
+    learning_rates: int
+    seeds: int
+    rank: int
+    steps: int
+    batch_size: int
+    max_tokens: int
+    checkpoints: tuple[int, ...]
+    problems: int
+    questions: int
+    shots: int
+    texts: int
+    text_tokens: int
+    samples: int
+    seq_len: int
+    candidates: int = 5
+    device: str = "cpu"
+    minutes: float | None = None
+
+    def runs(self) -> Iterator[Run]:
+        """All runs in order: seed by seed, and of a seed the first learning rates first."""
+        for group in self.methods:
+            for seed in range(self.seeds):
+                for index in range(self.learning_rates):
+                    for name in group:
+                        method = METHODS[name]
+                        yield Run(method, method.learning_rates[index], seed)
+
+
+PROFILES = {
+    "smoke": Profile(
+        methods=(PLAIN + STEPS + PLUS + PLUS_STEPS,),
+        learning_rates=1,
+        seeds=1,
+        rank=8,
+        steps=3,
+        batch_size=2,
+        max_tokens=96,
+        checkpoints=(1, 3),
+        problems=4,
+        questions=12,
+        shots=2,
+        texts=2,
+        text_tokens=32,
+        samples=2,
+        seq_len=64,
+        candidates=2,
+    ),
+    "cpu": Profile(
+        methods=(PLAIN, STEPS + PLUS),
+        learning_rates=2,
+        seeds=2,
+        rank=32,
+        steps=64,
+        batch_size=4,
+        max_tokens=160,
+        checkpoints=(4, 8, 16, 32, 64),
+        problems=64,
+        questions=96,
+        shots=8,
+        texts=8,
+        text_tokens=256,
+        samples=16,
+        seq_len=512,
+    ),
+    "gpu": Profile(
+        methods=(PLAIN + STEPS, PLUS + PLUS_STEPS),
+        learning_rates=3,
+        seeds=3,
+        rank=32,
+        steps=96,
+        batch_size=16,
+        max_tokens=192,
+        checkpoints=(6, 12, 24, 48, 96),
+        problems=256,
+        questions=256,
+        shots=8,
+        texts=32,
+        text_tokens=256,
+        samples=64,
+        seq_len=512,
+        device="cuda",
+        minutes=10,
+    ),
+}
