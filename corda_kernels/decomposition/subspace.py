@@ -4,7 +4,7 @@ The method finds the leading eigenvectors of a symmetric operator A = back ∘ h
 and back = M these are the left singular vectors of M for the largest σ. With half = L⁻¹ and
 back = L⁻ᵀ, L the triangular factor of M, A is (M Mᵀ)⁻¹, and they are those for the smallest. Both
 work on the left side alone: U obtained from V as M·V/σ would carry the error of V multiplied by
-σ₁/σ. The arithmetic should be float64.
+σ₁/σ. The arithmetic should be float64, but for a first draft.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Operator = Callable[[Tensor], Tensor]
 _FIRST_LOOK = (4, 2)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
-# Up to this multiple of the tolerated error one more block will probably do.
+# Up to this multiple of the tolerated error one more block, or application, will probably do.
 _NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
 # square: an eigenproblem's error is eps times the largest.
@@ -37,12 +37,13 @@ def leading_pairs(
     tolerance: float,
     least_gap: float,
     gain: float,
+    draft: tuple[Operator, Operator] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading left singular pairs of `back`, by block Lanczos iteration with restarts.
 
-    It stops on the Ritz residuals ρ = ‖A u − θ u‖/θ of the wanted pairs. The error of the subspace
-    is at most about the residual over the gap, (θ_r − θ_r+1)/θ_r; this quotient is held to the
-    tolerance. Within a cluster a subspace is as good as any other, so that small gaps do not count.
+    It stops on an error of the wanted Ritz vectors that is estimated from the residuals A u − θ u
+    of all Ritz vectors of the block, see `_error`. Within a cluster a subspace is as good as any
+    other, so that small gaps do not count.
 
     Args:
         half: X (*batch, n, k) → (*batch, m, k), the transpose of `back`.
@@ -53,6 +54,8 @@ def leading_pairs(
         least_gap: smaller gaps count as this one.
         gain: what one more application of A is expected to take off the error of Ritz vectors; if
             it takes off less, a new start goes by that.
+        draft: half and back once more, for a first cycle in float32. What comes of it is measured
+            with the float64 ones, and improved by them until it is good enough.
 
     Returns:
         U (*batch, n, rank), the singular values of `back` (*batch, rank) descending, and the error
@@ -65,20 +68,27 @@ def leading_pairs(
     n, block = start.shape[-2:]
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
     front = _orthonormal(start)
+    near = False
     for cycle in range(_MOST_CYCLES):
         look = min(_FIRST_LOOK[cycle > 0], blocks)
-        front, reached = _lanczos(
-            half, back, front, rank, look, blocks, gain * tolerance, least_gap
-        )
+        options = (rank, look, blocks, gain * tolerance, least_gap)
+        if draft is not None and cycle == 0:
+            drafted, reached = _lanczos(*draft, front.float(), *options)
+            front = _orthonormal(drafted.double())
+        elif not near:
+            front, reached = _lanczos(half, back, front, *options)
         # Ritz pairs of A on this subspace, and once more A on them.
         right, triangle = torch.linalg.qr(half(front))
+        left, sigma, turn = torch.linalg.svd(triangle)
         turned = back(right)
-        _, sigma, turn = torch.linalg.svd(triangle)
-        error = _error(front, turned @ triangle, sigma.square(), turn.mT, rank, least_gap)
+        applied = turned @ (left * sigma[..., None, :])
+        error = _error(front @ turn.mT, applied, sigma.square(), rank, least_gap)
         front, factor = torch.linalg.qr(turned)
         gain = min(gain, max(1.0, reached / max(float(error.max()), tolerance)))
         if bool((error <= tolerance).all()) or bool(error.isnan().any()):
             break
+        # What a good draft is off by is rounding, and one more application takes most of that off.
+        near = draft is not None and cycle == 0 and bool((error <= _NEAR * tolerance).all())
     left, values, _ = torch.linalg.svd(factor)
     return front @ left[..., :rank], values[..., :rank], error
 
@@ -94,19 +104,25 @@ def _lanczos(
     least_gap: float,
 ) -> tuple[Tensor, float]:
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
-    error that these had."""
+    error that these had; in the dtype of `front`."""
     block = front.shape[-1]
     basis, images = front, back(half(front))
+    before = float("inf")
     while True:
         while basis.shape[-1] < look * block:
             front = _next_block(basis, images[..., -block:])
             basis = torch.cat([basis, front], -1)
             images = torch.cat([images, back(half(front))], -1)
         theta, turn = _ritz(half, basis, images)
-        error = float(_error(basis, images, theta, turn, rank, least_gap).max())
-        if not error > tolerance or look == blocks:  # NaN ends it, too
-            return _orthonormal(images @ turn[..., :block]), error
+        leading = turn[..., :block]
+        applied = images @ leading
+        error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
+        # What float32 cannot tell apart more blocks do not, either.
+        stuck = basis.dtype == torch.float32 and error > before / 2
+        if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
+            return _orthonormal(applied), error
         # A block takes off one to three orders of magnitude; a look costs about as much as a block.
+        before = error
         look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
 
 
@@ -121,28 +137,55 @@ def _next_block(basis: Tensor, image: Tensor) -> Tensor:
 
 def _ritz(half: Operator, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Ritz values θ, (*batch, k) descending, and the vectors' coordinates in the basis."""
-    projected = basis.mT @ images
+    # In float64 also in a draft: it is small, and an eigenproblem's error is eps times the largest.
+    projected = (basis.mT @ images).double()
     theta, turn = torch.linalg.eigh((projected + projected.mT) / 2)
     theta, turn = theta.flip(-1), turn.flip(-1)
     wanted = theta[..., : max(1, basis.shape[-1] // 4)]
     if bool((wanted[..., -1] * _SQUARABLE > wanted[..., 0]).all()):
-        return theta, turn
+        return theta.to(basis), turn.to(basis)
     triangle = torch.linalg.qr(half(basis), mode="r").R
     _, sigma, right = torch.linalg.svd(triangle)
     return sigma.square(), right.mT
 
 
 def _error(
-    basis: Tensor, images: Tensor, theta: Tensor, turn: Tensor, rank: int, least_gap: float
+    ritz: Tensor,  # (*batch, n, block)
+    applied: Tensor,  # (*batch, n, block), A of them
+    theta: Tensor,  # (*batch, at least block)
+    rank: int,
+    least_gap: float,
 ) -> Tensor:
-    """The largest residual of the leading Ritz pairs over the gap behind them, (*batch)."""
-    coordinates, values = turn[..., :rank], theta[..., :rank]
-    difference = images @ coordinates - basis @ (coordinates * values[..., None, :])
-    tiny = torch.finfo(theta.dtype).tiny
-    residual: Tensor = (difference.norm(dim=-2) / values.clamp_min(tiny)).amax(-1)
-    following = theta[..., min(rank, theta.shape[-1] - 1)]
-    gap = 1 - following / values[..., -1].clamp_min(tiny)
-    return residual / gap.clamp_min(least_gap)
+    """The error of the wanted Ritz vectors as a sine, (*batch), estimated: that of the worst.
+
+    In the basis of the wanted Ritz vectors, the others of the block, and the rest, A is
+
+        Θ₁   0    R₁ᵀ
+        0    Θ₂   R₂ᵀ
+        R₁   R₂   A₃
+
+    To first order a wanted vector is off by q = ‖R₁‖/(θ₁ − ‖A₃‖) towards the rest and, by way of
+    it, p = ‖R₂‖ q/(θ₁ − θ₂) towards another: a small gap behind the wanted ones counts with the
+    product of two residuals. The Ritz value behind the block stands for ‖A₃‖.
+
+    Source: the Riccati equation of an invariant subspace, to second order in the residuals; Stewart
+    and Sun, Matrix Perturbation Theory, 1990, section V.2.
+    """
+    block = ritz.shape[-1]
+    residual = (applied - ritz * theta[..., None, :block]).norm(dim=-2)
+    wanted, others = theta[..., :rank], theta[..., rank:block]
+    behind = theta[..., min(block, theta.shape[-1] - 1), None]
+    outwards = residual[..., :rank] / _gap(wanted, behind, least_gap)
+    between = _gap(wanted[..., None], others[..., None, :], least_gap)
+    sideways = residual[..., None, rank:] * outwards[..., None] / between
+    error: Tensor = torch.hypot(outwards, sideways.norm(dim=-1)).amax(-1)
+    return error
+
+
+def _gap(above: Tensor, below: Tensor, least: float) -> Tensor:
+    """The difference, at least a share of the larger, to be divided by."""
+    gap = torch.maximum(above - below, least * above)
+    return gap.clamp_min(torch.finfo(gap.dtype).tiny)
 
 
 def _orthonormal(X: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from corda_kernels.errors import (
     RankError,
 )
 
+# The package's name `co_svd` is the function.
+engine = sys.modules["corda_kernels.decomposition.co_svd"]
 EPS = torch.finfo(torch.float64).eps
 RANK = 4
 SHAPES = {"wide": (200, 280), "square": (240, 240), "tall": (280, 200)}
@@ -159,6 +161,31 @@ def test_keeps_the_directions_that_a_plain_svd_keeps(
     if gap > 1e-6 * first:
         stopped = 0 if method == "exact" else 1e-5
         assert difference(found.U, U_ref[:, kept], W) <= 1e3 * EPS * first / gap + stopped
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_start_in_float32_leads_to_the_same_directions(
+    name: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_FACTORED_BLOCKS", 0)
+    drafts: list[Tensor] = []
+    single = engine._single
+    monkeypatch.setattr(engine, "_single", lambda T: drafts.append(single(T)) or drafts[-1])
+    test_keeps_the_directions_that_a_plain_svd_keeps(name, "largest", "randomized", shape)
+    assert [draft.dtype for draft in drafts] == 2 * [torch.float32]
+
+
+@pytest.mark.parametrize("factors", [(1e25, 1e-25), (1e-30, 1e30), (1e30, 1e30)])
+def test_a_start_in_float32_does_not_go_by_the_units(
+    factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_FACTORED_BLOCKS", 0)
+    W, C = problem("gaussian", "wide")
+    plain = co_svd(W, C, rank=RANK, method="randomized")
+    scaled = co_svd(W * factors[0], C * factors[1], rank=RANK, method="randomized")
+    assert 0 < float(scaled.residual) <= 1e-4
+    assert difference(scaled.U, plain.U, W) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -386,7 +413,7 @@ def test_unseen_directions_are_left_to_the_exact_method_in_silence() -> None:
 def test_auto_goes_by_size(
     size: int, rank: int, iterates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["corda_kernels.decomposition.co_svd"], "_DENSE_SIZE", size)
+    monkeypatch.setattr(engine, "_DENSE_SIZE", size)
     found = co_svd(*problem("product_to_1e-12", "wide"), rank=rank, damping=1e-3)
     assert (float(found.residual) > 0) == iterates
 

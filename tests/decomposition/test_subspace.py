@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.decomposition.subspace import leading_pairs
+from corda_kernels.decomposition import subspace
+from corda_kernels.decomposition.subspace import Operator, leading_pairs
 from corda_kernels.decomposition.triangle import lower_triangle
 
 EPS = torch.finfo(torch.float64).eps
@@ -130,6 +131,91 @@ def test_the_basis_stays_orthonormal_in_an_exhausted_space() -> None:
     assert float(error) <= 1e-12
     assert distance(U, known_U) <= 1e-13
     torch.testing.assert_close(S, torch.tensor([3.0, 2.0, 1.0]).double())
+
+
+@pytest.mark.parametrize("gap", [0.3, 1e-2, 1e-3])
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_the_estimated_error_is_the_true_one_within_an_order_of_magnitude(
+    size: float, gap: float
+) -> None:
+    torch.manual_seed(0)
+    n, rank, block = 300, 8, 24
+    sigma = torch.cat([torch.linspace(2, 1, rank), (1 - gap) * torch.linspace(1, 0, n - rank) ** 2])
+    M, known_U = known(n, n, sigma.double())
+    A = M @ M.T
+    Q = torch.linalg.qr(known_U[:, :block] + size * random(n, block) / n**0.5).Q
+    theta, turn = (part.flip(-1) for part in torch.linalg.eigh(Q.T @ A @ Q))
+    ritz = Q @ turn
+    estimated = float(subspace._error(ritz, A @ ritz, theta, rank, 1e-3))
+    true = float(
+        (ritz - known_U[:, :rank] @ (known_U[:, :rank].T @ ritz))[:, :rank].norm(dim=0).max()
+    )
+    assert true / 3 <= estimated <= 30 * true
+
+
+def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks() -> None:
+    # Told apart from its neighbour within the block, not by more of them.
+    sigma = log_spaced(400, 6)
+    sigma[4] = sigma[3] * (1 - 1e-3)
+    M, known_U = known(400, 400, sigma)
+    columns: list[int] = []
+
+    def half(X: Tensor) -> Tensor:
+        columns.append(X.shape[1])
+        return M.T @ X
+
+    torch.manual_seed(1)
+    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    U, _, error = leading_pairs(half, lambda Y: M @ Y, random(400, 20), 4, **options)
+    assert float(error) <= 1e-4
+    assert distance(U, known_U[:, :4]) <= 1e-4
+    assert sum(columns) <= 5 * 20  # 4 blocks, and once more
+
+
+def counted(M: Tensor, columns: list[int]) -> tuple[Operator, Operator]:
+    def half(X: Tensor) -> Tensor:
+        columns.append(X.shape[1])
+        return M.mT @ X
+
+    return half, lambda Y: M @ Y
+
+
+# Of the first, float32 finds all but the last digits; of the second, a part; of the third, nothing.
+@pytest.mark.parametrize(
+    ("sigma", "most"),
+    [
+        (torch.linspace(1, 0, 400).double() ** 6, 2),
+        (torch.cat([torch.tensor([3e3]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
+        (torch.cat([torch.tensor([1e9]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
+    ],
+)
+def test_a_draft_in_float32_is_corrected_in_float64(sigma: Tensor, most: int) -> None:
+    torch.manual_seed(1)
+    M, known_U = known(400, 400, sigma)
+    double: list[int] = []
+    single: list[int] = []
+    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    draft = counted(M.float(), single)
+    U, S, error = leading_pairs(*counted(M, double), random(400, 24), 8, draft=draft, **options)
+    assert U.dtype == S.dtype == error.dtype == torch.float64
+    assert float(error) <= 1e-4
+    assert distance(U, known_U[:, :8]) <= 1e-5
+    torch.testing.assert_close(S, sigma[:8], rtol=1e-8, atol=0)
+    assert single
+    assert sum(double) <= most * 24
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_draft_that_is_no_help_is_replaced(scale: float) -> None:
+    M, known_U = known(300, 300, log_spaced(300, 6))
+    other = (known(300, 300, log_spaced(300, 6))[0] * scale).float()
+    columns: list[int] = []
+    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    draft = counted(other, [])
+    U, _, error = leading_pairs(*counted(M, columns), random(300, 20), 4, draft=draft, **options)
+    assert float(error) <= 1e-4
+    assert distance(U, known_U[:, :4]) <= 1e-5
+    assert sum(columns) > 3 * 20
 
 
 BOTTOM_SPECTRA: dict[str, Tensor] = {
