@@ -144,7 +144,7 @@ def quiz(
     for record in asked:
         prompt = tokenizer(f"Q: {record['question']}\nA:", add_special_tokens=False).input_ids
         accepted = {answer.casefold() for answer in record["answer"]}
-        pool = sorted({other["answer"][0] for other in drawn} - set(record["answer"]))
+        pool = sorted({other["answer"][0] for other in drawn})
         others = [answer for answer in pool if answer.casefold() not in accepted]
         offered = [record["answer"][0], *source.sample(others, DISTRACTORS)]
         choices.append([Item(prompt, spaced(tokenizer, answer)) for answer in offered])
