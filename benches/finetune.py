@@ -62,13 +62,13 @@ def run(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Where the results are.")]) -> None:
-    """Writes finetune.json, table.md and plots from what is done."""
+    """Writes finetune.json, table.md and two plots from what is done so far."""
     from finetuning.plots import draw
-    from finetuning.table import table
+    from finetuning.table import grid, table
 
     results = collected(folder)
     write_json(folder / "finetune.json", results)
-    text = table(results)
+    text = f"{table(results)}\n\nAll learning rates:\n\n{grid(results)}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw(results, folder)
     print(text)

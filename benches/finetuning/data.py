@@ -132,7 +132,8 @@ def problems(
 
 def spaced(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """An answer's tokens. The space before it is theirs: it is part of a word's first token."""
-    return tokenizer(f" {text}", add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(f" {text}", add_special_tokens=False).input_ids
+    return ids
 
 
 def prose(path: Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int) -> Tensor:

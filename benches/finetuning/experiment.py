@@ -111,7 +111,7 @@ class Experiment:
             if step in self.profile.checkpoints:
                 found = _measures(self.examination.take(model), base)
                 checkpoints.append({"step": step, **found})
-                shown = ", ".join(f"{key} {found[key]['mean']:.4f}" for key in base)
+                shown = ", ".join(f"{key} {found[key]['mean']:.4f}" for key in found)
                 print(f"{run.name} step {step}: {shown}", flush=True)
 
         batches = training_batches(
@@ -121,7 +121,7 @@ class Experiment:
             seed=run.seed,
         )
         losses = train(model, batches, run.learning_rate, after_step=measure)
-        ranks = self.examination.rank(model)
+        ranks = 1.0 + self.examination.rank(model)
         spent = time.perf_counter() - wall, time.process_time() - cpu
         write_json(
             self.file(run),
@@ -132,8 +132,8 @@ class Experiment:
                 "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "training_loss": [round(loss, 6) for loss in losses],
                 "checkpoints": checkpoints,
-                "first": estimate((ranks == 0).double()),
-                "rank": estimate(1.0 + ranks),
+                "first": estimate((ranks == 1).double()),
+                **_measures({"rank": ranks}, base),
                 "seconds": {
                     "start": dict(zip(("wall", "cpu"), started, strict=True)),
                     "run": dict(zip(("wall", "cpu"), spent, strict=True)),
@@ -149,11 +149,11 @@ class Experiment:
             if not file.exists():
                 model = load_model(self.model, dtype="float32", device=self.device)
                 items = self.examination.take(model)
-                ranks = self.examination.rank(model)
+                items["rank"] = 1.0 + self.examination.rank(model)
                 write_json(
                     file,
                     {name: estimate(values) for name, values in items.items()}
-                    | {"first": estimate((ranks == 0).double()), "rank": estimate(1.0 + ranks)}
+                    | {"first": estimate((items["rank"] == 1).double())}
                     | {"items": {name: values.tolist() for name, values in items.items()}},
                 )
             read = json.loads(file.read_text(encoding="utf-8"))["items"]
@@ -212,6 +212,7 @@ class Experiment:
                 shots=size.shots,
             ),
             prose(text, tokenizer, samples=size.texts, length=size.text_tokens),
+            size.ranked,
         )
 
 

@@ -55,5 +55,5 @@ def answer_nll(model: nn.Module, batch: Batch, past: Any = None) -> Tensor:
 def mean_by_row(values: Tensor, batch: Batch) -> Tensor:
     """Means of what `answer_nll` gives, (rows,) float64."""
     counts = batch.answer[:, 1:].sum(dim=1)
-    parts = values.double().cpu().split(counts.tolist())
+    parts = torch.split(values.double().cpu(), counts.tolist())
     return torch.stack([part.mean() for part in parts])

@@ -43,12 +43,14 @@ class Examination:
         task: problems that were not trained on.
         knowledge: questions.
         text: (samples, length) prose.
+        ranked: the number of questions whose answers are ranked.
         batch_size: items at a time.
     """
 
     task: list[Item]
     knowledge: Quiz
     text: Tensor
+    ranked: int
     batch_size: int = 16
 
     def take(self, model: nn.Module) -> dict[str, Tensor]:
@@ -69,14 +71,15 @@ class Examination:
         }
 
     def rank(self, model: nn.Module) -> Tensor:
-        """For each question how many answers are more probable a token than the right one.
+        """For the first questions how many answers are more probable a token than the right one.
 
         Returns:
-            (questions,) int64 from 0, the right answer is the most probable one, to 9.
+            (ranked,) int64 from 0, the right answer is the most probable one, to 9.
         """
-        flat = [item for choices in self.knowledge.choices for item in choices]
+        asked = self.knowledge.choices[: self.ranked]
+        flat = [item for choices in asked for item in choices]
         nll = item_nll(model, flat, self.batch_size, self.knowledge.shots)
-        by_question = nll.view(len(self.knowledge.choices), -1)
+        by_question = nll.view(len(asked), -1)
         return (by_question[:, 1:] < by_question[:, :1]).sum(dim=1)
 
 
@@ -141,7 +144,7 @@ def quiz(
     for record in asked:
         prompt = tokenizer(f"Q: {record['question']}\nA:", add_special_tokens=False).input_ids
         accepted = {answer.casefold() for answer in record["answer"]}
-        pool = sorted({other["answer"][0] for other in drawn} - set(record["answer"]))
+        pool = sorted({other["answer"][0] for other in drawn})
         others = [answer for answer in pool if answer.casefold() not in accepted]
         offered = [record["answer"][0], *source.sample(others, DISTRACTORS)]
         choices.append([Item(prompt, spaced(tokenizer, answer)) for answer in offered])

@@ -93,7 +93,8 @@ def start(
             init_lora_weights="pissa_niter_16" if method.name == "pissa" else True,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
+        adapted: nn.Module = get_peft_model(model, config)
+        return adapted
     ranks: dict[str, Any] = {"rank": rank}
     if method.plus:
         ranks |= {"budget": f"r={rank}", "max_rank": _MAX_RANK * rank}

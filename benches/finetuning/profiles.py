@@ -48,6 +48,7 @@ class Profile:
         samples: calibration sequences of CorDA, and of each candidate of CorDA++.
         seq_len: tokens of each.
         candidates: of CorDA++.
+        ranked: questions at the end, the right answer among ten.
         device: where it runs.
         minutes: after which no run is begun; None for no limit.
     """
@@ -68,6 +69,7 @@ class Profile:
     samples: int
     seq_len: int
     candidates: int = 5
+    ranked: int = 32
     device: str = "cpu"
     minutes: float | None = None
 
@@ -93,6 +95,7 @@ PROFILES = {
         checkpoints=(1, 3),
         problems=4,
         questions=12,
+        ranked=4,
         shots=2,
         texts=2,
         text_tokens=32,
@@ -103,16 +106,16 @@ PROFILES = {
     "cpu": Profile(
         methods=(PLAIN, STEPS + PLUS),
         learning_rates=2,
-        seeds=2,
+        seeds=3,
         rank=32,
-        steps=64,
+        steps=32,
         batch_size=4,
         max_tokens=160,
-        checkpoints=(4, 8, 16, 32, 64),
-        problems=64,
-        questions=96,
+        checkpoints=(4, 12, 32),
+        problems=32,
+        questions=64,
         shots=8,
-        texts=8,
+        texts=4,
         text_tokens=256,
         samples=16,
         seq_len=512,
@@ -128,6 +131,7 @@ PROFILES = {
         checkpoints=(6, 12, 24, 48, 96),
         problems=256,
         questions=256,
+        ranked=256,
         shots=8,
         texts=32,
         text_tokens=256,

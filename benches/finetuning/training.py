@@ -45,11 +45,12 @@ def train(
     losses: list[float] = []
     for step, batch in enumerate(batches, 1):
         loss = answer_nll(model, batch).mean()
-        if not math.isfinite(float(loss)):
+        value = loss.item()
+        if not math.isfinite(value):
             break
-        losses.append(float(loss))
+        losses.append(value)
         total = loss if penalty is None else loss + penalty()
-        total.backward()
+        torch.autograd.backward(total)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, step / WARM_UP)
         optimizer.step()

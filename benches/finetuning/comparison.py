@@ -1,0 +1,134 @@
+"""What runs say about the claims: the best learning rate, and what is read off at a given loss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+REFERENCE = "lora"
+MEASURES = ("task", "knowledge", "text")
+
+Run = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run at some step, not necessarily one after which it was measured.
+
+    Attributes:
+        step: of training.
+        task: negative log-likelihood a token of the task's answers.
+        changes: by measure, since before the training.
+    """
+
+    step: float
+    task: float
+    changes: Mapping[str, float]
+
+
+def trajectory(run: Run, base: Mapping[str, Any]) -> list[Point]:
+    """Where a run was measured, the untouched model first."""
+    start = Point(0, base["task"]["mean"], dict.fromkeys(MEASURES, 0.0))
+    return [start] + [
+        Point(each["step"], each["task"]["mean"], {name: each[name]["change"] for name in MEASURES})
+        for each in run["checkpoints"]
+    ]
+
+
+def when_reached(points: Sequence[Point], task: float) -> Point | None:
+    """The first point at which the task's loss is `task`, or None if it never is.
+
+    Between two measurements the loss is taken to fall in proportion to the logarithm of the step,
+    and all else with it.
+    """
+    if points[0].task <= task:
+        return points[0]
+    for before, after in itertools.pairwise(points):
+        if after.task <= task:
+            share = (before.task - task) / (before.task - after.task)
+            logarithms = math.log1p(before.step), math.log1p(after.step)
+            return Point(
+                math.expm1(_between(*logarithms, share)),
+                task,
+                {
+                    name: _between(before.changes[name], after.changes[name], share)
+                    for name in before.changes
+                },
+            )
+    return None
+
+
+def _between(first: float, last: float, share: float) -> float:
+    return first + share * (last - first)
+
+
+def by_setting(results: Results) -> dict[tuple[str, float], list[Run]]:
+    """The runs by method and learning rate, each with its seeds in order."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in results["runs"]:
+        found.setdefault((run["method"], run["learning_rate"]), []).append(run)
+    return found
+
+
+def best(results: Results) -> dict[str, list[Run]]:
+    """By method the runs with its best learning rate.
+
+    That is the one with the lowest mean training loss over the last quarter of the steps, over
+    the seeds that all rates of the method have been run with. No problem is trained on twice, so
+    that this is a loss on unseen problems, and none of those that are reported.
+    """
+    rates: dict[str, dict[float, list[Run]]] = {}
+    for (method, rate), runs in by_setting(results).items():
+        rates.setdefault(method, {})[rate] = runs
+    return {
+        method: min(_comparable(found), key=lambda pair: pair[1])[0]
+        for method, found in rates.items()
+    }
+
+
+def _comparable(rates: Mapping[float, list[Run]]) -> Iterable[tuple[list[Run], float]]:
+    """Of each rate its runs, and their loss over the seeds that all rates share."""
+    shared = set.intersection(*({run["seed"] for run in runs} for runs in rates.values()))
+    steps = max(len(run["training_loss"]) for runs in rates.values() for run in runs)
+    for runs in rates.values():
+        losses = [last_loss(run, steps) for run in runs if run["seed"] in shared]
+        yield runs, statistics.fmean(losses) if losses else math.inf
+
+
+def last_loss(run: Run, steps: int) -> float:
+    """Mean training loss over the last quarter of so many steps; infinite if it broke off."""
+    losses = run["training_loss"]
+    return math.inf if len(losses) < steps else statistics.fmean(losses[-max(1, steps // 4) :])
+
+
+def final_task(runs: Iterable[Run]) -> dict[int, float]:
+    """The task's loss at the end, by seed."""
+    return {run["seed"]: run["checkpoints"][-1]["task"]["mean"] for run in runs}
+
+
+def common_task(chosen: Mapping[str, list[Run]]) -> dict[int, float]:
+    """By seed the task's loss that all methods run with it reach: the highest one at an end."""
+    common: dict[int, float] = {}
+    for runs in chosen.values():
+        for seed, task in final_task(runs).items():
+            common[seed] = max(task, common.get(seed, -math.inf))
+    return common
+
+
+def at(
+    runs: Iterable[Run], base: Mapping[str, Any], tasks: Mapping[int, float]
+) -> list[Point] | None:
+    """Each run where it reaches its seed's loss; None if one of them does not."""
+    points = []
+    for run in runs:
+        target = tasks.get(run["seed"])
+        point = None if target is None else when_reached(trajectory(run, base), target)
+        if point is None:
+            return None
+        points.append(point)
+    return points

@@ -1,0 +1,113 @@
+"""Results as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from .comparison import (
+    REFERENCE,
+    Results,
+    Run,
+    at,
+    best,
+    by_setting,
+    common_task,
+    final_task,
+)
+
+_HEADINGS = (
+    "start",
+    "learning rate",
+    "runs",
+    "task",
+    "steps to LoRA's",
+    "knowledge",
+    "at equal task",
+    "prose",
+    "at equal task",
+    "rank of answer",
+)
+
+
+def table(results: Results) -> str:
+    """The methods at their best learning rates, with what has been run in the lines above.
+
+    Args:
+        results: what `collected` gives, or finetune.json.
+    """
+    chosen = best(results)
+    rows = [_row(results, runs, chosen) for runs in chosen.values()]
+    return f"{summary(results)}\n\n{_markdown(rows)}"
+
+
+def grid(results: Results) -> str:
+    """All learning rates of all methods, in the columns of `table`."""
+    chosen = best(results)
+    return _markdown([_row(results, runs, chosen) for runs in by_setting(results).values()])
+
+
+def summary(results: Results) -> str:
+    """What was run and what the columns are, as one paragraph."""
+    settings, base, runs = results["settings"], results["base"], results["runs"]
+    errors = {
+        name: statistics.median(run["checkpoints"][-1][name]["change_se"] for run in runs)
+        for name in ("knowledge", "text")
+    }
+    errors["rank"] = statistics.median(run["rank"]["change_se"] for run in runs)
+    return (
+        f"{len(runs)} of {results['planned']} runs (profile {settings['profile']}): "
+        f"{settings['model']}, rank {settings['rank']}, {settings['steps']} steps of "
+        f"{settings['batch_size']} problems. Negative log-likelihood a token in nats. Knowledge, "
+        "prose and the rank of the right answer among ten are changes since before the training, "
+        f"where the task was at {base['task']['mean']:.3f}, knowledge at "
+        f"{base['knowledge']['mean']:.3f}, prose at {base['text']['mean']:.3f} and the rank at "
+        f"{base['rank']['mean']:.2f}. ± is the standard deviation over seeds. The standard error "
+        f"of a change, median over the runs, is {errors['knowledge']:.3f} over the "
+        f"{settings['questions']} questions, {errors['text']:.3f} over the {settings['texts']} "
+        f"pieces of prose and {errors['rank']:.2f} over the {settings['ranked']} ranks. Equal "
+        "task: each run where it first reaches the loss that all runs of its seed in this table "
+        "reach."
+    )
+
+
+def _row(results: Results, runs: Sequence[Run], chosen: dict[str, list[Run]]) -> list[str]:
+    base = results["base"]
+    last = [run["checkpoints"][-1] for run in runs]
+    reached = at(runs, base, final_task(chosen.get(REFERENCE, [])))
+    equal = at(runs, base, common_task(chosen))
+
+    def change(measure: str) -> str:
+        return _spread((each[measure]["change"] for each in last), "+.3f")
+
+    def change_at_equal(measure: str) -> str:
+        if equal is None:
+            return "–"
+        return _spread((point.changes[measure] for point in equal), "+.3f")
+
+    return [
+        runs[0]["method"],
+        f"{runs[0]['learning_rate']:.0e}".replace("e-0", "e-"),
+        str(len(runs)),
+        _spread((each["task"]["mean"] for each in last), ".3f"),
+        "–" if reached is None else _spread((point.step for point in reached), ".0f"),
+        change("knowledge"),
+        change_at_equal("knowledge"),
+        change("text"),
+        change_at_equal("text"),
+        _spread((run["rank"]["change"] for run in runs), "+.2f"),
+    ]
+
+
+def _spread(values: Iterable[float], form: str) -> str:
+    """Mean, and with several values their standard deviation."""
+    found = list(values)
+    mean = f"{statistics.fmean(found):{form}}"
+    if len(found) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(found):{form.lstrip('+')}}"
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    lines = [_HEADINGS, ["---"] + ["---:"] * (len(_HEADINGS) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
