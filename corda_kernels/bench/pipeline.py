@@ -12,13 +12,14 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task
+from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task, larger_batches
 from corda_kernels.errors import CordaError
 from corda_kernels.memory import forget_peak, peak_bytes
 
@@ -26,6 +27,9 @@ CONTESTANTS = tuple(METHODS)
 
 # Of a row, in the order in which they run.
 STAGES = ("forward", "covariance", "decomposition", "attaching")
+
+# Contestants that do not compute logits, so that a bare forward pass is one without them.
+_WITHOUT_LOGITS = ("init_corda", "skip_logits")
 
 # Least overlap (smallest cosine between subspaces, median over the layers) at which the same was
 # computed. For the smallest components PEFT's float32 leaves no such agreement to test.
@@ -39,8 +43,8 @@ class PipelineRow:
     Attributes:
         name: of the contestant.
         seconds: of the whole initialisation, from tokens to an adapted model, once.
-        forward: seconds of the bare forward passes that it makes, timed by themselves: with the
-            output head where the caller runs the model, without it in init_corda.
+        forward: seconds of the bare forward passes that it makes, timed by themselves: without the
+            output head where no logits are computed.
         growth: bytes by which the peak of memory, of the process or on a GPU of the allocator, rose
             over that of the loaded model and its forward pass.
         stages: seconds of each of STAGES that it has; together they are `seconds`.
@@ -75,14 +79,14 @@ def bench_pipeline(task: Task, names: Collection[str] = CONTESTANTS) -> Iterator
         CordaError: one of them failed; PEFT's own needs the package attrs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        caches = {name: Path(folder) / f"{name}.pt" for name in ("peft", "patch_peft")}
+        theirs = Path(folder) / "peft.pt"
         for name in CONTESTANTS:
             if name not in names:
                 continue
             row = _in_child(name, task, Path(folder))
-            both = all(cache.exists() for cache in caches.values())
-            if name == "patch_peft" and both and task.mode == "ipm":
-                read = [torch.load(cache, weights_only=True) for cache in caches.values()]
+            ours = Path(folder) / f"{name}.pt"
+            if name != "peft" and ours.exists() and theirs.exists() and task.mode == "ipm":
+                read = [torch.load(cache, weights_only=True) for cache in (theirs, ours)]
                 overlap = _overlap(*read)
                 row = replace(row, overlap=overlap, passed=overlap >= _SAME_SUBSPACE)
             yield row
@@ -132,18 +136,19 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
 
     device = task.device
     model = load_model(task.model, device=device)
-    task = replace(task, batches=[ids.to(device) for ids in task.batches])
-    runner = decoder(model) if name == "init_corda" else model
+    batches = [ids.to(device) for ids in task.batches]
+    task = replace(task, batches=larger_batches(batches) if name == "init_corda" else batches)
+    bare_model = decoder(model) if name in _WITHOUT_LOGITS else model
 
     @torch.no_grad()
-    def forward() -> None:
+    def forward(runner: nn.Module = model) -> None:
         for ids in task.batches:
             runner(input_ids=ids, use_cache=False)
 
     with torch.no_grad():
-        runner(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
+        bare_model(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
     forget_peak(device)
-    bare = _timed(forward, device)
+    bare = _timed(partial(forward, bare_model), device)
     before = peak_bytes(device)
     stages = Stages(device, passes=len(task.batches))
     METHODS[name](Subject(task, model, forward, folder), stages)

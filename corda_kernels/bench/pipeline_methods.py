@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.data import fitting_batch_size
+
 Mode = Literal["ipm", "kpm"]
 
 
@@ -127,10 +129,19 @@ def _peft(subject: Subject, stages: Stages) -> nn.Module:
 
 def _patch_peft(subject: Subject, stages: Stages) -> nn.Module:
     """The function that `patch_peft` puts in its place, with its numbers."""
+    return _patched("patch_peft", subject, stages)
+
+
+def _skip_logits(subject: Subject, stages: Stages) -> nn.Module:
+    """The same for a script that does not look at the logits."""
+    return _patched("skip_logits", subject, stages, skip_logits=True)
+
+
+def _patched(name: str, subject: Subject, stages: Stages, **options: Any) -> nn.Module:
     from corda_kernels.integrations.peft import preprocess_corda
 
-    same = partial(preprocess_corda, normalize="peft", damping=0.01)
-    return _corda("patch_peft", same, subject, stages)
+    same = partial(preprocess_corda, normalize="peft", damping=0.01, **options)
+    return _corda(name, same, subject, stages)
 
 
 def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
@@ -148,6 +159,12 @@ def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
         del covariances  # as init_corda does
     with stages.clock("attaching"):
         return attach(subject.model, adapter)
+
+
+def larger_batches(batches: list[Tensor]) -> list[Tensor]:
+    """The sequences of `batches`, one in each, as the command line runs them."""
+    size = fitting_batch_size(len(batches), batches[0].shape[1])
+    return [torch.cat(batches[start : start + size]) for start in range(0, len(batches), size)]
 
 
 def _pissa(subject: Subject, stages: Stages) -> nn.Module:
@@ -199,6 +216,7 @@ def _eva(subject: Subject, stages: Stages) -> nn.Module:
 METHODS: dict[str, Callable[[Subject, Stages], nn.Module]] = {
     "peft": _peft,
     "patch_peft": _patch_peft,
+    "skip_logits": _skip_logits,
     "init_corda": _init_corda,
     "pissa": _pissa,
     "eva": _eva,

@@ -84,7 +84,9 @@ def pipeline(
     mode: Annotated[str, typer.Option(help="ipm or kpm.")] = "ipm",
     only: Annotated[
         str | None,
-        typer.Option(help="Contestants by commas: peft, patch_peft, init_corda, pissa, eva."),
+        typer.Option(
+            help="Contestants by commas: peft, patch_peft, skip_logits, init_corda, pissa, eva."
+        ),
     ] = None,
     device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,

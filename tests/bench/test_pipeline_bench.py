@@ -36,19 +36,21 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_here")
 def test_contestants_compute_the_same(task: Task) -> None:
     rows = {row.name: row for row in bench_pipeline(task)}
-    assert list(rows) == ["peft", "patch_peft", "init_corda", "pissa", "eva"]
+    assert list(rows) == ["peft", "patch_peft", "skip_logits", "init_corda", "pissa", "eva"]
     for row in rows.values():
         assert row.seconds > 0
         assert row.beyond == row.seconds - row.forward
         assert sum(row.stages.values()) == pytest.approx(row.seconds)
         assert row.stages.get("forward", 0) == row.forward
-    for name in ("peft", "patch_peft", "init_corda"):
+    for name in ("peft", "patch_peft", "skip_logits", "init_corda"):
         assert list(rows[name].stages) == list(STAGES)
     assert list(rows["pissa"].stages) == ["decomposition", "attaching"]
     assert list(rows["eva"].stages) == ["forward", "decomposition", "attaching"]
-    assert rows["patch_peft"].overlap == pytest.approx(1, abs=1e-4)
-    assert rows["patch_peft"].passed
-    assert [name for name, row in rows.items() if row.overlap is not None] == ["patch_peft"]
+    compared = {name: row for name, row in rows.items() if row.overlap is not None}
+    assert list(compared) == ["patch_peft", "skip_logits"]
+    for row in compared.values():
+        assert row.overlap == pytest.approx(1, abs=1e-4)
+        assert row.passed
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
