@@ -37,8 +37,8 @@ footer{margin:2rem 0 .5rem;color:#555;font-size:.85rem}
 @media print{
  @page{margin:14mm}
  body{max-width:none;padding:0;font-size:9.5pt}
- h2{break-after:avoid}
- .panels{grid-template-columns:repeat(3,1fr);gap:.5rem}
+ h2,section>p{break-after:avoid}
+ .panels{grid-template-columns:repeat(2,1fr);gap:.5rem 1rem}
  .table{break-before:page}
  .scroll{overflow:visible;border:0}
  table{font-size:6pt}
