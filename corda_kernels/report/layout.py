@@ -28,9 +28,9 @@ table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums
  overflow-wrap:normal}
 caption{text-align:left;padding:.4rem .5rem;color:#555}
 th,td{padding:.15rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid #eee}
-tbody th,thead th:first-child{text-align:left;font-weight:400;position:sticky;left:0;
- background:#fff}
-table thead th{background:#f4f4f4;border-bottom:1px solid #999;font-weight:600}
+tbody th,thead th:first-child{text-align:left;font-weight:400;position:sticky;left:0}
+tbody th{background:#fff}
+thead th{background:#f4f4f4;border-bottom:1px solid #999;font-weight:600}
 abbr{text-decoration:none}
 .legend{font-size:.8rem;color:#444;columns:18rem;padding:0 .5rem 0 1.4rem;margin:.6rem 0}
 footer{margin:2rem 0 .5rem;color:#555;font-size:.85rem}
@@ -38,6 +38,7 @@ footer{margin:2rem 0 .5rem;color:#555;font-size:.85rem}
  @page{margin:14mm}
  body{max-width:none;padding:0;font-size:9.5pt}
  h2,section>p{break-after:avoid}
+ p{break-inside:avoid}
  .panels{grid-template-columns:repeat(2,1fr);gap:.5rem 1rem}
  .table{break-before:page}
  .scroll{overflow:visible;border:0}
