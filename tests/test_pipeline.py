@@ -476,19 +476,19 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
     model, _ = calibrated(num_hidden_layers=3)
     made: list[weakref.ref[CovarianceSet]] = []
     left: list[int] = []
-    original, advance = CovarianceSet.__init__, streaming._advance
+    original, advance = CovarianceSet.__init__, streaming._Text.advance
 
     def noted(self: CovarianceSet, *arguments: Any, **options: Any) -> None:
         made.append(weakref.ref(self))
         original(self, *arguments, **options)
 
-    def watched(*arguments: Any) -> None:
+    def watched(*arguments: Any) -> Any:
         gc.collect()
         left.append(sum(reference() is not None for reference in made))
-        advance(*arguments)
+        return advance(*arguments)
 
     monkeypatch.setattr(CovarianceSet, "__init__", noted)
-    monkeypatch.setattr(streaming, "_advance", watched)
+    monkeypatch.setattr(streaming._Text, "advance", watched)
     corda_adapter(model, random_batches(rows=16), config(memory_limit=0))
     # Two halves and their mean in each of three blocks.
     assert (len(made), left) == (9, [0, 0, 0])
