@@ -181,16 +181,11 @@ def counted(M: Tensor, columns: list[int]) -> tuple[Operator, Operator]:
 
 
 # Of the first, float32 finds all but the last digits; of the second, a part; of the third, nothing.
-@pytest.mark.parametrize(
-    ("sigma", "most"),
-    [
-        (torch.linspace(1, 0, 400).double() ** 6, 2),
-        (torch.cat([torch.tensor([3e3]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
-        (torch.cat([torch.tensor([1e9]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
-    ],
-)
-def test_a_draft_in_float32_is_corrected_in_float64(sigma: Tensor, most: int) -> None:
+@pytest.mark.parametrize(("outlier", "most"), [(1.0, 2), (3e3, 9), (1e9, 40)])
+def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -> None:
     torch.manual_seed(1)
+    sigma = torch.linspace(1, 0, 400).double() ** 6
+    sigma[0] = outlier
     M, known_U = known(400, 400, sigma)
     double: list[int] = []
     single: list[int] = []
@@ -199,8 +194,8 @@ def test_a_draft_in_float32_is_corrected_in_float64(sigma: Tensor, most: int) ->
     U, S, error = leading_pairs(*counted(M, double), random(400, 24), 8, draft=draft, **options)
     assert U.dtype == S.dtype == error.dtype == torch.float64
     assert float(error) <= 1e-4
-    assert distance(U, known_U[:, :8]) <= 1e-5
-    torch.testing.assert_close(S, sigma[:8], rtol=1e-8, atol=0)
+    assert distance(U, known_U[:, :8]) <= 1e-4
+    torch.testing.assert_close(S, sigma[:8], rtol=1e-7, atol=0)
     assert single
     assert sum(double) <= most * 24
 
