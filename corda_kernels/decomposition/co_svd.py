@@ -286,7 +286,7 @@ def _iterated(
         M = W @ C
         half, back = _inverted(M)
         largest = torch.linalg.matrix_norm(M)
-        U, inverse, error = leading_pairs(half, back, start, rank, **options)
+        U, inverse, error = leading_pairs(half, back, start, rank, draft=None, **options)
         U, S = U.flip(-1), 1 / inverse.flip(-1)
     # Of null directions the order is a question to W, not to M.
     null = (largest == 0) | (S[..., -1] <= largest * _null_share(W))

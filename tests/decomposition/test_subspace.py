@@ -153,6 +153,15 @@ def test_the_estimated_error_is_the_true_one_within_an_order_of_magnitude(
     assert true / 3 <= estimated <= 30 * true
 
 
+@pytest.mark.parametrize("gap", [1e-1, 1e-3])
+def test_the_estimated_error_counts_what_residuals_do_to_a_close_neighbour(gap: float) -> None:
+    A = torch.tensor([[1, 0, 0.01], [0, 1 - gap, 0.01], [0.01, 0.01, 0]], dtype=torch.float64)
+    ritz = torch.eye(3, 2, dtype=torch.float64)
+    estimated = float(subspace._error(ritz, A @ ritz, A.diagonal(), 1, 1e-4))
+    sine = float((1 - torch.linalg.eigh(A).eigenvectors[0, -1] ** 2).sqrt())
+    assert estimated == pytest.approx(sine, rel=0.2)
+
+
 def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks() -> None:
     # Told apart from its neighbour within the block, not by more of them.
     sigma = log_spaced(400, 6)
