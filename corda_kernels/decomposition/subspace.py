@@ -73,7 +73,8 @@ def leading_pairs(
         look = min(_FIRST_LOOK[cycle > 0], blocks)
         options = (rank, look, blocks, gain * tolerance, least_gap)
         if draft is not None and cycle == 0:
-            drafted, reached = _lanczos(*draft, front.float(), *options)
+            rough_half, rough_back = draft
+            drafted, reached = _lanczos(rough_half, rough_back, front.float(), *options)
             front = _orthonormal(drafted.double())
         elif not near:
             front, reached = _lanczos(half, back, front, *options)

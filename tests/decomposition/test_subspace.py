@@ -153,6 +153,15 @@ def test_the_estimated_error_is_the_true_one_within_an_order_of_magnitude(
     assert true / 3 <= estimated <= 30 * true
 
 
+@pytest.mark.parametrize("gap", [1e-1, 1e-3])
+def test_the_estimated_error_counts_what_residuals_do_to_a_close_neighbour(gap: float) -> None:
+    A = torch.tensor([[1, 0, 0.01], [0, 1 - gap, 0.01], [0.01, 0.01, 0]], dtype=torch.float64)
+    ritz = torch.eye(3, 2, dtype=torch.float64)
+    estimated = float(subspace._error(ritz, A @ ritz, A.diagonal(), 1, 1e-4))
+    sine = float((1 - torch.linalg.eigh(A).eigenvectors[0, -1] ** 2).sqrt())
+    assert estimated == pytest.approx(sine, rel=0.2)
+
+
 def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks() -> None:
     # Told apart from its neighbour within the block, not by more of them.
     sigma = log_spaced(400, 6)
@@ -181,16 +190,11 @@ def counted(M: Tensor, columns: list[int]) -> tuple[Operator, Operator]:
 
 
 # Of the first, float32 finds all but the last digits; of the second, a part; of the third, nothing.
-@pytest.mark.parametrize(
-    ("sigma", "most"),
-    [
-        (torch.linspace(1, 0, 400).double() ** 6, 2),
-        (torch.cat([torch.tensor([3e3]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
-        (torch.cat([torch.tensor([1e9]).double(), torch.linspace(1, 0, 399).double() ** 6]), 12),
-    ],
-)
-def test_a_draft_in_float32_is_corrected_in_float64(sigma: Tensor, most: int) -> None:
+@pytest.mark.parametrize(("outlier", "most"), [(1.0, 2), (3e3, 9), (1e9, 40)])
+def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -> None:
     torch.manual_seed(1)
+    sigma = torch.linspace(1, 0, 400).double() ** 6
+    sigma[0] = outlier
     M, known_U = known(400, 400, sigma)
     double: list[int] = []
     single: list[int] = []
@@ -199,8 +203,8 @@ def test_a_draft_in_float32_is_corrected_in_float64(sigma: Tensor, most: int) ->
     U, S, error = leading_pairs(*counted(M, double), random(400, 24), 8, draft=draft, **options)
     assert U.dtype == S.dtype == error.dtype == torch.float64
     assert float(error) <= 1e-4
-    assert distance(U, known_U[:, :8]) <= 1e-5
-    torch.testing.assert_close(S, sigma[:8], rtol=1e-8, atol=0)
+    assert distance(U, known_U[:, :8]) <= 1e-4
+    torch.testing.assert_close(S, sigma[:8], rtol=1e-7, atol=0)
     assert single
     assert sum(double) <= most * 24
 
