@@ -47,6 +47,13 @@ if TYPE_CHECKING:
         select_covariance,
         subspace_stability,
     )
+    from corda_kernels.training import (
+        CompactnessPenalty,
+        DriftPenalty,
+        RankSchedule,
+        compactness_penalty,
+        drift_penalty,
+    )
 
 __version__ = "0.1.0"
 
@@ -83,16 +90,24 @@ _HOMES = {
     "mix_covariances": "planning",
     "select_covariance": "planning",
     "subspace_stability": "planning",
+    "CompactnessPenalty": "training",
+    "DriftPenalty": "training",
+    "RankSchedule": "training",
+    "compactness_penalty": "training",
+    "drift_penalty": "training",
 }
 
 __all__ = [
     "AdapterFactors",
     "CalibrationCheckpoint",
     "CoSVD",
+    "CompactnessPenalty",
     "CordaConfig",
     "CordaLinear",
     "Covariance",
     "CovarianceSet",
+    "DriftPenalty",
+    "RankSchedule",
     "RegularizedInverse",
     "Stability",
     "__version__",
@@ -103,6 +118,8 @@ __all__ = [
     "co_svd",
     "co_svd_layers",
     "compactness",
+    "compactness_penalty",
+    "drift_penalty",
     "errors",
     "export_lora",
     "extreme_eigenvalues",

@@ -99,6 +99,16 @@ class LayerAdapter:
         A, B, A0, B0 = (factor.cpu() for factor in (self.A, self.B, self.A0, self.B0))
         return LayerAdapter(A, B, A0, B0, self.scaling)
 
+    def detach(self) -> LayerAdapter:
+        """The same factors, cut off from autograd."""
+        A, B, A0, B0 = (factor.detach() for factor in (self.A, self.B, self.A0, self.B0))
+        return LayerAdapter(A, B, A0, B0, self.scaling)
+
+    def to(self, dtype: torch.dtype) -> LayerAdapter:
+        """The same with its factors in `dtype`."""
+        A, B, A0, B0 = (factor.to(dtype) for factor in (self.A, self.B, self.A0, self.B0))
+        return LayerAdapter(A, B, A0, B0, self.scaling)
+
     def delta(self) -> Tensor:
         """What training has added to W: (out, in) float32, computed as one product of rank 2r."""
         left = torch.cat([self.B, -self.B0], 1).float()

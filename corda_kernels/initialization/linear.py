@@ -49,9 +49,11 @@ class CordaLinear(nn.Module):
 
     def layer(self) -> LayerAdapter:
         """The factors as plain data."""
-        return LayerAdapter(
-            self.A.detach(), self.B.detach(), self.A0.detach(), self.B0.detach(), self.scaling
-        )
+        return self.live().detach()
+
+    def live(self) -> LayerAdapter:
+        """The same, but A and B are the parameters themselves."""
+        return LayerAdapter(self.A, self.B, self.A0, self.B0, self.scaling)
 
 
 def attach_linears(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -76,6 +78,16 @@ def adapter_of_linears(model: nn.Module) -> Adapter:
     Raises:
         AdapterError: the model has none.
     """
+    adapter = live_adapter_of_linears(model)
+    return Adapter({name: layer.detach() for name, layer in adapter.layers.items()}, adapter.record)
+
+
+def live_adapter_of_linears(model: nn.Module) -> Adapter:
+    """As `adapter_of_linears`, but A and B are the parameters themselves.
+
+    Raises:
+        AdapterError: see there.
+    """
     modules = {
         name: module for name, module in model.named_modules() if isinstance(module, CordaLinear)
     }
@@ -85,4 +97,4 @@ def adapter_of_linears(model: nn.Module) -> Adapter:
             "load_for_training"
         )
     record = next(iter(modules.values())).record
-    return Adapter({name: module.layer() for name, module in modules.items()}, record)
+    return Adapter({name: module.live() for name, module in modules.items()}, record)

@@ -88,6 +88,16 @@ def adapter_of_peft(model: Any) -> Adapter:
     Raises:
         AdapterError: the model was not made by this package.
     """
+    adapter = live_adapter_of_peft(model)
+    return Adapter({name: layer.detach() for name, layer in adapter.layers.items()}, adapter.record)
+
+
+def live_adapter_of_peft(model: Any) -> Adapter:
+    """As `adapter_of_peft`, but A and B are the parameters themselves.
+
+    Raises:
+        AdapterError: see there.
+    """
     if not isinstance(model, CordaPeftModel | CordaPeftModelForCausalLM):
         raise AdapterError(
             "this PeftModel was not made by corda_kernels: load its folder with load_for_training"
@@ -98,8 +108,8 @@ def adapter_of_peft(model: Any) -> Adapter:
         lora = base.get_submodule(name)
         scaling, recorded = lora.scaling[TRAINED], entry["scaling"]
         layers[name] = LayerAdapter(
-            lora.lora_A[TRAINED].weight.detach(),
-            lora.lora_B[TRAINED].weight.detach(),
+            lora.lora_A[TRAINED].weight,
+            lora.lora_B[TRAINED].weight,
             lora.lora_A[INITIAL].weight,
             lora.lora_B[INITIAL].weight.neg(),
             # PEFT computes alpha/rank, which rounds.

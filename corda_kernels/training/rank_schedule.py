@@ -1,0 +1,191 @@
+"""Generation with fewer components of the adapter at some steps than at others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LogitsProcessor
+
+from corda_kernels.errors import ConfigError
+from corda_kernels.initialization import LayerAdapter
+from corda_kernels.training.live import live_adapter
+
+Kind = Literal["linear", "cosine", "entropy"]
+
+KINDS = ("linear", "cosine", "entropy")
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Which share of each adapter's rank every step of generation uses.
+
+    A layer of rank r uses its first k = round(share·r) components as they were trained. The others
+    revert to what they were at the start: leaving them out instead would take pretrained weight out
+    of the model. An IPM adapter's components come with the largest first, those that carry most of
+    the context's outputs; a KPM adapter's with the smallest first, those that disturb the knowledge
+    to keep least. A plain LoRA's have no order and come as they are stored.
+
+    Steps count from 0, the pass over the prompt; step t reads the t-th new token. With a cache,
+    keys and values of earlier tokens stay as their own step made them.
+
+    Attributes:
+        kind: "linear" or "cosine" go from `first` to `last` with the step; with "entropy" the
+            share follows the entropy of the distribution that the token just read was drawn from,
+            averaged over the sequences of a batch that have not ended. The prompt is then read
+            with the larger of `first` and `last`.
+        first: share at step 0, or at an entropy of 0, from 0 to 1.
+        last: share at step `over` and all later ones, or at an entropy of `over` and more.
+        over: steps, or nats of entropy.
+
+    Raises:
+        ConfigError: a value is not possible.
+    """
+
+    kind: Kind
+    first: float
+    last: float
+    over: float
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible."""
+        if self.kind not in KINDS:
+            choices = ", ".join(map(repr, KINDS))
+            raise ConfigError(f"kind must be one of {choices}, got {self.kind!r}")
+        if not (0 <= self.first <= 1 and 0 <= self.last <= 1):
+            raise ConfigError(
+                f"first and last are shares from 0 to 1, got {self.first} and {self.last}"
+            )
+        if not 0 < self.over < math.inf:
+            raise ConfigError(f"over must be positive and finite, got {self.over}")
+
+    def share(self, at: float) -> float:
+        """The share of the rank at a step, or at an entropy in nats."""
+        position = min(max(at / self.over, 0.0), 1.0)
+        if self.kind == "cosine":
+            position = (1 - math.cos(math.pi * position)) / 2
+        return self.first + (self.last - self.first) * position
+
+    @contextlib.contextmanager
+    def apply(self, model: nn.Module) -> Iterator[RankControl]:
+        """Inside the block one `generate` of `model` follows the schedule.
+
+        What is yielded must be given to `generate` as a logits processor, and says afterwards which
+        ranks were used. While the share is 1, nothing is computed that is not computed otherwise.
+        Below it each adapted layer takes two to four small products more: a schedule saves no time.
+
+        Args:
+            model: from `init_corda` or `load_for_training`, with PEFT or without; or a PeftModel
+                with a plain LoRA. At the end of the block, also by an exception, it is as before.
+
+        Raises:
+            AdapterError: the model carries no adapter, or one whose start is not known.
+            ConfigError: `generate` was called twice, or without the processor.
+        """
+        live = live_adapter(model)
+        smallest_first = live.record is not None and live.record.mode == "kpm"
+        control = RankControl(self, _ends(model), [layer.rank for layer in live.layers.values()])
+        with contextlib.ExitStack() as stack:
+            for name, layer in live.layers.items():
+                hook = _reverting(layer, control, smallest_first)
+                handle = live.modules[name].register_forward_hook(hook)
+                stack.callback(handle.remove)
+            yield control
+        if not control.ranks:
+            raise ConfigError(
+                "no step of generation was seen: call generate inside the block, and give it what "
+                "apply() yields: generate(..., logits_processor=[ranks])"
+            )
+
+
+class RankControl(LogitsProcessor):  # type: ignore[misc]
+    """Sees every step of one `generate`, sets the rank of the next, and leaves the scores alone.
+
+    Attributes:
+        ranks: used so far, one entry a step, the mean over the adapted layers.
+    """
+
+    def __init__(self, schedule: RankSchedule, ends: Tensor, layer_ranks: list[int]) -> None:
+        self.ranks: list[float] = []
+        self._schedule = schedule
+        self._ends = ends
+        self._layer_ranks = layer_ranks
+        self._length: int | None = None
+        self._share = (
+            max(schedule.first, schedule.last) if schedule.kind == "entropy" else schedule.share(0)
+        )
+
+    @property
+    def average_rank(self) -> float:
+        """Mean over the steps and the adapted layers."""
+        return sum(self.ranks) / len(self.ranks)
+
+    def rank(self, full: int) -> int:
+        """Components in use, at present, of a layer that has `full`."""
+        return round(self._share * full)
+
+    def __call__(
+        self,
+        input_ids: Tensor,  # (rows, tokens so far)
+        scores: Tensor,  # (rows, vocabulary), logits or their log-softmax
+    ) -> Tensor:
+        """Notes the step that gave `scores`, which are returned as they are."""
+        length = input_ids.shape[1]
+        if self._length is not None and length != self._length + 1:
+            raise ConfigError(
+                f"after {self._length} tokens come {length}: apply() follows one generate, token "
+                "by token; open a block for each call, and generate without an assistant"
+            )
+        self._length = length
+        self.ranks.append(
+            sum(self.rank(full) for full in self._layer_ranks) / len(self._layer_ranks)
+        )
+        if self._schedule.kind == "entropy":
+            self._share = self._schedule.share(self._entropy(input_ids, scores))
+        else:
+            self._share = self._schedule.share(len(self.ranks))
+        return scores
+
+    def _entropy(self, input_ids: Tensor, scores: Tensor) -> float:
+        """In nats, the mean over sequences that have not ended; over all, if all have."""
+        entropy = torch.special.entr(scores.float().softmax(-1)).sum(-1)
+        running = ~torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
+        return float(entropy[running].mean() if bool(running.any()) else entropy.mean())
+
+
+def _ends(model: nn.Module) -> Tensor:
+    """Ids of the tokens that end a sequence or follow its end."""
+    config: Any = getattr(model, "generation_config", None)
+    found: list[int] = []
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = getattr(config, name, None)
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _reverting(
+    layer: LayerAdapter, control: RankControl, smallest_first: bool
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    """A forward hook that takes away what the components beyond the present rank have learnt."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        rank = control.rank(layer.rank)
+        if rank == layer.rank:
+            return None
+        unused = slice(layer.rank - rank) if smallest_first else slice(rank, None)
+        x = args[0].to(layer.A.dtype)
+        learnt = _low_rank(x, layer.A[unused], layer.B[:, unused])
+        learnt = learnt - _low_rank(x, layer.A0[unused], layer.B0[:, unused])
+        return (output - layer.scaling * learnt).to(output.dtype)
+
+    return hook
+
+
+def _low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return functional.linear(functional.linear(x, A), B)
