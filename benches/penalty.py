@@ -32,7 +32,7 @@ from corda_kernels.files import write_json
 
 # At the rates of the main experiment's grid at which these two forget most.
 LEARNING_RATE = 3e-3
-STRENGTHS = (0.1, 1.0)
+STRENGTHS = (1.0, 0.1)
 PENALTIES: dict[str, Callable[..., Callable[[], Tensor]]] = {
     "drift": DriftPenalty,
     "compactness": CompactnessPenalty,
@@ -43,11 +43,11 @@ PROFILE = Profile(
     learning_rates=1,
     seeds=1,
     rank=32,
-    steps=24,
-    batch_size=4,
+    steps=20,
+    batch_size=2,
     max_tokens=128,
-    checkpoints=(24,),
-    problems=48,
+    checkpoints=(20,),
+    problems=24,
     questions=64,
     shots=4,
     texts=8,
@@ -73,13 +73,12 @@ class Run:
         )
 
 
-RUNS = [
-    run
+# What tells most comes first.
+RUNS = [Run(method) for method in OF_METHOD] + [
+    Run(method, penalty, strength)
+    for strength in STRENGTHS
     for method, penalties in OF_METHOD.items()
-    for run in (
-        Run(method),
-        *(Run(method, penalty, strength) for strength in STRENGTHS for penalty in penalties),
-    )
+    for penalty in penalties
 ]
 
 
@@ -132,7 +131,8 @@ def do(experiment: Experiment, run: Run) -> None:
 def report(folder: Path, out: Path) -> None:
     """Writes OUT.json and OUT.txt from the runs that are done."""
     base = json.loads((folder / "base.json").read_text())
-    files = [result_file(folder, run) for run in RUNS]
+    ordered = sorted(RUNS, key=lambda run: (list(OF_METHOD).index(run.method), run.name))
+    files = [result_file(folder, run) for run in ordered]
     runs = [json.loads(file.read_text()) for file in files if file.exists()]
     described = runs[0]["environment"]
     lines = [
