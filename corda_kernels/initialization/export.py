@@ -25,7 +25,8 @@ def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLi
     """Writes what training has learnt as a plain LoRA of twice the rank, for the untouched base.
 
     B A − B0 A0 is the product of [B, −B0] and [A; A0], so that nothing is approximated. Stock PEFT
-    and serving engines load the result as any LoRA.
+    and serving engines load the result as any LoRA. Of a residual that was stored in a narrow dtype
+    (`residual="weight"`) the rounding stays behind: beside W the result misses it.
 
     Args:
         source: an adapted model, or an adapter's folder; the base is not needed.

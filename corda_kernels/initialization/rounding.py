@@ -37,13 +37,13 @@ def compensated(weight: Tensor, factors: AdapterFactors, covariance: Tensor) -> 
     if torch.finfo(weight.dtype).bits >= torch.finfo(factors.A.dtype).bits:
         return factors
     W = weight.double()
-    start = residual(weight, factors).double() - W  # what of W is not in B A, negative
+    taken = residual(weight, factors).double() - W  # W' − W
     A, B, scaling = factors.A.double(), factors.B.double(), factors.scaling
     C = covariance.to(W)
     seen = A @ C + _DAMPING * C.diagonal().mean() * A
-    error = start + scaling * (B @ A)
+    error = taken + scaling * (B @ A)
     B = B - (error @ seen.mT) @ _inverse(seen @ A.mT) / scaling
-    error = start + scaling * (B @ A)
+    error = taken + scaling * (B @ A)
     A = A - _inverse(B.mT @ B) @ (B.mT @ error) / scaling
     return AdapterFactors(A, B, scaling, factors.damping)
 
