@@ -81,7 +81,7 @@ class BlockJournal:
             outlier_threshold=outlier_threshold,
             normalize=normalize,
             ranks=ranks,
-        ) | {"stability": parts}
+        )
         if checkpoint.resume:
             while self.finished < len(blocks) and (
                 not blocks[self.finished] or self._file(self.finished).exists()

@@ -101,6 +101,18 @@ def test_degenerate_layers_get_finite_factors_no_worse(name: str, which: str, ba
     assert missed(weight, factors, start, C) <= before * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("which", ENDS)
+def test_how_the_factors_share_their_magnitude_does_not_matter(which: str) -> None:
+    weight, C = torch.randn(OUT, IN).bfloat16(), covariance()
+    factors, start = layer(weight, C, which)
+    lengths = torch.logspace(-8, 8, RANK)
+    other = AdapterFactors(factors.A * lengths[:, None], factors.B / lengths)
+    found = compensated(weight, other, C)
+    product = start.B @ start.A
+    # The products of the factors in float32 differ in their last bits.
+    assert (found.B @ found.A - product).norm() < 1e-6 * product.norm()
+
+
 def test_where_nothing_is_rounded_nothing_changes() -> None:
     weight, C = torch.randn(OUT, IN), covariance()
     factors, start = layer(weight, C, "largest")
