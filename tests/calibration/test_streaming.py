@@ -257,9 +257,9 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
 ) -> None:
     monkeypatch.setattr(streaming, "_keeps_inputs", lambda device: True)
     model = make(architecture)
-    batches = [*random_batches(), torch.randint(3, 64, (5, 12))]
+    # It runs out when a sequence has gone through the block already.
+    batches = [torch.randint(3, 64, (1, 7)), *random_batches(), torch.randint(3, 64, (5, 12))]
     expected = [calibrate(model, batches[part::parts], progress=False) for part in range(parts)]
-    # The first block runs as it comes, the second in threes … ones, the third likewise.
     cramped = Cramped(model.model.layers[1], rows=1)
     with pytest.warns(OutOfMemoryWarning) as caught:
         found = stream(model, batches, parts=parts, outlier_threshold=6.0)
@@ -280,6 +280,28 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
             assert [n for _, n in covariances.groups()] == [
                 n for _, n in whole.groups() if n[0] in covariances
             ]
+
+
+def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
+    model, batches = make("llama"), random_batches()
+    subject = streaming.Subject.of(model, "all-linear")
+    blocks = list(streaming.decoder_blocks(model).values())
+    text = streaming._Text(subject, blocks, batches, lambda _: True, False)
+    text.record()
+    text.advance(0, list)
+
+    def rows() -> dict[Any, Tensor]:
+        alike: dict[Any, list[Tensor]] = {}
+        for current in text.sequences:
+            alike.setdefault(streaming._alike(current), []).append(current.hidden)
+        return {key: torch.cat(hidden) for key, hidden in alike.items()}
+
+    before = rows()
+    for most in (3, 2, 1):
+        text._max_rows = most
+        text._regroup()
+        assert max(len(current.hidden) for current in text.sequences) == most
+        assert all(torch.equal(found, before[key]) for key, found in rows().items())
 
 
 def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> None:
