@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tables
+from finetuning.table import table as finetuning_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -51,6 +52,7 @@ TABLES: dict[str, Table] = {
     "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
     "pipeline": Table(tables.pipelines, ("cpu-pipeline",)),
     "selection": Table(tables.selections, ("cpu-selection",)),
+    "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
     # For when a GPU has run benches/gpu.sh.
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b", "gpu-svd")),

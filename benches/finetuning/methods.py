@@ -50,14 +50,14 @@ METHODS = {
     method.name: method
     for method in (
         Method("lora", (1e-3, 3e-3, 3e-4)),
-        Method("pissa", (3e-4, 1e-3, 1e-4)),
+        Method("pissa", (3e-4, 1e-4, 1e-3)),
         *(
             method
             for plus in (False, True)
             for method in (
-                _corda("kpm", plus, "paper", None, 3e-4, 1e-4, 1e-3),
+                _corda("kpm", plus, "paper", None, 3e-4, 1e-4, 3e-5),
                 _corda("kpm", plus, "even", None, 1e-3, 3e-4, 3e-3),
-                _corda("ipm", plus, "paper", None, 3e-4, 1e-4, 1e-3),
+                _corda("ipm", plus, "paper", None, 3e-4, 1e-4, 3e-5),
                 _corda("ipm", plus, "even", None, 3e-4, 1e-3, 1e-4),
                 _corda("kpm", plus, "even", "lora", 1e-3, 3e-3, 3e-4),
                 _corda("ipm", plus, "even", "lora", 1e-3, 3e-3, 3e-4),
