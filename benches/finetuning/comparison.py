@@ -67,11 +67,22 @@ def _between(first: float, last: float, share: float) -> float:
     return first + share * (last - first)
 
 
+def broken_off(results: Results) -> list[Run]:
+    """The runs whose loss was not finite at some step; nothing else is read off them."""
+    return [run for run in results["runs"] if len(run["training_loss"]) < _steps(results)]
+
+
+def _steps(results: Results) -> int:
+    steps: int = results["settings"]["steps"]
+    return steps
+
+
 def by_setting(results: Results) -> dict[tuple[str, float], list[Run]]:
     """The runs by method and learning rate, each with its seeds in order."""
     found: dict[tuple[str, float], list[Run]] = {}
     for run in results["runs"]:
-        found.setdefault((run["method"], run["learning_rate"]), []).append(run)
+        if len(run["training_loss"]) == _steps(results):
+            found.setdefault((run["method"], run["learning_rate"]), []).append(run)
     return found
 
 
@@ -94,16 +105,15 @@ def best(results: Results) -> dict[str, list[Run]]:
 def _comparable(rates: Mapping[float, list[Run]]) -> Iterable[tuple[list[Run], float]]:
     """Of each rate its runs, and their loss over the seeds that all rates share."""
     shared = set.intersection(*({run["seed"] for run in runs} for runs in rates.values()))
-    steps = max(len(run["training_loss"]) for runs in rates.values() for run in runs)
     for runs in rates.values():
-        losses = [last_loss(run, steps) for run in runs if run["seed"] in shared]
+        losses = [last_loss(run) for run in runs if run["seed"] in shared]
         yield runs, statistics.fmean(losses) if losses else math.inf
 
 
-def last_loss(run: Run, steps: int) -> float:
-    """Mean training loss over the last quarter of so many steps; infinite if it broke off."""
+def last_loss(run: Run) -> float:
+    """Mean training loss over the last quarter of the steps."""
     losses = run["training_loss"]
-    return math.inf if len(losses) < steps else statistics.fmean(losses[-max(1, steps // 4) :])
+    return statistics.fmean(losses[-max(1, len(losses) // 4) :])
 
 
 def final_task(runs: Iterable[Run]) -> dict[int, float]:

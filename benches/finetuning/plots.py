@@ -46,8 +46,10 @@ def _convergence(results: Results) -> Figure:
             marker=".",
             **_style(method),
         )
-    training.set(xlabel="step", ylabel=f"training loss, mean of {_SMOOTH} steps (nats a token)")
-    task.set(xlabel="step", ylabel="loss on the test problems (nats a token)", xscale="symlog")
+    training.set(title=f"training, mean of {_SMOOTH} steps", ylabel="loss (nats a token)")
+    task.set(title="test problems", ylabel="loss (nats a token)")
+    for axis in (training, task):
+        axis.set(xlabel="step")
     figure.legend(loc="outside right center", fontsize=7)
     return figure
 
@@ -71,8 +73,8 @@ def _forgetting(results: Results) -> Figure:
     for axis, title in zip(axes, ("answers to questions", "prose"), strict=True):
         axis.axhline(0, color="lightgray", zorder=0)
         axis.invert_xaxis()
-        axis.set(xlabel="loss on the test problems (nats a token)")
-        axis.set(ylabel=f"change of the loss on {title} (nats a token)")
+        axis.set(title=title, xlabel="loss on the test problems (nats a token)")
+        axis.set(ylabel="change of the loss (nats a token)")
     figure.legend(names.values(), names, loc="outside right center", fontsize=7)
     return figure
 
@@ -83,8 +85,8 @@ def _style(method: str) -> dict[str, Any]:
 
 
 def _mean(series: Sequence[Sequence[float]]) -> list[float]:
-    """Of the runs, as far as all of them go."""
-    return [statistics.fmean(values) for values in zip(*series, strict=False)]
+    """The mean of several runs at each of their points."""
+    return [statistics.fmean(values) for values in zip(*series, strict=True)]
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:

@@ -11,6 +11,7 @@ from .comparison import (
     Run,
     at,
     best,
+    broken_off,
     by_setting,
     common_task,
     final_task,
@@ -49,14 +50,16 @@ def grid(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """What was run and what the columns are, as one paragraph."""
-    settings, base, runs = results["settings"], results["base"], results["runs"]
+    settings, base = results["settings"], results["base"]
+    runs = [run for setting in by_setting(results).values() for run in setting]
+    broken = ", ".join(f"{run['method']} {_rate(run)}" for run in broken_off(results))
     errors = {
         name: statistics.median(run["checkpoints"][-1][name]["change_se"] for run in runs)
         for name in ("knowledge", "text")
     }
     errors["rank"] = statistics.median(run["rank"]["change_se"] for run in runs)
     return (
-        f"{len(runs)} of {results['planned']} runs (profile {settings['profile']}): "
+        f"{len(results['runs'])} of {results['planned']} runs (profile {settings['profile']}): "
         f"{settings['model']}, rank {settings['rank']}, {settings['steps']} steps of "
         f"{settings['batch_size']} problems. Negative log-likelihood a token in nats. Knowledge, "
         "prose and the rank of the right answer among ten are changes since before the training, "
@@ -67,8 +70,12 @@ def summary(results: Results) -> str:
         f"{settings['questions']} questions, {errors['text']:.3f} over the {settings['texts']} "
         f"pieces of prose and {errors['rank']:.2f} over the {settings['ranked']} ranks. Equal "
         "task: each run where it first reaches the loss that all runs of its seed in this table "
-        "reach."
+        "reach." + f" Runs whose loss ceased to be finite: {broken}." * bool(broken)
     )
+
+
+def _rate(run: Run) -> str:
+    return f"{run['learning_rate']:.0e}".replace("e-0", "e-")
 
 
 def _row(results: Results, runs: Sequence[Run], chosen: dict[str, list[Run]]) -> list[str]:
@@ -87,7 +94,7 @@ def _row(results: Results, runs: Sequence[Run], chosen: dict[str, list[Run]]) ->
 
     return [
         runs[0]["method"],
-        f"{runs[0]['learning_rate']:.0e}".replace("e-0", "e-"),
+        _rate(runs[0]),
         str(len(runs)),
         _spread((each["task"]["mean"] for each in last), ".3f"),
         "–" if reached is None else _spread((point.step for point in reached), ".0f"),

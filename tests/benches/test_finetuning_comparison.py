@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,10 +84,17 @@ def test_the_best_rate_has_the_lowest_last_training_loss_over_shared_seeds() -> 
     assert [each["learning_rate"] for each in best(results(*runs))["lora"]] == [3e-3]
 
 
-def test_a_run_that_broke_off_is_not_the_best() -> None:
-    broken = run("lora", 3e-3, 0, [1.5, 1.0], last=0.1) | {"training_loss": [0.1]}
-    chosen = best(results(broken, run("lora", 1e-3, 0, [1.5, 1.0])))
-    assert chosen["lora"][0]["learning_rate"] == 1e-3
+def test_a_run_that_broke_off_is_named_and_not_compared() -> None:
+    broken = run("lora", 3e-3, 0, [1.5, 1.0], last=0.1) | {
+        "training_loss": [0.1],
+        "checkpoints": [],
+    }
+    found = results(broken, run("lora", 1e-3, 0, [1.5, 1.0]))
+    assert best(found)["lora"][0]["learning_rate"] == 1e-3
+    head, _, rows = table(found).partition("\n\n")
+    assert head.startswith("2 of 9 runs")
+    assert head.endswith("Runs whose loss ceased to be finite: lora 3e-3.")
+    assert len(rows.split("\n")) == 3
 
 
 def test_equal_task_is_the_loss_that_all_of_a_seed_reach() -> None:
@@ -134,3 +142,20 @@ def test_the_grid_has_all_learning_rates() -> None:
 def test_without_lora_nothing_is_compared_with_it() -> None:
     made = table(results(run("pissa", 1e-3, 0, [1.5, 1.0])))
     assert made.split("\n")[-1].split("|")[5].strip() == "–"
+
+
+def test_equal_results_make_equal_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from finetuning.plots import draw
+
+    found = results(
+        run("lora", 1e-3, 0, [1.5, 1.0]),
+        run("lora", 1e-3, 1, [1.5, 1.0]),
+        run("kpm++-even-lora", 3e-3, 0, [1.2, 0.9], 0.1),
+    )
+    for name in ("one", "two"):
+        draw(found, tmp_path / name)
+    for name in ("convergence.svg", "forgetting.svg"):
+        picture = (tmp_path / "one" / name).read_bytes()
+        assert picture == (tmp_path / "two" / name).read_bytes()
+        assert len(picture) < 100_000
