@@ -45,22 +45,22 @@ def _corda(mode: Mode, plus: bool, balance: Balance, step: Step, *rates: float) 
 
 
 # Adam's first step is 16 (IPM) or 61 (KPM) times LoRA's with balance "paper", 7 or 2.6 times with
-# "even", LoRA's own with step "lora": the larger, the lower the rates.
+# "even", LoRA's own with step "lora": each method's first rate makes it about LoRA's at 1e-3.
 METHODS = {
     method.name: method
     for method in (
-        Method("lora", (1e-3, 3e-3, 3e-4)),
-        Method("pissa", (3e-4, 1e-4, 1e-3)),
+        Method("lora", (1e-3, 3e-4, 3e-3)),
+        Method("pissa", (1e-4, 3e-4, 3e-5)),
         *(
             method
             for plus in (False, True)
             for method in (
-                _corda("kpm", plus, "paper", None, 3e-4, 1e-4, 3e-5),
-                _corda("kpm", plus, "even", None, 1e-3, 3e-4, 3e-3),
-                _corda("ipm", plus, "paper", None, 3e-4, 1e-4, 3e-5),
-                _corda("ipm", plus, "even", None, 3e-4, 1e-3, 1e-4),
-                _corda("kpm", plus, "even", "lora", 1e-3, 3e-3, 3e-4),
-                _corda("ipm", plus, "even", "lora", 1e-3, 3e-3, 3e-4),
+                _corda("kpm", plus, "paper", None, 3e-5, 1e-4, 3e-4),
+                _corda("kpm", plus, "even", None, 3e-4, 1e-3, 1e-4),
+                _corda("ipm", plus, "paper", None, 1e-4, 3e-4, 3e-5),
+                _corda("ipm", plus, "even", None, 1e-4, 3e-4, 3e-5),
+                _corda("kpm", plus, "even", "lora", 1e-3, 3e-4, 3e-3),
+                _corda("ipm", plus, "even", "lora", 1e-3, 3e-4, 3e-3),
             )
         ),
     )

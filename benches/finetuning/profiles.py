@@ -105,8 +105,8 @@ PROFILES = {
     ),
     "cpu": Profile(
         methods=(PLAIN, STEPS + PLUS),
-        learning_rates=2,
-        seeds=3,
+        learning_rates=3,
+        seeds=2,
         rank=32,
         steps=32,
         batch_size=4,

@@ -45,7 +45,11 @@ def table(results: Results) -> str:
 def grid(results: Results) -> str:
     """All learning rates of all methods, in the columns of `table`."""
     chosen = best(results)
-    return _markdown([_row(results, runs, chosen) for runs in by_setting(results).values()])
+    methods = list(chosen)
+    found = sorted(
+        by_setting(results).items(), key=lambda item: (methods.index(item[0][0]), item[0][1])
+    )
+    return _markdown([_row(results, runs, chosen) for _, runs in found])
 
 
 def summary(results: Results) -> str:

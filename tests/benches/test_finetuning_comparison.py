@@ -133,10 +133,15 @@ def test_the_table_says_what_was_run_and_what_came_out() -> None:
 
 def test_the_grid_has_all_learning_rates() -> None:
     made = grid(
-        results(run("lora", 1e-3, 0, [1.5, 1.0]), run("lora", 3e-3, 0, [1.5, 1.3], last=2.0))
+        results(
+            run("lora", 1e-3, 0, [1.5, 1.0]),
+            run("pissa", 1e-3, 0, [1.5, 1.0]),
+            run("lora", 3e-4, 0, [1.5, 1.3], last=2.0),
+        )
     )
-    assert [line.split("|")[2].strip() for line in made.split("\n")[2:]] == ["1e-3", "3e-3"]
-    assert made.split("\n")[3].split("|")[5].strip() == "–"
+    rows = [[cell.strip() for cell in line.split("|")] for line in made.split("\n")[2:]]
+    assert [row[1:3] for row in rows] == [["lora", "3e-4"], ["lora", "1e-3"], ["pissa", "1e-3"]]
+    assert rows[0][5] == "–"
 
 
 def test_without_lora_nothing_is_compared_with_it() -> None:
