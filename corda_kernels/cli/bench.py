@@ -117,7 +117,7 @@ def pipeline(
     tokens = sum(ids.numel() for ids in batches)
     typer.echo(f"{model}, {mode}, rank {rank}, {len(batches)} sequences, {tokens} tokens")
     typer.echo(
-        f"{'':<10} {'seconds':>9} {' '.join(f'{stage:>13}' for stage in STAGES)} {'beyond':>9} "
+        f"{'':<11} {'seconds':>9} {' '.join(f'{stage:>13}' for stage in STAGES)} {'beyond':>9} "
         f"{'growth':>10} {'× PEFT':>8} {'beyond':>8} {'growth':>8} {'overlap':>9}"
     )
     task = Task(model, batches, "ipm" if mode == "ipm" else "kpm", rank, where)
@@ -152,7 +152,7 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
     from corda_kernels.bench.pipeline import STAGES
 
     if not row.passed:
-        return f"{row.name:<10} computes something else (overlap {row.overlap:.4f}): no speed"
+        return f"{row.name:<11} computes something else (overlap {row.overlap:.4f}): no speed"
     stages = " ".join(
         f"{row.stages[stage]:>13.1f}" if stage in row.stages else " " * 13 for stage in STAGES
     )
@@ -164,7 +164,7 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
         )
     overlap = "" if row.overlap is None else f"{row.overlap:.6f}"
     return (
-        f"{row.name:<10} {row.seconds:>9.1f} {stages} {row.beyond:>9.1f} "
+        f"{row.name:<11} {row.seconds:>9.1f} {stages} {row.beyond:>9.1f} "
         f"{row.growth / 2**20:>6.0f} MiB {ratios:>26} {overlap:>9}"
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import pickle  # for the error that torch.load raises; nothing is unpickled
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
