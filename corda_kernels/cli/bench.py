@@ -152,7 +152,7 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
     from corda_kernels.bench.pipeline import STAGES
 
     if not row.passed:
-        return f"{row.name:<11} computes something else (overlap {row.overlap:.4f}): no speed"
+        return f"{row.name} computes something else (overlap {row.overlap:.4f}): no speed"
     stages = " ".join(
         f"{row.stages[stage]:>13.1f}" if stage in row.stages else " " * 13 for stage in STAGES
     )
