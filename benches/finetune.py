@@ -9,11 +9,11 @@ nq_open_efficientqa_dev.jsonl (from github.com/google-research-datasets/natural-
 question and answer, a list).
 
 Adapters of equal size are trained on gsm8k_train: the same problems in the same order from each
-method's start, with each learning rate of its grid. Three things are measured on the way, as
-negative log-likelihood a token: answers of gsm8k_test, the task; answers of nq_open_efficientqa_dev
-after a few answered questions, what is kept of knowledge (without the end token, which would
-measure the format); and prose. At the end the right answer is ranked among ten. KPM calibrates on
-nq_open_dev, IPM on gsm8k_train.
+method's start, with each learning rate of its grid; then each method with its best rate on other
+problems. Three things are measured on the way, as negative log-likelihood a token: answers of
+gsm8k_test, the task; answers of nq_open_efficientqa_dev after a few answered questions, what is
+kept of knowledge (without the end token, which would measure the format); and prose. At the end the
+right answer is ranked among ten. KPM calibrates on nq_open_dev, IPM on gsm8k_train.
 
 Each run is a file. A run that is killed begins anew, those that are done stay.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from corda_kernels.files import write_json
 from corda_kernels.pipeline import calibrate_candidates
 
 from .claims import claim
+from .comparison import best
 from .data import PROBLEM, QUESTION, plain_problems, problems, prose, read_records, training_batches
 from .measures import Examination, estimate, quiz
 from .methods import Mode, start
@@ -85,13 +87,29 @@ class Experiment:
     def go_on(self) -> None:
         """Does all runs that are neither done nor being done by another process."""
         started = time.monotonic()
-        for run in self.profile.runs():
+        for run, needed in self._runs():
             limit = self.profile.minutes
             if limit is not None and time.monotonic() - started > 60 * limit:
                 return
-            with claim(self.work / f"{run.name}.lock") as held:
+            with claim(self.work / f"{run.name}.lock", wait=needed) as held:
                 if held and not self.file(run).exists():
                     self.do(run)
+
+    def _runs(self) -> Iterator[tuple[Run, bool]]:
+        """All runs in order, and whether the choice of the next ones needs the result."""
+        for group in self.profile.methods:
+            grid = list(self.profile.grid(group))
+            yield from ((run, False) for run in grid)
+            if self.profile.seeds == 1:
+                continue
+            for name in group:
+                tried = [run for run in grid if run.method.name == name]
+                yield from ((run, True) for run in tried)
+                chosen = best(collected(self.folder)).get(name, [])
+                rates = {found["learning_rate"] for found in chosen}
+                for run in tried:
+                    if run.learning_rate in rates:
+                        yield from ((again, False) for again in self.profile.repeats(run))
 
     def do(self, run: Run) -> None:
         """Does one run and writes its file."""
@@ -244,6 +262,12 @@ def collected(folder: Path) -> dict[str, Any]:
     base.pop("items")
     names = (field.name for field in dataclasses.fields(Profile) if field.name in settings)
     profile = Profile(**{name: settings[name] for name in names})
-    files = [folder / "runs" / f"{run.name}.json" for run in profile.runs()]
+    runs = (
+        each
+        for group in profile.methods
+        for run in profile.grid(group)
+        for each in (run, *profile.repeats(run))
+    )
+    files = (folder / "runs" / f"{run.name}.json" for run in runs)
     done = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    return {"settings": settings, "base": base, "planned": len(files), "runs": done}
+    return {"settings": settings, "base": base, "planned": profile.planned, "runs": done}

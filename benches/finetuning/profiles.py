@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from .methods import METHODS, Method
 
@@ -32,9 +32,10 @@ class Profile:
     """How large an experiment is.
 
     Attributes:
-        methods: groups of methods; the grid of one group goes before the next group.
-        learning_rates: how many of each method's.
-        seeds: how many; each is another order of other problems.
+        methods: groups of methods; all of one group goes before the next group.
+        learning_rates: how many of each method's, all with the first seed.
+        seeds: how many, the others with the best learning rate; each is another order of other
+            problems.
         rank: of the adapters.
         steps: of training.
         batch_size: problems a step.
@@ -73,14 +74,21 @@ class Profile:
     device: str = "cpu"
     minutes: float | None = None
 
-    def runs(self) -> Iterator[Run]:
-        """All runs in order: seed by seed, and of a seed the first learning rates first."""
-        for group in self.methods:
-            for seed in range(self.seeds):
-                for index in range(self.learning_rates):
-                    for name in group:
-                        method = METHODS[name]
-                        yield Run(method, method.learning_rates[index], seed)
+    def grid(self, group: Sequence[str]) -> Iterator[Run]:
+        """A group's runs with the first seed, the first learning rates first."""
+        for index in range(self.learning_rates):
+            for name in group:
+                method = METHODS[name]
+                yield Run(method, method.learning_rates[index], seed=0)
+
+    def repeats(self, run: Run) -> Iterator[Run]:
+        """The same with the other seeds."""
+        return (replace(run, seed=seed) for seed in range(1, self.seeds))
+
+    @property
+    def planned(self) -> int:
+        """How many runs the profile has."""
+        return sum(map(len, self.methods)) * (self.learning_rates + self.seeds - 1)
 
 
 PROFILES = {
@@ -106,7 +114,7 @@ PROFILES = {
     "cpu": Profile(
         methods=(PLAIN, STEPS + PLUS),
         learning_rates=3,
-        seeds=2,
+        seeds=3,
         rank=32,
         steps=32,
         batch_size=4,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from corda_kernels import CovarianceSet
 from corda_kernels.errors import ConfigError, DataError
+from corda_kernels.files import write_json
 
 PROFILE = replace(
     PROFILES["smoke"],
@@ -71,7 +73,7 @@ def test_an_experiment_goes_on_where_it_was_killed(
     open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = open_()
-    first, second = PROFILE.runs()
+    first, second = PROFILE.grid(PROFILE.methods[0])
 
     def killed(run: Run) -> None:
         if run == second:
@@ -103,13 +105,72 @@ def test_a_run_that_another_process_does_is_left_to_it(
     open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = open_()
-    first, second = PROFILE.runs()
+    first, second = PROFILE.grid(PROFILE.methods[0])
     done: list[Run] = []
     monkeypatch.setattr(experiment, "do", done.append)
     with claim(experiment.work / f"{first.name}.lock") as held:
         assert held
         experiment.go_on()
     assert done == [second]
+
+
+def _with_losses(experiment: Experiment, done: list[Run], losses: dict[float, float]) -> None:
+    """Makes the experiment's runs end at once, with a loss for each learning rate."""
+    write_json(experiment.folder / "base.json", {"items": {}})
+
+    def do(run: Run) -> None:
+        done.append(run)
+        result = {
+            "method": run.method.name,
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            "training_loss": [losses[run.learning_rate]] * experiment.profile.steps,
+        }
+        write_json(experiment.file(run), result)
+
+    experiment.do = do  # type: ignore[method-assign]
+
+
+def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Experiment]) -> None:
+    profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=3)
+    first, second, third = METHODS["lora"].learning_rates
+    experiment = open_(profile)
+    done: list[Run] = []
+    _with_losses(experiment, done, {first: 1.1, second: 0.9, third: 1.0})
+    experiment.go_on()
+    assert [(run.learning_rate, run.seed) for run in done] == [
+        (first, 0),
+        (second, 0),
+        (third, 0),
+        (second, 1),
+        (second, 2),
+    ]
+    results = collected(experiment.folder)
+    assert results["planned"] == len(results["runs"]) == 5
+    again = open_(profile)
+    _with_losses(again, done, {})
+    again.go_on()
+    assert len(done) == 5
+
+
+def test_the_best_rate_is_not_chosen_before_another_process_has_done_its_run(
+    open_: Callable[..., Experiment],
+) -> None:
+    profile = replace(PROFILE, methods=(("lora",),), learning_rates=2, seeds=2)
+    first, second = METHODS["lora"].learning_rates[:2]
+    experiment = open_(profile)
+    done: list[Run] = []
+    _with_losses(experiment, done, {first: 1.0, second: 0.9})
+    taken = Run(METHODS["lora"], second, 0)
+    with claim(experiment.work / f"{taken.name}.lock"):
+        worker = threading.Thread(target=experiment.go_on)
+        worker.start()
+        worker.join(timeout=0.5)
+        assert worker.is_alive()
+        assert [run.learning_rate for run in done] == [first]
+        experiment.do(taken)
+    worker.join()
+    assert done[2:] == [Run(METHODS["lora"], second, 1)]
 
 
 def test_an_experiment_of_other_settings_is_not_mixed_in(
@@ -163,9 +224,11 @@ def test_every_method_starts_at_the_base_with_the_same_budget(
     assert used == budget if not method.plus else 0.8 * budget < used <= budget
 
 
-def test_the_first_runs_of_a_profile_are_all_plain_methods_once() -> None:
+def test_a_profile_names_every_run_once_and_measures_at_its_end() -> None:
     for profile in PROFILES.values():
-        runs = list(profile.runs())
-        assert [run.method.name for run in runs[:6]] == list(profile.methods[0][:6])
+        runs = [run for group in profile.methods for run in profile.grid(group)]
         assert len({run.name for run in runs}) == len(runs)
+        assert profile.planned == len(runs) + (profile.seeds - 1) * len(
+            {run.method.name for run in runs}
+        )
         assert profile.checkpoints[-1] == profile.steps
