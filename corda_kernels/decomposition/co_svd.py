@@ -39,6 +39,10 @@ _FACTORED_BLOCKS = 12
 # error is that of the worst vector, estimated before the last application of the operator.
 _TOLERANCE = {"largest": 2e-5, "smallest": 3e-3}
 _LEAST_GAP = {"largest": 1e-3, "smallest": 1e-2}
+# Vectors iterated with beyond those wanted, at least, and what their number is a multiple of: of
+# 4096 × 4096 with 144 columns a product in float64 runs at 88 GFLOP/s, with 128 at 55, with 160 at
+# 49, with 192 at 70 (2 cores with AVX-512).
+_SPARE, _WIDTH = 16, 24
 # What an application of the operator takes off the error, roughly, on layers of SmolLM2-135M.
 _GAIN = {"largest": 3e1, "smallest": 3e1}
 
@@ -226,7 +230,7 @@ def decompose(
 
 
 def _block(rank: int, shortest: int) -> int:
-    return min(rank + max(16, rank // 2), shortest)
+    return min(-(-(rank + _SPARE) // _WIDTH) * _WIDTH, shortest)
 
 
 def _exact(W: Tensor, C: Tensor, rank: int, which: End) -> tuple[Tensor, Tensor]:
@@ -300,7 +304,8 @@ def _iterated(
 
 def _factored(W: Tensor, C: Tensor) -> tuple[Operator, Operator]:
     """Products with (W·C)ᵀ and W·C, factor by factor."""
-    return lambda X: C @ (W.mT @ X), lambda Y: W @ (C @ Y)
+    # C may be a root of a covariance, which is not symmetric.
+    return lambda X: C.mT @ (W.mT @ X), lambda Y: W @ (C @ Y)
 
 
 def _single(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Operator = Callable[[Tensor], Tensor]
 
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones,
 # and blocks at which to start afresh.
-_FIRST_LOOK = (4, 2)
+_FIRST_LOOK = (5, 2)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
@@ -26,6 +26,10 @@ _NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
 # square: an eigenproblem's error is eps times the largest.
 _SQUARABLE = 1e9
+# The sine between a column and those before it from which on a Gram matrix in float64 will do: what
+# rounding leaves of orthogonality, eps over its square or, in float32, eps over it, a second round
+# takes off.
+_LEAST_SINE = 1e-5
 
 
 def leading_pairs(
@@ -88,8 +92,9 @@ def leading_pairs(
         gain = min(gain, max(1.0, reached / max(float(error.max()), tolerance)))
         if bool((error <= tolerance).all()) or bool(error.isnan().any()):
             break
-        # What a good draft is off by is rounding, and one more application takes most of that off.
-        near = draft is not None and cycle == 0 and bool((error <= _NEAR * tolerance).all())
+        # Once more A costs less than a new start. What a good draft is off by is rounding, and this
+        # takes most of it off.
+        near = not near and bool((error <= _NEAR * tolerance).all())
     left, values, _ = torch.linalg.svd(factor)
     return front @ left[..., :rank], values[..., :rank], error
 
@@ -106,41 +111,54 @@ def _lanczos(
 ) -> tuple[Tensor, float]:
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
     error that these had; in the dtype of `front`."""
-    block = front.shape[-1]
-    basis, images = front, back(half(front))
-    before = float("inf")
+    *batch, n, block = front.shape
+    # Columns are kept as rows, so that more can join them without a copy.
+    vectors, images = (front.new_empty(*batch, blocks * block, n) for _ in range(2))
+    projected = front.new_zeros(*batch, blocks * block, blocks * block)
+    size, before = 0, float("inf")
     while True:
-        while basis.shape[-1] < look * block:
-            front = _next_block(basis, images[..., -block:])
-            basis = torch.cat([basis, front], -1)
-            images = torch.cat([images, back(half(front))], -1)
-        theta, turn = _ritz(half, basis, images)
-        leading = turn[..., :block]
-        applied = images @ leading
-        error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
-        # What float32 cannot tell apart more blocks do not, either.
-        stuck = basis.dtype == torch.float32 and error > before / 2
-        if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
-            return _orthonormal(applied), error
-        # A block takes off one to three orders of magnitude; a look costs about as much as a block.
-        before = error
-        look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
+        image = back(half(front))
+        fresh = slice(size, size + block)
+        vectors[..., fresh, :], images[..., fresh, :] = front.mT, image.mT
+        size += block
+        basis = vectors[..., :size, :].mT
+        coordinates = basis.mT @ image
+        projected[..., :size, fresh] = coordinates
+        if size == look * block:
+            theta, turn = _ritz(half, basis, projected[..., :size, :size])
+            leading = turn[..., :block]
+            applied = images[..., :size, :].mT @ leading
+            error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
+            # What float32 cannot tell apart more blocks do not, either.
+            stuck = front.dtype == torch.float32 and error > before / 2
+            if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
+                return _orthonormal(applied), error
+            # A block takes off one to three orders of magnitude; a look costs as much as a block.
+            before = error
+            look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
+        front = _next_block(basis, image, coordinates)
 
 
-def _next_block(basis: Tensor, image: Tensor) -> Tensor:
-    """Orthonormal columns that span what A adds to the basis."""
+def _next_block(basis: Tensor, image: Tensor, coordinates: Tensor) -> Tensor:
+    """Orthonormal columns that span what A adds to the basis.
+
+    Args:
+        basis: (*batch, n, k), orthonormal.
+        image: (*batch, n, block), A of its last columns.
+        coordinates: (*batch, k, block), basisᵀ image.
+    """
     # Twice: of an image that lies in the basis the first round leaves nothing but rounding.
-    fresh = image
-    for _ in range(2):
-        fresh = _orthonormal(fresh - basis @ (basis.mT @ fresh))
-    return fresh
+    fresh = _straightened(image - basis @ coordinates)
+    return _straightened(fresh - basis @ (basis.mT @ fresh))
 
 
-def _ritz(half: Operator, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values θ, (*batch, k) descending, and the vectors' coordinates in the basis."""
+def _ritz(half: Operator, basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values θ, (*batch, k) descending, and the vectors' coordinates in the basis.
+
+    `projected` is basisᵀ A basis, of which only the upper triangle is read.
+    """
     # In float64 also in a draft: it is small, and an eigenproblem's error is eps times the largest.
-    projected = (basis.mT @ images).double()
-    theta, turn = torch.linalg.eigh((projected + projected.mT) / 2)
+    theta, turn = torch.linalg.eigh(projected.double(), UPLO="U")
     theta, turn = theta.flip(-1), turn.flip(-1)
     wanted = theta[..., : max(1, basis.shape[-1] // 4)]
     if bool((wanted[..., -1] * _SQUARABLE > wanted[..., 0]).all()):
@@ -191,5 +209,25 @@ def _gap(above: Tensor, below: Tensor, least: float) -> Tensor:
 
 def _orthonormal(X: Tensor) -> Tensor:
     """An orthonormal basis, (*batch, n, k), of the columns of X (*batch, n, k)."""
+    return _straightened(_straightened(X))
+
+
+def _straightened(X: Tensor) -> Tensor:
+    """A basis of the columns of X (*batch, n, k), the closer to orthonormal the more X is.
+
+    By Cholesky, of which two rounds cost a fraction of a QR; by QR, and orthonormal, where a column
+    lies too close to the span of those before it.
+
+    Source: Fukaya et al., "CholeskyQR2: a simple and communication-avoiding algorithm for computing
+    a tall-skinny QR factorization on a large-scale parallel system", ScalA 2014.
+    """
+    wide = X.double()
+    gram = wide.mT @ wide
+    factor, info = torch.linalg.cholesky_ex(gram)
+    sines = factor.diagonal(dim1=-2, dim2=-1).square() / gram.diagonal(dim1=-2, dim2=-1)
+    sound = (info == 0) & (sines > _LEAST_SINE**2).all(-1)
+    if bool(sound.all()):
+        straight: Tensor = torch.linalg.solve_triangular(factor.mT.to(X), X, upper=True, left=False)
+        return straight
     Q: Tensor = torch.linalg.qr(X).Q
     return Q

@@ -87,6 +87,37 @@ def test_top_finds_the_known_vectors(name: str, columns: int) -> None:
     torch.testing.assert_close(U.T @ U, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("digits", [0, 4, 6, 7, 8, 12])
+def test_columns_become_orthonormal_however_close_they_are(digits: int, dtype: torch.dtype) -> None:
+    columns, _ = known(120, 8, log_spaced(8, digits))
+    columns = columns.to(dtype)
+    Q = subspace._orthonormal(columns)
+    assert Q.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(Q.T @ Q, torch.eye(8, dtype=dtype), rtol=0, atol=20 * eps)
+    # Each lies in the span as far as its own rounding allows.
+    left = columns - Q @ (Q.T @ columns)
+    assert float(left.norm()) <= 50 * eps
+
+
+def test_only_columns_that_nearly_coincide_take_a_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda X: taken.append(X) or qr(X))
+    free = random(2, 50, 6) * torch.logspace(0, 9, 6).double()
+    subspace._orthonormal(free)
+    assert not taken
+    close = free.clone()
+    close[1, :, 3] = close[1, :, 2] * (1 + 1e-9 * random(50))
+    Q = subspace._orthonormal(close)
+    assert len(taken) == 1
+    eye = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
+    torch.testing.assert_close(Q.mT @ Q, eye, rtol=0, atol=1e-14)
+    zero = subspace._orthonormal(torch.zeros(50, 6, dtype=torch.float64))
+    torch.testing.assert_close(zero.T @ zero, eye[0], rtol=0, atol=1e-14)
+
+
 def test_a_smaller_tolerance_takes_more_work_and_leaves_less_error() -> None:
     M, known_U = known(400, 400, torch.linspace(1, 0, 400).double() ** 3)
     work, errors = [], []
@@ -162,8 +193,11 @@ def test_the_estimated_error_counts_what_residuals_do_to_a_close_neighbour(gap: 
     assert estimated == pytest.approx(sine, rel=0.2)
 
 
-def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks() -> None:
+def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Told apart from its neighbour within the block, not by more of them.
+    monkeypatch.setattr(subspace, "_FIRST_LOOK", (4, 2))
     sigma = log_spaced(400, 6)
     sigma[4] = sigma[3] * (1 - 1e-3)
     M, known_U = known(400, 400, sigma)
