@@ -150,7 +150,7 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
     forget_peak(device)
     bare = _timed(partial(forward, bare_model), device)
     before = peak_bytes(device)
-    stages = Stages(device, passes=len(task.batches))
+    stages = Stages(passes=len(task.batches))
     METHODS[name](Subject(task, model, forward, folder), stages)
     growth = max(0, peak_bytes(device) - before)
     passes = bare * stages.passes / len(task.batches)
@@ -159,7 +159,7 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
 
 
 def by_stage(clocked: dict[str, float], forward: float) -> dict[str, float]:
-    """Seconds of STAGES from those that `Stages` clocked, the forward passes taken out of them."""
+    """Seconds of STAGES from those that were clocked, the forward passes taken out of them."""
     found = dict(clocked)
     if forward:
         found["forward"] = forward

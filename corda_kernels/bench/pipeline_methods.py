@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.data import fitting_batch_size
+from corda_kernels.usage import Stopwatch
 
 Mode = Literal["ipm", "kpm"]
 
@@ -37,34 +36,18 @@ class Task:
     device: torch.device
 
 
-@dataclass
-class Stages:
-    """Seconds by stage.
+class Stages(Stopwatch):
+    """Seconds by stage: "calibration", the forward passes and the covariances that are made on the
+    way; "decomposition", with the forward passes where those are one with it; "attaching", the
+    adapter to the model. Only those that a contestant has.
 
     Attributes:
-        device: is waited for at the end of each.
         passes: forward passes over one batch each.
-        seconds: "calibration", the forward passes and the covariances that are made on the way;
-            "decomposition", with the forward passes where those are one with it; "attaching", the
-            adapter to the model. Only those that a contestant has.
     """
 
-    device: torch.device
-    passes: int
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def clock(self, stage: str) -> Iterator[None]:
-        """Adds what happens inside to a stage."""
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
-    def move(self, part: str, whole: str) -> None:
-        """Takes one stage, which was timed inside another, out of that."""
-        self.seconds[whole] -= self.seconds[part]
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +92,12 @@ def _corda(
     lora = _lora(subject, "corda", corda_config=options)
 
     def forward() -> None:
-        with stages.clock("calibration"):
+        with stages.stage("calibration"):
             subject.forward()
 
-    with stages.clock("decomposition"):
+    with stages.stage("decomposition"):
         preprocess(subject.model, lora, forward)
-    stages.move("calibration", "decomposition")
-    with stages.clock("attaching"):
+    with stages.stage("attaching"):
         adapted: nn.Module = get_peft_model(subject.model, lora)
     return adapted
 
@@ -152,12 +134,12 @@ def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
 
     task = subject.task
     config = CordaConfig(task.mode, rank=task.rank, stability=False, progress=False)
-    with stages.clock("calibration"):
+    with stages.stage("calibration"):
         covariances = calibrate(subject.model, task.batches, progress=False)
-    with stages.clock("decomposition"):
+    with stages.stage("decomposition"):
         adapter = corda_adapter(subject.model, covariances, config)
         del covariances  # as init_corda does
-    with stages.clock("attaching"):
+    with stages.stage("attaching"):
         return attach(subject.model, adapter)
 
 
@@ -175,17 +157,16 @@ def _pissa(subject: Subject, stages: Stages) -> nn.Module:
     original = LoraLayer.pissa_init
 
     def timed(*arguments: Any) -> None:
-        with stages.clock("decomposition"):
+        with stages.stage("decomposition"):
             original(*arguments)
 
     stages.passes = 0
     try:
         LoraLayer.pissa_init = timed
-        with stages.clock("attaching"):
+        with stages.stage("attaching"):
             adapted: nn.Module = get_peft_model(subject.model, _lora(subject, "pissa"))
     finally:
         LoraLayer.pissa_init = original
-    stages.move("decomposition", "attaching")
     return adapted
 
 
@@ -202,13 +183,13 @@ def _eva(subject: Subject, stages: Stages) -> nn.Module:
         model(**batch, use_cache=False)
 
     loader = [{"input_ids": ids} for ids in subject.task.batches]
-    with stages.clock("attaching"):
+    with stages.stage("attaching"):
         lora = _lora(subject, "eva", eva_config=EvaConfig(rho=1.0))
         # As PEFT advises for EVA.
         adapted: nn.Module = get_peft_model(subject.model, lora, low_cpu_mem_usage=True)
-    with stages.clock("decomposition"):
+    with stages.stage("decomposition"):
         found = get_eva_state_dict(adapted, loader, forward_fn=forward, show_progress_bar=False)
-    with stages.clock("attaching"):
+    with stages.stage("attaching"):
         initialize_lora_eva_weights(adapted, eva_state_dict=found)
     return adapted
 

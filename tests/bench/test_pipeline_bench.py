@@ -57,7 +57,7 @@ def test_contestants_compute_the_same(task: Task) -> None:
 def test_the_stages_make_what_init_corda_makes(task: Task, tmp_path: Path, mode: str) -> None:
     task = Task(task.model, task.batches, mode, 4, CPU)
     subject = Subject(task, load_model(task.model), lambda: None, tmp_path)
-    staged = METHODS["init_corda"](subject, Stages(CPU, 0)).state_dict()
+    staged = METHODS["init_corda"](subject, Stages(0)).state_dict()
     config = CordaConfig(mode, rank=4, stability=False, progress=False)
     whole = init_corda(load_model(task.model), task.batches, config).state_dict()
     assert staged.keys() == whole.keys()
@@ -74,7 +74,7 @@ def test_every_contestant_adapts_all_layers_at_the_rank(
         for ids in task.batches:
             model(input_ids=ids)
 
-    stages = Stages(CPU, len(task.batches))
+    stages = Stages(len(task.batches))
     adapted = METHODS[name](Subject(task, model, forward, tmp_path), stages)
     ranks = [
         tensor.shape[0]
@@ -94,7 +94,7 @@ def test_pissa_leaves_peft_as_it_was(task: Task, tmp_path: Path) -> None:
     broken = Task(task.model, task.batches, "ipm", 0, CPU)  # a rank that PEFT refuses
     subject = Subject(broken, load_model(task.model), lambda: None, tmp_path)
     with pytest.raises(ValueError, match="positive integer"):
-        METHODS["pissa"](subject, Stages(CPU, 0))
+        METHODS["pissa"](subject, Stages(0))
     assert LoraLayer.pissa_init is before
 
 
@@ -108,12 +108,6 @@ def test_forward_passes_are_a_stage_of_their_own() -> None:
     }
     assert by_stage({"decomposition": 9.0}, 4.0) == {"forward": 4.0, "decomposition": 5.0}
     assert by_stage({"decomposition": 9.0}, 0.0) == {"decomposition": 9.0}
-
-
-def test_a_stage_inside_another_counts_once() -> None:
-    stages = Stages(CPU, 1, {"decomposition": 5.0, "calibration": 2.0})
-    stages.move("calibration", "decomposition")
-    assert stages.seconds == {"decomposition": 3.0, "calibration": 2.0}
 
 
 @pytest.mark.usefixtures("_here")
