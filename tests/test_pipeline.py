@@ -16,20 +16,18 @@ from corda_kernels.errors import (
     DecompositionError,
     LeftOutWarning,
     NonFiniteActivationError,
-    OutOfMemoryWarning,
     RankDeficientWarning,
     RankError,
     TargetError,
 )
 from corda_kernels.initialization import adapter_of
 from corda_kernels.models import linear_weight
-from corda_kernels.pipeline import calibrate_halves, corda_adapter
+from corda_kernels.pipeline import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
 Logits = Callable[[nn.Module], Tensor]
 FIRST = "model.layers.0.self_attn.q_proj"
-OUTPUT = "model.layers.0.self_attn.o_proj"
 
 
 def config(mode: Any = "ipm", **options: Any) -> CordaConfig:
@@ -322,66 +320,7 @@ def test_as_many_tokens_as_channels_bring_no_warning(calibrated: Calibrated) -> 
     init_corda(model, random_batches(1, 3, 16), config())  # a warning is an error here
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
-def test_halves_merge_to_the_whole(calibrated: Calibrated, count: int) -> None:
-    model, _ = calibrated()
-    batches = random_batches(count)
-    whole = calibrate(model, batches, progress=False)
-    halves = calibrate_halves(model, batches, rank=4, progress=False)
-    assert list(halves) == list(whole)
-    assert [names for _, names in halves.groups()] == [names for _, names in whole.groups()]
-    for name, expected in whole.items():
-        found = halves[name]
-        assert (found.matrix - expected.matrix).norm() < 1e-6 * expected.matrix.norm()
-        assert (found.tokens, found.calls) == (expected.tokens, expected.calls)
-        assert torch.equal(found.absmax, expected.absmax)
-        assert torch.equal(found.outlier_count, expected.outlier_count)
-    stability = halves.provenance["stability"]
-    assert stability["layers"].keys() == whole.keys()
-    assert sum(stability["tokens"]) == halves[FIRST].tokens
-
-
-@pytest.mark.parametrize("rank", [4, None])
-def test_halves_note_where_they_come_from(calibrated: Calibrated, rank: int | None) -> None:
-    model, _ = calibrated()
-    batches = random_batches(3)
-    whole = calibrate(model, batches, progress=False).provenance
-    halves = calibrate_halves(model, batches, rank=rank, progress=False).provenance
-    assert {name: halves[name] for name in whole} == whole
-
-
-@pytest.mark.parametrize(
-    ("count", "options"), [(1, {}), (4, {"stability": False})], ids=["one batch", "not asked for"]
-)
-def test_without_two_halves_there_is_no_stability(
-    calibrated: Calibrated, count: int, options: dict[str, Any]
-) -> None:
-    model, _ = calibrated()
-    rank = 4 if options.get("stability", True) else None
-    halves = calibrate_halves(model, random_batches(count), rank=rank, progress=False)
-    assert halves.provenance["stability"] is None
-    record = corda_adapter(model, random_batches(count), config(**options)).record
-    assert record.stability == {}
-    assert "stability" not in record.calibration
-
-
-@pytest.mark.parametrize(("mode", "end"), [("kpm", "bottom"), ("ipm", "top")])
-def test_stability_is_judged_at_the_end_that_is_trained(
-    calibrated: Calibrated, mode: str, end: str
-) -> None:
-    record = corda_adapter(calibrated()[0], random_batches(), config(mode)).record
-    for layer in record.stability["layers"].values():
-        measured = {name for name, value in layer.items() if value is not None}
-        assert measured == {end}
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        0,
-        3,
-    ],
-)
+@pytest.mark.parametrize("index", [0, 3])
 def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int) -> None:
     model, _ = calibrated()
     model.model.embed_tokens.weight.data[2] = float("nan")
@@ -394,13 +333,7 @@ def test_a_batch_that_is_not_finite_is_named(calibrated: Calibrated, index: int)
     assert f"tokens {64 * index} to {64 * (index + 1)}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "use_peft",
-    [
-        True,
-        False,
-    ],
-)
+@pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_an_adapted_model_gets_no_second_adapter(
     calibrated: Calibrated, adapt: Make, use_peft: bool
@@ -408,104 +341,6 @@ def test_an_adapted_model_gets_no_second_adapter(
     adapted = adapt(calibrated(), use_peft=use_peft)
     with pytest.raises(CordaError):
         init_corda(adapted, random_batches(), config(), use_peft=use_peft)
-
-
-def test_the_cpu_takes_over_where_a_decomposition_runs_out_of_memory(
-    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from corda_kernels.pipeline import layers
-
-    model, covariances = calibrated()
-    expected = corda_adapter(model, covariances, config())
-    original = layers.co_svd_layers
-    decomposed: list[str] = []
-    tried: list[str] = []
-
-    def cramped(weights: dict[str, Tensor], *arguments: Any, **options: Any) -> Any:
-        # Three layers fit, then none beside others, and o_proj does not even on its own.
-        for name, part in original(weights, *arguments, **options):
-            if (len(weights) > 1 and len(decomposed) == 3) or (OUTPUT in weights and not tried):
-                tried.extend(weights if len(weights) == 1 else ())
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            decomposed.append(name)
-            yield name, part
-
-    monkeypatch.setattr(layers, "co_svd_layers", cramped)
-    with pytest.warns(OutOfMemoryWarning, match=f"decompose layer {OUTPUT}: the CPU takes over"):
-        found = corda_adapter(model, covariances, config())
-    assert tried == [OUTPUT]
-    assert sorted(decomposed) == sorted(covariances)
-    assert list(found.layers) == list(covariances)
-    assert found.initial_checksum() == expected.initial_checksum()
-
-
-def blockwise(adapter: Any, whole: Any) -> None:
-    """Whether two adapters are the same, and were made of the same text."""
-    assert list(adapter.layers) == list(whole.layers)
-    for name, layer in adapter.layers.items():
-        product = whole.layers[name].initial_product()
-        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
-    assert adapter.record.stability["tokens"] == whole.record.stability["tokens"]
-    assert adapter.record.stability["layers"].keys() == whole.record.stability["layers"].keys()
-    assert adapter.record.calibration == whole.record.calibration
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_a_memory_limit_changes_the_way_but_not_the_adapter(
-    calibrated: Calibrated, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from corda_kernels.pipeline import stages
-
-    model, covariances = calibrated(architecture)
-    batches = random_batches(rows=16)
-    # Both halves and their mean.
-    size = 3 * sum(4 * covariance.matrix.numel() for covariance, _ in covariances.groups())
-    whole = corda_adapter(model, batches, config("kpm", memory_limit=size))
-    monkeypatch.setattr(stages, "calibrate_halves", None)
-    blockwise(corda_adapter(model, batches, config("kpm", memory_limit=size - 1)), whole)
-
-
-def test_nothing_of_a_block_is_left_when_the_next_one_runs(
-    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gc
-    import weakref
-
-    from corda_kernels.calibration import streaming
-
-    model, _ = calibrated(num_hidden_layers=3)
-    made: list[weakref.ref[CovarianceSet]] = []
-    left: list[int] = []
-    original, advance = CovarianceSet.__init__, streaming._Text.advance
-
-    def noted(self: CovarianceSet, *arguments: Any, **options: Any) -> None:
-        made.append(weakref.ref(self))
-        original(self, *arguments, **options)
-
-    def watched(*arguments: Any) -> Any:
-        gc.collect()
-        left.append(sum(reference() is not None for reference in made))
-        return advance(*arguments)
-
-    monkeypatch.setattr(CovarianceSet, "__init__", noted)
-    monkeypatch.setattr(streaming._Text, "advance", watched)
-    corda_adapter(model, random_batches(rows=16), config(memory_limit=0))
-    # Two halves and their mean in each of three blocks.
-    assert (len(made), left) == (9, [0, 0, 0])
-
-
-def test_an_offloaded_model_gets_its_adapter_block_by_block(
-    calibrated: Calibrated, tmp_path: Any
-) -> None:
-    from accelerate import disk_offload
-
-    model, _ = calibrated()
-    batches = random_batches(rows=16)
-    whole = corda_adapter(model, batches, config("kpm"))
-    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    found = corda_adapter(model, batches, config("kpm", memory_limit=0))
-    blockwise(found, whole)
-    assert found.record.base["sample"] == whole.record.base["sample"]
 
 
 def test_a_covariance_with_nan_is_refused(calibrated: Calibrated) -> None:

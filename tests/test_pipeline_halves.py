@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels.pipeline import calibrate_halves, corda_adapter
+
+Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def config(mode: Any = "ipm", **options: Any) -> CordaConfig:
+    return CordaConfig(mode, **({"rank": 4, "progress": False} | options))
+
+
+def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tensor]:
+    return [torch.randint(3, 64, (rows, length)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_halves_merge_to_the_whole(calibrated: Calibrated, count: int) -> None:
+    model, _ = calibrated()
+    batches = random_batches(count)
+    whole = calibrate(model, batches, progress=False)
+    halves = calibrate_halves(model, batches, rank=4, progress=False)
+    assert list(halves) == list(whole)
+    assert [names for _, names in halves.groups()] == [names for _, names in whole.groups()]
+    for name, expected in whole.items():
+        found = halves[name]
+        assert (found.matrix - expected.matrix).norm() < 1e-6 * expected.matrix.norm()
+        assert (found.tokens, found.calls) == (expected.tokens, expected.calls)
+        assert torch.equal(found.absmax, expected.absmax)
+        assert torch.equal(found.outlier_count, expected.outlier_count)
+    stability = halves.provenance["stability"]
+    assert stability["layers"].keys() == whole.keys()
+    assert sum(stability["tokens"]) == halves[FIRST].tokens
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_halves_note_where_they_come_from(calibrated: Calibrated, rank: int | None) -> None:
+    model, _ = calibrated()
+    batches = random_batches(3)
+    whole = calibrate(model, batches, progress=False).provenance
+    halves = calibrate_halves(model, batches, rank=rank, progress=False).provenance
+    assert {name: halves[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize(
+    ("count", "options"), [(1, {}), (4, {"stability": False})], ids=["one batch", "not asked for"]
+)
+def test_without_two_halves_there_is_no_stability(
+    calibrated: Calibrated, count: int, options: dict[str, Any]
+) -> None:
+    model, _ = calibrated()
+    rank = 4 if options.get("stability", True) else None
+    halves = calibrate_halves(model, random_batches(count), rank=rank, progress=False)
+    assert halves.provenance["stability"] is None
+    record = corda_adapter(model, random_batches(count), config(**options)).record
+    assert record.stability == {}
+    assert "stability" not in record.calibration
+
+
+@pytest.mark.parametrize(("mode", "end"), [("kpm", "bottom"), ("ipm", "top")])
+def test_stability_is_judged_at_the_end_that_is_trained(
+    calibrated: Calibrated, mode: str, end: str
+) -> None:
+    record = corda_adapter(calibrated()[0], random_batches(), config(mode)).record
+    for layer in record.stability["layers"].values():
+        measured = {name for name, value in layer.items() if value is not None}
+        assert measured == {end}
