@@ -9,32 +9,24 @@ two.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import itertools
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from corda_kernels.calibration.batches import batch_digest, token_count, unpadded
 from corda_kernels.calibration.block_resume import BlockJournal
-from corda_kernels.calibration.calibrate import Batch, fewer_rows, token_bar
+from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
-from corda_kernels.errors import CalibrationError, PaddingWarning
+from corda_kernels.calibration.kept_text import KeptText
+from corda_kernels.calibration.recorder import unsuitable
+from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject
+from corda_kernels.errors import CalibrationError
 from corda_kernels.models import decoder_blocks
 from corda_kernels.progress import progress_bar
-
-_HOST = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -122,7 +114,7 @@ def calibrate_block_parts(
     blocks = decoder_blocks(model)
     chosen = _by_block(subject, blocks)
     shown = progress and ranks.rank == 0
-    text = _Text(
+    text = KeptText(
         subject, list(blocks.values()), batches, lambda batch: ranks.owns(batch // parts), shown
     )
     text.record()
@@ -191,55 +183,6 @@ def calibrate_block_parts(
     return run()
 
 
-@dataclass
-class _Sequences:
-    """Sequences of equal length that run together, on their way through the blocks.
-
-    Attributes:
-        batch: number of the batch that they come from.
-        span: range of that batch's tokens in the text.
-        hidden: what the next block reads, on the host.
-        calls: what each block is called with besides the hidden states.
-    """
-
-    batch: int
-    span: tuple[int, int]
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    calls: list[_Call] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of a block, less the hidden states, which come first or by this name."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    name: str | None
-
-    def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the block returns."""
-        if self.name is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.name: hidden}, **self.kwargs)
-
-
-def _hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block returned: a tensor, or a tuple that has nothing else."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple):
-        first, *others = output
-        if isinstance(first, Tensor) and not any(isinstance(other, Tensor) for other in others):
-            return first
-    raise _unsuitable("its blocks return more than hidden states")
-
-
-def _unsuitable(reason: str) -> CalibrationError:
-    return CalibrationError(
-        f"the model cannot be calibrated block by block, for {reason}: calibrate it in one pass"
-    )
-
-
 def _by_block(subject: Subject, blocks: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
     """The target layers of each block, by their names in the model."""
     chosen = [
@@ -248,224 +191,8 @@ def _by_block(subject: Subject, blocks: dict[str, nn.Module]) -> list[dict[str, 
     ]
     outside = subject.linears.keys() - {name for linears in chosen for name in linears}
     if outside:
-        raise _unsuitable(f"{min(outside)} lies outside of its blocks")
+        raise unsuitable(f"{min(outside)} lies outside of its blocks")
     shared = [id(module) for block in blocks.values() for module in block.modules()]
     if len(set(shared)) < len(shared):
-        raise _unsuitable("its blocks share layers")
+        raise unsuitable("its blocks share layers")
     return chosen
-
-
-class _Text:
-    """The text on its way through the blocks.
-
-    Args:
-        subject: what is calibrated.
-        blocks: the decoder's.
-        batches: the text.
-        owned: which batches are this process's, by their number.
-        shown: whether to show a progress bar.
-
-    Attributes:
-        sequences: those of the batches that are `owned`, in their order.
-        counts: number of tokens in every batch.
-        checksum: of the batches that are `owned`.
-    """
-
-    def __init__(
-        self,
-        subject: Subject,
-        blocks: list[nn.Module],
-        batches: Iterable[Batch],
-        owned: Callable[[int], bool],
-        shown: bool,
-    ) -> None:
-        self._subject = subject
-        self._blocks = blocks
-        self._batches = batches
-        self._owned = owned
-        self._shown = shown
-        self._max_rows: int | None = None
-        self.sequences: list[_Sequences] = []
-        self.counts: list[int] = []
-        self.checksum = hashlib.sha256()
-
-    def record(self) -> None:
-        """Runs the model with blocks that pass on what they get, and notes how each was called."""
-        while True:
-            try:
-                with evaluating(self._subject.model):
-                    self._record()
-                return
-            except torch.OutOfMemoryError as error:
-                self._halve(error, "starting again")
-
-    def _record(self) -> None:
-        subject = self._subject
-        self.sequences, self.counts, self.checksum = [], [], hashlib.sha256()
-        recorder = _Recorder(self._blocks)
-        with recorder.in_place_of_blocks(), token_bar(self._batches, self._shown) as bar:
-            for index, batch in enumerate(self._batches):
-                before = sum(self.counts)
-                self.counts.append(token_count(batch))
-                bar.update(self.counts[-1])
-                if not self._owned(index):
-                    continue
-                self.checksum.update(batch_digest(batch).encode())
-                for inputs in unpadded(
-                    batch, index, pad_token_id=subject.pad_token_id, max_rows=self._max_rows
-                ):
-                    recorder.current = _Sequences(index, (before, before + self.counts[-1]))
-                    subject.run(inputs)
-                    if len(recorder.current.calls) != len(self._blocks):
-                        raise _unsuitable("not all of its blocks ran")
-                    self.sequences.append(recorder.current)
-
-    def advance(
-        self, index: int, captures_of: Callable[[], list[InputCapture]]
-    ) -> list[InputCapture]:
-        """Runs block number `index` over the text.
-
-        Args:
-            index: of the block.
-            captures_of: makes fresh captures of its inputs, one for each part, or none at all.
-
-        Returns:
-            The captures.
-        """
-        while True:
-            captures = captures_of()
-            try:
-                with evaluating(self._blocks[index]):
-                    self._advance(index, captures)
-                return captures
-            except torch.OutOfMemoryError as error:
-                if not _keeps_inputs(self._subject.device):
-                    raise
-                del captures  # the device needs their memory
-                self._halve(error, f"starting block {index} again")
-            self._regroup()
-
-    def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
-        passed: list[Tensor] = []
-        for position, current in enumerate(self.sequences):
-            capture = captures[current.batch % len(captures)] if captures else None
-            with capture or contextlib.nullcontext():
-                output = current.calls[index].run(
-                    self._blocks[index], current.hidden.to(self._subject.device)
-                )
-            hidden = _hidden_states(output).to(_HOST)
-            if _keeps_inputs(self._subject.device):
-                passed.append(hidden)
-            else:
-                current.hidden = hidden
-            following = self.sequences[position + 1 : position + 2]
-            if capture and (not following or following[0].batch != current.batch):
-                capture.end_pass(current.batch, current.span)
-        for current, hidden in zip(self.sequences, passed, strict=False):
-            current.hidden = hidden
-
-    def _halve(self, error: Exception, again: str) -> None:
-        self._max_rows = fewer_rows(
-            self._batches,
-            self._max_rows,
-            error,
-            again=again,
-            last_resort="or run on the CPU (--device cpu)",
-        )
-
-    def _regroup(self) -> None:
-        """Lets fewer sequences run together, from the hidden states that they have reached."""
-        reached = {
-            key: torch.cat([current.hidden for current in group])
-            for key, group in itertools.groupby(self.sequences, _alike)
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PaddingWarning)  # it was said the first time
-            self.record()
-        for key, group in itertools.groupby(self.sequences, _alike):
-            smaller = list(group)
-            rows = [current.hidden.shape[0] for current in smaller]
-            for current, hidden in zip(smaller, torch.split(reached[key], rows), strict=True):
-                current.hidden = hidden
-
-
-def _alike(sequences: _Sequences) -> tuple[int, int]:
-    """What sequences of one batch must have in common to run together: their length."""
-    return sequences.batch, sequences.hidden.shape[1]
-
-
-def _keeps_inputs(device: torch.device) -> bool:
-    """Whether the hidden states from before a block are kept until it is done.
-
-    A device's memory can run out and leave the host's intact, so that the block can start again.
-    """
-    return device.type != "cpu"
-
-
-@dataclass
-class _Recorder:
-    """Stands in for every block: passes the hidden states on, and notes the other arguments."""
-
-    blocks: list[nn.Module]
-    current: _Sequences | None = None
-    _passed: Tensor | None = None
-    _tuple: bool | None = None  # whether blocks return one
-    _seen: dict[tuple[Any, ...], deque[Tensor]] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def in_place_of_blocks(self) -> Iterator[None]:
-        """Replaces the forward methods, below the hooks of accelerate, which would load weights."""
-        own = [vars(block).get("forward") for block in self.blocks]
-        originals = [block.forward for block in self.blocks]
-        try:
-            for index, block in enumerate(self.blocks):
-                vars(block)["forward"] = self._stand_in(index, originals[index])
-            yield
-        finally:
-            for block, before in zip(self.blocks, own, strict=True):
-                if before is None:
-                    del vars(block)["forward"]
-                else:
-                    vars(block)["forward"] = before
-
-    def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            assert self.current is not None
-            name = None if args else "hidden_states"
-            if name is not None and name not in kwargs:
-                raise _unsuitable(f"its blocks are called without {name}")
-            hidden = args[0] if name is None else kwargs.pop(name)
-            if len(self.current.calls) != index:
-                raise _unsuitable("its blocks do not run once each in their order")
-            if index == 0:
-                self.current.hidden = hidden.to(_HOST)
-            elif hidden is not self._passed:
-                raise _unsuitable("something happens to the hidden states between its blocks")
-            call = _Call(self._kept(args[1:]), self._kept(kwargs), name)
-            self.current.calls.append(call)
-            self._passed = hidden
-            if self._tuple is None:
-                output = call.run(original, hidden.clone())
-                _hidden_states(output)
-                self._tuple = isinstance(output, tuple)
-            return (hidden,) if self._tuple else hidden
-
-        return forward
-
-    def _kept(self, value: Any) -> Any:
-        """The same arguments, with one tensor for all that are equal.
-
-        Masks and rotary embeddings are the same for all blocks and for all texts of one length.
-        """
-        if isinstance(value, Tensor):
-            known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-            return value
-        if isinstance(value, tuple | list):
-            return type(value)(self._kept(entry) for entry in value)
-        if isinstance(value, dict):
-            return {name: self._kept(entry) for name, entry in value.items()}
-        return value

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import streaming
+from corda_kernels.calibration import kept_text
 from corda_kernels.calibration.streaming import calibrate_block_parts
+from corda_kernels.calibration.subject import Subject
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -17,6 +18,7 @@ from corda_kernels.errors import (
     OutOfMemoryWarning,
     TargetError,
 )
+from corda_kernels.models import decoder_blocks
 
 ModelMaker = Callable[..., nn.Module]
 
@@ -177,10 +179,10 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
 
 def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> None:
     model = make("gemma2")
-    subject = streaming.Subject.of(model, "all-linear")
-    blocks = list(streaming.decoder_blocks(model).values())
+    subject = Subject.of(model, "all-linear")
+    blocks = list(decoder_blocks(model).values())
     batches = [torch.ones(1, 9).long()] * 5
-    text = streaming._Text(subject, blocks, batches, lambda _: True, False)
+    text = kept_text.KeptText(subject, blocks, batches, lambda _: True, False)
     text.record()
     kept = {
         id(tensor)
@@ -255,7 +257,7 @@ class Cramped:
 def test_out_of_memory_starts_the_block_again_with_smaller_batches(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
 ) -> None:
-    monkeypatch.setattr(streaming, "_keeps_inputs", lambda device: True)
+    monkeypatch.setattr(kept_text, "keeps_inputs", lambda device: True)
     model = make(architecture)
     # It runs out when a sequence has gone through the block already.
     batches = [torch.randint(3, 64, (1, 7)), *random_batches(), torch.randint(3, 64, (5, 12))]
@@ -284,16 +286,16 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
 
 def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
     model, batches = make("llama"), random_batches()
-    subject = streaming.Subject.of(model, "all-linear")
-    blocks = list(streaming.decoder_blocks(model).values())
-    text = streaming._Text(subject, blocks, batches, lambda _: True, False)
+    subject = Subject.of(model, "all-linear")
+    blocks = list(decoder_blocks(model).values())
+    text = kept_text.KeptText(subject, blocks, batches, lambda _: True, False)
     text.record()
     text.advance(0, list)
 
     def rows() -> dict[Any, Tensor]:
         alike: dict[Any, list[Tensor]] = {}
         for current in text.sequences:
-            alike.setdefault(streaming._alike(current), []).append(current.hidden)
+            alike.setdefault(kept_text.alike(current), []).append(current.hidden)
         return {key: torch.cat(hidden) for key, hidden in alike.items()}
 
     before = rows()
@@ -324,7 +326,7 @@ def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> 
 def test_out_of_memory_for_a_single_sequence_says_what_to_do(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_keeps_inputs", lambda device: True)
+    monkeypatch.setattr(kept_text, "keeps_inputs", lambda device: True)
     model = make("llama")
     Cramped(model.model.layers[1], rows=0)
     with pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"):
@@ -336,8 +338,8 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do(
 def test_the_host_keeps_one_set_of_hidden_states_where_it_computes_itself(
     make: ModelMaker,
 ) -> None:
-    assert not streaming._keeps_inputs(torch.device("cpu"))
-    assert streaming._keeps_inputs(torch.device("cuda:1"))
+    assert not kept_text.keeps_inputs(torch.device("cpu"))
+    assert kept_text.keeps_inputs(torch.device("cuda:1"))
     model = make("llama")
     Cramped(model.model.layers[1], rows=1)
     with pytest.raises(torch.OutOfMemoryError):
