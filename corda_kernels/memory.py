@@ -68,7 +68,7 @@ def used_bytes(device: torch.device = _CPU) -> int:
 def _status(field: str) -> int | None:
     """A size in Linux's account of this process, in bytes; None on other systems."""
     with contextlib.suppress(OSError):
-        for line in _STATUS.read_text(encoding="ascii").splitlines():
+        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{field}:"):
                 return 1024 * int(line.split()[1])
     return None

@@ -253,8 +253,8 @@ def target_linears(
             whole name must match.
 
     Raises:
-        TargetError: nothing matches, or the output head is asked for although it is tied to the
-            embeddings.
+        TargetError: nothing matches, or what matches shares its weight with another module, as an
+            output head does that is tied to the embeddings.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
@@ -268,13 +268,15 @@ def target_linears(
             f"no linear layer matches targets {targets!r}; the model's linear layers end in: "
             f"{', '.join(endings[:20]) or '(it has none)'}"
         )
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    shared = getattr(embedding, "weight", None)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     for name, module in chosen.items():
-        if module is head and shared is not None and getattr(head, "weight", None) is shared:
+        others = [owner for owner in owners.get(id(module.weight), []) if owner != name]
+        if others:
             raise TargetError(
-                f"{name} is tied to the input embeddings: adapting it would change both; leave it "
-                "out of the targets"
+                f"{name} shares its weight with {others[0]}: adapting it would change both; leave "
+                "it out of the targets"
             )
     return chosen
 

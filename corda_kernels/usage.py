@@ -50,7 +50,8 @@ class Stopwatch:
 
     def _count(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # a GPU is still at work when a call returns
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(device)  # a GPU is still at work when a call returns
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

@@ -63,3 +63,10 @@ def test_a_system_that_does_not_tell_says_zero(
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     monkeypatch.setitem(sys.modules, "resource", None)
     assert memory.peak_bytes() == 0
+
+
+def test_a_process_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    status.write_bytes("Name:\tgröße\nVmRSS:\t    12 kB\n".encode())
+    monkeypatch.setattr(memory, "_STATUS", status)
+    assert memory.used_bytes() == 12 * 1024

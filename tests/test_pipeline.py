@@ -205,8 +205,6 @@ def test_the_record_says_how_it_was_made(calibrated: Calibrated, use_peft: bool)
     [
         (33, rf"layer {FIRST} \(32 × 32\): choose one between 1 and 32, or leave the layer out"),
         (20, r"layer model\.layers\.0\.self_attn\.k_proj \(16 × 32\): .*between 1 and 16"),
-        (0, "rank 0 is not possible"),
-        (-1, "rank -1 is not possible"),
     ],
 )
 def test_an_impossible_rank_is_found_before_the_model_runs(
@@ -218,6 +216,8 @@ def test_an_impossible_rank_is_found_before_the_model_runs(
         module.register_forward_pre_hook(lambda module, _: calls.append(module))
     with pytest.raises(RankError, match=layer):
         init_corda(model, random_batches(), config(rank=rank))
+    with pytest.raises(RankError, match=r"min_rank 9 needs .* the budget holds"):
+        init_corda(model, random_batches(), config(budget="r=4", min_rank=9))
     with pytest.raises(TargetError, match="no linear layer matches targets"):
         init_corda(model, random_batches(), config(targets=["nothing"]))
     assert not calls
@@ -231,6 +231,12 @@ def test_an_impossible_rank_is_found_before_the_model_runs(
         {"step": "none"},
         {"residual": "none"},
         {"method": "fast"},
+        {"rank": 0},
+        {"rank": 4.0},
+        {"candidates": 0},
+        {"min_rank": -1},
+        {"max_rank": 1.5},
+        {"rank_multiple": 0},
         {"damping": -0.1},
         {"damping": float("inf")},
         {"damping": float("nan")},
@@ -240,6 +246,11 @@ def test_an_option_that_is_not_allowed_is_refused(options: dict[str, Any]) -> No
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=f"^{name} must be .*, got {value!r}$"):
         CordaConfig(**({"mode": "ipm"} | options))
+
+
+def test_bounds_that_leave_no_rank_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="raise max_rank to 8"):
+        config(budget="r=4", max_rank=4, rank_multiple=8)
 
 
 def without(covariances: CovarianceSet, name: str, **options: Any) -> CovarianceSet:
@@ -309,10 +320,16 @@ def test_too_few_tokens_are_warned_of_with_what_damping_did(
     (warning,) = caught
     assert warning.filename == __file__
     text = str(warning.message)
-    assert text.startswith("2 covariance(s) come from fewer tokens than channels and are singular")
+    assert text.startswith("the covariances of 2 layer(s) come from fewer tokens than channels")
     assert "down_proj (40 tokens, 48 channels)" in text
     assert effect in text
     assert text.endswith("use more samples or longer sequences")
+
+
+def test_layers_that_are_no_targets_are_not_warned_of(calibrated: Calibrated) -> None:
+    model, _ = calibrated()
+    found = calibrate(model, random_batches(1, 2, 20), progress=False)
+    init_corda(model, found, config(targets=["q_proj"]))  # a warning is an error here
 
 
 def test_as_many_tokens_as_channels_bring_no_warning(calibrated: Calibrated) -> None:

@@ -176,7 +176,7 @@ def test_a_budget_for_nothing_is_refused(calibrated: Calibrated) -> None:
         ({"budget": None, "max_rank": 4}, "bound the ranks under a budget"),
         ({"budget": None, "min_rank": 1}, "bound the ranks under a budget"),
         ({"budget": None, "rank_multiple": 8}, "bound the ranks under a budget"),
-        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"candidates": 0}, "candidates must be a whole number of at least 1"),
         ({"selection": "best"}, "selection must be one of"),
         ({"condition": "other"}, "condition must be one of"),
     ],

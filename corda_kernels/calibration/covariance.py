@@ -64,8 +64,9 @@ class Covariance:
             (self.tokens, other.tokens) if normalize == "tokens" else (self.calls, other.calls)
         )
         share = weights[1] / max(sum(weights), 1)
+        dtype = torch.promote_types(self.matrix.dtype, other.matrix.dtype)
         return Covariance(
-            torch.lerp(self.matrix, other.matrix, share),
+            torch.lerp(self.matrix.to(dtype), other.matrix.to(dtype), share),
             self.tokens + other.tokens,
             self.calls + other.calls,
             torch.maximum(self.absmax, other.absmax),

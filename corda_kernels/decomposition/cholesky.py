@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.kernels.reference import CHOLESKY_ATTEMPTS
+from corda_kernels.precision import without_autocast
 
 # Up to this size all eigenvalues cost little more than the extreme ones to the same accuracy.
 _DENSE_SIZE = 2048
@@ -34,6 +35,7 @@ class RegularizedInverse:
     attempts: Tensor
 
 
+@without_autocast()
 @torch.no_grad()
 def regularized_inverse(
     matrix: Tensor,  # (*batch, d, d)
@@ -100,6 +102,7 @@ def regularized_inverse(
     )
 
 
+@without_autocast()
 @torch.no_grad()
 def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the smallest eigenvalue of symmetric positive definite matrices.

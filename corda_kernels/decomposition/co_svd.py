@@ -23,6 +23,7 @@ from corda_kernels.errors import (
     DecompositionError,
     RankError,
 )
+from corda_kernels.precision import without_autocast
 
 End = Literal["largest", "smallest"]
 Method = Literal["auto", "exact", "randomized"]
@@ -70,6 +71,7 @@ class CoSVD:
     dual: Tensor | None = None
 
 
+@without_autocast()
 @torch.no_grad()
 def co_svd(
     weight: Tensor,  # (*batch, out, in)
@@ -176,7 +178,11 @@ def check(
     for name, tensor in (("weight", weight), ("covariance", covariance)):
         # A finite sum is quick to see; only an infinite one can be an overflow.
         if not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
-            raise DecompositionError(f"the {name} holds NaN or Inf: check the model's weights")
+            remedy = {
+                "weight": "check the model's weights",
+                "covariance": "calibrate again, in a wider dtype if activations overflowed",
+            }[name]
+            raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
 
 
 def damped(covariance: Tensor, damping: float | None) -> tuple[Tensor, Tensor]:
@@ -206,6 +212,7 @@ class Found(NamedTuple):
     given_up: Tensor
 
 
+@without_autocast()
 def decompose(
     W: Tensor,  # (*batch, out, in)
     C: Tensor,  # (*batch, in, in)

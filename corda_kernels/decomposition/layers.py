@@ -63,7 +63,9 @@ def co_svd_layers(
         RankError: see `co_svd`; the message begins with the layer's name, as in the next.
         DecompositionError: see `co_svd`.
     """
-    ranks = {name: rank if isinstance(rank, int) else rank[name] for name in weights}
+    # Held for as long as they are told apart by identity; a mapping may make them on access.
+    covariances = {name: covariances[name] for name in weights}
+    ranks = {name: rank[name] if isinstance(rank, Mapping) else int(rank) for name in weights}
     _check(weights, covariances, ranks, which, method, damping)
 
     def run(names: list[str]) -> list[tuple[str, CoSVD, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +42,9 @@ def parallel_map(
         running: deque[Future[Result]] = deque()
         try:
             for item in items:
-                running.append(pool.submit(torch.no_grad()(function), item))
+                # Each in the caller's context, by which a backend may have been chosen.
+                context = contextvars.copy_context()
+                running.append(pool.submit(context.run, torch.no_grad()(function), item))
                 if len(running) > _AHEAD * workers:
                     yield running.popleft().result()
             while running:

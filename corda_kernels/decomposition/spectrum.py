@@ -7,8 +7,10 @@ from torch import Tensor
 
 from corda_kernels.decomposition.co_svd import check, damped
 from corda_kernels.decomposition.triangle import lower_gram, lower_triangle, orthogonal_factor
+from corda_kernels.precision import without_autocast
 
 
+@without_autocast()
 @torch.no_grad()
 def singular_values(
     weight: Tensor,  # (*batch, out, in)

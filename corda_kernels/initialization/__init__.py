@@ -9,6 +9,7 @@ from corda_kernels.initialization.adapter import (
 from corda_kernels.initialization.checkpoint import (
     adapter_of,
     attach,
+    check_at_hand,
     has_adapter,
     load_for_training,
     read_adapter,
@@ -31,6 +32,7 @@ __all__ = [
     "adapter_factors",
     "adapter_of",
     "attach",
+    "check_at_hand",
     "compensated",
     "describe_base",
     "export_lora",

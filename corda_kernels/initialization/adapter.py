@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import NoneType
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
-from corda_kernels.models import is_linear, linear_weight, weights_at_hand
+from corda_kernels.models import linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/3"
 # Fields that earlier formats lack, with what their absence means.
@@ -45,7 +46,7 @@ _RECORD_FIELDS: dict[str, tuple[type, ...]] = {
 _BASE_FIELDS: dict[str, tuple[type, ...]] = {
     "source": (str, NoneType),
     "sample": (list,),
-    "target_modules": (list,),
+    "target_modules": (list, str),
     "fan_in_fan_out": (bool,),
     "task_type": (str, NoneType),
 }
@@ -269,17 +270,21 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         `task_type`.
     """
     endings = {name.rpartition(".")[2] for name in modules}
-    alike = {
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and name.rpartition(".")[2] in endings
-    }
+    # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
+    others = {name for name, _ in model.named_modules()} - modules.keys()
+    if not any(name.rpartition(".")[2] in endings for name in others):
+        targets: list[str] | str = sorted(endings)
+    elif not any(other.endswith(f".{name}") for other in others for name in modules):
+        targets = sorted(modules)
+    else:
+        targets = "|".join(map(re.escape, sorted(modules)))
     causal = hasattr(model, "prepare_inputs_for_generation")
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(modules),
-        # Short names, as PEFT and serving engines like them, if they select just the same.
-        "target_modules": sorted(endings if alike == modules.keys() else modules),
+        # Short names, as PEFT and serving engines like them, if they select just the same; a
+        # regular expression only where full names would select more.
+        "target_modules": targets,
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
         "task_type": "CAUSAL_LM" if causal else None,
     }

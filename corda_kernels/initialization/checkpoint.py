@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,8 @@ def write_lora(folder: Path, factors: dict[str, tuple[Tensor, Tensor]], config: 
         tensors[_key(name, "B")] = B.contiguous()
     described = config.to_dict()
     described["inference_mode"] = True
-    described["target_modules"] = sorted(described["target_modules"])
+    if not isinstance(config.target_modules, str):
+        described["target_modules"] = sorted(described["target_modules"])
     write_tensors(folder / _WEIGHTS_FILE, tensors, {"format": "pt"})
     write_json(folder / _CONFIG_FILE, described)
 
@@ -186,6 +188,7 @@ def attach(
                 f"layer {name} is {shape[0]} × {shape[1]}, but the adapter is for "
                 f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {adapter.record.base_name}"
             )
+    check_at_hand(modules)
     marker = residual_marker(base_model)
     if marker is None:
         check_base(adapter.record, modules)
@@ -197,6 +200,21 @@ def attach(
             "that was saved with this adapter"
         )
     return attach_peft(base_model, adapter) if use_peft else attach_linears(base_model, adapter)
+
+
+def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
+    """Refuses to attach to layers whose weights accelerate keeps elsewhere, and would put back.
+
+    Raises:
+        AdapterError: there is one.
+    """
+    for name, module in modules.items():
+        if linear_weight(module).is_meta:
+            raise AdapterError(
+                f"the weight of layer {name} is offloaded, and no adapter can be trained on it: "
+                "write the adapter's folder (corda_adapter and write_adapter, or corda-kernels "
+                "init), and attach it with load_for_training where the model fits"
+            )
 
 
 def has_adapter(model: nn.Module) -> bool:

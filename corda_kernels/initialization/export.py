@@ -19,6 +19,7 @@ from corda_kernels.initialization.checkpoint import (
 from corda_kernels.initialization.linear import detach_linears
 from corda_kernels.initialization.peft_model import RECORD_FILE, lora_config
 from corda_kernels.models import linear_weight
+from corda_kernels.precision import without_autocast
 
 
 def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -50,12 +51,13 @@ def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLi
     write_lora(folder, factors, lora_config(adapter, multiple=2))
 
 
+@without_autocast()
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Folds the adapter into the weights and takes it off; the model is plain again.
 
     With `residual="pair"` W becomes W + (B A − B0 A0), with `residual="weight"` W' + B A, each
-    computed in float32 as one sum and rounded once.
+    computed in float32, or the base's wider dtype, as one sum and rounded once.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
@@ -75,7 +77,8 @@ def merge(model: nn.Module) -> nn.Module:
         change = layer.delta()
         if adapter.record.residual == "weight":
             change = change + layer.initial_product()
-        weight.copy_(weight.float() + change.to(weight.device))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(weight.to(wide) + change.to(weight.device))
     if residual_marker(base) is not None:
         config: Any = base.config
         del config.corda_residual

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corda_kernels.decomposition import CoSVD, regularized_inverse
 from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.precision import without_autocast
 
 Balance = Literal["even", "paper"]
 Step = Literal["lora"] | None
@@ -38,6 +39,7 @@ class AdapterFactors:
     damping: float | None = None
 
 
+@without_autocast()
 @torch.no_grad()
 def adapter_factors(
     weight: Tensor,  # (out, in)
@@ -142,6 +144,7 @@ def _through_inverse(
     return image @ found.inverse, float(found.damping)
 
 
+@without_autocast()
 @torch.no_grad()
 def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
     """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype."""

@@ -31,10 +31,10 @@ class CordaLinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         device = next(base.parameters()).device
-        self.A = nn.Parameter(layer.A.to(device))
-        self.B = nn.Parameter(layer.B.to(device))
-        self.register_buffer("A0", layer.A0.to(device))
-        self.register_buffer("B0", layer.B0.to(device))
+        self.A = nn.Parameter(layer.A.to(device, copy=True))
+        self.B = nn.Parameter(layer.B.to(device, copy=True))
+        self.register_buffer("A0", layer.A0.to(device, copy=True))
+        self.register_buffer("B0", layer.B0.to(device, copy=True))
         self.scaling = layer.scaling
         self.record = record
 
@@ -46,6 +46,30 @@ class CordaLinear(nn.Module):
         if self.record.residual == "pair":
             low = low - functional.linear(functional.linear(narrow, self.A0), self.B0)
         return (y + self.scaling * low).to(y.dtype)
+
+    # Models read these of their layers, as T5 the dtype of a weight.
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, without the adapter's part."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.B.shape[0]
 
     def layer(self) -> LayerAdapter:
         """The factors as plain data."""

@@ -8,10 +8,13 @@ already, and `corda_initial` stays inactive, only carried along so that it is ne
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from corda_kernels.errors import AdapterError
@@ -59,18 +62,31 @@ def attach_peft(model: nn.Module, adapter: Adapter) -> CordaPeftModel | CordaPef
     causal = hasattr(model, "prepare_inputs_for_generation")
     kind = CordaPeftModelForCausalLM if causal else CordaPeftModel
     wrapped = kind(model, lora_config(adapter), adapter_name=TRAINED)
+    _check_wrapped(model, adapter)
     wrapped.corda_record = adapter.record
     wrapped.add_adapter(INITIAL, lora_config(adapter))
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
-        # Assigned, not copied: PEFT gives adapters of a float64 base its dtype.
+        # Assigned, for PEFT gives adapters of a float64 base its dtype; training leaves the plain
+        # data as they are.
         device = lora.lora_A[TRAINED].weight.device
-        lora.lora_A[TRAINED].weight.data = layer.A.to(device)
-        lora.lora_B[TRAINED].weight.data = layer.B.to(device)
-        _freeze(lora.lora_A[INITIAL], layer.A0.to(device))
+        lora.lora_A[TRAINED].weight.data = layer.A.to(device, copy=True)
+        lora.lora_B[TRAINED].weight.data = layer.B.to(device, copy=True)
+        _freeze(lora.lora_A[INITIAL], layer.A0.to(device, copy=True))
         _freeze(lora.lora_B[INITIAL], layer.B0.neg().to(device))
     wrapped.set_adapter(TRAINED)
     return wrapped
+
+
+def _check_wrapped(model: nn.Module, adapter: Adapter) -> None:
+    """Makes sure that PEFT, which finds layers by the ends of their names, found no others."""
+    found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if found != adapter.layers.keys():
+        raise AdapterError(
+            f"PEFT and the adapter disagree on {min(found ^ adapter.layers.keys())}: PEFT finds "
+            "layers by the ends of their names; load the base that the adapter was made for, or "
+            "attach with use_peft=False"
+        )
 
 
 def _freeze(linear: nn.Linear, weight: Tensor) -> None:
@@ -125,6 +141,7 @@ def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
     `alpha_pattern`, by their full names.
     """
     record = adapter.record
+    names = {name: _pattern(name, adapter.layers) for name in adapter.layers}
     alphas = {name: layer.scaling * layer.rank for name, layer in adapter.layers.items()}
     return LoraConfig(
         r=record.rank * multiple,
@@ -133,14 +150,19 @@ def lora_config(adapter: Adapter, *, multiple: int = 1) -> LoraConfig:
         bias="none",
         target_modules=record.base["target_modules"],
         rank_pattern={
-            name: layer.rank * multiple
+            names[name]: layer.rank * multiple
             for name, layer in adapter.layers.items()
             if layer.rank != record.rank
         },
         alpha_pattern={
-            name: alpha * multiple for name, alpha in alphas.items() if alpha != record.rank
+            names[name]: alpha * multiple for name, alpha in alphas.items() if alpha != record.rank
         },
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
         base_model_name_or_path=record.base["source"],
     )
+
+
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """What PEFT takes for this layer only: it compares the ends of names."""
+    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name

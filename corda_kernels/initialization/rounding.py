@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.initialization.factors import AdapterFactors, residual
+from corda_kernels.precision import without_autocast
 
 # Of C, times its mean diagonal, so that directions that the text never touched count a little.
 _DAMPING = 0.01
@@ -13,6 +14,7 @@ _DAMPING = 0.01
 _NOISE = 1e-12
 
 
+@without_autocast()
 @torch.no_grad()
 def compensated(weight: Tensor, factors: AdapterFactors, covariance: Tensor) -> AdapterFactors:
     """Factors to start training from beside the rounded residual of `factors`.

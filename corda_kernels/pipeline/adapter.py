@@ -17,6 +17,7 @@ from corda_kernels.initialization import (
     AdapterRecord,
     LayerAdapter,
     attach,
+    check_at_hand,
     describe_base,
     has_adapter,
     residual_marker,
@@ -28,6 +29,7 @@ from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.layers import layer_adapters
 from corda_kernels.pipeline.measured import measured_input, measured_layers, measured_run
 from corda_kernels.pipeline.stages import covariance_stages, united_provenance
+from corda_kernels.planning.ranks import check_guaranteed
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
 
@@ -64,9 +66,11 @@ def init_corda(
             memory limit; or there are fewer batches than candidates.
         CovarianceError: given covariances do not cover the layers, or have other sizes.
         CalibrationError: the forward passes gave no usable covariance for a layer.
+        AdapterError: weights are offloaded, found before anything runs.
 
     Source: CorDA (arXiv:2406.05223), algorithm 1.
     """
+    check_at_hand(check_targets(model, config))
     adapter = corda_adapter(model, data, config)
     return attach(model, adapter, use_peft=use_peft)
 
@@ -100,8 +104,8 @@ def corda_adapter(
     inputs: list[dict[str, Any]] = []
     clock = Stopwatch()
     for covariances in _stages(model, modules, data, config, domain, clock):
-        short |= _rank_deficient(covariances)
         covered = _covered(modules, covariances)
+        short |= _rank_deficient(covered, covariances)
         planned, allocation, spectra = planned_ranks(model, covered, covariances, config, clock)
         adapted = {name: module for name, module in covered.items() if planned[name]}
         share = ranks.share_layers(adapted)
@@ -183,7 +187,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     Raises:
         TargetError: no layer matches, or one is quantised.
         ConfigError: the budget cannot be read.
-        RankError: the rank is not possible for a layer.
+        RankError: the rank is not possible for a layer, or the budget does not pay for the least.
         ModelError: the model carries an adapter already, or is the residual of one.
     """
     if has_adapter(model):
@@ -197,7 +201,13 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
         )
     modules = target_linears(model, config.targets)
     if config.budget is not None:
-        adapter_parameters(model, modules, config)
+        check_guaranteed(
+            layer_shapes(modules),
+            adapter_parameters(model, modules, config),
+            config.min_rank,
+            config.max_rank,
+            config.rank_multiple,
+        )
         return modules
     for name, (outputs, inputs) in layer_shapes(modules).items():
         if not 1 <= config.rank <= min(outputs, inputs):
@@ -234,12 +244,12 @@ def _check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet
         raise CovarianceError("the covariances cover none of the target layers")
 
 
-def _rank_deficient(covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
+def _rank_deficient(names: Iterable[str], covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
     """Tokens and channels of each layer whose covariance is singular, having fewer tokens."""
     return {
-        name: (covariance.tokens, covariance.matrix.shape[0])
-        for name, covariance in covariances.items()
-        if covariance.tokens < covariance.matrix.shape[0]
+        name: (covariances[name].tokens, covariances[name].matrix.shape[0])
+        for name in names
+        if covariances[name].tokens < covariances[name].matrix.shape[0]
     }
 
 
@@ -254,8 +264,8 @@ def _warn_rank_deficient(short: Mapping[str, tuple[int, int]], damping: float | 
         else "without damping, directions that the text never touched are ordered by the weights"
     )
     warnings.warn(
-        f"{len(short)} covariance(s) come from fewer tokens than channels and are singular, for "
-        f"one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
+        f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
+        f"singular, for one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
         "samples or longer sequences",
         RankDeficientWarning,
         stacklevel=4,

@@ -9,6 +9,7 @@ from typing import Literal
 from corda_kernels.errors import ConfigError
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
 from corda_kernels.planning.compactness import CONDITIONS, Condition
+from corda_kernels.planning.ranks import check_bounds, whole_number
 from corda_kernels.planning.selection import METHODS, Method
 
 
@@ -88,8 +89,9 @@ class CordaConfig:
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ConfigError(f"damping must be at least 0 and finite, got {self.damping}")
-        if self.candidates < 1:
-            raise ConfigError(f"candidates must be at least 1, got {self.candidates}")
+        whole_number("candidates", self.candidates, 1)
+        whole_number("rank", self.rank, 1)
+        check_bounds(self.min_rank, self.max_rank, self.rank_multiple)
         bounds = (self.min_rank, self.max_rank, self.rank_multiple)
         if self.budget is None and bounds != (0, None, 1):
             raise ConfigError(

@@ -72,7 +72,8 @@ def compactness(
     """
     check_condition(damping, condition)
     rank = _effective_rank(singular_values(weight, covariance, damping=damping, tail=False))
-    return rank * log_condition(covariance, weight.shape[-2], damping=damping, condition=condition)
+    C = covariance.to(weight.device)
+    return rank * log_condition(C, weight.shape[-2], damping=damping, condition=condition)
 
 
 @torch.no_grad()
@@ -102,11 +103,16 @@ def log_condition(
 
     Raises:
         ConfigError: damping or condition is not possible.
-        DecompositionError: C is not square or positive definite, although damped.
+        DecompositionError: C is zero, not square, or not positive definite although damped.
     """
     check_condition(damping, condition)
     C = covariance.double()
     mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if bool((mean == 0).any()):
+        raise DecompositionError(
+            "all its inputs are zero on this text, so that there is nothing to score: leave it out "
+            "of the targets, or use other text"
+        )
     damped = C.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean[..., None])
     largest, smallest = extreme_eigenvalues(damped)

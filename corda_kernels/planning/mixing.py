@@ -223,7 +223,7 @@ def _normalized(weights: Sequence[float], count: int, whose: str) -> tuple[float
             f"{whose}: {count} sets need {count} weights of at least 0, not all of them 0, got "
             f"{list(weights)}"
         )
-    return tuple(weight / total for weight in weights)
+    return tuple(float(weight) / total for weight in weights)
 
 
 def _mixture(
@@ -250,8 +250,10 @@ def _mixture(
         matrix,
         tokens=sum(part.tokens for part, _ in used),
         calls=sum(part.calls for part, _ in used),
-        absmax=torch.stack([part.absmax for part, _ in used]).amax(0),
-        outlier_count=torch.stack([part.outlier_count for part, _ in used]).sum(0),
+        absmax=torch.stack([part.absmax.to(matrix.device) for part, _ in used]).amax(0),
+        outlier_count=torch.stack([part.outlier_count.to(matrix.device) for part, _ in used]).sum(
+            0
+        ),
         outlier_threshold=parts[0].outlier_threshold,
     )
 

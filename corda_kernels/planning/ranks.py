@@ -82,15 +82,8 @@ def allocate_ranks(
     """
     if mode not in ("kpm", "ipm"):
         raise ConfigError(f'mode must be "kpm" or "ipm", got {mode!r}')
-    budget = _whole("budget", budget, 0)
-    min_rank = _whole("min_rank", min_rank, 0)
-    multiple = _whole("rank_multiple", rank_multiple, 1)
-    least = -(-min_rank // multiple) * multiple
-    if max_rank is not None and _whole("max_rank", max_rank, 0) < max(least, multiple):
-        raise ConfigError(
-            f"no multiple of rank_multiple {multiple} lies between min_rank {min_rank} and "
-            f"max_rank {max_rank}: raise max_rank to {max(least, multiple)} or lower the others"
-        )
+    budget = whole_number("budget", budget, 0)
+    check_bounds(min_rank, max_rank, rank_multiple)
     _check_names(spectra, log_condition, shapes)
     values = [_checked_spectrum(name, spectra[name], shapes[name]) for name in spectra]
     factors = [_checked_log_condition(name, log_condition[name]) for name in spectra]
@@ -98,16 +91,10 @@ def allocate_ranks(
         return {}
 
     sizes = torch.tensor([len(value) for value in values])
+    multiple = operator.index(rank_multiple)
     costs = torch.tensor([sum(shapes[name]) for name in spectra]) * multiple
-    most = sizes if max_rank is None else sizes.clamp_max(max_rank)
-    most = most - most % multiple
-    guaranteed = most.clamp_max(least)
-    needed = int((guaranteed // multiple * costs).sum())
-    if needed > budget:
-        raise RankError(
-            f"min_rank {min_rank} needs {needed} adapter parameters over {len(values)} layers, the "
-            f"budget holds {budget}: lower min_rank or raise the budget"
-        )
+    most, guaranteed = _bounds(sizes, min_rank, max_rank, multiple)
+    _check_paid(guaranteed // multiple * costs, budget, min_rank)
 
     # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
     order = _filtering_order(values, factors)
@@ -129,6 +116,52 @@ def allocate_ranks(
     return dict(zip(spectra, ranks.tolist(), strict=True))
 
 
+def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> None:
+    """Refuses bounds of ranks that leave no rank between them; see `allocate_ranks`.
+
+    Raises:
+        ConfigError: they do, or are no whole numbers.
+    """
+    multiple = whole_number("rank_multiple", rank_multiple, 1)
+    first = max(-(-whole_number("min_rank", min_rank, 0) // multiple), 1) * multiple
+    if max_rank is not None and whole_number("max_rank", max_rank, 0) < first:
+        raise ConfigError(
+            f"no multiple of rank_multiple {multiple} lies between min_rank {min_rank} and "
+            f"max_rank {max_rank}: raise max_rank to {first} or lower the others"
+        )
+
+
+def check_guaranteed(
+    shapes: Shapes, budget: int, min_rank: int, max_rank: int | None, rank_multiple: int
+) -> None:
+    """Refuses a budget that does not hold `min_rank` in every layer, before spectra are known.
+
+    Raises:
+        RankError: it does not.
+    """
+    sizes = torch.tensor([min(shape) for shape in shapes.values()])
+    _, guaranteed = _bounds(sizes, min_rank, max_rank, rank_multiple)
+    costs = torch.tensor([sum(shape) for shape in shapes.values()])
+    _check_paid(guaranteed * costs, budget, min_rank)
+
+
+def _bounds(
+    sizes: Tensor, min_rank: int, max_rank: int | None, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """What each layer gets at most, and what before all others; multiples both."""
+    most = sizes if max_rank is None else sizes.clamp_max(max_rank)
+    most = most - most % multiple
+    return most, most.clamp_max(-(-min_rank // multiple) * multiple)
+
+
+def _check_paid(needed: Tensor, budget: int, min_rank: int) -> None:
+    if int(needed.sum()) > budget:
+        raise RankError(
+            f"min_rank {min_rank} needs {int(needed.sum())} adapter parameters over {len(needed)} "
+            f"layers, the budget holds {budget}: lower min_rank or raise the budget"
+        )
+
+
 def uniform_budget(shapes: Shapes, rank: int) -> int:
     """Adapter parameters of one rank in all layers, Σ min(rank, out, in)·(out + in).
 
@@ -139,7 +172,7 @@ def uniform_budget(shapes: Shapes, rank: int) -> int:
     Raises:
         ConfigError: the rank is not at least 1.
     """
-    rank = _whole("rank", rank, 1)
+    rank = whole_number("rank", rank, 1)
     return sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
 
 
@@ -248,7 +281,12 @@ def _checked_log_condition(name: str, value: float) -> float:
     return value
 
 
-def _whole(name: str, value: SupportsIndex, least: int) -> int:
+def whole_number(name: str, value: SupportsIndex, least: int) -> int:
+    """The value as an int.
+
+    Raises:
+        ConfigError: it is no whole number of at least `least`; `name` is what it is called.
+    """
     try:
         number = operator.index(value)
     except TypeError:

@@ -17,6 +17,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.initialization import LayerAdapter
+from corda_kernels.precision import without_autocast
 from corda_kernels.training.live import LiveAdapter, live_adapter, untouched_weight
 
 _Frozen = TypeVar("_Frozen")
@@ -55,7 +56,8 @@ class DriftPenalty:
 
     over the adapted layers. With C = E[x xᵀ] each term is E‖ΔW x‖²: the mean over the tokens of the
     calibration of the squared change of that layer's output, in the squared unit of its
-    activations. It is not divided by anything. Value and gradient are 0 at the start.
+    activations. It is not divided by anything. Value and gradient are 0 at the start, but for what
+    trainable factors make up of a residual's rounding (`compensated`).
 
     ΔW is never formed. With δB = B − B0 and δA = A − A0 it is s·(δB A + B0 δA), which keeps a small
     change from drowning in the rounding of two large products. The layers that read one input
@@ -65,6 +67,7 @@ class DriftPenalty:
         layers: names of the layers that are summed over.
     """
 
+    @without_autocast()
     def __init__(self, model: nn.Module, covariances: CovarianceSet) -> None:
         """Finds the adapter's factors and takes each C to the device of its layers.
 
@@ -83,6 +86,7 @@ class DriftPenalty:
             (shared, shared.times([layer.A0 for layer in shared.factors()])) for shared in inputs
         ]
 
+    @without_autocast()
     def __call__(self) -> Tensor:
         """The penalty, a scalar of the factors' dtype, at least float32."""
         return _sum(_drift, self._inputs)
@@ -107,6 +111,7 @@ class CompactnessPenalty:
     Source: the score of CorDA++; its bound by squared norms of factors is an addition.
     """
 
+    @without_autocast()
     def __init__(self, model: nn.Module, covariances: CovarianceSet) -> None:
         """Finds the adapter's factors and computes σmax(WC), which takes seconds.
 
@@ -145,6 +150,7 @@ class CompactnessPenalty:
             ]
             self._inputs.append((damped, bounds))
 
+    @without_autocast()
     def __call__(self) -> Tensor:
         """The penalty, a scalar of the factors' dtype, at least float32."""
         return _sum(_compactness, self._inputs)

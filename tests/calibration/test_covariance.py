@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ def test_merging_weighs_by_calls_where_the_mean_is_over_calls() -> None:
     a, b = (covariance_of(torch.randn(n, 4), calls=calls) for n, calls in ((10, 3), (90, 1)))
     merged = a.merge(b, normalize="peft")
     torch.testing.assert_close(merged.matrix, (3 * a.matrix + b.matrix) / 4)
+
+
+def test_merging_two_dtypes_keeps_the_wider() -> None:
+    a, b = covariance_of(torch.randn(5, 4)), covariance_of(torch.randn(6, 4))
+    wide = replace(b, matrix=b.matrix.double())
+    assert a.merge(wide).matrix.dtype == torch.float64
+    torch.testing.assert_close(wide.merge(a).matrix.float(), a.merge(b).matrix)
 
 
 def test_merging_leaves_both_sides_alone() -> None:

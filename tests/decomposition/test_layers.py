@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.decomposition import co_svd, co_svd_layers, layers
+from corda_kernels import kernels
+from corda_kernels.decomposition import co_svd, co_svd_layers, layers, parallel_map
 from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
 
 SHAPES = {"q": (300, 300), "k": (64, 300), "v": (64, 300), "up": (700, 300), "down": (300, 700)}
@@ -97,3 +98,24 @@ def test_errors_and_warnings_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("corda_kernels.decomposition.subspace._MOST_BLOCKS", 1)
     with pytest.warns(ConvergenceWarning, match="layer q: the randomised method did not converge"):
         list(co_svd_layers({"q": weights["q"]}, covariances, rank=2, method="randomized"))
+
+
+def test_a_mapping_may_make_its_covariances_on_access() -> None:
+    class Lazy(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            return super().__getitem__(name).clone()
+
+    weights, covariances = model()
+    expected = dict(co_svd_layers(weights, covariances, rank=3))
+    for name, found in co_svd_layers(weights, Lazy(covariances), rank=3):
+        torch.testing.assert_close(found.S, expected[name].S, rtol=1e-12, atol=0)
+
+
+def test_worker_threads_use_the_backend_that_was_chosen(threads: int) -> None:
+    def chosen(_: int) -> object:
+        return kernels._implementation("syrk_", torch.device("cpu"))
+
+    with kernels.use_backend("reference"):
+        expected = chosen(0)
+        assert set(parallel_map(chosen, range(8))) == {expected}
+    assert chosen(0) != expected

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_impossible_options_are_refused(damping: float) -> None:
         compactness(weight, C, damping=damping)
     with pytest.raises(ConfigError, match="'ratio', 'bound', 'tight'"):
         compactness(weight, C, condition="other")  # type: ignore[arg-type]
-    with pytest.raises(DecompositionError, match="dead"):
+    with pytest.raises(DecompositionError, match="all its inputs are zero"):
         compactness(weight, 0 * C)
 
 
@@ -130,3 +131,13 @@ def test_a_layer_that_cannot_be_scored_is_named(
     modules = {name: model.get_submodule(name) for name in covariances}
     with pytest.raises(DecompositionError, match=rf"layer {name}: .*NaN"):
         layer_spectra(modules, covariances)
+
+
+def test_a_layer_whose_inputs_are_all_zero_says_so(
+    calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
+) -> None:
+    model, covariances = calibrated()
+    name = "model.layers.1.mlp.down_proj"
+    zero = replace(covariances[name], matrix=torch.zeros_like(covariances[name].matrix))
+    with pytest.raises(DecompositionError, match=rf"layer {name}: all its inputs are zero"):
+        layer_spectra({name: model.get_submodule(name)}, CovarianceSet({name: zero}))

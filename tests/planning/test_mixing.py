@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -201,3 +203,13 @@ def test_what_is_refused() -> None:
             drift_weights(Layers(), good, good, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="as many held-out sets"):
         drift_weights(Layers(), good, good[:1])
+
+
+@pytest.mark.parametrize("make", [np.float32, torch.tensor])
+def test_weights_may_be_numbers_of_any_kind(make: Any, tmp_path: Path) -> None:
+    one, other = (CovarianceSet({"a": covariance(torch.eye(2) * s)}) for s in (1.0, 2.0))
+    mixed = mix_covariances([one, other], [make(1.0), make(3.0)], normalize="tokens")
+    mixed.save(tmp_path / "mixed.safetensors")
+    loaded = CovarianceSet.load(tmp_path / "mixed.safetensors").provenance
+    assert loaded["mixture"]["weights"] == [0.25, 0.75]
+    torch.testing.assert_close(mixed["a"].matrix, 1.75 * torch.eye(2))

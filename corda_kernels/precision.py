@@ -1,0 +1,15 @@
+"""Arithmetic in the dtypes that it was written for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products inside keep their dtype, also where a caller trains under torch.autocast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
