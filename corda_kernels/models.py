@@ -253,8 +253,8 @@ def target_linears(
             whole name must match.
 
     Raises:
-        TargetError: nothing matches, or what matches shares its weight with another module, as an
-            output head does that is tied to the embeddings.
+        TargetError: nothing matches, also of a single ending; or what matches shares its weight
+            with another module, as an output head does that is tied to the embeddings.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
@@ -262,11 +262,14 @@ def target_linears(
         chosen = {name: module for name, module in linears.items() if module is not head}
     else:
         chosen = {name: module for name, module in linears.items() if _selected(name, targets)}
-    if not chosen:
+    unmatched = []
+    if not isinstance(targets, str):
+        unmatched = [t for t in targets if not any(_selected(name, [t]) for name in linears)]
+    if unmatched or not chosen:
         endings = sorted({name.rpartition(".")[2] for name in linears})
         raise TargetError(
-            f"no linear layer matches targets {targets!r}; the model's linear layers end in: "
-            f"{', '.join(endings[:20]) or '(it has none)'}"
+            f"no linear layer matches targets {unmatched or targets!r}; the model's linear layers "
+            f"end in: {', '.join(endings[:20]) or '(it has none)'}"
         )
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

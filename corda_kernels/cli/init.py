@@ -80,7 +80,11 @@ def init(
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT."""
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.initialization import subtract_initial, write_adapter
+    from corda_kernels.initialization import (
+        check_adapter_folder,
+        subtract_initial,
+        write_adapter,
+    )
     from corda_kernels.models import load_tokenizer
     from corda_kernels.pipeline import (
         CordaConfig,
@@ -92,6 +96,8 @@ def init(
 
     if sum(bool(source) for source in (data, cov, mix)) != 1:
         raise ConfigError("give one of --data, --cov and --mix")
+    if data is None and (field or template or chat_template):
+        raise ConfigError("--field, --template and --chat-template are of --data")
     if data is None and candidates > 1:
         raise ConfigError("--candidates are samples of --data: they are selected in calibration")
     if data is None and memory_limit is not None:
@@ -117,7 +123,8 @@ def init(
         stability=stability,
         memory_limit=options.parse_size(memory_limit),
     )
-    options.check_output(out, folder=True)
+    if options.first_rank():
+        check_adapter_folder(out)
     covariances = None if cov is None else CovarianceSet.load(cov)
     if mix:
         mixture = options.parse_mixture(mix)

@@ -20,7 +20,7 @@ def merge(
     dtype: options.Dtype = None,
 ) -> None:
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
-    from corda_kernels.errors import ModelError
+    from corda_kernels.errors import ModelError, OutputError
     from corda_kernels.files import check_output
     from corda_kernels.initialization import attach, read_adapter
     from corda_kernels.initialization import merge as merge_into_base
@@ -31,6 +31,13 @@ def merge(
     source = model or loaded.record.base["source"]
     if source is None:
         raise ModelError(f"{adapter} does not say where its base is: say so with --model")
+    if any((out / name).exists() for name in ("adapter_config.json", "corda.json")):
+        raise OutputError(
+            f"{out} holds an adapter, which would be loaded on the merged model: choose another "
+            "folder"
+        )
+    if Path(source).is_dir() and out.resolve() == Path(source).resolve():
+        raise OutputError(f"{out} is the base itself: choose another folder")
     try:
         tokenizer = load_tokenizer(source)
         network = options.load(source, dtype, device)

@@ -63,8 +63,6 @@ def co_svd_layers(
         RankError: see `co_svd`; the message begins with the layer's name, as in the next.
         DecompositionError: see `co_svd`.
     """
-    # Held for as long as they are told apart by identity; a mapping may make them on access.
-    covariances = {name: covariances[name] for name in weights}
     ranks = {name: rank[name] if isinstance(rank, Mapping) else int(rank) for name in weights}
     _check(weights, covariances, ranks, which, method, damping)
 
@@ -106,10 +104,13 @@ def _together(
     memory_limit: int,
 ) -> list[list[str]]:
     """Names of the layers that go together: with one covariance, or in one batch."""
+    # Held while they are told apart by identity, for a mapping may make them on access; no longer,
+    # for it may also let go of them on the way.
+    held = {name: covariances[name] for name in weights}
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, weight in weights.items():
         if weight.device.type == "cpu":
-            key: tuple[object, ...] = (id(covariances[name]),)
+            key: tuple[object, ...] = (id(held[name]),)
         else:
             key = (weight.device, weight.shape, ranks[name])
         groups.setdefault(key, []).append(name)

@@ -9,6 +9,7 @@ from corda_kernels.initialization.adapter import (
 from corda_kernels.initialization.checkpoint import (
     adapter_of,
     attach,
+    check_adapter_folder,
     check_at_hand,
     has_adapter,
     load_for_training,
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_factors",
     "adapter_of",
     "attach",
+    "check_adapter_folder",
     "check_at_hand",
     "compensated",
     "describe_base",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from corda_kernels.errors import AdapterError
+from corda_kernels.errors import AdapterError, OutputError
 from corda_kernels.files import check_output, write_json, write_tensors
 from corda_kernels.initialization.adapter import (
     Adapter,
@@ -70,20 +70,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         AdapterError: the model carries no adapter, or a damaged one.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds a model.
     """
     write_adapter(adapter_of(model), path)
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Writes an adapter's folder from plain data; see `save_adapter`."""
-    folder = check_output(path, folder=True)
+    folder = check_adapter_folder(path)
     config = lora_config(adapter)
     trained = {name: (layer.A, layer.B) for name, layer in adapter.layers.items()}
     initial = {name: (layer.A0, layer.B0.neg()) for name, layer in adapter.layers.items()}
     write_lora(folder / INITIAL, initial, config)
     write_lora(folder, trained, config)
     write_json(folder / RECORD_FILE, adapter.record.to_json())
+
+
+def check_adapter_folder(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Path:
+    """Makes sure that an adapter can be written into a folder.
+
+    Raises:
+        OutputError: it cannot, or holds a model: transformers would load that with the adapter.
+    """
+    folder = check_output(path, folder=True, needed_bytes=needed_bytes)
+    if (folder / "config.json").exists():
+        raise OutputError(
+            f"{folder} holds a model, which would be loaded with the adapter on it from then on: "
+            "choose another folder"
+        )
+    return folder
 
 
 def write_lora(folder: Path, factors: dict[str, tuple[Tensor, Tensor]], config: LoraConfig) -> None:

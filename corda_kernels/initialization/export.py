@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import OutputError
-from corda_kernels.files import check_output
 from corda_kernels.initialization.checkpoint import (
     adapter_of,
+    check_adapter_folder,
     read_adapter,
     residual_marker,
     write_lora,
@@ -35,10 +35,10 @@ def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLi
 
     Raises:
         AdapterError: the source is no adapter, or a damaged one.
-        OutputError: the folder cannot be written, or holds an adapter.
+        OutputError: the folder cannot be written, or holds an adapter or a model.
     """
     adapter = adapter_of(source) if isinstance(source, nn.Module) else read_adapter(source)
-    folder = check_output(out, folder=True)
+    folder = check_adapter_folder(out)
     if (folder / RECORD_FILE).exists():
         raise OutputError(
             f"{folder} holds an adapter, which the export would damage: choose another folder"

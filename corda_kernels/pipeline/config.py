@@ -12,6 +12,9 @@ from corda_kernels.planning.compactness import CONDITIONS, Condition
 from corda_kernels.planning.ranks import check_bounds, whole_number
 from corda_kernels.planning.selection import METHODS, Method
 
+# What torch.Generator takes.
+_SEEDS = (-(2**63), 2**64 - 1)
+
 
 @dataclass(frozen=True)
 class CordaConfig:
@@ -91,6 +94,8 @@ class CordaConfig:
             raise ConfigError(f"damping must be at least 0 and finite, got {self.damping}")
         whole_number("candidates", self.candidates, 1)
         whole_number("rank", self.rank, 1)
+        if not _SEEDS[0] <= self.seed <= _SEEDS[1]:
+            raise ConfigError(f"seed must be within 64 bits, got {self.seed}")
         check_bounds(self.min_rank, self.max_rank, self.rank_multiple)
         bounds = (self.min_rank, self.max_rank, self.rank_multiple)
         if self.budget is None and bounds != (0, None, 1):

@@ -58,6 +58,18 @@ def live_adapter(model: nn.Module) -> LiveAdapter:
     return _live(base, _plain_lora(model, base), None)
 
 
+def starts_at_zero_by_component(model: Any) -> bool:
+    """Whether each component's Bᵢ Aᵢ began at 0, or where A0 and B0 say; not only their sum."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or isinstance(
+        model, CordaPeftModel | CordaPeftModelForCausalLM
+    ):
+        return True
+    active = model.active_adapters[0]
+    return getattr(model.peft_config[active], "init_lora_weights", True) != "orthogonal"
+
+
 def untouched_weight(live: LiveAdapter, name: str) -> Tensor:
     """W (out, in) of a layer as it was before the adapter took a part of it over."""
     module: Any = live.modules[name]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import AdapterError, ConfigError
 from corda_kernels.initialization import LayerAdapter
-from corda_kernels.training.live import live_adapter
+from corda_kernels.training.live import live_adapter, starts_at_zero_by_component
 
 Kind = Literal["linear", "cosine", "entropy"]
 
@@ -89,6 +89,11 @@ class RankSchedule:
             ConfigError: `generate` was called twice, or without the processor.
         """
         live = live_adapter(model)
+        if not starts_at_zero_by_component(model):
+            raise AdapterError(
+                'a part of a LoRA that began with init_lora_weights="orthogonal" changes the base, '
+                "trained or not: a schedule needs another start"
+            )
         smallest_first = live.record is not None and live.record.mode == "kpm"
         control = RankControl(self, _ends(model), [layer.rank for layer in live.layers.values()])
         with contextlib.ExitStack() as stack:

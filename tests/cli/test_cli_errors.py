@@ -110,6 +110,19 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", -1),
         "--checkpoint-every must be at least 0, got -1",
     ),
+    "a model where the adapter should go": (
+        ("init", "{place}/model", "{place}/model", "--mode", "ipm", *TEXT),
+        "{place}/model holds a model, which would be loaded with the adapter on it",
+    ),
+    "options of a text that is not given": (
+        (*INIT, "--cov", "{tmp}/c", "--template", "Q: {{question}}"),
+        "--field, --template and --chat-template are of --data",
+    ),
+    "a misspelt ending": (
+        (*INIT, *TEXT, "--targets", "q_proj,v_porj"),
+        "no linear layer matches targets ['v_porj']",
+    ),
+    "a seed beyond 64 bits": ((*INIT, *TEXT, "--seed", 10**20), "seed must be within 64 bits"),
     "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
     "inspect a model": (("inspect", "{place}/model"), "{place}/model has no corda.json"),

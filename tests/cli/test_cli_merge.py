@@ -69,3 +69,18 @@ def test_merge_says_how_to_find_a_base_that_moved(
     assert (status, len(lines)) == (2, 1)
     assert lines[0].endswith("say where the base is with --model")
     invoke("merge", out, tmp_path / "merged", "--model", place / "model")
+
+
+def test_what_a_merged_model_would_damage_is_refused(
+    invoke: Callable[..., str], command: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(place / "model", source)
+    invoke("init", source, out, "--mode", "ipm", "--data", place / "text.txt", *SMALL)
+    for folder, says in ((out, "holds an adapter"), (source, "is the base itself")):
+        status, _, lines = command("merge", out, folder)
+        assert (status, len(lines)) == (2, 1)
+        assert lines[0].startswith(f"error: {folder} {says}")
+    status, _, lines = command("export", out, source)
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: {source} holds a model")

@@ -221,6 +221,13 @@ def test_a_second_generate_in_one_block_is_refused(adapted: Callable[..., Any]) 
     assert not is_hooked(model)
 
 
+def test_a_lora_whose_components_do_not_start_at_zero_is_refused(calibrated: Calibrated) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="orthogonal")
+    model = get_peft_model(calibrated()[0], config)
+    with pytest.raises(AdapterError, match=r"orthogonal.*needs another start"), HALF.apply(model):
+        pass
+
+
 def test_a_model_without_adapter_is_refused(calibrated: Calibrated) -> None:
     with pytest.raises(AdapterError, match="carries no adapter"), HALF.apply(calibrated()[0]):
         pass

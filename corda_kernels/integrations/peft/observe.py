@@ -114,8 +114,8 @@ class _Passes:
             self._size = int(kept.sum())
         else:
             self._size = 0 if shape is None else shape.numel()
-            if mask is None:
-                self._warn_of_padding(arguments.get("input_ids"))
+            given = "no attention mask" if mask is None else "no attention mask of (batch, tokens)"
+            self._warn_of_padding(arguments.get("input_ids"), given)
         self.capture.row_mask = rows
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
@@ -128,13 +128,13 @@ class _Passes:
         self.count += 1
         self.tokens += self._size
 
-    def _warn_of_padding(self, ids: object) -> None:
+    def _warn_of_padding(self, ids: object, given: str) -> None:
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if pad is not None and isinstance(ids, Tensor) and looks_padded(ids, pad):
             warnings.warn(
                 f"call {self.count} of the model (counted from 0) is padded (token {pad}) but was "
-                "given no attention mask: the padding counts as text and inflates the covariances; "
-                "pass attention_mask to the model in run_model",
+                f"given {given}: the padding counts as text and inflates the covariances; pass "
+                "attention_mask to the model in run_model",
                 PaddingWarning,
                 stacklevel=2,
             )

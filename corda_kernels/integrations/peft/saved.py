@@ -30,8 +30,8 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
         path: a folder.
 
     Raises:
-        AdapterError: the model's active adapter is not CorDA's, or its cache is gone, of PEFT's own
-            making, or another layer's.
+        AdapterError: the model's active adapter is not CorDA's, or trains more than A and B; or its
+            cache is gone, of PEFT's own making, or another layer's.
         CacheError: the cache is damaged.
         OutputError: the folder cannot be written.
     """
@@ -43,6 +43,7 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
             f"adapter {active!r} has no CorDA cache file to take its initial factors from: set "
             "CordaConfig(cache_file=…) before preprocess_corda, and keep the file"
         )
+    _check_all_is_kept(active, config)
     eigens, notes = read_components(options.cache_file)
     if not notes:
         raise AdapterError(
@@ -88,3 +89,19 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
     adapter = Adapter(layers, record)
     record.initial_sha256 = adapter.initial_checksum()
     write_adapter(adapter, path)
+
+
+def _check_all_is_kept(active: str, config: Any) -> None:
+    """Refuses adapters of which more is trained than the A and B that are written."""
+    for option, nothing in (
+        ("use_dora", False),
+        ("modules_to_save", None),
+        ("trainable_token_indices", None),
+        ("bias", "none"),
+    ):
+        value = getattr(config, option, nothing)
+        if value and value != nothing:
+            raise AdapterError(
+                f"adapter {active!r} trains more than A and B ({option}={value!r}), which would be "
+                "lost here: save it with PEFT's save_pretrained, or train without that option"
+            )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from corda_kernels import export_lora, load_for_training
 from corda_kernels.errors import (
+    AdapterError,
     CacheError,
     CalibrationError,
     CompatibilityWarning,
@@ -126,6 +127,14 @@ def test_padding_without_a_mask_is_warned_of(model: nn.Module) -> None:
     padded = torch.cat([text(2, 10), torch.full((2, 4), PAD)], 1)
     with pytest.warns(PaddingWarning, match=r"call 1 of the model .* no attention mask"):
         preprocess_corda(model, lora(), running(model, text(2, 14), padded))
+
+
+def test_padding_under_a_mask_that_does_not_tell_it_is_warned_of(model: nn.Module) -> None:
+    padded = torch.cat([text(2, 10), torch.full((2, 4), PAD)], 1)
+    causal = torch.ones(14, 14).tril().bool().expand(2, 1, 14, 14)
+    batch = {"input_ids": padded, "attention_mask": causal}
+    with pytest.warns(PaddingWarning, match=r"call 0 .* no attention mask of \(batch, tokens\)"):
+        preprocess_corda(model, lora(), running(model, batch))
 
 
 def test_padding_of_earlier_tokens_in_a_cache_is_not_mistaken_for_the_present_ones(
@@ -438,6 +447,29 @@ def test_a_saved_adapter_loads_on_the_base(
     export_lora(tmp_path / "ours", tmp_path / "plain")
     stock = PeftModel.from_pretrained(base(), tmp_path / "plain")
     torch.testing.assert_close(logits(stock), trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [3, 4]},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_adapter_that_trains_more_than_its_factors_is_not_saved_without_the_rest(
+    calibrated: Callable[..., Any], option: dict[str, Any], tmp_path: Path
+) -> None:
+    config = lora(cache_file=tmp_path / "c.pt")
+    ((name, value),) = option.items()
+    setattr(config, name, value)
+    model = calibrated()[0]
+    preprocess_corda(model, config, running(model, text(6, 16)))
+    adapted = get_peft_model(model, config)
+    with pytest.raises(AdapterError, match=rf"trains more than A and B \({name}="):
+        save_adapter(adapted, tmp_path / "ours")
 
 
 def test_quantised_weights_are_refused_before_the_work(model: nn.Module) -> None:
