@@ -81,7 +81,9 @@ def test_batches_hold_one_shape_and_rank_and_keep_to_the_memory() -> None:
     weights["e"] = torch.empty(4, 8, device="meta")
     ranks = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2}
     bytes_of_two = 2 * 8 * layers._MATRICES * 64
-    together = layers._together(weights, {}, ranks, bytes_of_two)
+    together = layers._together(
+        weights, dict.fromkeys(weights, torch.empty(0)), ranks, bytes_of_two
+    )
     assert together == [["a", "b"], ["d"], ["c"], ["e"]]
 
 
