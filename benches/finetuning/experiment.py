@@ -100,7 +100,7 @@ class Experiment:
         for group in self.profile.methods:
             grid = list(self.profile.grid(group))
             yield from ((run, False) for run in grid)
-            if self.profile.seeds == 1:
+            if not any(self.profile.repeats(grid[0])):
                 continue
             for name in group:
                 tried = [run for run in grid if run.method.name == name]

@@ -34,8 +34,8 @@ class Profile:
     Attributes:
         methods: groups of methods; all of one group goes before the next group.
         learning_rates: how many of each method's, all with the first seed.
-        seeds: how many, the others with the best learning rate; each is another order of other
-            problems.
+        seeds: how many, of each group; the others with the best learning rate. Each is another
+            order of other problems.
         rank: of the adapters.
         steps: of training.
         batch_size: problems a step.
@@ -56,7 +56,7 @@ class Profile:
 
     methods: tuple[tuple[str, ...], ...]
     learning_rates: int
-    seeds: int
+    seeds: tuple[int, ...]
     rank: int
     steps: int
     batch_size: int
@@ -82,20 +82,28 @@ class Profile:
                 yield Run(method, method.learning_rates[index], seed=0)
 
     def repeats(self, run: Run) -> Iterator[Run]:
-        """The same with the other seeds."""
-        return (replace(run, seed=seed) for seed in range(1, self.seeds))
+        """The same with the other seeds of its group."""
+        (seeds,) = (
+            seeds
+            for group, seeds in zip(self.methods, self.seeds, strict=True)
+            if run.method.name in group
+        )
+        return (replace(run, seed=seed) for seed in range(1, seeds))
 
     @property
     def planned(self) -> int:
         """How many runs the profile has."""
-        return sum(map(len, self.methods)) * (self.learning_rates + self.seeds - 1)
+        return sum(
+            len(group) * (self.learning_rates + seeds - 1)
+            for group, seeds in zip(self.methods, self.seeds, strict=True)
+        )
 
 
 PROFILES = {
     "smoke": Profile(
         methods=(PLAIN + STEPS + PLUS + PLUS_STEPS,),
         learning_rates=1,
-        seeds=1,
+        seeds=(1,),
         rank=8,
         steps=3,
         batch_size=2,
@@ -114,7 +122,7 @@ PROFILES = {
     "cpu": Profile(
         methods=(PLAIN, STEPS + PLUS),
         learning_rates=3,
-        seeds=3,
+        seeds=(3, 1),
         rank=32,
         steps=32,
         batch_size=4,
@@ -131,7 +139,7 @@ PROFILES = {
     "gpu": Profile(
         methods=(PLAIN + STEPS, PLUS + PLUS_STEPS),
         learning_rates=3,
-        seeds=3,
+        seeds=(3, 3),
         rank=32,
         steps=96,
         batch_size=16,

@@ -132,7 +132,7 @@ def _with_losses(experiment: Experiment, done: list[Run], losses: dict[float, fl
 
 
 def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Experiment]) -> None:
-    profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=3)
+    profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=(3,))
     first, second, third = METHODS["lora"].learning_rates
     experiment = open_(profile)
     done: list[Run] = []
@@ -156,7 +156,7 @@ def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Exp
 def test_the_best_rate_is_not_chosen_before_another_process_has_done_its_run(
     open_: Callable[..., Experiment],
 ) -> None:
-    profile = replace(PROFILE, methods=(("lora",),), learning_rates=2, seeds=2)
+    profile = replace(PROFILE, methods=(("lora",),), learning_rates=2, seeds=(2,))
     first, second = METHODS["lora"].learning_rates[:2]
     experiment = open_(profile)
     done: list[Run] = []
@@ -228,7 +228,7 @@ def test_a_profile_names_every_run_once_and_measures_at_its_end() -> None:
     for profile in PROFILES.values():
         runs = [run for group in profile.methods for run in profile.grid(group)]
         assert len({run.name for run in runs}) == len(runs)
-        assert profile.planned == len(runs) + (profile.seeds - 1) * len(
-            {run.method.name for run in runs}
-        )
+        first = [run for run in runs if run.learning_rate == run.method.learning_rates[0]]
+        again = [each for run in first for each in profile.repeats(run)]
+        assert profile.planned == len(runs) + len(again)
         assert profile.checkpoints[-1] == profile.steps
