@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -20,7 +21,7 @@ from corda_kernels.cli.init import init
 from corda_kernels.cli.inspect import inspect
 from corda_kernels.cli.merge import merge
 from corda_kernels.cli.plan import plan
-from corda_kernels.errors import CordaError, CordaWarning
+from corda_kernels.errors import ConfigError, CordaError, CordaWarning
 
 app = typer.Typer(
     name="corda-kernels",
@@ -71,7 +72,10 @@ def main() -> None:
 
 def _who() -> str:
     """Which rank speaks, if there are several."""
-    return f"rank {os.environ.get('RANK', 0)}: " if options.under_torchrun() else ""
+    with contextlib.suppress(ConfigError):  # which is then what is spoken of
+        if options.under_torchrun():
+            return f"rank {os.environ.get('RANK', 0)}: "
+    return ""
 
 
 def _quiet() -> None:

@@ -129,12 +129,19 @@ class TextOptions:
 
 def under_torchrun() -> bool:
     """Whether torchrun started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    size = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(size) > 1
+    except ValueError as error:
+        raise ConfigError(
+            f"the environment's WORLD_SIZE, a number of ranks, is {size!r}: unset it, or start "
+            "the program with torchrun, which sets it"
+        ) from error
 
 
 def first_rank() -> bool:
     """Whether this process is the one that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def check_output(path: Path, *, needed_bytes: int = 0, folder: bool = False) -> None:

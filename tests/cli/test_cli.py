@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_text import SMALL
 
 import corda_kernels
 from corda_kernels.cli import main
@@ -47,6 +48,18 @@ def test_warnings_of_other_libraries_are_not_shown(
     status, out, lines = command("doctor")
     assert (status, lines) == (0, [])
     assert "chatter" not in out
+
+
+def test_a_rank_without_other_ranks_writes_and_prints(
+    invoke: Callable[..., str], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    """A job scheduler sets RANK where nothing is distributed, too."""
+    monkeypatch.setenv("RANK", "3")
+    data = ("--data", place / "text.txt", *SMALL)
+    shown = invoke("calibrate", place / "model", tmp_path / "covariances", *data)
+    assert f"{tmp_path / 'covariances'}: 14 layers" in shown
+    shown = invoke("init", place / "model", tmp_path / "adapter", "--mode", "ipm", *data)
+    assert f"{tmp_path / 'adapter'}: IPM adapter" in shown
 
 
 @pytest.mark.parametrize("position", [0, 1, -1])

@@ -146,6 +146,18 @@ def test_an_error_is_one_line(
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+def test_a_world_size_that_is_no_number_is_one_line(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    for arguments in (INIT, ("calibrate", "{place}/model", "{tmp}/out", *SMALL)):
+        filled = [str(a).format(place=place, tmp=tmp_path) for a in arguments]
+        status, out, lines = command(*filled, "--data", place / "text.txt")
+        assert (status, out, len(lines)) == (2, "", 1), lines
+        assert lines[0].startswith("error: the environment's WORLD_SIZE, a number of ranks, is 'tw")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_truncated_covariance_file_is_one_line(
     invoke: Callable[..., str], command: Callable[..., Any], place: Path, tmp_path: Path
 ) -> None:
