@@ -128,10 +128,22 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """`value` as indented JSON in UTF-8, the contents of a file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
+    """Writes a file of these contents, atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_bytes(contents)
 
 
 def write_tensors(
@@ -227,6 +239,11 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def utf8_name(path: Path) -> str:
+    """The last part of a path, to stand in a record: what of it is not UTF-8 is replaced."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def format_bytes(count: float) -> str:

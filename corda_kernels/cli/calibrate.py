@@ -104,7 +104,7 @@ def calibrate(
             damping=damping,
             candidates=candidates,
             selection=selection,
-            domain=data.name,
+            domain=text.domain(),
             memory_limit=limit,
             checkpoint=None if checkpoint_every == 0 else checkpoint,
             distributed=distributed,

@@ -157,7 +157,7 @@ def init(
     with options.ranks(device) as distributed:
         config = replace(config, distributed=distributed)
         if covariances is None:
-            adapter = corda_adapter(network, batches, config, domain=text.data.name)
+            adapter = corda_adapter(network, batches, config, domain=text.domain())
         else:
             adapter = corda_adapter(network, covariances, config)
     if not options.first_rank():

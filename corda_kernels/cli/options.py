@@ -113,10 +113,16 @@ class TextOptions:
             seed=self.seed,
         )
 
+    def domain(self) -> str:
+        """What the batches are a sample of."""
+        from corda_kernels.files import utf8_name
+
+        return utf8_name(self.data)
+
     def provenance(self) -> dict[str, Any]:
         """What to note beside the covariances, in JSON's terms."""
         return {
-            "file": self.data.name,
+            "file": self.domain(),
             "field": self.field,
             "template": self.template,
             "chat_template": self.chat_template,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corda_kernels.errors import AdapterError, OutputError
-from corda_kernels.files import check_output, write_json, write_tensors
+from corda_kernels.files import check_output, json_bytes, write_bytes, write_json, write_tensors
 from corda_kernels.initialization.adapter import (
     Adapter,
     AdapterRecord,
@@ -78,12 +78,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Writes an adapter's folder from plain data; see `save_adapter`."""
     folder = check_adapter_folder(path)
+    # First of all: a record that cannot be written must not cost the adapter that stands there.
+    record = json_bytes(adapter.record.to_json())
     config = lora_config(adapter)
     trained = {name: (layer.A, layer.B) for name, layer in adapter.layers.items()}
     initial = {name: (layer.A0, layer.B0.neg()) for name, layer in adapter.layers.items()}
     write_lora(folder / INITIAL, initial, config)
     write_lora(folder, trained, config)
-    write_json(folder / RECORD_FILE, adapter.record.to_json())
+    write_bytes(folder / RECORD_FILE, record)
 
 
 def check_adapter_folder(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Path:

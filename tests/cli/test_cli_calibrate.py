@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from small_text import SMALL
 
+from corda_kernels.calibration import CovarianceSet
 from corda_kernels.initialization import read_adapter
 
 
@@ -135,3 +136,19 @@ def test_text_that_runs_out_is_one_warning(
     status, _, lines = command("calibrate", place / "model", tmp_path / "out", *data)
     assert (status, len(lines)) == (0, 1)
     assert lines[0].startswith(f"warning: {place / 'text.txt'} is used up after ")
+
+
+def test_the_name_of_the_text_need_not_be_utf_8(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    try:
+        text.write_bytes((place / "text.txt").read_bytes())
+    except OSError:
+        pytest.skip("the file system has no such names")
+    data = ("--data", text, *SMALL)
+    invoke("calibrate", place / "model", tmp_path / "covariances", *data)
+    invoke("init", place / "model", tmp_path / "adapter", "--mode", "ipm", *data)
+    provenance = CovarianceSet.load(tmp_path / "covariances").provenance
+    for noted in (provenance, read_adapter(tmp_path / "adapter").record.calibration):
+        assert noted["data"]["file"] == "caf\ufffd.txt"

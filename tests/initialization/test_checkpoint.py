@@ -186,6 +186,16 @@ def test_saving_again_replaces_the_adapter(
     }
 
 
+def test_a_record_that_cannot_be_written_leaves_the_adapter_alone(folder: Path) -> None:
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    adapter = read_adapter(folder)
+    adapter.record.calibration["data"] = "\udce9"
+    adapter.layers[FIRST].A.zero_()
+    with pytest.raises(UnicodeEncodeError):
+        write_adapter(adapter, folder)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_an_output_that_is_a_file_is_refused(
     calibrated: Calibrated, adapt: Make, tmp_path: Path
 ) -> None:
