@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -56,17 +57,24 @@ def _options(
 
 def main() -> None:
     """Runs the command line: an error is one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # stderr never fails over a letter, see sys.stderr
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         _quiet()
     try:
         app(args=arguments)
-    except (CordaError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        typer.echo(f"{_who()}error: {message}", err=True)
+        message = str(error)
+        if not isinstance(error, CordaError | OSError):
+            message = (
+                f"unexpected {type(error).__name__}: {message}; run again with --debug to see "
+                "where it came from, and please report it"
+            )
+        typer.echo(f"{_who()}error: {' '.join(message.split())}", err=True)
         raise SystemExit(2) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import warnings
@@ -71,6 +72,34 @@ def test_debug_shows_the_traceback(
     monkeypatch.setattr(sys, "argv", ["corda-kernels", *map(str, arguments)])
     with pytest.raises(DataError, match="no such data file"):
         main()
+
+
+def test_an_unexpected_error_is_one_line_that_asks_for_a_report(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> int:
+        raise ValueError("too\nmany")
+
+    monkeypatch.setattr(torch, "get_num_threads", fail)
+    status, out, lines = command("doctor")
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("error: unexpected ValueError: too many; run again with --debug to")
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "doctor", "--debug"])
+    with pytest.raises(ValueError, match="too\nmany"):
+        main()
+
+
+def test_a_terminal_without_greek_letters_shows_what_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "cp1252"))
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "init", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    sys.stdout.flush()
+    assert ended.value.code == 0
+    assert b"A and B of even RMS, or ??" in b" ".join(shown.getvalue().split())
 
 
 @pytest.mark.parametrize(
