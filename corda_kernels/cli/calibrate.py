@@ -65,6 +65,11 @@ def calibrate(
     limit = options.parse_size(memory_limit)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise ConfigError(f"--checkpoint-every must be at least 0, got {checkpoint_every}")
+    if resume and checkpoint_every == 0:
+        raise ConfigError(
+            "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of "
+            "them out"
+        )
     checkpoint = CalibrationCheckpoint(
         out.with_name(f"{out.name}.checkpoint"), checkpoint_every, resume
     )

@@ -123,6 +123,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         "no linear layer matches targets ['v_porj']",
     ),
     "a seed beyond 64 bits": ((*INIT, *TEXT, "--seed", 10**20), "seed must be within 64 bits"),
+    "resuming without checkpoints": (
+        ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", 0, "--resume"),
+        "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of",
+    ),
     "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
     "inspect a model": (("inspect", "{place}/model"), "{place}/model has no corda.json"),
