@@ -38,14 +38,12 @@ def check_output(
         folder: whether `path` is a folder.
 
     Raises:
-        OutputError: the path is of the other kind, its parent cannot be written, or the disk has
-            too little space.
+        OutputError: the path is of the other kind, a device or a pipe, its parent cannot be
+            written, or the disk has too little space.
     """
     path = Path(path)
-    if path.exists() and path.is_dir() != folder:
-        kind = "a file" if folder else "a folder"
-        raise OutputError(f"{path} is {kind} already: choose another output path")
-    home = path if folder else path.parent
+    _check_kind(path, folder=folder)
+    home = path if folder else _behind_links(path).parent
     existed = home.exists()
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -67,19 +65,33 @@ def check_output(
     return path
 
 
+def _check_kind(path: Path, *, folder: bool) -> None:
+    if not path.exists() or (path.is_dir() if folder else path.is_file()):
+        return
+    kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
+    raise OutputError(f"{path} is {kind} already: choose another output path")
+
+
+def _behind_links(path: str | os.PathLike[str]) -> Path:
+    """What a symbolic link leads to; a path that is none, as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty file beside `path`, which replaces `path` if the block ends without error.
 
     The file has the mode that any new file has here, however the block writes it (safetensors
-    alone would make it readable to its owner only).
+    alone would make it readable to its owner only). Of a symbolic link, the target is replaced.
 
     Raises:
-        OutputError: the file cannot be written or moved into place.
+        OutputError: the path is a folder, a device or a pipe, or the file cannot be written or
+            moved into place.
     """
-    path = Path(path)
+    path = _behind_links(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        _check_kind(path, folder=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -107,7 +119,7 @@ def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be made.
     """
-    path = Path(path)
+    path = _behind_links(path)
     folder = path.with_name(f".{path.name}.pieces")
     try:
         shutil.rmtree(folder, ignore_errors=True)

@@ -83,6 +83,34 @@ def test_check_output_refuses_a_path_of_the_other_kind(tmp_path: Path, folder: b
         check_output(path, folder=folder)
 
 
+@pytest.mark.parametrize("write", [*WRITERS.values(), check_output], ids=[*WRITERS, "check"])
+def test_a_pipe_is_refused_and_stays(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OutputError, match=r"(pipe|link) is a device or a pipe already: choose"):
+            write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "pipe"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_file_behind_a_link_is_written(
+    tmp_path: Path, write: Callable[[Path], None], exists: bool
+) -> None:
+    (tmp_path / "disk").mkdir()
+    if exists:
+        (tmp_path / "disk" / "result").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "result")
+    write(check_output(tmp_path / "link"))
+    write(tmp_path / "plain")
+    assert (tmp_path / "disk" / "result").read_bytes() == (tmp_path / "plain").read_bytes()
+    assert names(tmp_path) == ["disk", "link", "plain"]
+    assert names(tmp_path / "disk") == ["result"]
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_check_output_refuses_what_cannot_be_written(file_as_parent: Path, folder: bool) -> None:
     with pytest.raises(OutputError, match=r"cannot write to .*choose another output path"):
