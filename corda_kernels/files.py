@@ -134,6 +134,40 @@ def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def filled_folder(path: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
+    """Yields an empty folder, whose files move to `path` if the block ends without error.
+
+    Other files in `path` stay. If it was not there, it is not there after an error either.
+
+    Args:
+        path: a folder.
+        last: the file that moves last: where it is, all are.
+
+    Raises:
+        OutputError: the files cannot be moved into place.
+    """
+    path = Path(path)
+    existed = path.exists()
+    try:
+        with temporary_folder(path / last) as folder:  # inside: on the same disk, if it is one
+            yield folder
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file == folder / last):
+                target = path / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {path}: {error.strerror or error}; free some space or choose another "
+            "output path"
+        ) from error
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # it is not empty, as it should be
+                path.rmdir()
+
+
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes `value` as indented JSON, atomically.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.errors import ModelError, TargetError
+from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
+from corda_kernels.files import filled_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +26,17 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+# By which it shows that a folder has a tokenizer, of whichever kind.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "spiece*",
+    "sentencepiece*",
+    "tekken.json",
+    "*.tiktoken",
+)
+_WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def load_model(
@@ -113,8 +126,53 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     where, options = _locate(source)
+    folder = Path(where)
+    if (
+        folder.is_dir()
+        and "gguf_file" not in options
+        and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+    ):
+        raise ModelError(
+            f"{where} has no tokenizer: copy the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json) there, from where the model comes from"
+        )
     with _loading_errors(source):
         return AutoTokenizer.from_pretrained(where, **options)
+
+
+def save_model(
+    model: PreTrainedModel, path: str | os.PathLike[str], *, source: str | os.PathLike[str]
+) -> None:
+    """Writes a model's folder with its tokenizer; config.json, which makes it one, comes last.
+
+    A model that the folder holds already is replaced, other files stay.
+
+    Args:
+        model: any.
+        path: the folder.
+        source: where its tokenizer is. Without one there is a warning, and none is written.
+
+    Raises:
+        OutputError: the folder cannot be written; what was there is as it was.
+    """
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(source)
+    except ModelError as error:
+        warnings.warn(f"{path} gets no tokenizer: {error}", CordaWarning, stacklevel=2)
+    with filled_folder(path, last="config.json") as folder:
+        try:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except Exception as error:  # as in _loading_errors; this may be a full disk
+            raise OutputError(
+                f"cannot write the model to {path}: {_first_line(error)}; free some space or choose"
+                " another output path"
+            ) from error
+        for old in Path(path).iterdir():
+            if _WEIGHTS_FILE.fullmatch(old.name) and not (folder / old.name).exists():
+                old.unlink()  # it would be read instead of the new weights, or with them
 
 
 def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:

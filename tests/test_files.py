@@ -22,6 +22,7 @@ from corda_kernels.files import (
     atomic_path,
     check_output,
     digest,
+    filled_folder,
     format_bytes,
     read_checked,
     temporary_folder,
@@ -124,6 +125,41 @@ def test_check_output_refuses_a_disk_with_too_little_space(
     check_output(tmp_path / "result", needed_bytes=1024)
     with pytest.raises(OutputError, match=r"needs about 2.0 KiB, but only 1.0 KiB is free"):
         check_output(tmp_path / "result", needed_bytes=2048)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_is_filled_with_all_files_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    path = tmp_path / "folder"
+    if exists:
+        path.mkdir()
+        (path / "kept").touch()
+
+    def fill(error: Exception | None = None) -> None:
+        with filled_folder(path, last="a") as folder:
+            assert names(folder) == []
+            for name in ("a", "b", "c/d"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(name)
+            if error is not None:
+                raise error
+
+    for error, expected in ((KeyError(), KeyError), (OSError(errno.ENOSPC, "full"), OutputError)):
+        with pytest.raises(expected):
+            fill(error)
+        assert names(tmp_path) == (["folder"] if exists else [])
+        assert not exists or names(path) == ["kept"]
+    moved: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: moved.append(Path(new).name) or replace(old, new)
+    )
+    fill()
+    assert sorted(moved) == ["a", "b", "d"]
+    assert moved[-1] == "a"
+    assert names(path) == ["a", "b", "c", *(["kept"] if exists else [])]
+    assert (path / "c" / "d").read_text() == "c/d"
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from corda_kernels.errors import ModelError, TargetError
+from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.models import (
     decoder,
     is_linear,
@@ -17,6 +20,7 @@ from corda_kernels.models import (
     load_model,
     load_tokenizer,
     output_head,
+    save_model,
     target_linears,
     unreached_weights,
 )
@@ -42,6 +46,58 @@ def save_tokenizer(folder: Path) -> None:
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_folder_without_a_tokenizer_is_written_and_named(
+    tiny_model: ModelMaker, tmp_path: Path, architecture: str
+) -> None:
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ModelError, match="plain has no tokenizer: copy the tokenizer's files"):
+        load_tokenizer(tmp_path / "plain")
+    with pytest.warns(CordaWarning, match="saved gets no tokenizer: .*plain has no tokenizer"):
+        save_model(model, tmp_path / "saved", source=tmp_path / "plain")
+    assert same_weights(load_model(tmp_path / "saved"), model)
+
+
+@pytest.mark.parametrize("shards", [("20KB", "1GB"), ("1GB", "20KB")], ids=["fewer", "more"])
+def test_a_saved_model_replaces_one_in_other_pieces(
+    llama: nn.Module, tmp_path: Path, shards: tuple[str, str]
+) -> None:
+    before, after = shards
+    save_tokenizer(tmp_path)
+    zeros = copy.deepcopy(llama)
+    for parameter in zeros.parameters():
+        parameter.data.zero_()
+    zeros.save_pretrained(tmp_path, max_shard_size=before)
+    (tmp_path / "notes.txt").touch()
+    llama.save_pretrained = functools.partial(llama.save_pretrained, max_shard_size=after)
+    save_model(llama, tmp_path, source=tmp_path)
+    assert same_weights(load_model(tmp_path), llama)
+    load_tokenizer(tmp_path)
+    assert (tmp_path / "notes.txt").is_file()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_disk_that_fills_up_leaves_no_half_model(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    source, path = tmp_path / "source", tmp_path / "path"
+    save_tokenizer(source)
+    llama.save_pretrained(source)
+    if exists:
+        save_model(llama, path, source=source)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OutputError, match=r"cannot write the model to .*No space left on device"):
+        save_model(llama, path, source=source)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert path.exists() == exists
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -156,8 +212,8 @@ def test_what_cannot_be_loaded_is_named_in_one_line(
     for folder, text in configs.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(text)
+        (tmp_path / folder / "tokenizer.json").write_text("{")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"123")
-    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
     (tmp_path / "weights.bin").write_bytes(b"123")
     (tmp_path / "text.gguf").write_bytes(b"not GGUF" * 100)
     (tmp_path / "zero.gguf").touch()

@@ -45,7 +45,7 @@ def demo(
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.data import help_topics
     from corda_kernels.files import check_output
-    from corda_kernels.models import load_model, load_tokenizer
+    from corda_kernels.models import load_model, load_tokenizer, save_model
     from corda_kernels.usage import Stopwatch
 
     source = _gguf_file()
@@ -54,8 +54,7 @@ def demo(
     base = out / "base"
     if not (base / "config.json").is_file():
         typer.echo("1. unpacking SmolLM2-135M into a plain folder")
-        options.load(str(source), None, "cpu").save_pretrained(base)
-        load_tokenizer(source).save_pretrained(base)
+        save_model(options.load(str(source), None, "cpu"), base, source=source)
     else:
         typer.echo("1. SmolLM2-135M is unpacked already")
     tokenizer = load_tokenizer(base)

@@ -85,7 +85,7 @@ def init(
         subtract_initial,
         write_adapter,
     )
-    from corda_kernels.models import load_tokenizer
+    from corda_kernels.models import load_tokenizer, save_model
     from corda_kernels.pipeline import (
         CordaConfig,
         adapter_parameters,
@@ -177,8 +177,7 @@ def init(
     if save_base:
         if residual == "weight":
             subtract_initial(network, adapter)
-        network.save_pretrained(out / "base")
-        load_tokenizer(model).save_pretrained(out / "base")
+        save_model(network, out / "base", source=model)
         typer.echo(f"{out / 'base'}: the base that it sits on")
     typer.echo(f'next: model = corda_kernels.load_for_training(base, "{out}"), then train it')
 

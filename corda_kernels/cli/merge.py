@@ -24,7 +24,7 @@ def merge(
     from corda_kernels.files import check_output
     from corda_kernels.initialization import attach, read_adapter
     from corda_kernels.initialization import merge as merge_into_base
-    from corda_kernels.models import load_tokenizer
+    from corda_kernels.models import save_model
 
     loaded = read_adapter(adapter)
     check_output(out, folder=True)
@@ -39,7 +39,6 @@ def merge(
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
     try:
-        tokenizer = load_tokenizer(source)
         network = options.load(source, dtype, device)
     except ModelError as error:
         if model is not None:
@@ -48,6 +47,5 @@ def merge(
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     check_output(out, folder=True, needed_bytes=size)
     merged: Any = merge_into_base(attach(network, loaded, use_peft=False))
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_model(merged, out, source=source)
     typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

