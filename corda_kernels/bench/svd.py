@@ -66,13 +66,17 @@ def bench_case(
         exact: compare layers past 2048 channels with a float64 SVD, too, which takes minutes.
 
     Raises:
-        ConfigError: there is no such method here.
+        ConfigError: there is no such method here, or a layer is too small for the rank.
     """
     device = next(iter(case.weights.values())).device
+    check_methods(names or (), device)
     available = methods(device)
-    for name in names or ():
-        if name not in available:
-            raise ConfigError(f"there is no method {name!r} here: give some of {list(available)}")
+    for layer, weight in case.weights.items():
+        if case.rank > min(weight.shape):
+            raise ConfigError(
+                f"rank {case.rank} is not possible for layer {layer} of {case.name} "
+                f"({weight.shape[0]} × {weight.shape[1]}): choose a smaller --rank"
+            )
     # First, so that nothing but what is timed runs in between.
     truths = references(case) if exact or _largest(case) <= _QUICK else {}
     warm_up = make_case("smollm2-block", device, 8)
@@ -98,6 +102,18 @@ def bench_case(
                     yield Row(*facts, timing, base / timing.p50 if base else None)
                 else:
                     yield Row(*facts)
+
+
+def check_methods(names: Sequence[str], device: torch.device) -> None:
+    """Makes sure that this machine has these methods.
+
+    Raises:
+        ConfigError: it lacks one.
+    """
+    available = methods(device)
+    for name in names:
+        if name not in available:
+            raise ConfigError(f"there is no method {name!r} here: give some of {list(available)}")
 
 
 def _largest(case: Case) -> int:

@@ -69,18 +69,30 @@ def make_case(
     Each of the 32 blocks of "llama2-7b" has the tensors of the first.
 
     Raises:
-        ConfigError: there is no such case, or it lacks its model and covariance file.
+        ConfigError: as in `check_case`.
+    """
+    check_case(name, rank, model, cov)
+    if rank is None:
+        rank = 32 if name in ("model", "smollm2-block") else 128
+    if model is not None and cov is not None and name == "model":
+        return _model_case(model, cov, rank, device)
+    blocks, shapes = _BLOCKS[name] if name in _BLOCKS else (1, [[_SINGLE[name]]])
+    return _made_up(name, blocks, shapes, rank, device)
+
+
+def check_case(name: str, rank: int | None, model: str | None, cov: str | None) -> None:
+    """Makes sure, before any work is done, that `make_case` knows the case.
+
+    Raises:
+        ConfigError: there is no such case, it lacks its model and covariance file, or the rank is
+            below 1.
     """
     if name not in CASES:
         raise ConfigError(f"there is no case {name!r}: give some of {', '.join(CASES)}")
-    if name == "model":
-        if model is None or cov is None:
-            raise ConfigError("the case model needs --model and --cov, its covariance file")
-        return _model_case(model, cov, rank or 32, device)
-    if name in _SINGLE:
-        return _made_up(name, 1, [[_SINGLE[name]]], rank or 128, device)
-    blocks, shapes = _BLOCKS[name]
-    return _made_up(name, blocks, shapes, rank or (32 if shapes is _SMOLLM2 else 128), device)
+    if name == "model" and (model is None or cov is None):
+        raise ConfigError("the case model needs --model and --cov, its covariance file")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank must be at least 1, not {rank}")
 
 
 def _model_case(model: str, cov: str, rank: int, device: torch.device) -> Case:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import CordaError, CovarianceError, CovarianceFileError
+from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
 from corda_kernels.files import atomic_path, read_checked, temporary_folder, write_checked
 
 _FORMAT = "corda_kernels.covariances/1"
@@ -169,6 +170,7 @@ class CovarianceSet(Mapping[str, Covariance]):
 
         Raises:
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
+            ConfigError: the device is not there, or too small.
         """
         header, groups = read_groups(path, _FORMAT, **_AS_COVARIANCES, device=device)
         covariances = {name: covariance for covariance, names in groups for name in names}
@@ -275,23 +277,47 @@ def read_groups(
 
     Raises:
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
+        ConfigError: the device is not there, or too small.
     """
     header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
+
+    @contextlib.contextmanager
+    def reading() -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as reason:
+            raise error(
+                f"{path}: its header is not that of a {what} file ({reason!r}): {remedy}"
+            ) from reason
+
     groups = []
-    try:
-        for index, record in enumerate(header["groups"]):
+    with reading():
+        records = list(header["groups"])
+    for index, record in enumerate(records):
+        with reading():
             channels = int(record["channels"])
             covariance = Covariance(
-                unpack_symmetric(tensors.pop(f"{index}.matrix"), channels).to(device),
+                unpack_symmetric(tensors.pop(f"{index}.matrix"), channels),
                 int(record["tokens"]),
                 int(record["calls"]),
-                tensors.pop(f"{index}.absmax").view(channels).to(device),
-                tensors.pop(f"{index}.outlier_count").view(channels).to(device),
+                tensors.pop(f"{index}.absmax").view(channels),
+                tensors.pop(f"{index}.outlier_count").view(channels),
                 float(record["outlier_threshold"]),
             )
-            groups.append((covariance, [str(name) for name in record["modules"]]))
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as reason:
-        raise error(
-            f"{path}: its header is not that of a {what} file ({reason!r}): {remedy}"
-        ) from reason
+            names = [str(name) for name in record["modules"]]
+        groups.append((_moved(covariance, device), names))
     return header, groups
+
+
+def _moved(covariance: Covariance, device: str | torch.device) -> Covariance:
+    try:
+        return replace(
+            covariance,
+            matrix=covariance.matrix.to(device),
+            absmax=covariance.absmax.to(device),
+            outlier_count=covariance.outlier_count.to(device),
+        )
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,16 +40,18 @@ def covariance(
     json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
 ) -> None:
     """Time C += XᵀX with outlier statistics, and the calibration of a model around it."""
-    import torch
-
     from corda_kernels.bench.covariance import bench_syrk
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output, write_json
+    from corda_kernels.files import check_output
     from corda_kernels.models import parse_dtype
 
     if json is not None:
         check_output(json)
-    where = torch.device(options.resolve_device(device))
+    where = options.torch_device(device)
+    widths = _numbers(dims)
+    _at_least_one("--dims", *widths)
+    _at_least_one("--tokens", tokens)
+    types = [parse_dtype(dtype.strip()) for dtype in dtypes.split(",")]
     described = environment(where)
     typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
     typer.echo(
@@ -56,22 +59,20 @@ def covariance(
         f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} {'of peak':>8} "
         f"{'stats':>7} {'error':>8}"
     )
-    rows: list[Row] = []
-    for dtype in dtypes.split(","):
-        for width in _numbers(dims):
-            for row in bench_syrk(tokens, width, parse_dtype(dtype.strip()), where):
-                rows.append(row)
-                typer.echo(_line(row))
-    results = {"environment": described, "syrk": [row.to_json() for row in rows]}
+    results: dict[str, Any] = {"environment": described, "syrk": []}
+    for dtype, width in itertools.product(types, widths):
+        for row in bench_syrk(tokens, width, dtype, where):
+            typer.echo(_line(row))
+            results["syrk"].append(row.to_json())
+            _keep(results, json)
     if model is not None:
-        timed = _calibration(model, options.resolve_device(device))
+        timed = _calibration(model, str(where))
         results["calibration"] = timed.to_json()
         typer.echo(
             f"calibration of {timed.model}, {timed.tokens} tokens: {timed.calibration.p50:.1f} s, "
             f"bare forward pass {timed.forward.p50:.1f} s, ratio {timed.ratio:.2f}"
         )
-    if json is not None:
-        write_json(json, results)
+        _keep(results, json)
 
 
 @bench.command()
@@ -95,12 +96,10 @@ def pipeline(
 
     The text is Python's own help topics, or --data FILE. PEFT takes one sequence at a time.
     """
-    import torch
-
     from corda_kernels.bench.pipeline import CONTESTANTS, STAGES, bench_pipeline
     from corda_kernels.bench.pipeline_methods import Task
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output, write_json
+    from corda_kernels.files import check_output
 
     if json is not None:
         check_output(json)
@@ -110,7 +109,8 @@ def pipeline(
             f"--mode must be ipm or kpm and --only of {', '.join(CONTESTANTS)}, got {mode!r}, "
             f"{only!r}"
         )
-    where = torch.device(options.resolve_device(device))
+    _at_least_one("--rank", rank)
+    where = options.torch_device(device)
     described = environment(where)
     typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
     batches = _sequences(model, data, samples, seq_len)
@@ -131,8 +131,7 @@ def pipeline(
         peft = row if row.name == "peft" else peft
         typer.echo(_contest(row, peft))
         results["pipeline"].append(row.to_json())
-        if json is not None:  # after every row: who stops it keeps what is done
-            write_json(json, results)
+        _keep(results, json)
 
 
 def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> list[Tensor]:
@@ -201,19 +200,27 @@ def svd(
     json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
 ) -> None:
     """Time the decomposition of layers at both ends against PEFT's and torch's."""
-    import torch
-
     from corda_kernels.bench import batched_svd
-    from corda_kernels.bench.svd import bench_case
-    from corda_kernels.bench.svd_cases import make_case
+    from corda_kernels.bench.svd import bench_case, check_methods
+    from corda_kernels.bench.svd_cases import check_case, make_case
     from corda_kernels.bench.svd_memory import bench_memory
     from corda_kernels.bench.svd_methods import published_missing
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output, write_json
+    from corda_kernels.files import check_output
 
     if json is not None:
         check_output(json)
-    where = torch.device(options.resolve_device(device))
+    where = options.torch_device(device)
+    file = None if cov is None else str(cov)
+    chosen = None if methods is None else [part.strip() for part in methods.split(",")]
+    check_methods(chosen or (), where)
+    if cases is None:
+        cases = f"{'smollm2-block' if model is None else 'model'},4096x4096"
+        cases += ",batched" if where.type == "cuda" else ""
+    names = [part.strip() for part in cases.split(",")]
+    for name in names:
+        if name != "batched":
+            check_case(name, rank, model, file)
     described = environment(where)
     typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
     missing = published_missing()
@@ -224,26 +231,22 @@ def svd(
         f"{'× published':>11} {'error':>11}"
     )
     results: dict[str, Any] = {"environment": described, "rows": [], "memory": []}
-    file = None if cov is None else str(cov)
-    chosen = None if methods is None else [part.strip() for part in methods.split(",")]
-    if cases is None:
-        cases = f"{'smollm2-block' if model is None else 'model'},4096x4096"
-        cases += ",batched" if where.type == "cuda" else ""
-    for name in [part.strip() for part in cases.split(",")]:
+    for name in names:
         if name == "batched":
             rows = batched_svd.print_table(batched_svd.SIZES, batched_svd.BATCH, where)
             results["batched_svd"] = [row.to_json() for row in rows]
+            _keep(results, json)
             continue
         case = make_case(name, where, rank, model, file)
         for row in bench_case(case, chosen, exact=exact):
             results["rows"].append(row.to_json())
             typer.echo(_svd_line(row))
+            _keep(results, json)
         if memory:
             for grown in bench_memory(case, where, model, file):
                 results["memory"].append(grown.to_json())
                 typer.echo(grown.line())
-    if json is not None:
-        write_json(json, results)
+                _keep(results, json)
 
 
 def _svd_line(row: SvdRow) -> str:
@@ -258,6 +261,20 @@ def _svd_line(row: SvdRow) -> str:
         return f"{case} {'no speed':>21} {error:>11}"
     speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
     return f"{case} {row.timing.p50:>9.3f} {speedup:>11} {error:>11}"
+
+
+def _keep(results: dict[str, Any], file: Path | None) -> None:
+    """Writes the file that was asked for; after every row, so that who stops it keeps them."""
+    from corda_kernels.files import write_json
+
+    if file is not None:
+        write_json(file, results)
+
+
+def _at_least_one(option: str, *numbers: int) -> None:
+    for number in numbers:
+        if number < 1:
+            raise ConfigError(f"{option} must be at least 1, not {number}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -15,6 +15,7 @@ import typer
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -202,6 +203,22 @@ def resolve_device(device: str) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if under_torchrun() else "cuda"
+
+
+def torch_device(device: str) -> torch.device:
+    """The device of that name, see `resolve_device`, on which numbers can be computed."""
+    import torch
+
+    try:
+        found = torch.device(resolve_device(device))
+        if found.type == "meta":
+            raise ConfigError("device meta holds no numbers: choose cpu or cuda")
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {device!r} is not there ({error}): choose cpu or cuda"
+        ) from error
+    return found
 
 
 def parse_size(size: str | None) -> int | None:

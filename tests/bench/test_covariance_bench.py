@@ -71,11 +71,44 @@ def test_command_prints_a_table_and_writes_all_results(
     }
 
 
-def test_dims_that_are_no_numbers_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--dims big", "--dims must be numbers"),
+        ("--dims 20,0", "--dims must be at least 1, not 0"),
+        ("--dims 20 --tokens 0", "--tokens must be at least 1, not 0"),
+        ("--dims 20 --tokens -3", "--tokens must be at least 1, not -3"),
+        ("--dims 20 --dtypes float32,int3", "dtype 'int3' is not one of float32"),
+        ("--dims 20 --device gpu", "--device 'gpu' is not there"),
+        ("--dims 20 --device meta", "device meta holds no numbers: choose cpu or cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, said: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "covariance", "--dims", "big"])
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "covariance", *options.split()])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --dims must be numbers")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {said}")
+
+
+def test_who_stops_it_keeps_the_rows_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = covariance.bench_syrk
+
+    def stopped_at_33(tokens: int, width: int, *more: Any) -> Any:
+        if width == 33:
+            raise KeyboardInterrupt
+        return bench(tokens, width, *more)
+
+    monkeypatch.setattr(covariance, "bench_syrk", stopped_at_33)
+    out = tmp_path / "results.json"
+    command = f"corda-kernels bench covariance --dims 20,33 --tokens 50 --device cpu --json {out}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit):
+        main()
+    assert {row["channels"] for row in json.loads(out.read_text())["syrk"]} == {20}

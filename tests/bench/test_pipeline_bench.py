@@ -178,14 +178,24 @@ def test_growth_and_time_are_written(tmp_path: Path) -> None:
     }
 
 
-def test_unknown_contestants_are_refused(
-    task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--only mine", "--mode must be ipm or kpm and --only of peft"),
+        ("--mode both", "--mode must be ipm or kpm and --only of peft"),
+        ("--rank 0", "--rank must be at least 1, not 0"),
+        ("--device gpu", "--device 'gpu' is not there"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(
+    task: Task,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    said: str,
 ) -> None:
-    for option in ("--only mine", "--mode both"):
-        monkeypatch.setattr(
-            sys, "argv", f"corda-kernels bench pipeline {task.model} {option}".split()
-        )
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        assert "--mode must be ipm or kpm and --only of peft" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", f"corda-kernels bench pipeline {task.model} {option}".split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")

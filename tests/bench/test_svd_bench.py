@@ -195,10 +195,39 @@ def test_the_table_of_batched_svd_is_a_case_too(
     assert [line[0] for line in lines[-len(rows) :]] == [row["method"] for row in rows]
 
 
-def test_unknown_methods_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--methods ours,magic", "there is no method 'magic'"),
+        ("--cases smollm2-block,huge", "there is no case 'huge'"),
+        ("--cases smollm2-block,model", "the case model needs --model and --cov"),
+        ("--rank 0", "the rank must be at least 1, not 0"),
+        ("--rank -1", "the rank must be at least 1, not -1"),
+        ("--device gpu", "--device 'gpu' is not there"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, said: str
 ) -> None:
-    assert (
-        run(monkeypatch, "--cases", "smollm2-block", "--methods", "magic", "--device", "cpu") == 2
-    )
-    assert capsys.readouterr().err.startswith("error: there is no method 'magic'")
+    assert run(monkeypatch, "--cases", "smollm2-block", "--device", "cpu", *options.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {said}")
+
+
+def test_a_rank_above_that_of_a_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rank 9 is not possible for layer 0.0.1 of .* \(8 × 24"):
+        next(svd.bench_case(make_case("smollm2-block", CPU, 9)))
+
+
+def test_who_stops_it_keeps_the_rows_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(svd_memory, "bench_memory", stopped)
+    out = tmp_path / "results.json"
+    options = f"--cases smollm2-block --rank 4 --methods ours --device cpu --json {out}"
+    run(monkeypatch, *options.split())
+    assert [row["which"] for row in json.loads(out.read_text())["rows"]] == ["largest", "smallest"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.covariance import save_pieces
-from corda_kernels.errors import CovarianceError, CovarianceFileError, OutputError
+from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
 
@@ -211,6 +211,13 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, kept: float) -> None:
     path.write_bytes(contents[: int(kept * len(contents))])
     with pytest.raises(CovarianceFileError, match="truncated or not a safetensors file"):
         CovarianceSet.load(path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_not_the_files_fault(tmp_path: Path, device: str) -> None:
+    random_set().save(tmp_path / "c.safetensors")
+    with pytest.raises(ConfigError, match=f"covariances cannot be moved to device '{device}'"):
+        CovarianceSet.load(tmp_path / "c.safetensors", device=device)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
