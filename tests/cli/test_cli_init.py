@@ -166,5 +166,7 @@ def test_few_tokens_are_one_warning(
     data = ("--data", place / "text.txt", "--samples", 2, "--seq-len", 10, "--rank", 4)
     status, out, lines = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
     assert (status, len(lines)) == (0, 1)
-    assert lines[0].startswith("warning: 14 covariance(s) come from fewer tokens than channels")
+    assert lines[0].startswith(
+        "warning: the covariances of 14 layer(s) come from fewer tokens than channels"
+    )
     assert "IPM adapter of rank 4" in out
