@@ -33,6 +33,7 @@ class CalibrationNeeds:
         hidden_bytes: size of one token's hidden state between two blocks.
         forward_flops: of one token's way through the model without its head, in a sequence of
             `seq_len`; a product and a sum count as two.
+        positions: the most tokens of a sequence; None where nothing bounds them.
     """
 
     groups: list[tuple[int, list[str]]]
@@ -40,6 +41,7 @@ class CalibrationNeeds:
     weight_bytes: int
     hidden_bytes: int
     forward_flops: float
+    positions: int | None
 
     @property
     def covariance_bytes(self) -> int:
@@ -74,7 +76,8 @@ def calibration_needs(
         _block_bytes(model, groups),
         sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         hidden * parameters[0].element_size(),
-        _forward_flops(subject, seq_len),
+        _forward_flops(subject, min(seq_len, subject.positions or seq_len)),
+        subject.positions,
     )
 
 

@@ -55,6 +55,11 @@ def plan(
         )
         + "; activations of one forward pass and the decomposition's workspace come on top"
     )
+    if needs.positions is not None and seq_len > needs.positions:
+        typer.echo(
+            f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
+            f"--seq-len to {needs.positions}"
+        )
     if needs.block_bytes is None:
         typer.echo(
             "block by block: not possible, since targets lie outside of the decoder's blocks"

@@ -91,3 +91,13 @@ def test_needs_are_those_of_the_calibration(
     assert needs.covariance_bytes == covariance_bytes(model) == sum(needs.block_bytes.values())
     assert needs.hidden_bytes == 4 * 32
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_sequences_that_the_model_cannot_run_are_told(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    for length, refused in ((64, False), (65, True)):
+        shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--seq-len", str(length)]).stdout
+        assert ("the model has 64 positions" in shown) == refused
+        assert ("lower --seq-len to 64" in shown) == refused
