@@ -27,6 +27,20 @@ class CalibrationError(CordaError):
     """The forward passes did not yield a usable covariance for every layer."""
 
 
+class BatchError(CalibrationError):
+    """A batch is malformed, or does not go together with the model.
+
+    Attributes:
+        batch: its index, from 0.
+        reason: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, batch: int, reason: str) -> None:
+        super().__init__(f"batch {batch} (counted from 0) {reason}")
+        self.batch = batch
+        self.reason = reason
+
+
 class NonFiniteActivationError(CalibrationError):
     """A layer received NaN or Inf.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POSITIONS = re.compile(r"wpe|position")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -256,6 +257,33 @@ def input_device(model: nn.Module) -> torch.device:
     if device is not None:
         return torch.device(device)
     return next(model.parameters()).device
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids have an embedding; None where the model does not say."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    count = getattr(embedding, "num_embeddings", None)
+    return count if isinstance(count, int) else None
+
+
+def position_count(model: nn.Module) -> int | None:
+    """How many tokens a sequence may have at most; None where no table of positions bounds it.
+
+    Positions that are computed, as rotary ones mostly are, have no bound. Learned ones (GPT-2,
+    OPT) and precomputed ones (GPT-J) are looked up.
+    """
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    if not callable(find):
+        return None
+    text = find()
+    asked = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    tables = {name: len(buffer) for name, buffer in model.named_buffers() if buffer.ndim > 1}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            # OPT has two rows before that of the first position.
+            tables[name] = module.num_embeddings - getattr(module, "offset", 0)
+    looked_up = {size for name, size in tables.items() if _POSITIONS.search(name)}
+    return next((count for count in asked if count in looked_up), None)
 
 
 @contextlib.contextmanager

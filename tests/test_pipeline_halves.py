@@ -74,3 +74,27 @@ def test_stability_is_judged_at_the_end_that_is_trained(
     for layer in record.stability["layers"].values():
         measured = {name for name, value in layer.items() if value is not None}
         assert measured == {end}
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_covariances_of_a_whole_model_say_of_an_adapter_what_its_text_would(
+    calibrated: Calibrated, mode: str
+) -> None:
+    model, _ = calibrated()
+    batches = random_batches()
+    covariances = calibrate_halves(model, batches, rank=4, progress=False)
+    options = config(mode, targets=["v_proj"])
+    given = corda_adapter(model, covariances, options).record.stability
+    assert given == corda_adapter(model, batches, options).record.stability
+    assert list(given["layers"]) == [f"model.layers.{block}.self_attn.v_proj" for block in (0, 1)]
+
+
+@pytest.mark.parametrize(("mode", "measured"), [("kpm", False), ("ipm", True)])
+def test_stability_of_the_other_end_alone_is_none_of_an_adapter(
+    calibrated: Calibrated, mode: str, measured: bool
+) -> None:
+    model, _ = calibrated()
+    covariances = calibrate_halves(
+        model, random_batches(), rank=4, ends=("largest",), progress=False
+    )
+    assert bool(corda_adapter(model, covariances, config(mode)).record.stability) == measured

@@ -26,6 +26,7 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.errors import (
+    BatchError,
     ConfigError,
     LeftOutWarning,
     NonFiniteActivationError,
@@ -223,7 +224,7 @@ def test_a_selection_can_be_cut_off_and_resumed(calibrated: Calibrated, tmp_path
     state = tmp_path / "state.safetensors"
     broken = batches()
     broken[4] = broken[4].new_full((3, 16), 10**6)  # in candidate 1, and no such token
-    with pytest.raises(IndexError):
+    with pytest.raises(BatchError, match=r"batch 4 \(counted from 0\) holds token 1000000"):
         calibrate_candidates(model, broken, candidates=3, state=state, progress=False)
     assert Selection.from_json(CovarianceSet.load(state).provenance["selection"]).rounds == 1
     found = calibrate_candidates(model, batches(), candidates=3, state=state, progress=False)
@@ -319,7 +320,7 @@ def test_candidates_are_resumed_from_the_one_that_was_cut_off(
     kept = CalibrationCheckpoint(tmp_path / "run", every=1, resume=True)
     broken = [*given]
     broken[count - 1] = broken[count - 1].new_full((3, 16), 10**6)  # there is no such token
-    with pytest.raises(IndexError):
+    with pytest.raises(BatchError, match=f"batch {count - 1} .counted from 0. holds token 1000000"):
         calibrate_candidates(model, broken, candidates=count, checkpoint=kept, progress=False)
     assert {file.name for file in kept.kept()} == {f"run-{i + 1}" for i in range(count - 1)}
     calls: list[nn.Module] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda_kernels.errors import CalibrationError, PaddingWarning
+from corda_kernels.errors import BatchError, PaddingWarning
 from corda_kernels.files import digest
 
 # Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
@@ -59,19 +59,20 @@ def unpadded(
         max_rows: the most sequences that run together; None for as many as there are.
 
     Raises:
-        CalibrationError: the batch has no token ids, or its mask does not fit them.
+        BatchError: the batch has no token ids, or its mask does not fit them.
     """
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
-        raise CalibrationError(
-            f"batch {index} has no token ids: give a (batch, seq) integer tensor, or a mapping "
-            "with input_ids"
+        raise BatchError(
+            index,
+            "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids",
         )
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        raise CalibrationError(
-            f"batch {index}: attention_mask must have the shape of input_ids, {tuple(ids.shape)}"
+        raise BatchError(
+            index,
+            f"has an attention_mask that must have the shape of input_ids, {tuple(ids.shape)}",
         )
     fields = {
         name: value if value.ndim == 2 else value[None]

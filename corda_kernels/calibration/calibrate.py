@@ -124,7 +124,7 @@ def _accumulate(
                     for inputs in unpadded(
                         batch, index, pad_token_id=subject.pad_token_id, max_rows=max_rows
                     ):
-                        subject.run(inputs)
+                        subject.run(inputs, index)
                     capture.end_pass(index, (before, tokens))
             bar.update(tokens - before)
             journal.end_batch(index, tokens)

@@ -23,6 +23,8 @@ _AS_COVARIANCES: Any = {
     "remedy": "copy or calibrate it again",
 }
 _NORMALIZATIONS = ("tokens", "peft")
+# Notes on which text a set was taken from.
+_OF_TEXT = ("data", "domain", "mixture")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,9 @@ class CovarianceSet(Mapping[str, Covariance]):
     def merge(self, other: CovarianceSet) -> CovarianceSet:
         """Both samples together, layer by layer, token-weighted; sharing is kept where both share.
 
+        Notes on what the text was are kept where both say the same. Stability and selection were
+        of one sample alone, and are not.
+
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
         """
@@ -141,7 +146,12 @@ class CovarianceSet(Mapping[str, Covariance]):
             if pair not in merged:
                 merged[pair] = mine.merge(other[name], normalize=self.normalize)
             result[name] = merged[pair]
-        provenance = dict(self.provenance)
+        provenance = {
+            note: value
+            for note, value in self.provenance.items()
+            if note not in ("stability", "selection")
+            and (note not in _OF_TEXT or other.provenance.get(note) == value)
+        }
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
         return CovarianceSet(

@@ -79,7 +79,7 @@ class KeptText:
                     batch, index, pad_token_id=subject.pad_token_id, max_rows=self._max_rows
                 ):
                     recorder.current = Sequences(index, (before, before + self.counts[-1]))
-                    subject.run(inputs)
+                    subject.run(inputs, index)
                     if len(recorder.current.calls) != len(self._blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)

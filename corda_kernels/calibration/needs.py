@@ -5,8 +5,9 @@ Everything here also works on a model on the meta device, which has no weights.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from corda_kernels.calibration.recorder import hidden_states
 from corda_kernels.calibration.subject import Subject, evaluating
-from corda_kernels.errors import LeftOutWarning
+from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.models import decoder_blocks, linear_weight
 
 _TRIED_TOKENS = 2
+
+_Mask = Callable[[int], Tensor] | None
+
+
+def _finished_mask(tokens: int) -> Tensor:
+    return torch.zeros(1, 1, tokens, tokens, dtype=torch.bool)
+
+
+def _mask_of_ones(tokens: int) -> Tensor:
+    return torch.ones(1, tokens, dtype=torch.int64)
+
+
+_MASKS: tuple[_Mask, ...] = (_finished_mask, _mask_of_ones, None)
 
 
 @dataclass(frozen=True)
@@ -28,18 +43,22 @@ class CalibrationNeeds:
     Attributes:
         groups: for each covariance its channels and the layers that share it.
         block_bytes: size of all covariances of each decoder block, by name; None where the model
-            has no such blocks, or targets outside of them.
+            cannot run block by block.
+        obstacle: why it cannot; empty where it can.
         weight_bytes: size of the model.
         hidden_bytes: size of one token's hidden state between two blocks.
         forward_flops: of one token's way through the model without its head, in a sequence of
             `seq_len`; a product and a sum count as two.
+        positions: the most tokens of a sequence; None where nothing bounds them.
     """
 
     groups: list[tuple[int, list[str]]]
     block_bytes: dict[str, int] | None
+    obstacle: str
     weight_bytes: int
     hidden_bytes: int
     forward_flops: float
+    positions: int | None
 
     @property
     def covariance_bytes(self) -> int:
@@ -64,17 +83,23 @@ def calibration_needs(
 
     Raises:
         TargetError: no layer matches.
+        ModelError: the model does not run without weights.
     """
     subject = Subject.of(model, targets)
-    groups = _input_groups(subject)
-    hidden = getattr(getattr(model, "config", None), "hidden_size", 0)
+    mask = _fitting_mask(subject)
+    groups = _input_groups(subject, mask)
+    obstacle = _obstacle(subject, groups, mask)
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    hidden = getattr(find(), "hidden_size", 0) if callable(find) else 0
     parameters = list(model.parameters())
     return CalibrationNeeds(
         groups,
-        _block_bytes(model, groups),
+        None if obstacle else _block_bytes(model, groups),
+        obstacle,
         sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         hidden * parameters[0].element_size(),
-        _forward_flops(subject, seq_len),
+        _forward_flops(subject, min(seq_len, subject.positions or seq_len), mask),
+        subject.positions,
     )
 
 
@@ -83,10 +108,10 @@ def covariance_bytes(model: nn.Module, targets: str | Sequence[str] = "all-linea
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         subject = Subject.of(model, targets)
-    return sum(4 * channels**2 for channels, _ in _input_groups(subject))
+    return sum(4 * channels**2 for channels, _ in _input_groups(subject, _fitting_mask(subject)))
 
 
-def _input_groups(subject: Subject) -> list[tuple[int, list[str]]]:
+def _input_groups(subject: Subject, mask: _Mask) -> list[tuple[int, list[str]]]:
     """Channels of each distinct input and the layers that read it; unseen layers stand alone."""
     names: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
@@ -102,7 +127,7 @@ def _input_groups(subject: Subject) -> list[tuple[int, list[str]]]:
         module.register_forward_pre_hook(note(name)) for name, module in subject.linears.items()
     ]
     try:
-        _run(subject, _TRIED_TOKENS)
+        _run(subject, _TRIED_TOKENS, mask)
     finally:
         for handle in handles:
             handle.remove()
@@ -111,26 +136,96 @@ def _input_groups(subject: Subject) -> list[tuple[int, list[str]]]:
     return [(linear_weight(subject.linears[group[0]]).shape[1], group) for group in groups]
 
 
-def _run(subject: Subject, tokens: int) -> None:
+def _fitting_mask(subject: Subject) -> _Mask:
+    """The attention mask with which a model without weights runs; none where it has some.
+
+    To make a mask, transformers would look at values, which there are none of. Most models take a
+    finished one, some only one of ones, or none.
+
+    Raises:
+        ModelError: it runs with none of them.
+    """
+    if subject.device.type != "meta":
+        return None
+    reason = ""
+    for mask in _MASKS:
+        try:
+            _run(subject, _TRIED_TOKENS, mask)
+            return mask
+        except Exception as error:  # a model's own code: it may raise anything
+            reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+    raise ModelError(
+        f"{type(subject.model).__name__} does not run without its weights ({reason}): what it "
+        "needs cannot be told in advance, calibrate it with a --memory-limit"
+    )
+
+
+def _run(subject: Subject, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
-    if subject.device.type == "meta":
-        # A finished mask: to make one, transformers would look at values, which there are none of.
-        inputs["attention_mask"] = torch.zeros(1, 1, tokens, tokens, dtype=torch.bool)
-    with evaluating(subject.model):
+    if mask is not None:
+        inputs["attention_mask"] = mask(tokens)
+    with evaluating(subject.model), _experts_by_shape(subject):
         subject.run(inputs)
 
 
-def _block_bytes(model: nn.Module, groups: list[tuple[int, list[str]]]) -> dict[str, int] | None:
+@contextlib.contextmanager
+def _experts_by_shape(subject: Subject) -> Iterator[None]:
+    """Inside the block, routed experts without weights run as products of known sizes.
+
+    The default looks at how many tokens each expert gets, or has no float32.
+    """
+    experts = "_experts_implementation"
+    find = getattr(getattr(subject.model, "config", None), "get_text_config", None)
+    before = getattr(find(), experts, None) if callable(find) else None
+    if find is None or before is None or subject.device.type != "meta":
+        yield
+        return
+    setattr(find(), experts, "batched_mm")
+    try:
+        yield
+    finally:
+        setattr(find(), experts, before)
+
+
+def _obstacle(subject: Subject, groups: list[tuple[int, list[str]]], mask: _Mask) -> str:
+    """Why the model cannot be calibrated block by block; empty where it can."""
+    try:
+        blocks = decoder_blocks(subject.model)
+    except ModelError:
+        return "the model has no list of decoder blocks"
+    if any(_block_of(names[0], blocks) is None for _, names in groups):
+        return "targets lie outside of the decoder's blocks"
+    outputs: list[Any] = []
+    handles = [
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for block in blocks.values()
+    ]
+    try:
+        _run(subject, _TRIED_TOKENS, mask)
+        for output in outputs:
+            hidden_states(output)
+    except CalibrationError:
+        return "the model's blocks return more than hidden states"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ""
+
+
+def _block_of(name: str, blocks: Iterable[str]) -> str | None:
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+
+
+def _block_bytes(model: nn.Module, groups: list[tuple[int, list[str]]]) -> dict[str, int]:
     sizes = dict.fromkeys(decoder_blocks(model), 0)
     for channels, names in groups:
-        block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
-        if block is None:
-            return None
+        block = _block_of(names[0], sizes)
+        assert block is not None  # or there would be an obstacle
         sizes[block] += 4 * channels**2
     return sizes
 
 
-def _forward_flops(subject: Subject, seq_len: int) -> float:
+def _forward_flops(subject: Subject, seq_len: int, mask: _Mask) -> float:
     with FlopCounterMode(display=False) as counter:
-        _run(subject, seq_len)
+        _run(subject, seq_len, mask)
     return float(counter.get_total_flops()) / seq_len

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance, CovarianceSet
-from corda_kernels.errors import CalibrationError, LeftOutWarning
+from corda_kernels.errors import BatchError, CalibrationError, LeftOutWarning
 from corda_kernels.models import (
     decoder,
     input_device,
     output_head,
+    position_count,
     target_linears,
     unreached_weights,
+    vocabulary_size,
 )
 from corda_kernels.versions import library_versions
 
@@ -39,6 +41,8 @@ class Subject:
         options: keyword arguments that spare the pass what calibration does not use.
         device: where its inputs go.
         pad_token_id: of the model's config, if it has one.
+        vocabulary: how many token ids there are; None where the model does not say.
+        positions: the most tokens of a sequence; None where nothing bounds them.
     """
 
     model: nn.Module
@@ -48,6 +52,8 @@ class Subject:
     options: dict[str, Any]
     device: torch.device
     pad_token_id: int | None
+    vocabulary: int | None
+    positions: int | None
 
     @classmethod
     def of(cls, model: nn.Module, targets: str | Sequence[str]) -> Subject:
@@ -77,13 +83,43 @@ class Subject:
             {"use_cache": False} if "use_cache" in accepted else {},
             input_device(model),
             getattr(getattr(model, "config", None), "pad_token_id", None),
+            vocabulary_size(model),
+            position_count(model),
         )
 
-    def run(self, inputs: Mapping[str, Tensor]) -> None:
-        """Runs sequences of equal length, without padding."""
+    def run(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
+        """Runs sequences of equal length, without padding.
+
+        Args:
+            inputs: `input_ids` (batch, seq) and what else goes with them.
+            batch: number of the batch that they come from, for messages.
+
+        Raises:
+            BatchError: the model has no such token, or not as many positions.
+        """
+        self._check(inputs["input_ids"], batch)
         self.runner(
             **{name: value.to(self.device) for name, value in inputs.items()}, **self.options
         )
+
+    def _check(self, ids: Tensor, batch: int) -> None:
+        """Makes sure that the model embeds the tokens and their positions."""
+        if self.positions is not None and ids.shape[1] > self.positions:
+            raise BatchError(
+                batch,
+                f"has sequences of {ids.shape[1]} tokens, but the model has {self.positions} "
+                f"positions: lower --seq-len to {self.positions}, or cut the sequences",
+            )
+        # On a GPU this would wait for it; ids that are read from a file are on the host.
+        if self.vocabulary is not None and ids.device.type == "cpu":
+            least, most = (int(bound) for bound in torch.aminmax(ids))
+            if least < 0 or most >= self.vocabulary:
+                raise BatchError(
+                    batch,
+                    f"holds token {least if least < 0 else most}, but the model's tokens are 0 to "
+                    f"{self.vocabulary - 1}: the tokenizer belongs to another model, take this "
+                    "one's own",
+                )
 
     def result(
         self,

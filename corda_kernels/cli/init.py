@@ -14,6 +14,8 @@ from corda_kernels.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from corda_kernels.initialization import AdapterRecord
+
 
 def init(
     model: options.Model,
@@ -173,7 +175,7 @@ def init(
         mixed = options.describe_mixture(adapter.record.calibration["mixture"])
         typer.echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
-    _report_stability(adapter.record.stability)
+    _report_stability(adapter.record)
     if save_base:
         if residual == "weight":
             subtract_initial(network, adapter)
@@ -182,8 +184,8 @@ def init(
     typer.echo(f'next: model = corda_kernels.load_for_training(base, "{out}"), then train it')
 
 
-def _report_stability(stability: dict[str, object]) -> None:
+def _report_stability(record: AdapterRecord) -> None:
     from corda_kernels.planning import Stability
 
-    if stability:
-        typer.echo(f"calibration: {Stability.from_json(stability).summary()}")
+    if record.stability:
+        typer.echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")

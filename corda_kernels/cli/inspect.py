@@ -135,7 +135,7 @@ def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, model: s
     }
     header = ("layer", "tokens", "rank", "σ max", "σ min", "scaling")
     _print_table(header, rows, stability, selection)
-    _print_verdict(stability, selection)
+    _print_verdict(stability, selection, record.rank)
     if html is not None:
         from corda_kernels.report import (
             adapter_report,
@@ -260,7 +260,9 @@ def _selection_cells(selection: Selection) -> dict[str, list[str]]:
     }
 
 
-def _print_verdict(stability: Stability | None, selection: Selection | None) -> None:
+def _print_verdict(
+    stability: Stability | None, selection: Selection | None, rank: int | None = None
+) -> None:
     if selection is not None:
         typer.echo(
             "chosen: the candidate with the lowest score, summed over the layers that read one "
@@ -275,4 +277,4 @@ def _print_verdict(stability: Stability | None, selection: Selection | None) -> 
         "text; bottom: how quiet the smallest of one half are in the other, from random directions "
         "(0) to the quietest there (1, on a logarithmic scale)"
     )
-    typer.echo(f"samples: {stability.summary()}")
+    typer.echo(f"samples: {stability.summary(rank)}")

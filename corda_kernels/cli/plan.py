@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
     from corda_kernels.calibration.needs import CalibrationNeeds
@@ -25,6 +26,9 @@ def plan(
     from corda_kernels.files import format_bytes
     from corda_kernels.models import load_skeleton
 
+    for option, count in (("--samples", samples), ("--seq-len", seq_len)):
+        if count < 1:
+            raise ConfigError(f"{option} must be at least 1, got {count}")
     skeleton = load_skeleton(model, dtype=dtype)
     needs = calibration_needs(skeleton, options.parse_targets(targets), seq_len=seq_len)
     layers = sum(len(names) for _, names in needs.groups)
@@ -55,10 +59,13 @@ def plan(
         )
         + "; activations of one forward pass and the decomposition's workspace come on top"
     )
-    if needs.block_bytes is None:
+    if needs.positions is not None and seq_len > needs.positions:
         typer.echo(
-            "block by block: not possible, since targets lie outside of the decoder's blocks"
+            f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
+            f"--seq-len to {needs.positions}"
         )
+    if needs.block_bytes is None:
+        typer.echo(f"block by block: not possible, since {needs.obstacle}")
     else:
         typer.echo("next: corda-kernels init, with --memory-limit to go block by block")
 

@@ -29,6 +29,7 @@ from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.layers import layer_adapters
 from corda_kernels.pipeline.measured import measured_input, measured_layers, measured_run
 from corda_kernels.pipeline.stages import covariance_stages, united_provenance
+from corda_kernels.planning import Stability
 from corda_kernels.planning.ranks import check_guaranteed
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
@@ -129,6 +130,11 @@ def corda_adapter(
     _warn_rank_deficient(short, config.damping)
     layers = {name: layers[name] for name in modules if name in layers}
     calibration = united_provenance(provenances)
+    stability = calibration.pop("stability", None)
+    if stability:
+        # A covariance file may know of other layers, and of the end that is not trained.
+        judged = Stability.from_json(stability).at(config.which, layers)
+        stability = None if judged is None else judged.to_json()
     record = AdapterRecord(
         mode=config.mode,
         rank=max(layer.rank for layer in layers.values()),
@@ -137,7 +143,7 @@ def corda_adapter(
         residual=config.residual,
         damping=config.damping,
         base=describe_base(model, {name: modules[name] for name in layers}),
-        stability=calibration.pop("stability", None) or {},
+        stability=stability or {},
         calibration=calibration,
         layers={name: notes[name] for name in layers},
         allocation=allocation,

@@ -11,7 +11,12 @@ from torch import nn
 from corda_kernels.calibration import CovarianceSet, calibrate
 from corda_kernels.calibration.batches import token_count
 from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.errors import LeftOutWarning, NonFiniteActivationError, PaddingWarning
+from corda_kernels.errors import (
+    BatchError,
+    LeftOutWarning,
+    NonFiniteActivationError,
+    PaddingWarning,
+)
 
 
 def calibrate_part(
@@ -28,6 +33,7 @@ def calibrate_part(
 
     Raises:
         NonFiniteActivationError: a layer received NaN or Inf; counted in all batches.
+        BatchError: a batch is malformed; counted in all batches.
         CalibrationError: see `calibrate`.
     """
     try:
@@ -36,6 +42,8 @@ def calibrate_part(
                 warnings.simplefilter("ignore", LeftOutWarning)
                 warnings.simplefilter("ignore", PaddingWarning)
             return calibrate(model, batches[part::parts], **options)
+    except BatchError as error:
+        raise BatchError(parts * error.batch + part, error.reason) from error
     except NonFiniteActivationError as error:
         index = parts * error.batch + part
         before = sum(token_count(batch) for batch in batches[:index])

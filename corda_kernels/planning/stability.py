@@ -8,8 +8,8 @@ that matter at that end of the spectrum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -72,6 +72,21 @@ class Stability:
         first, second = value["tokens"]
         return cls(value["rank"], value["damping"], (first, second), layers)
 
+    def at(self, end: End, names: Iterable[str]) -> Stability | None:
+        """What it says of some layers at one end alone; None if that was measured in none of them.
+
+        Args:
+            end: of the spectrum.
+            names: of the layers; those that it knows nothing of are left out.
+        """
+        known = {name: self.layers[name] for name in names if name in self.layers}
+        layers = {
+            name: replace(layer, bottom=None) if end == "largest" else replace(layer, top=None)
+            for name, layer in known.items()
+            if (layer.top if end == "largest" else layer.bottom) is not None
+        }
+        return replace(self, layers=layers) if layers else None
+
     def verdict(self, layer: LayerStability) -> str:
         """One word for a layer: "stable", "fair" or "unstable"."""
         grades = []
@@ -81,8 +96,12 @@ class Stability:
             grades.append(sum(layer.bottom < bound for bound in _BOTTOM))
         return ("stable", "fair", "unstable")[max(grades)]
 
-    def summary(self) -> str:
-        """The verdict over all layers in plain words."""
+    def summary(self, rank: int | None = None) -> str:
+        """The verdict over all layers in plain words.
+
+        Args:
+            rank: of the adapter that it is about; it says so if it was judged at another.
+        """
         verdicts = [self.verdict(layer) for layer in self.layers.values()]
         total = len(verdicts)
         bad = verdicts.count("unstable")
@@ -94,7 +113,8 @@ class Stability:
             advice = "barely enough samples: twice as many would be better"
         else:
             advice = "enough samples"
-        return f"{advice} ({counts} between the two halves of the text)"
+        judged = "" if rank in (None, self.rank) else f", judged at rank {self.rank}"
+        return f"{advice} ({counts} between the two halves of the text{judged})"
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def adapter_report(name: str, adapter: Adapter) -> Report:
         ("Trainable parameters", f"{trainable:,}"),
         ("Calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
         ("Options", options),
-        *_verdicts(stability, selection),
+        *_verdicts(stability, selection, record.rank),
     ]
     memory = {
         _PEAKS.get(place, f"peak of {place}"): int(size(peak))
@@ -168,8 +168,10 @@ def _judged(stability: Any, selection: Any) -> tuple[Stability | None, Selection
     )
 
 
-def _verdicts(stability: Stability | None, selection: Selection | None) -> list[tuple[str, str]]:
-    found = [("Samples", "not measured" if stability is None else stability.summary())]
+def _verdicts(
+    stability: Stability | None, selection: Selection | None, rank: int | None = None
+) -> list[tuple[str, str]]:
+    found = [("Samples", "not measured" if stability is None else stability.summary(rank))]
     if selection is not None:
         found.append(("Selection", selection.summary()))
     return found

@@ -98,7 +98,7 @@ def test_a_batch_without_tokens_yields_nothing(batch: Any) -> None:
     ids=str,
 )
 def test_a_batch_without_token_ids_is_refused_by_number(batch: Any) -> None:
-    with pytest.raises(CalibrationError, match="batch 7 has no token ids"):
+    with pytest.raises(CalibrationError, match=r"batch 7 \(counted from 0\) has no token ids"):
         list(unpadded(batch, 7))
 
 

@@ -260,8 +260,44 @@ def test_batches_without_a_token_are_an_error(batches: Iterable[Any]) -> None:
 
 @pytest.mark.parametrize("batch", [{"text": "a"}, [1, 2, 3], torch.ones(2, 3)], ids=str)
 def test_a_malformed_batch_is_named_by_its_number(batch: Any) -> None:
-    with pytest.raises(CalibrationError, match="batch 1 has no token ids"):
+    with pytest.raises(CalibrationError, match=r"batch 1 \(counted from 0\) has no token ids"):
         run(Flat(), [random_ids(1, 3), batch])
+
+
+@pytest.mark.parametrize("token", [-1, 64, 10**6])
+def test_tokens_that_the_model_does_not_have_are_named(tiny_model: ModelMaker, token: int) -> None:
+    ids = random_ids(2, 5)
+    spoilt = ids.clone()
+    spoilt[1, 2] = token
+    says = rf"batch 1 .counted from 0. holds token {token}, .* tokens are 0 to 63: the tokenizer"
+    with pytest.raises(CalibrationError, match=says):
+        run(tiny_model("llama"), [ids, spoilt])
+    run(tiny_model("llama"), [random_ids(2, 5).clamp(0, 63), torch.tensor([[0, 63]])])
+    mask = torch.ones_like(spoilt)
+    mask[1, 2:] = 0  # of padding nobody asks what it is
+    run(tiny_model("llama"), [{"input_ids": spoilt, "attention_mask": mask}])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"), [("gpt2", 64), ("opt", 24), ("gptj", 24), ("llama", None)]
+)
+def test_sequences_longer_than_a_table_of_positions_are_refused(
+    tiny_model: ModelMaker, architecture: str, positions: int | None
+) -> None:
+    if architecture in ("opt", "gptj"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        sizes |= {"ffn_dim": 32, "word_embed_proj_dim": 32, "rotary_dim": 4, "vocab_size": 64}
+        config = AutoConfig.for_model(architecture, max_position_embeddings=positions, **sizes)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny_model(architecture)
+    run(model, [random_ids(1, positions or 100)])
+    if positions is not None:
+        says = rf"batch 1 .* {positions + 1} tokens, .* lower --seq-len to {positions}"
+        with pytest.raises(CalibrationError, match=says):
+            run(model, [random_ids(1, 3), random_ids(2, positions + 1)])
 
 
 def test_an_empty_batch_among_others_is_passed_over() -> None:

@@ -119,6 +119,13 @@ def test_merged_sets_hold_merged_covariances_and_keep_their_sharing() -> None:
     assert (merged.left_out, merged.provenance) == (a.left_out, a.provenance)
 
 
+def test_merged_sets_keep_no_note_of_one_sample_alone() -> None:
+    of_one = {"stability": {"rank": 4}, "selection": {"method": "pool"}, "model": "m"}
+    a = random_set(provenance={"tokens": 3, "data": {"file": "a"}, "domain": "d"} | of_one)
+    b = random_set(provenance={"tokens": 4, "data": {"file": "b"}, "domain": "d"} | of_one)
+    assert a.merge(b).provenance == {"tokens": 7, "domain": "d", "model": "m"}
+
+
 def test_merged_sets_share_only_where_both_did() -> None:
     one, two = (covariance_of(torch.randn(4, 3)) for _ in range(2))
     shared = CovarianceSet({"q": one, "k": one, "v": one})

@@ -209,7 +209,7 @@ def test_the_model_is_left_as_it_was(make: ModelMaker, failing: bool) -> None:
     forwards = {name: module.forward for name, module in model.named_modules()}
     batches: list[Any] = [*random_batches(), "no batch"] if failing else random_batches()
     if failing:
-        with pytest.raises(CalibrationError, match="batch 3 has no token ids"):
+        with pytest.raises(CalibrationError, match=r"batch 3 \(counted from 0\) has no token ids"):
             stream(model, batches)
     else:
         stream(model, batches)
@@ -371,6 +371,12 @@ def test_layers_that_are_never_called_are_named(make: ModelMaker) -> None:
 def test_no_tokens_are_an_error(make: ModelMaker, batches: Any) -> None:
     with pytest.raises(CalibrationError, match="no tokens to calibrate on"):
         stream(make("llama"), batches)
+
+
+def test_a_batch_that_does_not_fit_the_model_is_named(make: ModelMaker) -> None:
+    batches = [*random_batches(), torch.ones(1, 65, dtype=torch.int64)]
+    with pytest.raises(CalibrationError, match=r"batch 3 \(counted from 0\) has sequences of 65"):
+        stream(make("gpt2"), batches, parts=2)
 
 
 def test_fewer_batches_than_parts_are_an_error(make: ModelMaker) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from small_text import SMALL
 
-from corda_kernels import (
-    CovarianceSet,
-)
+from corda_kernels import CovarianceSet
+from corda_kernels.initialization import read_adapter
+from corda_kernels.report.gather import adapter_report
 
 
 def test_calibrate_then_inspect_then_init(
@@ -40,6 +40,22 @@ def test_calibrate_then_inspect_then_init(
     for name in covariances:
         assert table[name][1:3] == ["256", "4"]
     assert shown.splitlines()[-1].startswith("samples: ")
+    assert "judged at rank" not in shown
+
+
+def test_samples_judged_at_another_rank_are_said_to_be(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    file, adapter = tmp_path / "covariances.safetensors", tmp_path / "adapter"
+    invoke("calibrate", place / "model", file, "--data", place / "text.txt", *SMALL)
+    options = ("--mode", "kpm", "--targets", "v_proj", "--rank", 2)
+    shown = invoke("init", place / "model", adapter, "--cov", file, *options)
+    verdict = next(line for line in shown.splitlines() if line.startswith("calibration: "))
+    assert "of 2 layers stable" in verdict
+    assert verdict.endswith("judged at rank 4)")
+    assert invoke("inspect", adapter).splitlines()[-1].endswith("judged at rank 4)")
+    page = dict(adapter_report("adapter", read_adapter(adapter)).summary)
+    assert page["Samples"].endswith("judged at rank 4)")
 
 
 @pytest.mark.parametrize(

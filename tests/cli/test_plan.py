@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from corda_kernels import calibrate
+from corda_kernels.calibration import calibrate_blocks
 from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.cli import app
+from corda_kernels.errors import CalibrationError, ConfigError, ModelError
+from corda_kernels.models import load_skeleton
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -91,3 +96,80 @@ def test_needs_are_those_of_the_calibration(
     assert needs.covariance_bytes == covariance_bytes(model) == sum(needs.block_bytes.values())
     assert needs.hidden_bytes == 4 * 32
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_sequences_that_the_model_cannot_run_are_told(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    for length, refused in ((64, False), (65, True)):
+        shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--seq-len", str(length)]).stdout
+        assert ("the model has 64 positions" in shown) == refused
+        assert ("lower --seq-len to 64" in shown) == refused
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Models that take no finished mask, have routed experts, or whose blocks return more.
+ODD: dict[str, dict[str, int]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "mamba": {"state_size": 4},
+    "gptj": {"rotary_dim": 4},
+    "mixtral": {"intermediate_size": 48, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", ODD)
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+def test_a_skeleton_needs_what_the_model_does(architecture: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(architecture, **TINY | ODD[architecture])
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    batch = torch.arange(5, 9)[None]
+    options: Any = {"on_unseen": "skip", "progress": False}  # Mamba reads a weight by itself
+    found = calibrate(model, [batch], **options)
+    needs = calibration_needs(load_skeleton(tmp_path, dtype="float32"), seq_len=8)
+    groups = {frozenset(names) for _, names in needs.groups}
+    assert groups >= {frozenset(names) for _, names in found.groups()}
+    assert sum(map(len, groups)) == len(found) + len(found.left_out.keys() & set().union(*groups))
+    assert needs.hidden_bytes == 4 * 32
+    assert needs.forward_flops > 0
+    if architecture in ("bloom", "gptj"):
+        assert needs.block_bytes is None
+        assert "blocks return more than hidden states" in needs.obstacle
+        with pytest.raises(CalibrationError, match="blocks return more than hidden states"):
+            calibrate_blocks(model, [batch], **options)
+    else:
+        assert needs.block_bytes is not None
+        assert not needs.obstacle
+        assert len(list(calibrate_blocks(model, [batch], **options))) == 2
+
+
+def test_a_multimodal_models_hidden_states_are_its_text_models(tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 64, "hidden_size": 32, "head_dim": 8, "num_key_value_heads": 2}
+    vision = sizes | {"hidden_size": 16, "image_size": 28, "patch_size": 14}
+    AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
+    ).save_pretrained(tmp_path)
+    skeleton = load_skeleton(tmp_path, dtype="float32")
+    assert (
+        calibration_needs(skeleton, r"model\.language_model\..*", seq_len=8).hidden_bytes == 4 * 32
+    )
+
+
+def test_a_model_that_does_not_run_without_weights_is_refused(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    skeleton = load_skeleton(tmp_path)
+    skeleton.model.norm.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not run without its weights"):
+        calibration_needs(skeleton)
+
+
+@pytest.mark.parametrize("option", ["--samples", "--seq-len"])
+def test_nothing_to_calibrate_on_is_no_plan(option: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "model", option, "0"])
+    assert isinstance(result.exception, ConfigError)
+    assert f"{option} must be at least 1, got 0" in str(result.exception)

@@ -220,6 +220,22 @@ def test_summary_says_whether_the_samples_suffice(counts: tuple[int, int, int], 
     assert of_grades(*grades).summary().startswith(words)
 
 
+def test_one_end_of_some_layers_alone() -> None:
+    layers = {"a": LayerStability(1.0, 0.0), "b": LayerStability(0.0, 1.0), "c": LayerStability(1)}
+    whole = Stability(4, 0.01, (10, 12), layers)
+    bottom = whole.at("smallest", ["b", "c", "unknown"])
+    assert bottom == Stability(4, 0.01, (10, 12), {"b": LayerStability(None, 1.0)})
+    assert whole.at("largest", ["a"]).layers == {"a": LayerStability(1.0, None)}
+    assert whole.at("smallest", ["c"]) is None
+
+
+@pytest.mark.parametrize(("rank", "says"), [(None, False), (4, False), (8, True)])
+def test_the_summary_says_if_it_was_judged_at_another_rank(rank: int | None, says: bool) -> None:
+    summary = of_grades("stable").summary(rank)
+    assert summary.endswith("of the text, judged at rank 4)") == says
+    assert summary.endswith("of the text)") != says
+
+
 @pytest.mark.parametrize("ends", [{}, {"top": False}, {"bottom": False}])
 @pytest.mark.parametrize("damping", [None, 0.01])
 def test_json_gives_back_the_same(damping: float | None, ends: dict[str, bool]) -> None:
