@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -339,8 +339,8 @@ def target_linears(
             whole name must match.
 
     Raises:
-        TargetError: nothing matches, also of a single ending; or what matches shares its weight
-            with another module, as an output head does that is tied to the embeddings.
+        TargetError: nothing matches, also of a single ending; or the output head is asked for
+            although it is tied to the embeddings.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
@@ -357,17 +357,28 @@ def target_linears(
             f"no linear layer matches targets {unmatched or targets!r}; the model's linear layers "
             f"end in: {', '.join(endings[:20]) or '(it has none)'}"
         )
+    if head is not None:
+        check_unshared(model, {name: module for name, module in chosen.items() if module is head})
+    return chosen
+
+
+def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Refuses layers that cannot be adapted alone.
+
+    Raises:
+        TargetError: a layer shares its weight with another module, as an output head does that is
+            tied to the embeddings, or stands in the model under two names.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for name, module in chosen.items():
+    for name, module in modules.items():
         others = [owner for owner in owners.get(id(module.weight), []) if owner != name]
         if others:
             raise TargetError(
                 f"{name} shares its weight with {others[0]}: adapting it would change both; leave "
                 "it out of the targets"
             )
-    return chosen
 
 
 def _selected(name: str, targets: str | Sequence[str]) -> bool:

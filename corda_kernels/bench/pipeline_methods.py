@@ -140,7 +140,7 @@ def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
         adapter = corda_adapter(subject.model, covariances, config)
         del covariances  # as init_corda does
     with stages.stage("attaching"):
-        return attach(subject.model, adapter)
+        return attach(subject.model, adapter, copy=False)
 
 
 def larger_batches(batches: list[Tensor]) -> list[Tensor]:

@@ -175,7 +175,7 @@ def init(
         mixed = options.describe_mixture(adapter.record.calibration["mixture"])
         typer.echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
-    _report_stability(adapter.record)
+    _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)
     if save_base:
         if residual == "weight":
             subtract_initial(network, adapter)
@@ -184,8 +184,13 @@ def init(
     typer.echo(f'next: model = corda_kernels.load_for_training(base, "{out}"), then train it')
 
 
-def _report_stability(record: AdapterRecord) -> None:
+def _report_stability(record: AdapterRecord, *, asked: bool) -> None:
     from corda_kernels.planning import Stability
 
     if record.stability:
         typer.echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")
+    elif asked:
+        typer.echo(
+            "calibration: whether the text was enough is not known, for it fills one batch: use more "
+            "text or a smaller --batch-size"
+        )

@@ -46,6 +46,6 @@ def merge(
         raise ModelError(f"{error}; say where the base is with --model") from error
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     check_output(out, folder=True, needed_bytes=size)
-    merged: Any = merge_into_base(attach(network, loaded, use_peft=False))
+    merged: Any = merge_into_base(attach(network, loaded, use_peft=False, copy=False))
     save_model(merged, out, source=source)
     typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

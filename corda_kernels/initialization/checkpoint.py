@@ -183,13 +183,16 @@ def load_for_training(
         AdapterError: the folder is incomplete or altered, or belongs to another base.
     """
     adapter = read_adapter(path)
-    return attach(base_model, adapter, use_peft=use_peft)
+    return attach(base_model, adapter, use_peft=use_peft, copy=False)
 
 
 def attach(
-    base_model: nn.Module, adapter: Adapter, *, use_peft: bool = True
+    base_model: nn.Module, adapter: Adapter, *, use_peft: bool = True, copy: bool = True
 ) -> PeftModel | nn.Module:
-    """Attaches `adapter` to its base, in place; see `load_for_training`."""
+    """Attaches `adapter` to its base, in place; see `load_for_training`.
+
+    With `copy=False` the model may take over the adapter's tensors, which training then changes.
+    """
     linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
     missing = adapter.layers.keys() - linears.keys()
     if missing:
@@ -216,7 +219,8 @@ def attach(
             "this model is the residual of another adapter: load the untouched base, or the base "
             "that was saved with this adapter"
         )
-    return attach_peft(base_model, adapter) if use_peft else attach_linears(base_model, adapter)
+    attach_to = attach_peft if use_peft else attach_linears
+    return attach_to(base_model, adapter, copy=copy)
 
 
 def check_at_hand(modules: Mapping[str, nn.Module]) -> None:

@@ -27,14 +27,16 @@ class CordaLinear(nn.Module):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, base: nn.Module, layer: LayerAdapter, record: AdapterRecord) -> None:
+    def __init__(
+        self, base: nn.Module, layer: LayerAdapter, record: AdapterRecord, *, copy: bool = True
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         device = next(base.parameters()).device
-        self.A = nn.Parameter(layer.A.to(device, copy=True))
-        self.B = nn.Parameter(layer.B.to(device, copy=True))
-        self.register_buffer("A0", layer.A0.to(device, copy=True))
-        self.register_buffer("B0", layer.B0.to(device, copy=True))
+        self.A = nn.Parameter(layer.A.to(device, copy=copy))
+        self.B = nn.Parameter(layer.B.to(device, copy=copy))
+        self.register_buffer("A0", layer.A0.to(device, copy=copy))
+        self.register_buffer("B0", layer.B0.to(device, copy=copy))
         self.scaling = layer.scaling
         self.record = record
 
@@ -80,11 +82,12 @@ class CordaLinear(nn.Module):
         return LayerAdapter(self.A, self.B, self.A0, self.B0, self.scaling)
 
 
-def attach_linears(model: nn.Module, adapter: Adapter) -> nn.Module:
+def attach_linears(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> nn.Module:
     """Replaces the adapter's layers by CordaLinear, in place, and freezes everything else."""
     model.requires_grad_(False)
     for name, layer in adapter.layers.items():
-        model.set_submodule(name, CordaLinear(model.get_submodule(name), layer, adapter.record))
+        base = model.get_submodule(name)
+        model.set_submodule(name, CordaLinear(base, layer, adapter.record, copy=copy))
     return model
 
 

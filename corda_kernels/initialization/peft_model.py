@@ -57,7 +57,9 @@ class CordaPeftModelForCausalLM(_Corda, PeftModelForCausalLM):  # type: ignore[m
     """A PeftModelForCausalLM that carries a CorDA adapter."""
 
 
-def attach_peft(model: nn.Module, adapter: Adapter) -> CordaPeftModel | CordaPeftModelForCausalLM:
+def attach_peft(
+    model: nn.Module, adapter: Adapter, *, copy: bool = True
+) -> CordaPeftModel | CordaPeftModelForCausalLM:
     """Wraps `model` with the adapter; only A and B of `default` are trainable."""
     causal = hasattr(model, "prepare_inputs_for_generation")
     kind = CordaPeftModelForCausalLM if causal else CordaPeftModel
@@ -67,12 +69,11 @@ def attach_peft(model: nn.Module, adapter: Adapter) -> CordaPeftModel | CordaPef
     wrapped.add_adapter(INITIAL, lora_config(adapter))
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
-        # Assigned, for PEFT gives adapters of a float64 base its dtype; training leaves the plain
-        # data as they are.
+        # Assigned, for PEFT gives adapters of a float64 base its dtype.
         device = lora.lora_A[TRAINED].weight.device
-        lora.lora_A[TRAINED].weight.data = layer.A.to(device, copy=True)
-        lora.lora_B[TRAINED].weight.data = layer.B.to(device, copy=True)
-        _freeze(lora.lora_A[INITIAL], layer.A0.to(device, copy=True))
+        lora.lora_A[TRAINED].weight.data = layer.A.to(device, copy=copy)
+        lora.lora_B[TRAINED].weight.data = layer.B.to(device, copy=copy)
+        _freeze(lora.lora_A[INITIAL], layer.A0.to(device, copy=copy))
         _freeze(lora.lora_B[INITIAL], layer.B0.neg().to(device))
     wrapped.set_adapter(TRAINED)
     return wrapped

@@ -22,7 +22,7 @@ from corda_kernels.initialization import (
     has_adapter,
     residual_marker,
 )
-from corda_kernels.models import linear_weight, target_linears
+from corda_kernels.models import check_unshared, linear_weight, target_linears
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
@@ -73,7 +73,7 @@ def init_corda(
     """
     check_at_hand(check_targets(model, config))
     adapter = corda_adapter(model, data, config)
-    return attach(model, adapter, use_peft=use_peft)
+    return attach(model, adapter, use_peft=use_peft, copy=False)
 
 
 def corda_adapter(
@@ -191,7 +191,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     """The layers that `config` selects, after a check of its rank or budget.
 
     Raises:
-        TargetError: no layer matches, or one is quantised.
+        TargetError: no layer matches, one is quantised, or shares its weight with another module.
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer, or the budget does not pay for the least.
         ModelError: the model carries an adapter already, or is the residual of one.
@@ -206,6 +206,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
             "untouched base"
         )
     modules = target_linears(model, config.targets)
+    check_unshared(model, modules)
     if config.budget is not None:
         check_guaranteed(
             layer_shapes(modules),

@@ -170,3 +170,16 @@ def test_few_tokens_are_one_warning(
         "warning: the covariances of 14 layer(s) come from fewer tokens than channels"
     )
     assert "IPM adapter of rank 4" in out
+
+
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.CordaWarning")
+def test_text_that_fills_one_batch_leaves_no_verdict_and_says_so(
+    command: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    data = ("--data", place / "text.txt", *SMALL, "--batch-size", 64)
+    _, shown, _ = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
+    assert "calibration: whether the text was enough is not known, for it fills one batch" in shown
+    _, shown, _ = command(
+        "init", place / "model", tmp_path / "out", "--mode", "ipm", *data, "--no-stability"
+    )
+    assert "calibration:" not in shown

@@ -26,7 +26,7 @@ from corda_kernels import (
 from corda_kernels.errors import AdapterError, TargetError
 from corda_kernels.initialization import CordaLinear, attach, describe_base
 from corda_kernels.models import target_linears
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.pipeline import check_targets, corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 WIDTH = 12
@@ -153,15 +153,15 @@ def test_layers_that_share_a_weight_are_refused(targets: str) -> None:
     with pytest.raises(
         TargetError, match=r"shares its weight with (first|second): .* leave it out"
     ):
-        target_linears(model, targets)
-    assert list(target_linears(model, "third")) == ["third"]
+        check_targets(model, config(targets=targets))
+    assert list(check_targets(model, config(targets="third"))) == ["third"]
 
 
 def test_one_layer_of_two_names_is_refused() -> None:
     model = nn.ModuleDict({"first": linear()})
     model["again"] = model["first"]
     with pytest.raises(TargetError, match="first shares its weight with again"):
-        target_linears(model)
+        check_targets(model, config())
 
 
 def test_an_offloaded_model_is_refused_before_anything_runs(calibrated: Calibrated) -> None:
