@@ -191,6 +191,6 @@ def _report_stability(record: AdapterRecord, *, asked: bool) -> None:
         typer.echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")
     elif asked:
         typer.echo(
-            "calibration: whether the text was enough is not known, for it fills one batch: use more "
-            "text or a smaller --batch-size"
+            "calibration: whether the text was enough is not known, for it fills one batch: use "
+            "more text or a smaller --batch-size"
         )
