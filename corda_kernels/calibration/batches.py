@@ -72,7 +72,7 @@ def unpadded(
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise BatchError(
             index,
-            f"has an attention_mask that must have the shape of input_ids, {tuple(ids.shape)}",
+            f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}",
         )
     fields = {
         name: value if value.ndim == 2 else value[None]

@@ -71,7 +71,6 @@ class CoSVD:
     dual: Tensor | None = None
 
 
-@without_autocast()
 @torch.no_grad()
 def co_svd(
     weight: Tensor,  # (*batch, out, in)
