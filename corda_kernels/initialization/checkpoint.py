@@ -88,13 +88,13 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     write_bytes(folder / RECORD_FILE, record)
 
 
-def check_adapter_folder(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Path:
+def check_adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Makes sure that an adapter can be written into a folder.
 
     Raises:
         OutputError: it cannot, or holds a model: transformers would load that with the adapter.
     """
-    folder = check_output(path, folder=True, needed_bytes=needed_bytes)
+    folder = check_output(path, folder=True)
     if (folder / "config.json").exists():
         raise OutputError(
             f"{folder} holds a model, which would be loaded with the adapter on it from then on: "

@@ -246,14 +246,13 @@ def _mixture(
     matrix = torch.zeros_like(parts[0].matrix)
     for part, scale in used:
         matrix.add_(part.matrix.to(matrix), alpha=scale)
+    counts = [part.outlier_count.to(matrix.device) for part, _ in used]
     return Covariance(
         matrix,
         tokens=sum(part.tokens for part, _ in used),
         calls=sum(part.calls for part, _ in used),
         absmax=torch.stack([part.absmax.to(matrix.device) for part, _ in used]).amax(0),
-        outlier_count=torch.stack([part.outlier_count.to(matrix.device) for part, _ in used]).sum(
-            0
-        ),
+        outlier_count=torch.stack(counts).sum(0),
         outlier_threshold=parts[0].outlier_threshold,
     )
 
