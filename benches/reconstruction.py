@@ -30,7 +30,7 @@ from torch import Tensor
 
 from corda_kernels import CoSVD, CovarianceSet, adapter_factors, co_svd, load_model
 from corda_kernels.bench.timing import environment
-from corda_kernels.decomposition.co_svd import End
+from corda_kernels.decomposition.exact import End
 from corda_kernels.files import check_output, write_json
 from corda_kernels.models import linear_weight
 

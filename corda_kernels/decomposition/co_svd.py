@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from corda_kernels.decomposition.subspace import Operator, leading_pairs
-from corda_kernels.decomposition.triangle import lower_triangle, orthogonal_factor
+from corda_kernels.decomposition.exact import End, exact, null_share
+from corda_kernels.decomposition.iterated import TOLERANCE, block_size, bottom, top
+from corda_kernels.decomposition.operand import Operand
 from corda_kernels.decomposition.two_sided import (
     check_two_sided,
     input_root,
@@ -25,27 +26,12 @@ from corda_kernels.errors import (
 )
 from corda_kernels.precision import without_autocast
 
-End = Literal["largest", "smallest"]
 Method = Literal["auto", "exact", "randomized"]
 
 # A dense SVD costs as much as iterating at this size, and at fewer than six blocks of vectors
 # (measured on a CPU: 192 channels 5 ms, 576 channels 86 ms against 25 to 45 ms).
 _DENSE_SIZE = 256
 _DENSE_BLOCKS = 6
-# From this many blocks on, the factors are applied one after the other, first in float32: forming
-# their product in float64 costs as much as six applications.
-_FACTORED_BLOCKS = 12
-# Errors of the subspace at which to stop, and gaps below which there is nothing to tell apart. What
-# B A is off by in the end is a fifth of it or less at the top and a third at the bottom, for the
-# error is that of the worst vector, estimated before the last application of the operator.
-_TOLERANCE = {"largest": 2e-5, "smallest": 3e-3}
-_LEAST_GAP = {"largest": 1e-3, "smallest": 1e-2}
-# Vectors iterated with beyond those wanted, at least, and what their number is a multiple of: of
-# 4096 × 4096 with 144 columns a product in float64 runs at 88 GFLOP/s, with 128 at 55, with 160 at
-# 49, with 192 at 70 (2 cores with AVX-512).
-_SPARE, _WIDTH = 16, 24
-# What an application of the operator takes off the error, roughly, on layers of SmolLM2-135M.
-_GAIN = {"largest": 3e1, "smallest": 3e1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +108,12 @@ def co_svd(
     check(weight, covariance, rank, which, method, damping)
     check_two_sided(weight, output_covariance, power)
     C, share = damped(covariance.to(weight.device), damping)
-    right = C if power == 1.0 else input_root(C)
+    right = C if power == 1.0 else Operand(input_root(C.double()))
     if output_covariance is None:
-        found = decompose(weight.double(), right, rank, which, method, generator)
+        found = decompose(weight, right, rank, which, method, generator)
         warn_given_up(found.given_up)
         return CoSVD(found.U, found.S, share, found.residual)
-    P = output_root(damped(output_covariance.to(weight.device), damping)[0])
+    P = output_root(damped(output_covariance.to(weight.device), damping)[0].double())
     found = decompose(P.mT @ weight.double(), right, rank, which, method, generator)
     warn_given_up(found.given_up)
     U, dual = oblique(found.U, P)
@@ -184,15 +170,13 @@ def check(
             raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
 
 
-def damped(covariance: Tensor, damping: float | None) -> tuple[Tensor, Tensor]:
-    """C + λI in float64, and λ as a multiple of the mean diagonal of C, (*batch)."""
-    # A copy, also of what is float64 already.
-    C = covariance.to(torch.float64, copy=True)
-    diagonal = C.diagonal(dim1=-2, dim2=-1)
-    share = torch.full_like(diagonal[..., 0], damping or 0.0)
-    if damping:
-        diagonal.add_(damping * diagonal.mean(-1, keepdim=True))
-    return C, share
+def damped(covariance: Tensor, damping: float | None) -> tuple[Operand, Tensor]:
+    """C + λI, and λ as a multiple of the mean diagonal of C, (*batch)."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    share = torch.full_like(mean, damping or 0.0)
+    return Operand(
+        covariance, (share * mean)[..., None, None] if damping else None, symmetric=True
+    ), share
 
 
 class Found(NamedTuple):
@@ -214,131 +198,34 @@ class Found(NamedTuple):
 @without_autocast()
 def decompose(
     W: Tensor,  # (*batch, out, in)
-    C: Tensor,  # (*batch, in, in)
+    C: Operand,  # (*batch, in, in)
     rank: int,
     which: End,
     method: Method,
     generator: torch.Generator | None,
 ) -> Found:
     """One end of the singular value decomposition of W·C, in float64; see `co_svd`."""
-    lift = None
-    if W.shape[-2] > W.shape[-1]:
-        # Taken first, so that U lies in the range of W even where C is singular.
-        lift, W = orthogonal_factor(W)
-    shortest, block = W.shape[-2], _block(rank, W.shape[-2])
-    dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block
+    shortest = min(W.shape[-2:])
+    dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block_size(rank, shortest)
     if method == "exact" or (method == "auto" and dense):
-        U, S = _exact(W, C, rank, which)
-        found = Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
-    else:
-        found = _iterated(W, C, rank, which, generator)
-    return found if lift is None else found._replace(U=lift(found.U))
-
-
-def _block(rank: int, shortest: int) -> int:
-    return min(-(-(rank + _SPARE) // _WIDTH) * _WIDTH, shortest)
-
-
-def _exact(W: Tensor, C: Tensor, rank: int, which: End) -> tuple[Tensor, Tensor]:
-    """U and S by a dense SVD of the triangular factor of W·C."""
-    M = W @ C
-    U, S, _ = torch.linalg.svd(torch.linalg.qr(M.mT, mode="r").R.mT)
-    U = _order_null_block(W, U, S, S[..., 0] * _null_share(W))
-    if which == "largest":
-        return U[..., :rank], S[..., :rank]
-    return U[..., -rank:], S[..., -rank:]
-
-
-def _null_share(W: Tensor) -> float:
-    """Singular values of W·C up to this share of the largest are zero to working precision."""
-    return W.shape[-1] * torch.finfo(W.dtype).eps
-
-
-def _order_null_block(W: Tensor, U: Tensor, S: Tensor, level: Tensor) -> Tensor:
-    """Turns the vectors of σ = 0 among themselves into the limit that a damping λ → 0 gives.
-
-    On them M = λW, so that they are the singular vectors of NᵀW, N the block of those vectors.
-    """
-    count = (level[..., None] >= S).sum(-1)
-    if not bool(count.any()):
-        return U
-    ordered = U.clone()
-    for index in map(tuple, torch.nonzero(count).tolist()):
-        null = ordered[index][:, -int(count[index]) :]
-        inside = null.mT @ W[index]
-        null.copy_(null @ torch.linalg.svd(inside, full_matrices=False).U)
-    return ordered
+        U, S = exact(W.double(), C.double(), rank, which)
+        return Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
+    return _iterated(W, C, rank, which, generator)
 
 
 def _iterated(
-    W: Tensor, C: Tensor, rank: int, which: End, generator: torch.Generator | None
+    W: Tensor, C: Operand, rank: int, which: End, generator: torch.Generator | None
 ) -> Found:
     """By iteration, and by the exact method for those of a batch where that does not do."""
     if generator is None:
         generator = torch.Generator(W.device).manual_seed(0)
-    n, block = W.shape[-2], _block(rank, W.shape[-2])
-    # The same for all of a batch: what comes of a layer does not depend on its company.
-    start = torch.randn(n, block, dtype=W.dtype, device=W.device, generator=generator)
-    start = start.expand(*W.shape[:-2], n, block)
-    options = {
-        "tolerance": _TOLERANCE[which],
-        "least_gap": _LEAST_GAP[which],
-        "gain": _GAIN[which],
-    }
-    if which == "largest":
-        if n > _FACTORED_BLOCKS * block:
-            (half, back), draft = _factored(W, C), _factored(_single(W), _single(C))
-        else:
-            (half, back), draft = _multiplied(W @ C), None
-        U, S, error = leading_pairs(half, back, start, rank, draft=draft, **options)
-        largest = S[..., 0]
-    else:
-        M = W @ C
-        half, back = _inverted(M)
-        largest = torch.linalg.matrix_norm(M)
-        U, inverse, error = leading_pairs(half, back, start, rank, draft=None, **options)
-        U, S = U.flip(-1), 1 / inverse.flip(-1)
+    end = top if which == "largest" else bottom
+    U, S, error, largest = end(W, C, rank, generator)
     # Of null directions the order is a question to W, not to M.
-    null = (largest == 0) | (S[..., -1] <= largest * _null_share(W))
-    lost = ~(error <= options["tolerance"])  # NaN has not converged either
+    null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
+    lost = ~(error <= TOLERANCE[which])  # NaN has not converged either
     given_up = torch.where(lost & ~null, error, 0.0)
     for index in map(tuple, torch.nonzero(null | lost).tolist()):
-        U[index], S[index] = _exact(W[index], C[index], rank, which)
+        U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
         error[index] = 0
     return Found(U, S, error, given_up)
-
-
-def _factored(W: Tensor, C: Tensor) -> tuple[Operator, Operator]:
-    """Products with (W·C)ᵀ and W·C, factor by factor."""
-    # C may be a root of a covariance, which is not symmetric.
-    return lambda X: C.mT @ (W.mT @ X), lambda Y: W @ (C @ Y)
-
-
-def _single(matrix: Tensor) -> Tensor:
-    """In float32, scaled so that products of them neither overflow nor vanish."""
-    single = matrix.float()
-    largest = torch.linalg.vector_norm(single, torch.inf, (-2, -1), keepdim=True)
-    return single.div_(largest.clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def _multiplied(M: Tensor) -> tuple[Operator, Operator]:
-    """Products with Mᵀ and M."""
-    return lambda X: M.mT @ X, lambda Y: M @ Y
-
-
-def _inverted(M: Tensor) -> tuple[Operator, Operator]:
-    """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M."""
-    L = _floored(lower_triangle(M))
-    return (
-        lambda X: torch.linalg.solve_triangular(L, X, upper=False),
-        lambda Y: torch.linalg.solve_triangular(L.mT, Y, upper=True),
-    )
-
-
-def _floored(L: Tensor) -> Tensor:
-    """L with no diagonal entry below eps times the largest, so that it can be divided by."""
-    diagonal = L.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.abs().amax(-1, keepdim=True)
-    floor = torch.where(largest > 0, torch.finfo(L.dtype).eps * largest, 1.0)
-    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
-    return L

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from corda_kernels.decomposition.co_svd import (
     CoSVD,
-    End,
     Method,
     check,
     damped,
     decompose,
     warn_given_up,
 )
+from corda_kernels.decomposition.exact import End
+from corda_kernels.decomposition.operand import Operand
 from corda_kernels.decomposition.parallel import parallel_map
 from corda_kernels.errors import DecompositionError, RankError
 
@@ -43,7 +44,7 @@ def co_svd_layers(
     """Decomposes the layers of a model; each result is what `co_svd` gives on the layer alone.
 
     On a CPU small layers run side by side, one thread each, those that share a covariance (the very
-    same tensor) on one float64 copy of it. On a GPU layers of one shape and rank run in batches.
+    same tensor) one after the other. On a GPU layers of one shape and rank run in batches.
 
     Args:
         weights: (out, in) by layer name, any floating dtype.
@@ -73,14 +74,16 @@ def co_svd_layers(
             C, share = damped(
                 torch.stack([covariances[name].to(first.device) for name in names]), damping
             )
-            found = decompose(W.double(), C, ranks[names[0]], which, method, _generator(W, seed))
+            found = decompose(W, C, ranks[names[0]], which, method, _generator(W, seed))
             parts = zip(names, found.U, found.S, share, found.residual, found.given_up, strict=True)
             return [(name, CoSVD(*part[:4]), part[4]) for name, *part in parts]
         C, share = damped(covariances[names[0]].cpu(), damping)
+        if which == "smallest":  # where each would make a float64 copy of its own
+            C = Operand(C.double(), symmetric=True)
         results = []
         for name in names:
             W = weights[name]
-            found = decompose(W.double(), C, ranks[name], which, method, _generator(W, seed))
+            found = decompose(W, C, ranks[name], which, method, _generator(W, seed))
             part = CoSVD(found.U, found.S, share, found.residual)
             results.append((name, part, found.given_up))
         return results

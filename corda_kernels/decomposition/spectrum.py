@@ -37,7 +37,7 @@ def singular_values(
         DecompositionError: shapes do not fit, or an input holds NaN or Inf.
     """
     check(weight, covariance, 1, "largest", "exact", damping)
-    C, _ = damped(covariance.to(weight.device), damping)
+    C = damped(covariance.to(weight.device), damping)[0].double()
     W = weight.double()
     if not tail:
         M = W @ C

@@ -18,7 +18,7 @@ Operator = Callable[[Tensor], Tensor]
 
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones,
 # and blocks at which to start afresh.
-_FIRST_LOOK = (5, 2)
+_FIRST_LOOK = (4, 2)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
@@ -26,24 +26,26 @@ _NEAR = 30
 # Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
 # square: an eigenproblem's error is eps times the largest.
 _SQUARABLE = 1e9
-# The sine between a column and those before it from which on a Gram matrix in float64 will do: what
-# rounding leaves of orthogonality, eps over its square or, in float32, eps over it, a second round
-# takes off.
+# Sines between a column and those before it: from the first on a Gram matrix in float64 will do
+# where a second round follows, for rounding leaves of orthogonality eps over its square or, in
+# float32, eps over it; from the others on, one round.
 _LEAST_SINE = 1e-5
+_SOUND_SINE = {torch.float64: 1e-2, torch.float32: 1e-1}
 
 
 def leading_pairs(
     half: Operator,
     back: Operator,
-    start: Tensor,  # (*batch, n, block)
+    start: Tensor,  # (*batch, m, block)
     rank: int,
     *,
     tolerance: float,
     least_gap: float,
     gain: float,
+    far: bool = False,
     draft: tuple[Operator, Operator] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading left singular pairs of `back`, by block Lanczos iteration with restarts.
+    """The leading left singular pairs of `back`, by block Golub-Kahan iteration with restarts.
 
     It stops on an error of the wanted Ritz vectors that is estimated from the residuals A u − θ u
     of all Ritz vectors of the block, see `_error`. Within a cluster a subspace is as good as any
@@ -69,19 +71,17 @@ def leading_pairs(
     Source: Golub, Luk and Overton, "A block Lanczos method for computing the singular values and
     corresponding singular vectors of a matrix", ACM TOMS 1981; here with full reorthogonalisation.
     """
-    n, block = start.shape[-2:]
-    blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
-    front = _orthonormal(start)
-    near = False
+    drafted = False
+    if draft is not None:
+        front = _orthonormal(draft[1](start.float()))
+        front, reached = _bidiagonalized(*draft, front, rank, 0, gain * tolerance, least_gap)
+        drafted = bool(front.isfinite().all())
+    front = _orthonormal(front.double() if drafted else back(start))
+    near = drafted
     for cycle in range(_MOST_CYCLES):
-        look = min(_FIRST_LOOK[cycle > 0], blocks)
-        options = (rank, look, blocks, gain * tolerance, least_gap)
-        if draft is not None and cycle == 0:
-            rough_half, rough_back = draft
-            drafted, reached = _lanczos(rough_half, rough_back, front.float(), *options)
-            front = _orthonormal(drafted.double())
-        elif not near:
-            front, reached = _lanczos(half, back, front, *options)
+        if not near:
+            options = (rank, cycle, gain * tolerance, least_gap)
+            front, reached = _bidiagonalized(half, back, front, *options)
         # Ritz pairs of A on this subspace, and once more A on them.
         right, triangle = torch.linalg.qr(half(front))
         left, sigma, turn = torch.linalg.svd(triangle)
@@ -94,40 +94,52 @@ def leading_pairs(
             break
         # Once more A costs less than a new start. What a good draft is off by is rounding, and this
         # takes most of it off.
-        near = not near and bool((error <= _NEAR * tolerance).all())
+        first = not near or (drafted and cycle == 0)
+        near = first and bool((error <= _NEAR * tolerance).all())
+    if far:
+        front, factor = torch.linalg.qr(half(front))
     left, values, _ = torch.linalg.svd(factor)
-    return front @ left[..., :rank], values[..., :rank], error
+    return (front @ left)[..., :rank].contiguous(), values[..., :rank], error
 
 
-def _lanczos(
+def _bidiagonalized(
     half: Operator,
     back: Operator,
     front: Tensor,  # (*batch, n, block), orthonormal
     rank: int,
-    look: int,
-    blocks: int,
+    cycle: int,
     tolerance: float,
     least_gap: float,
 ) -> tuple[Tensor, float]:
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
-    error that these had; in the dtype of `front`."""
+    error that these had; in the dtype of `front`. NaN where its range does not do."""
     *batch, n, block = front.shape
-    # Columns are kept as rows, so that more can join them without a copy.
-    vectors, images = (front.new_empty(*batch, blocks * block, n) for _ in range(2))
-    projected = front.new_zeros(*batch, blocks * block, blocks * block)
-    size, before = 0, float("inf")
+    blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
+    look = min(_FIRST_LOOK[cycle > 0], blocks)
+    # Orthonormal bases on both sides, and `back` of the far one; `half` of the near one is the far
+    # one times a triangle. From images under A alone rounding would hide what is below √eps·σ₁.
+    near, images = (front.new_empty(*batch, n, blocks * block) for _ in range(2))
+    triangle = front.new_zeros(*batch, blocks * block, blocks * block)
+    far, size, before = None, 0, float("inf")
     while True:
-        image = back(half(front))
+        image = half(front)
+        if far is None:
+            far = image.new_empty(*batch, image.shape[-2], blocks * block)
         fresh = slice(size, size + block)
-        vectors[..., fresh, :], images[..., fresh, :] = front.mT, image.mT
+        beyond = _orthonormal(image, far[..., :size])
+        near[..., fresh], far[..., fresh] = front, beyond
         size += block
-        basis = vectors[..., :size, :].mT
-        coordinates = basis.mT @ image
-        projected[..., :size, fresh] = coordinates
+        triangle[..., :size, fresh] = far[..., :size].mT @ image
+        image = back(beyond)
+        images[..., fresh] = image
+        basis = near[..., :size]
+        if not bool(image.isfinite().all()):
+            return torch.full_like(front, torch.nan), float("nan")
         if size == look * block:
-            theta, turn = _ritz(half, basis, projected[..., :size, :size])
+            known = triangle[..., :size, :size]
+            theta, turn = _ritz(known)
             leading = turn[..., :block]
-            applied = images[..., :size, :].mT @ leading
+            applied = images[..., :size] @ (known @ leading)
             error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
             # What float32 cannot tell apart more blocks do not, either.
             stuck = front.dtype == torch.float32 and error > before / 2
@@ -136,36 +148,21 @@ def _lanczos(
             # A block takes off one to three orders of magnitude; a look costs as much as a block.
             before = error
             look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
-        front = _next_block(basis, image, coordinates)
+        front = _orthonormal(image, basis)
 
 
-def _next_block(basis: Tensor, image: Tensor, coordinates: Tensor) -> Tensor:
-    """Orthonormal columns that span what A adds to the basis.
-
-    Args:
-        basis: (*batch, n, k), orthonormal.
-        image: (*batch, n, block), A of its last columns.
-        coordinates: (*batch, k, block), basisᵀ image.
-    """
-    # Twice: of an image that lies in the basis the first round leaves nothing but rounding.
-    fresh = _straightened(image - basis @ coordinates)
-    return _straightened(fresh - basis @ (basis.mT @ fresh))
-
-
-def _ritz(half: Operator, basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values θ, (*batch, k) descending, and the vectors' coordinates in the basis.
-
-    `projected` is basisᵀ A basis, of which only the upper triangle is read.
-    """
+def _ritz(triangle: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values θ, (*batch, k) descending, and the vectors' coordinates in the basis, of a
+    triangle (*batch, k, k) whose singular values are the roots of θ."""
     # In float64 also in a draft: it is small, and an eigenproblem's error is eps times the largest.
-    theta, turn = torch.linalg.eigh(projected.double(), UPLO="U")
+    wide = triangle.double()
+    theta, turn = torch.linalg.eigh(wide.mT @ wide)
     theta, turn = theta.flip(-1), turn.flip(-1)
-    wanted = theta[..., : max(1, basis.shape[-1] // 4)]
-    if bool((wanted[..., -1] * _SQUARABLE > wanted[..., 0]).all()):
-        return theta.to(basis), turn.to(basis)
-    triangle = torch.linalg.qr(half(basis), mode="r").R
-    _, sigma, right = torch.linalg.svd(triangle)
-    return sigma.square(), right.mT
+    wanted = theta[..., : max(1, theta.shape[-1] // 4)]
+    if not bool((wanted[..., -1] * _SQUARABLE > wanted[..., 0]).all()):
+        _, sigma, right = torch.linalg.svd(wide)
+        theta, turn = sigma.square(), right.mT
+    return theta.to(triangle), turn.to(triangle)
 
 
 def _error(
@@ -207,16 +204,32 @@ def _gap(above: Tensor, below: Tensor, least: float) -> Tensor:
     return gap.clamp_min(torch.finfo(gap.dtype).tiny)
 
 
-def _orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis, (*batch, n, k), of the columns of X (*batch, n, k)."""
-    return _straightened(_straightened(X))
+def _orthonormal(X: Tensor, basis: Tensor | None = None) -> Tensor:
+    """Orthonormal columns, (*batch, n, k), that span X (*batch, n, k) or, given an orthonormal
+    basis (*batch, n, j), what X adds to it."""
+    length = torch.linalg.vector_norm(X, dim=-2)
+    straight, sound = _straightened(X if basis is None else _without(basis, X), length)
+    if sound:
+        return straight
+    # Twice is enough, also of an X that lies in the basis and leaves nothing but rounding.
+    return _straightened(straight if basis is None else _without(basis, straight))[0]
 
 
-def _straightened(X: Tensor) -> Tensor:
-    """A basis of the columns of X (*batch, n, k), the closer to orthonormal the more X is.
+def _without(basis: Tensor, X: Tensor) -> Tensor:
+    inside = basis @ (basis.mT @ X)
+    return torch.sub(X, inside, out=inside)
+
+
+def _straightened(X: Tensor, length: Tensor | None = None) -> tuple[Tensor, bool]:
+    """A basis of the columns of X (*batch, n, k), the closer to orthonormal the more X is, and
+    whether it will do.
 
     By Cholesky, of which two rounds cost a fraction of a QR; by QR, and orthonormal, where a column
     lies too close to the span of those before it.
+
+    Args:
+        X: what is left of columns once their parts in a basis have been taken off.
+        length: (*batch, k), norms of those columns, by which to tell what rounding has done.
 
     Source: Fukaya et al., "CholeskyQR2: a simple and communication-avoiding algorithm for computing
     a tall-skinny QR factorization on a large-scale parallel system", ScalA 2014.
@@ -224,10 +237,12 @@ def _straightened(X: Tensor) -> Tensor:
     wide = X.double()
     gram = wide.mT @ wide
     factor, info = torch.linalg.cholesky_ex(gram)
-    sines = factor.diagonal(dim1=-2, dim2=-1).square() / gram.diagonal(dim1=-2, dim2=-1)
-    sound = (info == 0) & (sines > _LEAST_SINE**2).all(-1)
-    if bool(sound.all()):
-        straight: Tensor = torch.linalg.solve_triangular(factor.mT.to(X), X, upper=True, left=False)
-        return straight
-    Q: Tensor = torch.linalg.qr(X).Q
-    return Q
+    distance = factor.diagonal(dim1=-2, dim2=-1)
+    if length is None:
+        length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    least = torch.where(info == 0, (distance / length).amin(-1), 0.0).amin()
+    if not least > _LEAST_SINE:
+        return torch.linalg.qr(X).Q, False
+    eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
+    inverse = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
+    return X @ inverse.to(X), bool(least > _SOUND_SINE[X.dtype])

@@ -40,7 +40,7 @@ def steps(n: int, rank: int, levels: tuple[float, float, float]) -> Tensor:
 def top(
     M: Tensor, rank: int, *, block: int = 20, tolerance: float = 1e-4, least_gap: float = 1e-3
 ) -> tuple[Tensor, ...]:
-    start = random(*M.shape[:-1], block)
+    start = random(*M.shape[:-2], M.shape[-1], block)
     options = {"tolerance": tolerance, "least_gap": least_gap, "gain": 1e2}
     return leading_pairs(lambda X: M.mT @ X, lambda Y: M @ Y, start, rank, **options)
 
@@ -232,7 +232,7 @@ def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -
     M, known_U = known(400, 400, sigma)
     double: list[int] = []
     single: list[int] = []
-    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e1}
     draft = counted(M.float(), single)
     U, S, error = leading_pairs(*counted(M, double), random(400, 24), 8, draft=draft, **options)
     assert U.dtype == S.dtype == error.dtype == torch.float64

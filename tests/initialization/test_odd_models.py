@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,8 +209,6 @@ def test_a_model_may_read_its_layers_weights() -> None:
 def test_a_caller_may_have_autocast_on(
     calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = importlib.import_module("corda_kernels.decomposition.co_svd")
-    monkeypatch.setattr(engine, "_FACTORED_BLOCKS", 0)  # begins in float32
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in the caller's own thread
     base, found = calibrated()
     made = []

@@ -1,0 +1,92 @@
+"""A matrix to multiply by in another precision than it is kept in, without a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+# Rows converted at a time: at 256 to 512 of 1536 or 4096 columns, conversion and product together
+# take what the product alone takes (2 cores), where a whole copy adds a third or more.
+_PANEL = 384
+# Entries between these, products of four such matrices stay far from float32's limits.
+_MODERATE = (1e-6, 1e6)
+
+
+@dataclass(eq=False)
+class Operand:
+    """G = matrix + shift·I, for products in float64 or float32.
+
+    Attributes:
+        matrix: (*batch, rows, columns), any floating dtype.
+        shift: (*batch, 1, 1) float64, for square matrices; None for none.
+        symmetric: whether the matrix is.
+    """
+
+    matrix: Tensor
+    shift: Tensor | None = None
+    symmetric: bool = False
+    # Kept from product to product: fresh memory costs more than the conversion.
+    _buffer: Tensor | None = field(default=None, init=False, repr=False)
+
+    def times(self, X: Tensor) -> Tensor:
+        """G X (*batch, rows, k) for X (*batch, columns, k), in X's dtype."""
+        if self.matrix.dtype == X.dtype:
+            product = self.matrix @ X
+        else:
+            product = X.new_empty(*X.shape[:-2], self.matrix.shape[-2], X.shape[-1])
+            for rows, panel in self._panels(X.dtype):
+                product[..., rows, :] = panel @ X
+        return self._shifted(product, X)
+
+    def transposed_times(self, X: Tensor) -> Tensor:
+        """Gᵀ X (*batch, columns, k) for X (*batch, rows, k), in X's dtype."""
+        if self.matrix.dtype == X.dtype:
+            product = self.matrix.mT @ X
+        else:
+            product = X.new_zeros(*X.shape[:-2], self.matrix.shape[-1], X.shape[-1])
+            for rows, panel in self._panels(X.dtype):
+                product += panel.mT @ X[..., rows, :]
+        return self._shifted(product, X)
+
+    def of(self, index: tuple[int, ...]) -> Operand:
+        """That of one of a batch."""
+        shift = None if self.shift is None else self.shift[index]
+        return replace(self, matrix=self.matrix[index], shift=shift)
+
+    def double(self) -> Tensor:
+        """G in float64; a copy only where it takes one."""
+        if self.shift is None:
+            return self.matrix.double()
+        G = self.matrix.to(torch.float64, copy=True)
+        G.diagonal(dim1=-2, dim2=-1).add_(self.shift[..., 0])
+        return G
+
+    def single(self) -> Operand:
+        """G in float32, scaled where products of it could overflow or vanish."""
+        largest = torch.maximum(
+            self.matrix.amax((-2, -1), keepdim=True), -self.matrix.amin((-2, -1), keepdim=True)
+        ).double()
+        if self.shift is not None:
+            largest = largest + self.shift
+        least, most = _MODERATE
+        if bool(((least < largest) & (largest < most)).all()):
+            return replace(self, matrix=self.matrix.float())
+        largest = largest.clamp_min(torch.finfo(torch.float64).tiny)
+        shift = None if self.shift is None else self.shift / largest
+        return replace(self, matrix=(self.matrix / largest).float(), shift=shift)
+
+    def _shifted(self, product: Tensor, X: Tensor) -> Tensor:
+        return product if self.shift is None else product.addcmul_(self.shift.to(X), X)
+
+    def _panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and what stands in them in another dtype until the next are asked for."""
+        *batch, height, width = self.matrix.shape
+        if self._buffer is None or self._buffer.dtype != dtype:
+            self._buffer = self.matrix.new_empty(*batch, min(_PANEL, height), width, dtype=dtype)
+        for start in range(0, height, _PANEL):
+            rows = slice(start, min(start + _PANEL, height))
+            panel = self._buffer[..., : rows.stop - start, :]
+            yield rows, panel.copy_(self.matrix[..., rows, :])
