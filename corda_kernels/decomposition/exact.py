@@ -14,8 +14,17 @@ End = Literal["largest", "smallest"]
 
 
 def exact(W: Tensor, C: Tensor, rank: int, which: End) -> tuple[Tensor, Tensor]:
-    """U (*batch, out, rank) and S (*batch, rank), descending, by a dense SVD of the triangular factor
-    of W·C, for float64 W (*batch, out, in) and C (*batch, in, in)."""
+    """By a dense SVD of the triangular factor of W·C, in float64.
+
+    Args:
+        W: (*batch, out, in).
+        C: (*batch, in, in).
+        rank: how many singular pairs.
+        which: end of the spectrum they are at.
+
+    Returns:
+        U (*batch, out, rank) and S (*batch, rank), descending.
+    """
     lift, W = no_taller(W)
     M = W @ C
     U, S, _ = torch.linalg.svd(torch.linalg.qr(M.mT, mode="r").R.mT)

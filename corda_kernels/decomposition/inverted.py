@@ -39,17 +39,19 @@ class InverseOfFactors(NamedTuple):
 
     @classmethod
     def of(cls, W: Tensor, C: Tensor, *, upper: bool) -> InverseOfFactors | None:
-        """Of W, upper triangular or not, and C (*batch, n, n), float64; None where a C cannot be
-        factored."""
-        # Both C and Wᵀ by columns, as LAPACK takes them: no copy but the factor.
-        root, info = torch.linalg.cholesky_ex(C.mT)
+        """Of W, upper triangular or not, and C (*batch, n, n), float64, which are overwritten; None,
+        and W as it was, where a C cannot be factored."""
+        # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
+        info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
+        root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
         if bool((info != 0).any()):
             return None
         eps = torch.finfo(W.dtype).eps
         if upper:
-            return cls(_floored(W.clone(), eps), None, root)
+            return cls(_floored(W, eps), None, root)
+        pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
         # A zero on the diagonal is an entry below the floor.
-        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT)
+        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
         return cls(_floored(packed, eps), pivots, root)
 
     def single(self) -> InverseOfFactors:

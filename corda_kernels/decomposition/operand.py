@@ -56,12 +56,11 @@ class Operand:
         shift = None if self.shift is None else self.shift[index]
         return replace(self, matrix=self.matrix[index], shift=shift)
 
-    def double(self) -> Tensor:
-        """G in float64; a copy only where it takes one."""
-        if self.shift is None:
-            return self.matrix.double()
-        G = self.matrix.to(torch.float64, copy=True)
-        G.diagonal(dim1=-2, dim2=-1).add_(self.shift[..., 0])
+    def double(self, *, copy: bool = False) -> Tensor:
+        """G in float64; the matrix itself where it can be, unless a copy is asked for."""
+        G = self.matrix.to(torch.float64, copy=copy or self.shift is not None)
+        if self.shift is not None:
+            G.diagonal(dim1=-2, dim2=-1).add_(self.shift[..., 0])
         return G
 
     def single(self) -> Operand:
