@@ -39,8 +39,10 @@ class InverseOfFactors(NamedTuple):
 
     @classmethod
     def of(cls, W: Tensor, C: Tensor, *, upper: bool) -> InverseOfFactors | None:
-        """Of W, upper triangular or not, and C (*batch, n, n), float64, which are overwritten; None,
-        and W as it was, where a C cannot be factored."""
+        """Of W, upper triangular or not, and C (*batch, n, n), float64.
+
+        Both are overwritten. Where a C cannot be factored it is None, and W as it was.
+        """
         # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
         info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
         root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))

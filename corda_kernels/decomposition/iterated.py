@@ -12,10 +12,10 @@ from corda_kernels.decomposition.inverted import InverseOfFactors, inverse_of_pr
 from corda_kernels.decomposition.operand import Operand
 from corda_kernels.decomposition.subspace import Operator, leading_pairs
 
-# Errors of the subspace at which to stop. What B A is off by in the end is a tenth of it or less at
+# Errors of the subspace at which to stop. What B A is off by in the end is a fifth of it or less at
 # the top and a third at the bottom, for the error is that of the worst vector, estimated before the
 # last application of the operator.
-TOLERANCE = {"largest": 5e-5, "smallest": 3e-3}
+TOLERANCE = {"largest": 2e-5, "smallest": 3e-3}
 # Gaps below which there is nothing to tell apart.
 _LEAST_GAP = {"largest": 1e-3, "smallest": 1e-2}
 # What an application of the operator takes off the error, roughly, on layers of SmolLM2-135M.

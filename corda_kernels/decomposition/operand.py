@@ -85,7 +85,12 @@ class Operand:
         *batch, height, width = self.matrix.shape
         if self._buffer is None or self._buffer.dtype != dtype:
             self._buffer = self.matrix.new_empty(*batch, min(_PANEL, height), width, dtype=dtype)
-        for start in range(0, height, _PANEL):
-            rows = slice(start, min(start + _PANEL, height))
-            panel = self._buffer[..., : rows.stop - start, :]
+        for rows in panels(height):
+            panel = self._buffer[..., : rows.stop - rows.start, :]
             yield rows, panel.copy_(self.matrix[..., rows, :])
+
+
+def panels(height: int) -> Iterator[slice]:
+    """Rows 0 … height, as many at a time as are best converted together."""
+    for start in range(0, height, _PANEL):
+        yield slice(start, min(start + _PANEL, height))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.decomposition import CoSVD, regularized_inverse
+from corda_kernels.decomposition.operand import panels
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.precision import without_autocast
 
@@ -149,4 +150,8 @@ def _through_inverse(
 def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
     """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype."""
     A, B = (factor.to(weight.device, torch.float64) for factor in (factors.A, factors.B))
-    return (weight.double() - factors.scaling * (B @ A)).to(weight.dtype)
+    left = torch.empty_like(weight)
+    for rows in panels(weight.shape[0]):
+        part = weight[rows].to(torch.float64, copy=True)
+        left[rows] = part.addmm_(B[rows], A, alpha=-factors.scaling)
+    return left
