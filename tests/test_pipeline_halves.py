@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels.errors import CalibrationError
 from corda_kernels.pipeline import calibrate_halves, corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -98,3 +99,47 @@ def test_stability_of_the_other_end_alone_is_none_of_an_adapter(
         model, random_batches(), rank=4, ends=("largest",), progress=False
     )
     assert bool(corda_adapter(model, covariances, config(mode)).record.stability) == measured
+
+
+class Routed(nn.Module):
+    """Two experts, between which the first token of a batch decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2, 8)
+        self.shared = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        expert = self.experts[int(input_ids[0, 0])]
+        return expert(self.shared(self.embedding(input_ids)))
+
+
+def routed_to(expert: int) -> Tensor:
+    ids = torch.randint(2, (2, 5))
+    ids[0, 0] = expert
+    return ids
+
+
+def test_a_layer_that_one_half_alone_reaches_is_that_half_s() -> None:
+    model = Routed()
+    batches = [routed_to(0), routed_to(1), routed_to(0), routed_to(1)]
+    options: Any = {"targets": ["shared", "experts.0", "experts.1"], "progress": False}
+    whole = calibrate(model, batches, **options)
+    halves = calibrate_halves(model, batches, rank=2, **options)
+    assert set(halves) == set(whole)
+    assert not halves.left_out
+    for name in whole:
+        torch.testing.assert_close(halves[name].matrix, whole[name].matrix)
+    assert halves.provenance["stability"]["layers"].keys() == {"shared"}
+
+
+def test_a_layer_that_no_half_reaches_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"1 target layer.*experts\.1"):
+        calibrate_halves(
+            Routed(),
+            [routed_to(0), routed_to(0)],
+            rank=2,
+            targets=["shared", "experts.0", "experts.1"],
+            progress=False,
+        )

@@ -120,11 +120,15 @@ class CovarianceSet(Mapping[str, Covariance]):
             names.setdefault(id(covariance), []).append(name)
         return [(self[members[0]], members) for members in names.values()]
 
-    def merge(self, other: CovarianceSet) -> CovarianceSet:
+    def merge(self, other: CovarianceSet, *, partial: bool = False) -> CovarianceSet:
         """Both samples together, layer by layer, token-weighted; sharing is kept where both share.
 
         Notes on what the text was are kept where both say the same. Stability and selection were
         of one sample alone, and are not.
+
+        Args:
+            other: of the same model, normalised alike.
+            partial: whether a layer may be in one only; it is then what it is there.
 
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
@@ -133,7 +137,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             raise CovarianceError(
                 f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
             )
-        if self.keys() != other.keys():
+        if self.keys() != other.keys() and not partial:
             odd = sorted(self.keys() ^ other.keys())
             raise CovarianceError(
                 f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more "
@@ -141,11 +145,19 @@ class CovarianceSet(Mapping[str, Covariance]):
             )
         merged: dict[tuple[int, int], Covariance] = {}
         result: dict[str, Covariance] = {}
-        for name, mine in self.items():
-            pair = (id(mine), id(other[name]))
+        for name in dict.fromkeys((*self, *other)):
+            if name not in self or name not in other:
+                result[name] = self[name] if name in self else other[name]
+                continue
+            pair = (id(self[name]), id(other[name]))
             if pair not in merged:
-                merged[pair] = mine.merge(other[name], normalize=self.normalize)
+                merged[pair] = self[name].merge(other[name], normalize=self.normalize)
             result[name] = merged[pair]
+        left_out = {
+            name: reason
+            for name, reason in (self.left_out | other.left_out).items()
+            if name not in result
+        }
         provenance = {
             note: value
             for note, value in self.provenance.items()
@@ -155,7 +167,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
         return CovarianceSet(
-            result, normalize=self.normalize, left_out=self.left_out, provenance=provenance
+            result, normalize=self.normalize, left_out=left_out, provenance=provenance
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -28,6 +28,8 @@ from corda_kernels.versions import library_versions
 OnUnseen = Literal["error", "skip"]
 Normalize = Literal["tokens", "peft"]
 
+_UNSEEN = "never called during calibration"
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -139,21 +141,32 @@ class Subject:
             raise CalibrationError(
                 "there were no tokens to calibrate on: the batches are empty or masked throughout"
             )
-        if unseen and on_unseen == "error":
-            raise CalibrationError(
-                f"{len(unseen)} target layer(s) never received a token: {', '.join(unseen[:5])}"
-                f"{', …' if len(unseen) > 5 else ''}; leave them out of the targets, or use more "
-                'text if they are routed experts, or pass on_unseen="skip"'
-            )
+        if on_unseen == "error":
+            refuse_unseen(unseen)
         return CovarianceSet(
             covariances,
             normalize=normalize,
-            left_out=self.left_out | dict.fromkeys(unseen, "never called during calibration"),
+            left_out=self.left_out | dict.fromkeys(unseen, _UNSEEN),
             provenance={
                 "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
                 "tokens": tokens,
                 "versions": library_versions(),
             },
+        )
+
+
+def unseen(covariances: CovarianceSet) -> list[str]:
+    """Names of the layers that were left out because they never received a token."""
+    return [name for name, reason in covariances.left_out.items() if reason == _UNSEEN]
+
+
+def refuse_unseen(names: Sequence[str]) -> None:
+    """Raises a CalibrationError if there are layers that never received a token."""
+    if names:
+        raise CalibrationError(
+            f"{len(names)} target layer(s) never received a token: {', '.join(names[:5])}"
+            f"{', …' if len(names) > 5 else ''}; leave them out of the targets, or use more "
+            'text if they are routed experts, or pass on_unseen="skip"'
         )
 
 

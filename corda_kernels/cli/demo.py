@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from corda_kernels.cli import options
-from corda_kernels.errors import AdapterError, ModelError
+from corda_kernels.errors import AdapterError, ConfigError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +48,8 @@ def demo(
     from corda_kernels.models import load_model, load_tokenizer, save_model
     from corda_kernels.usage import Stopwatch
 
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {steps}")
     source = _gguf_file()
     check_output(out, folder=True, needed_bytes=1 << 30)
     started = time.perf_counter()

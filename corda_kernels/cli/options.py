@@ -55,7 +55,8 @@ Selection = Annotated[
     typer.Option(help="argmin: each layer keeps its best candidate; pool: all text counts."),
 ]
 Damping = Annotated[
-    float, typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none.")
+    float,
+    typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the choice of texts and of random starts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.kernels.reference import CHOLESKY_ATTEMPTS
 from corda_kernels.precision import without_autocast
@@ -59,8 +60,7 @@ def regularized_inverse(
         DecompositionError: a matrix holds NaN or Inf, or cannot be inverted within 12 attempts, or
             with the fixed damping.
     """
-    if damping is not None and not 0 <= damping < float("inf"):
-        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    check_damping(damping)
     if max_condition is not None and not max_condition >= 1:
         raise ConfigError(f"max_condition must be at least 1, got {max_condition}")
     _check_square(matrix)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from corda_kernels.decomposition.damping import check_damping, damped
 from corda_kernels.decomposition.exact import End, exact, null_share
 from corda_kernels.decomposition.iterated import TOLERANCE, block_size, bottom, top
 from corda_kernels.decomposition.operand import Operand
@@ -144,8 +145,7 @@ def check(
         raise ConfigError(f'which must be "largest" or "smallest", got {which!r}')
     if method not in ("auto", "exact", "randomized"):
         raise ConfigError(f'method must be "auto", "exact" or "randomized", got {method!r}')
-    if damping is not None and not 0 <= damping < float("inf"):
-        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    check_damping(damping)
     if weight.ndim < 2 or covariance.shape != (
         *weight.shape[:-2],
         weight.shape[-1],
@@ -168,15 +168,6 @@ def check(
                 "covariance": "calibrate again, in a wider dtype if activations overflowed",
             }[name]
             raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
-
-
-def damped(covariance: Tensor, damping: float | None) -> tuple[Operand, Tensor]:
-    """C + λI, and λ as a multiple of the mean diagonal of C, (*batch)."""
-    mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    share = torch.full_like(mean, damping or 0.0)
-    return Operand(
-        covariance, (share * mean)[..., None, None] if damping else None, symmetric=True
-    ), share
 
 
 class Found(NamedTuple):

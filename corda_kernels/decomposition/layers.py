@@ -12,10 +12,10 @@ from corda_kernels.decomposition.co_svd import (
     CoSVD,
     Method,
     check,
-    damped,
     decompose,
     warn_given_up,
 )
+from corda_kernels.decomposition.damping import damped
 from corda_kernels.decomposition.exact import End
 from corda_kernels.decomposition.operand import Operand
 from corda_kernels.decomposition.parallel import parallel_map

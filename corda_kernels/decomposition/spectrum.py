@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corda_kernels.decomposition.co_svd import check, damped
+from corda_kernels.decomposition.co_svd import check
+from corda_kernels.decomposition.damping import damped
 from corda_kernels.decomposition.triangle import lower_gram, lower_triangle, orthogonal_factor
 from corda_kernels.precision import without_autocast
 

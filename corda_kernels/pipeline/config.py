@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
 from corda_kernels.planning.compactness import CONDITIONS, Condition
@@ -90,8 +91,7 @@ class CordaConfig:
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.damping is not None and not 0 <= self.damping < float("inf"):
-            raise ConfigError(f"damping must be at least 0 and finite, got {self.damping}")
+        check_damping(self.damping)
         whole_number("candidates", self.candidates, 1)
         whole_number("rank", self.rank, 1)
         if not _SEEDS[0] <= self.seed <= _SEEDS[1]:

@@ -12,6 +12,8 @@ from torch import nn
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
+from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.models import weights_at_hand
 from corda_kernels.pipeline.parts import calibrate_part
@@ -51,9 +53,14 @@ def calibrate_halves(
         is None where there was but one batch.
     """
     batches = list(batches)
-    count = half_count(batches, rank)
+    count = half_count(batches, rank, damping)
     kept = [None] * count if checkpoint is None else checkpoint.parts(count)
-    options: Any = {"targets": targets, "distributed": distributed, "progress": progress}
+    options: Any = {
+        "targets": targets,
+        "on_unseen": on_unseen(count),
+        "distributed": distributed,
+        "progress": progress,
+    }
     clock = clock or Stopwatch()
     with clock.stage("calibration"):
         halves = [
@@ -72,15 +79,24 @@ def calibrate_halves(
         )
 
 
-def half_count(batches: Sequence[Batch], rank: int | None) -> int:
+def half_count(batches: Sequence[Batch], rank: int | None, damping: float | None) -> int:
     """2, or 1 where the text cannot be halved, or its stability at `rank` is not asked for.
 
     Raises:
-        ConfigError: the rank is below 1.
+        ConfigError: the rank is below 1, or the damping is out of range.
     """
+    check_damping(damping)
     if rank is not None and rank < 1:
         raise ConfigError(f"the rank at which stability is judged must be at least 1, got {rank}")
     return 1 if rank is None or len(batches) < 2 else 2
+
+
+def on_unseen(count: int) -> OnUnseen:
+    """What calibration is to do about layers that one of `count` halves does not reach.
+
+    It leaves them to the other, such as an expert that few tokens are routed to.
+    """
+    return "skip" if count > 1 else "error"
 
 
 def with_stability(
@@ -95,12 +111,17 @@ def with_stability(
 ) -> CovarianceSet:
     """The covariances of both halves, or of the only one, with a note on how well they agree.
 
-    See `calibrate_halves`.
+    A layer that one half alone has reached gets its covariance from that, and no note. See
+    `calibrate_halves`.
+
+    Raises:
+        CalibrationError: a layer was reached by neither half.
     """
     if rank is None or len(halves) < 2:
         halves[0].provenance["stability"] = None
         return halves[0]
     first, second = halves
+    refuse_unseen([name for name in unseen(first) if name in unseen(second)])
     ranks = Ranks.of(distributed)
     modules = {name: model.get_submodule(name) for name in first if name in second}
     share = ranks.share_layers(modules)
@@ -121,6 +142,6 @@ def with_stability(
         name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
     }
     stability = replace(stability, layers={name: layers[name] for name in modules})
-    covariances = first.merge(second)
+    covariances = first.merge(second, partial=True)
     covariances.provenance["stability"] = stability.to_json()
     return covariances

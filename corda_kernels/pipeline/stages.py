@@ -19,7 +19,12 @@ from corda_kernels.pipeline.candidates import (
     check_candidates,
     selected,
 )
-from corda_kernels.pipeline.halves import calibrate_halves, half_count, with_stability
+from corda_kernels.pipeline.halves import (
+    calibrate_halves,
+    half_count,
+    on_unseen,
+    with_stability,
+)
 from corda_kernels.planning import Selection
 from corda_kernels.planning.compactness import Condition
 from corda_kernels.planning.selection import Method
@@ -80,7 +85,7 @@ def covariance_stages(
         check_candidates(batches, candidates)
         parts, sets = candidates, 2
     else:
-        parts = half_count(batches, rank)
+        parts = half_count(batches, rank, damping)
         sets = parts if parts == 1 else parts + 1
     judging: Any = {"rank": rank, "ends": ends, "damping": damping, "distributed": distributed}
     choosing: Any = {
@@ -115,6 +120,7 @@ def covariance_stages(
         batches,
         parts=parts,
         targets=targets,
+        on_unseen="error" if candidates > 1 else on_unseen(parts),
         checkpoint=checkpoint,
         distributed=distributed,
         progress=progress,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
+from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.models import linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
@@ -233,8 +234,7 @@ def check_condition(damping: float, condition: str) -> None:
     Raises:
         ConfigError: damping is negative, infinite or NaN; or there is no such condition.
     """
-    if not 0 <= damping < float("inf"):
-        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    check_damping(damping)
     if condition not in CONDITIONS:
         raise ConfigError(
             f"condition must be one of {', '.join(map(repr, CONDITIONS))}, got {condition!r}"

@@ -139,8 +139,18 @@ class Selection:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Selection:
-        """Reads what `to_json` gave."""
-        return cls(**value)
+        """Reads what `to_json` gave.
+
+        Raises:
+            CovarianceError: it is something else.
+        """
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise CovarianceError(
+                f"the covariances' note on their selection cannot be read ({error}): "
+                "calibrate again"
+            ) from error
 
     def after(self, candidate: CovarianceSet, scores: Mapping[str, float]) -> Selection:
         """With one more candidate and its scores by layer."""

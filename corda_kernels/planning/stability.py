@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import ConfigError, CovarianceError
 from corda_kernels.models import linear_weight
 from corda_kernels.progress import progress_bar
 
@@ -67,10 +67,20 @@ class Stability:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Stability:
-        """Reads what `to_json` gave."""
-        layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
-        first, second = value["tokens"]
-        return cls(value["rank"], value["damping"], (first, second), layers)
+        """Reads what `to_json` gave.
+
+        Raises:
+            CovarianceError: it is something else.
+        """
+        try:
+            layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
+            first, second = value["tokens"]
+            return cls(value["rank"], value["damping"], (first, second), layers)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CovarianceError(
+                f"the covariances' note on their stability cannot be read ({error!r}): calibrate "
+                "again"
+            ) from error
 
     def at(self, end: End, names: Iterable[str]) -> Stability | None:
         """What it says of some layers at one end alone; None if that was measured in none of them.

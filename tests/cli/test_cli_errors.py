@@ -106,6 +106,14 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
         "the rank at which stability is judged must be at least 1, got 0",
     ),
+    "damping of the stability": (
+        ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--damping", -1),
+        "damping must be at least 0 and finite, got -1",
+    ),
+    "training in no steps": (
+        ("demo", "{tmp}/out", "--steps", 0),
+        "--steps must be at least 1, got 0",
+    ),
     "negative interval": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", -1),
         "--checkpoint-every must be at least 0, got -1",

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.errors import DecompositionError
+from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.planning import LayerStability, Stability, subspace_stability
 from corda_kernels.planning.stability import _BOTTOM, _TOP
 
@@ -259,3 +260,19 @@ def test_a_covariance_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(DecompositionError):
         subspace_stability(modules(), calibration(30), spoil(calibration(30)), rank=4)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {},
+        {"layers": 3},
+        {"rank": 4, "damping": 0.01, "tokens": [1], "layers": {}},
+        {"rank": 4, "damping": 0.01, "tokens": [1, 2], "layers": {"a": {"middle": 0.5}}},
+        {"rank": 4, "damping": 0.01, "tokens": 5, "layers": {"a": None}},
+        [],
+    ],
+)
+def test_a_note_that_is_none_says_so(note: Any) -> None:
+    with pytest.raises(CovarianceError, match="note on their stability cannot be read"):
+        Stability.from_json(note)

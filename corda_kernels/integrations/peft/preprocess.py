@@ -11,6 +11,7 @@ from torch import nn
 
 from corda_kernels.calibration import Covariance
 from corda_kernels.decomposition import co_svd_layers
+from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import (
     CalibrationError,
     CompatibilityWarning,
@@ -149,8 +150,7 @@ def _check_options(
     for name, value in chosen.items():
         if value not in _CHOICES[name]:
             raise ConfigError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
-    if damping is not None and not 0 <= damping < float("inf"):
-        raise ConfigError(f"damping must be at least 0 and finite, got {damping}")
+    check_damping(damping)
     if options is None or options.corda_method not in ("ipm", "kpm"):
         raise ConfigError(
             'corda_config.corda_method must be "ipm" or "kpm": set LoraConfig(init_lora_weights='
