@@ -111,7 +111,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         "damping must be at least 0 and finite, got -1",
     ),
     "training in no steps": (
-        ("demo", "{tmp}/out", "--steps", 0),
+        ("demo", "--out", "{tmp}/out", "--steps", 0),
         "--steps must be at least 1, got 0",
     ),
     "negative interval": (
