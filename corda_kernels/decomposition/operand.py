@@ -11,6 +11,9 @@ from torch import Tensor
 # Rows converted at a time: at 256 to 512 of 1536 or 4096 columns, conversion and product together
 # take what the product alone takes (2 cores), where a whole copy adds a third or more.
 _PANEL = 384
+# Up to this size Xᵀ·matrix is faster than matrixᵀ·X: of 576 × 1536 with 48 columns in float32 93
+# against 68 GFLOP/s on one core. At 4096, on two, it is 145 against 168.
+_SMALL = 2048
 # Entries between these, products of four such matrices stay far from float32's limits.
 _MODERATE = (1e-6, 1e6)
 
@@ -44,7 +47,7 @@ class Operand:
     def transposed_times(self, X: Tensor) -> Tensor:
         """Gᵀ X (*batch, columns, k) for X (*batch, rows, k), in X's dtype."""
         if self.matrix.dtype == X.dtype:
-            product = self.matrix.mT @ X
+            product = _transposed_product(self.matrix, X)
         else:
             product = X.new_zeros(*X.shape[:-2], self.matrix.shape[-1], X.shape[-1])
             for rows, panel in self._panels(X.dtype):
@@ -88,6 +91,13 @@ class Operand:
         for rows in panels(height):
             panel = self._buffer[..., : rows.stop - rows.start, :]
             yield rows, panel.copy_(self.matrix[..., rows, :])
+
+
+def _transposed_product(matrix: Tensor, X: Tensor) -> Tensor:
+    """matrixᵀ X, the way round that is faster on a CPU."""
+    if max(matrix.shape[-2:]) <= _SMALL:
+        return (X.mT @ matrix).mT
+    return matrix.mT @ X
 
 
 def panels(height: int) -> Iterator[slice]:
