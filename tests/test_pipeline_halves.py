@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
 from corda_kernels.errors import CalibrationError
 from corda_kernels.pipeline import calibrate_halves, corda_adapter
+from corda_kernels.planning import Stability
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 
@@ -121,17 +122,31 @@ def routed_to(expert: int) -> Tensor:
     return ids
 
 
-def test_a_layer_that_one_half_alone_reaches_is_that_half_s() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("shared", [["shared"], []])
+def test_a_layer_that_one_half_alone_reaches_is_that_half_s(first: int, shared: list[str]) -> None:
     model = Routed()
-    batches = [routed_to(0), routed_to(1), routed_to(0), routed_to(1)]
-    options: Any = {"targets": ["shared", "experts.0", "experts.1"], "progress": False}
+    batches = [routed_to(expert) for expert in (first, 1 - first) * 2]
+    experts = ["experts.0", "experts.1"]
+    options: Any = {"targets": shared + experts, "progress": False}
     whole = calibrate(model, batches, **options)
     halves = calibrate_halves(model, batches, rank=2, **options)
-    assert set(halves) == set(whole)
+    assert list(halves) == list(whole) == shared + experts
     assert not halves.left_out
     for name in whole:
         torch.testing.assert_close(halves[name].matrix, whole[name].matrix)
-    assert halves.provenance["stability"]["layers"].keys() == {"shared"}
+    stability = Stability.from_json(halves.provenance["stability"])
+    assert list(stability.layers) == list(whole)
+    # Nothing speaks for their text.
+    assert {stability.verdict(stability.layers[name]) for name in experts} == {"unstable"}
+
+
+def test_a_target_that_one_half_has_nothing_of() -> None:
+    batches = [routed_to(0), routed_to(1)]
+    halves = calibrate_halves(
+        Routed(), batches, rank=2, targets=["experts.0"], ends=["smallest"], progress=False
+    )
+    assert halves.provenance["stability"]["layers"] == {"experts.0": {"top": None, "bottom": 0.0}}
 
 
 def test_a_layer_that_no_half_reaches_is_refused() -> None:

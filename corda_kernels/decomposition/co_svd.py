@@ -33,6 +33,10 @@ Method = Literal["auto", "exact", "randomized"]
 # (measured on a CPU: 192 channels 5 ms, 576 channels 86 ms against 25 to 45 ms).
 _DENSE_SIZE = 256
 _DENSE_BLOCKS = 6
+# Rows that are compared with the columns of a covariance, and by how much of their largest entry
+# they may differ.
+_PROBED = 8
+_ASYMMETRY = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +78,10 @@ def co_svd(
     """Decomposes W·C and keeps the `rank` largest or smallest singular pairs.
 
     The result is that of float64: covariances of real models have conditions up to 1e10, so that in
-    float32 the smallest vectors would be noise. Only the search for the largest of a large matrix
-    begins in float32; what comes of that is measured, and corrected, in float64. Directions that C
-    does not see at all (σ = 0) are ordered by what W does on them, the limit of a vanishing
-    damping, by the exact method.
+    float32 the smallest vectors would be noise. An iteration begins in float32 where that leads
+    somewhere; what comes of it is measured, and corrected, in float64. Directions that C does not
+    see at all (σ = 0) are ordered by what W does on them, the limit of a vanishing damping, by the
+    exact method.
 
     For research, W·C may become D^½·W·C^power: with X = U dualᵀ W, which is U Uᵀ W without D, the
     largest leave the least ‖D^½ (W − X) C^power‖_F of all X of that rank, and the smallest are what
@@ -155,6 +159,10 @@ def check(
             f"a weight {tuple(weight.shape)} needs a covariance (*batch, in, in), "
             f"got {tuple(covariance.shape)}"
         )
+    if not _symmetric(covariance):
+        raise DecompositionError(
+            "the covariance is not symmetric: if only a triangle of it is filled, fill the other"
+        )
     if not 1 <= rank <= min(weight.shape[-2:]):
         raise RankError(
             f"rank {rank} is not possible for a weight of {weight.shape[-2]} × {weight.shape[-1]}: "
@@ -168,6 +176,16 @@ def check(
                 "covariance": "calibrate again, in a wider dtype if activations overflowed",
             }[name]
             raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
+
+
+def _symmetric(covariance: Tensor) -> bool:
+    """Whether some rows of C (*batch, in, in) are what the columns are, but for rounding."""
+    some = torch.linspace(0, covariance.shape[-1] - 1, _PROBED, device=covariance.device).long()
+    rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
+    if not rows.numel():
+        return True
+    # NaN is another matter.
+    return not bool(((rows - columns).abs() > _ASYMMETRY * rows.abs().amax()).any())
 
 
 class Found(NamedTuple):
@@ -198,7 +216,7 @@ def decompose(
     """One end of the singular value decomposition of W·C, in float64; see `co_svd`."""
     shortest = min(W.shape[-2:])
     dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block_size(rank, shortest)
-    if method == "exact" or (method == "auto" and dense):
+    if method == "exact" or (method == "auto" and dense) or W.numel() == 0:
         U, S = exact(W.double(), C.double(), rank, which)
         return Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
     return _iterated(W, C, rank, which, generator)

@@ -13,7 +13,7 @@ from corda_kernels.decomposition.triangle import lower_triangle
 
 def inverse_of_product(M: Tensor) -> tuple[Operator, Operator]:
     """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
-    L = _floored(lower_triangle(M), torch.finfo(M.dtype).eps)
+    L = _floored(lower_triangle(M))
     return (
         lambda X: _solved(L, X, upper=False),
         lambda Y: _solved(L.mT, Y, upper=True),
@@ -48,19 +48,16 @@ class InverseOfFactors(NamedTuple):
         root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
         if bool((info != 0).any()):
             return None
-        eps = torch.finfo(W.dtype).eps
         if upper:
-            return cls(_floored(W, eps), None, root)
+            return cls(_floored(W), None, root)
         pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
         # A zero on the diagonal is an entry below the floor.
         packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
-        return cls(_floored(packed, eps), pivots, root)
+        return cls(_floored(packed), pivots, root)
 
     def single(self) -> InverseOfFactors:
-        """In float32; unless the units are far from 1, nothing that it is applied to overflows."""
-        eps = torch.finfo(torch.float32).eps
-        packed, root = self.packed.float(), self.root.float()
-        return InverseOfFactors(_floored(packed, eps), self.pivots, _floored(root, eps**0.5))
+        """In float32, where some inverses overflow."""
+        return InverseOfFactors(self.packed.float(), self.pivots, self.root.float())
 
     def operators(self) -> tuple[Operator, Operator]:
         """Products with (W·C)⁻¹ and its transpose."""
@@ -90,11 +87,11 @@ def _solved(triangle: Tensor, X: Tensor, *, upper: bool) -> Tensor:
     return solved
 
 
-def _floored(triangle: Tensor, share: float) -> Tensor:
-    """A triangle with no diagonal entry below this share of the largest, so that it can be divided
-    by; the same tensor."""
+def _floored(triangle: Tensor) -> Tensor:
+    """A triangle with no diagonal entry below eps times the largest, so that it can be divided by;
+    the same tensor."""
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.abs().amax(-1, keepdim=True)
-    floor = torch.where(largest > 0, share * largest, 1.0)
+    floor = torch.where(largest > 0, torch.finfo(triangle.dtype).eps * largest, 1.0)
     diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
     return triangle

@@ -26,6 +26,8 @@ _GAIN = 3e1
 _SPARE, _WIDTH = 16, 24
 # From this many blocks on, solving with the factors of W and C costs less than forming W·C.
 _SOLVED_BLOCKS = 16
+# Norms between these are right in float32: squares neither overflow nor vanish.
+_SQUARABLE = (1e-12, 1e18)
 # Steps of the power method to the size of W·C, by which to tell what is zero.
 _POWER_STEPS = 4
 
@@ -123,8 +125,10 @@ def _start(rows: int, rank: int, W: Tensor, generator: torch.Generator) -> Tenso
 
 
 def _size(W: Tensor, C: Operand, smallest: Tensor) -> Tensor:
-    """‖W·C‖₂, (*batch): a little less of it, or more where that is not much of the smallest."""
-    bound = _norm(W) * _norm(C.matrix)
+    """‖W·C‖₂, (*batch): an upper bound where that settles that the smallest is not zero, otherwise
+    an estimate from below by the power method."""
+    shift = 0.0 if C.shift is None else C.shift[..., 0, 0] * W.shape[-1] ** 0.5
+    bound = _norm(W) * (_norm(C.matrix) + shift)
     if bool((smallest > bound * null_share(W)).all()):
         return bound
     half, back = _factored(Operand(W), C)
@@ -140,4 +144,7 @@ def _norm(matrix: Tensor) -> Tensor:
     """‖matrix‖_F, (*batch), in float64."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=dtype)
-    return norm.double()
+    if bool(((norm > _SQUARABLE[0]) & (norm < _SQUARABLE[1])).all()):
+        return norm.double()
+    exact: Tensor = torch.linalg.vector_norm(matrix.double(), dim=(-2, -1))
+    return exact

@@ -78,7 +78,7 @@ def co_svd_layers(
             parts = zip(names, found.U, found.S, share, found.residual, found.given_up, strict=True)
             return [(name, CoSVD(*part[:4]), part[4]) for name, *part in parts]
         C, share = damped(covariances[names[0]].cpu(), damping)
-        if which == "smallest":  # where each would make a float64 copy of its own
+        if which == "smallest" and len(names) > 1:  # converted once for all of them
             C = Operand(C.double(), symmetric=True)
         results = []
         for name in names:

@@ -1,10 +1,10 @@
-"""A few left singular vectors at either end of the spectrum, by block Lanczos iteration, batched.
+"""A few singular vectors at either end of the spectrum, by block Golub-Kahan iteration, batched.
 
 The method finds the leading eigenvectors of a symmetric operator A = back ∘ half. With half = Mᵀ
-and back = M these are the left singular vectors of M for the largest σ. With half = L⁻¹ and
-back = L⁻ᵀ, L the triangular factor of M, A is (M Mᵀ)⁻¹, and they are those for the smallest. Both
-work on the left side alone: U obtained from V as M·V/σ would carry the error of V multiplied by
-σ₁/σ. The arithmetic should be float64, but for a first draft.
+and back = M these are the left singular vectors of M for the largest σ. With half = M⁻¹ and
+back = M⁻ᵀ, or those of a triangular factor of M, A is (M Mᵀ)⁻¹, and they are those for the
+smallest. There U has to come from the left side: obtained from V as M·V/σ it would carry the error
+of V multiplied by σ₁/σ. The arithmetic should be float64, but for a first draft.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from corda_kernels.errors import DecompositionError
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -23,9 +25,13 @@ _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
 _NEAR = 30
-# Eigenvalues of A that differ by more than this are told apart by an SVD of half, not of its
-# square: an eigenproblem's error is eps times the largest.
+# Eigenvalues of A that differ by more than this are told apart by an SVD of the triangle, not of
+# its square: an eigenproblem's error is eps times the largest.
 _SQUARABLE = 1e9
+# Eigenvalues of A below this share of the largest float32 does not see.
+_VISIBLE = torch.finfo(torch.float32).eps ** 2
+# How much of random vectors a start takes that goes on from a draft that was not good enough.
+_STIR = 1e-3
 # Sines between a column and those before it: from the first on a Gram matrix in float64 will do
 # where a second round follows, for rounding leaves of orthogonality eps over its square or, in
 # float32, eps over it; from the others on, one round.
@@ -45,7 +51,7 @@ def leading_pairs(
     far: bool = False,
     draft: tuple[Operator, Operator] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading left singular pairs of `back`, by block Golub-Kahan iteration with restarts.
+    """The leading singular pairs of `back`, by block Golub-Kahan iteration with restarts.
 
     It stops on an error of the wanted Ritz vectors that is estimated from the residuals A u − θ u
     of all Ritz vectors of the block, see `_error`. Within a cluster a subspace is as good as any
@@ -54,43 +60,59 @@ def leading_pairs(
     Args:
         half: X (*batch, n, k) → (*batch, m, k), the transpose of `back`.
         back: Y (*batch, m, k) → (*batch, n, k).
-        start: (*batch, n, block) random, block ≥ rank.
+        start: (*batch, m, block) random, block ≥ rank. The iteration starts from `back` of it,
+            which costs half an application of A and saves a block.
         rank: how many are wanted.
         tolerance: the error of the subspace, as a sine, at which to stop.
         least_gap: smaller gaps count as this one.
         gain: what one more application of A is expected to take off the error of Ritz vectors; if
             it takes off less, a new start goes by that.
+        far: whether the right singular vectors of `back` are wanted in place of the left ones.
         draft: half and back once more, for a first cycle in float32. What comes of it is measured
             with the float64 ones, and improved by them until it is good enough.
 
     Returns:
-        U (*batch, n, rank), the singular values of `back` (*batch, rank) descending, and the error
-        (*batch) estimated before the last application of A: above the tolerance where the iteration
-        did not converge.
+        U (*batch, n, rank), or (*batch, m, rank) if `far`, the singular values of `back`
+        (*batch, rank) descending, and the error (*batch) estimated before the last application of
+        A: above the tolerance where the iteration did not converge.
+
+    Raises:
+        DecompositionError: a product overflows.
 
     Source: Golub, Luk and Overton, "A block Lanczos method for computing the singular values and
     corresponding singular vectors of a matrix", ACM TOMS 1981; here with full reorthogonalisation.
     """
-    drafted = False
+    begun = None
     if draft is not None:
-        front = _orthonormal(draft[1](start.float()))
-        front, reached = _bidiagonalized(*draft, front, rank, 0, gain * tolerance, least_gap)
-        drafted = bool(front.isfinite().all())
-    front = _orthonormal(front.double() if drafted else back(start))
+        begun, reached = _bidiagonalized(
+            *draft, _orthonormal(draft[1](start.float())), rank, 0, gain * tolerance, least_gap
+        )
+    drafted = begun is not None
+    front = _orthonormal(back(start)) if begun is None else _orthonormal(begun.double())
     near = drafted
     for cycle in range(_MOST_CYCLES):
         if not near:
+            if drafted and cycle == 1:
+                # What the draft has missed altogether no iteration from it would find.
+                front = _orthonormal(front + _STIR * _orthonormal(back(start)))
             options = (rank, cycle, gain * tolerance, least_gap)
-            front, reached = _bidiagonalized(half, back, front, *options)
+            found, reached = _bidiagonalized(half, back, front, *options)
+            front = front.new_full(front.shape, torch.nan) if found is None else found
         # Ritz pairs of A on this subspace, and once more A on them.
-        right, triangle = torch.linalg.qr(half(front))
+        image = half(front)
+        if not bool(image.isfinite().all()):
+            raise DecompositionError(
+                "products of a weight with its covariance leave the range of float64: scale them "
+                "to sizes near 1"
+            )
+        right, triangle = torch.linalg.qr(image)
         left, sigma, turn = torch.linalg.svd(triangle)
         turned = back(right)
         applied = turned @ (left * sigma[..., None, :])
         error = _error(front @ turn.mT, applied, sigma.square(), rank, least_gap)
         front, factor = torch.linalg.qr(turned)
         gain = min(gain, max(1.0, reached / max(float(error.max()), tolerance)))
-        if bool((error <= tolerance).all()) or bool(error.isnan().any()):
+        if bool(((error <= tolerance) | error.isnan()).all()):
             break
         # Once more A costs less than a new start. What a good draft is off by is rounding, and this
         # takes most of it off.
@@ -110,9 +132,9 @@ def _bidiagonalized(
     cycle: int,
     tolerance: float,
     least_gap: float,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor | None, float]:
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
-    error that these had; in the dtype of `front`. NaN where its range does not do."""
+    error that these had; in the dtype of `front`. None where its range or precision does not do."""
     *batch, n, block = front.shape
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
     look = min(_FIRST_LOOK[cycle > 0], blocks)
@@ -121,6 +143,7 @@ def _bidiagonalized(
     near, images = (front.new_empty(*batch, n, blocks * block) for _ in range(2))
     triangle = front.new_zeros(*batch, blocks * block, blocks * block)
     far, size, before = None, 0, float("inf")
+    single = front.dtype == torch.float32
     while True:
         image = half(front)
         if far is None:
@@ -134,15 +157,17 @@ def _bidiagonalized(
         images[..., fresh] = image
         basis = near[..., :size]
         if not bool(image.isfinite().all()):
-            return torch.full_like(front, torch.nan), float("nan")
+            return None, float("nan")
         if size == look * block:
             known = triangle[..., :size, :size]
             theta, turn = _ritz(known)
+            if single and bool((theta[..., rank - 1] <= _VISIBLE * theta[..., 0]).any()):
+                return None, float("nan")
             leading = turn[..., :block]
             applied = images[..., :size] @ (known @ leading)
             error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
             # What float32 cannot tell apart more blocks do not, either.
-            stuck = front.dtype == torch.float32 and error > before / 2
+            stuck = single and not error <= before / 2
             if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
                 return _orthonormal(applied), error
             # A block takes off one to three orders of magnitude; a look costs as much as a block.

@@ -17,7 +17,7 @@ from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.models import weights_at_hand
 from corda_kernels.pipeline.parts import calibrate_part
-from corda_kernels.planning import subspace_stability
+from corda_kernels.planning import LayerStability, subspace_stability
 from corda_kernels.usage import Stopwatch
 
 
@@ -111,8 +111,8 @@ def with_stability(
 ) -> CovarianceSet:
     """The covariances of both halves, or of the only one, with a note on how well they agree.
 
-    A layer that one half alone has reached gets its covariance from that, and no note. See
-    `calibrate_halves`.
+    A layer that one half alone has reached gets its covariance from that, and an agreement of 0.
+    See `calibrate_halves`.
 
     Raises:
         CalibrationError: a layer was reached by neither half.
@@ -138,10 +138,17 @@ def with_stability(
             bottom="smallest" in ends,
             progress=progress and ranks.rank == 0,
         )
-    layers = {
+    agreement = {
         name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
     }
-    stability = replace(stability, layers={name: layers[name] for name in modules})
+    none = LayerStability(*(0.0 if end in ends else None for end in ("largest", "smallest")))
     covariances = first.merge(second, partial=True)
-    covariances.provenance["stability"] = stability.to_json()
-    return covariances
+    names = [name for name, _ in model.named_modules() if name in covariances]
+    layers = {name: agreement.get(name, none) for name in names}
+    covariances.provenance["stability"] = replace(stability, layers=layers).to_json()
+    return CovarianceSet(
+        {name: covariances[name] for name in names},
+        normalize=covariances.normalize,
+        left_out=covariances.left_out,
+        provenance=covariances.provenance,
+    )

@@ -188,7 +188,7 @@ def subspace_stability(
                     agreement[end][name] = _bottom_agreement(weight, both, pair, damping)
     top_of, bottom_of = (agreement.get(end, {}) for end, _ in asked)
     layers = {name: LayerStability(top_of.get(name), bottom_of.get(name)) for name in weights}
-    tokens = tuple(max(c.tokens for c in half.values()) for half in (first, second))
+    tokens = [max((c.tokens for c in half.values()), default=0) for half in (first, second)]
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
 
 

@@ -90,6 +90,8 @@ PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     "zero_weight": lambda out, c: (torch.zeros(out, c), of_tokens(4 * c, c)),
     "zero_covariance": lambda out, c: (random(out, c), torch.zeros(c, c)),
 }
+# Of these, an iteration leaves the smallest to the exact method: zero to working precision, or flat.
+NULL = ["covariance_to_1e-12", "flat", "low_rank_weight", "zero_weight"]
 # Of these, W·C leaves more than RANK directions on the left side unseen.
 SINGULAR = ["dead_channels", "few_tokens", "single_token", "zero_covariance"]
 
@@ -155,8 +157,7 @@ def test_keeps_the_directions_that_a_plain_svd_keeps(
         assert energy <= (1 if method == "exact" else 1.001) * best * (1 + 1e-4) + rounding
         return
     assert energy >= best * (1 - 1e-8)
-    # Perturbed by eps·σ₁, a subspace turns by eps·σ₁ over the gap; an iteration stops at 1e-4, and
-    # gains two orders of magnitude in its last step.
+    # Perturbed by eps·σ₁, a subspace turns by eps·σ₁ over the gap; an iteration stops at 2e-5.
     gap = float(S_ref[RANK - 1] - S_ref[RANK])
     if gap > 1e-6 * first:
         stopped = 0 if method == "exact" else 1e-5
@@ -169,9 +170,19 @@ def test_solving_with_the_factors_leads_to_the_same_directions(
     name: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(iterated, "_SOLVED_BLOCKS", 0)
+    made: list[object] = []
+    of = iterated.InverseOfFactors.of
+    monkeypatch.setattr(
+        iterated.InverseOfFactors, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1]
+    )
     W, C = (matrix.clone() for matrix in problem(name, shape))
     test_keeps_the_directions_that_a_plain_svd_keeps(name, "smallest", "randomized", shape)
     assert all(map(torch.equal, problem(name, shape), (W, C)))
+    assert len(made) == 1
+    if name not in SINGULAR:
+        assert (made[0] is None) == (name == "single_token")
+        found = quietly(W, C, rank=RANK, which="smallest", method="randomized")
+        assert float(found.residual) > 0 or name in NULL
 
 
 @pytest.mark.parametrize("solved", [0, 1000])
@@ -444,6 +455,46 @@ def test_what_is_impossible_is_refused(
     options = {"weight": torch.ones(5, 8), "covariance": torch.eye(8), "rank": 2} | changes
     with pytest.raises(error, match=message):
         co_svd(options.pop("weight"), options.pop("covariance"), **options)
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_an_empty_batch_of_large_matrices_has_an_empty_result(which: str) -> None:
+    found = co_svd(torch.zeros(0, 400, 300), torch.zeros(0, 300, 300), rank=4, which=which)
+    assert (found.U.shape, found.S.shape) == ((0, 400, 4), (0, 4))
+
+
+def test_channels_that_float32_cannot_hold_at_once_are_found() -> None:
+    # Whatever float32 makes of it, each vector by itself is invariant.
+    w, c = torch.linspace(1, 0.1, 400), torch.ones(400)
+    w[::2] *= 1e-23
+    c[1::2] *= 1e-23
+    w[-1] *= 30
+    found = co_svd(w.diag(), c.diag(), rank=4)
+    expected = (w.double() * c.double()).sort(descending=True).values
+    torch.testing.assert_close(found.S, expected[:4], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_float32_inputs_of_odd_units_are_iterated_with(scale: float, which: str) -> None:
+    W, C = (matrix.float() for matrix in problem("gaussian", "square"))
+    options = {"rank": RANK, "which": which, "method": "randomized"}
+    plain = co_svd(W, C, **options)
+    for scaled in (co_svd(scale * W, C, **options), co_svd(W, scale * C, **options)):
+        assert float(scaled.residual) > 0
+        torch.testing.assert_close(scaled.S / scale, plain.S, rtol=1e-4, atol=0)
+
+
+def test_what_leaves_the_range_of_float64_is_refused() -> None:
+    W, C = problem("gaussian", "square")
+    with pytest.raises(DecompositionError, match="leave the range of float64: scale them"):
+        co_svd(W.double() * 1e160, C * 1e160, rank=RANK, method="randomized")
+
+
+def test_of_a_triangle_alone_nothing_is_made() -> None:
+    W, C = problem("gaussian", "square")
+    with pytest.raises(DecompositionError, match="not symmetric: if only a triangle of it is fill"):
+        co_svd(W, C.tril(), rank=RANK)
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

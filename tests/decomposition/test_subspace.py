@@ -243,9 +243,54 @@ def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -
     assert sum(double) <= most * 24
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0])
-def test_a_draft_that_is_no_help_is_replaced(scale: float) -> None:
+@pytest.mark.parametrize("drafted", [False, True])
+def test_the_far_side_has_the_other_vectors(drafted: bool) -> None:
+    torch.manual_seed(1)
+    M, known_U = known(150, 400, log_spaced(150, 4))
+    V = torch.linalg.svd(M, full_matrices=False)[2].T
+    draft = (lambda X: M.float().T @ X, lambda Y: M.float() @ Y) if drafted else None
+    options = {"tolerance": 1e-5, "least_gap": 1e-3, "gain": 1e2, "draft": draft}
+    start = random(400, 20)
+    for far, expected in ((False, known_U), (True, V)):
+        found, S, error = leading_pairs(*counted(M, []), start, 4, far=far, **options)
+        assert float(error) <= 1e-5
+        assert distance(found, expected[:, :4]) <= 1e-5
+        torch.testing.assert_close(S, log_spaced(150, 4)[:4], rtol=1e-9, atol=0)
+
+
+# Of float32 the first range is too small in the start, the second in the iteration.
+@pytest.mark.parametrize("size", [1e300, 1e30])
+def test_a_draft_that_overflows_is_thrown_away(size: float) -> None:
     M, known_U = known(300, 300, log_spaced(300, 6))
+    large = (lambda X: (size * (M.T @ X)).float(), lambda Y: (size * (M @ Y)).float())
+    draft = (lambda X: large[0](X.double()), lambda Y: large[1](Y.double()))
+    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    U, _, error = leading_pairs(*counted(M, []), random(300, 20), 4, draft=draft, **options)
+    assert float(error) <= 1e-4
+    assert distance(U, known_U[:, :4]) <= 1e-5
+
+
+def test_small_values_are_found_in_float32_as_far_as_their_own_ratio_allows() -> None:
+    # On A alone rounding would hide what lies below √eps = 3e-4 of the largest.
+    torch.manual_seed(1)
+    sigma = torch.cat([torch.ones(1), torch.logspace(-3, -5, 299)]).double()
+    M, known_U = known(300, 300, sigma)
+    half, back = counted(M.float(), [])
+    front = subspace._orthonormal(back(random(300, 24).float()))
+    found, error = subspace._bidiagonalized(half, back, front, 8, 0, 1e-3, 1e-3)
+    assert found.dtype == torch.float32
+    assert error <= 1e-3
+    Q = torch.linalg.qr(found.double()).Q
+    turn = torch.linalg.eigh(Q.T @ M @ M.T @ Q).eigenvectors
+    assert distance((Q @ turn.flip(-1))[:, :8], known_U[:, :8]) <= 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_draft_that_is_no_help_is_replaced(scale: float, diagonal: bool) -> None:
+    M, known_U = known(300, 300, log_spaced(300, 6))
+    if diagonal:  # then the span of any coordinates is an invariant one
+        M, known_U = log_spaced(300, 6).flip(0).diag(), torch.eye(300).double().flip(1)
     other = (known(300, 300, log_spaced(300, 6))[0] * scale).float()
     columns: list[int] = []
     options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
