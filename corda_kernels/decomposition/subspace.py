@@ -213,7 +213,9 @@ def _error(
     and Sun, Matrix Perturbation Theory, 1990, section V.2.
     """
     block = ritz.shape[-1]
-    residual = (applied - ritz * theta[..., None, :block]).norm(dim=-2)
+    # Squared they leave float32's range.
+    residual = (applied - ritz * theta[..., None, :block]).double().norm(dim=-2)
+    theta = theta.double()
     wanted, others = theta[..., :rank], theta[..., rank:block]
     behind = theta[..., min(block, theta.shape[-1] - 1), None]
     outwards = residual[..., :rank] / _gap(wanted, behind, least_gap)

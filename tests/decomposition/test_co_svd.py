@@ -90,7 +90,8 @@ PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     "zero_weight": lambda out, c: (torch.zeros(out, c), of_tokens(4 * c, c)),
     "zero_covariance": lambda out, c: (random(out, c), torch.zeros(c, c)),
 }
-# Of these, an iteration leaves the smallest to the exact method: zero to working precision, or flat.
+# Of these, an iteration leaves the smallest to the exact method: zero to working precision, or
+# flat.
 NULL = ["covariance_to_1e-12", "flat", "low_rank_weight", "zero_weight"]
 # Of these, W·C leaves more than RANK directions on the left side unseen.
 SINGULAR = ["dead_channels", "few_tokens", "single_token", "zero_covariance"]
