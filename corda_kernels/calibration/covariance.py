@@ -120,7 +120,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             names.setdefault(id(covariance), []).append(name)
         return [(self[members[0]], members) for members in names.values()]
 
-    def merge(self, other: CovarianceSet, *, partial: bool = False) -> CovarianceSet:
+    def merge(self, other: CovarianceSet, *, names: Sequence[str] | None = None) -> CovarianceSet:
         """Both samples together, layer by layer, token-weighted; sharing is kept where both share.
 
         Notes on what the text was are kept where both say the same. Stability and selection were
@@ -128,7 +128,8 @@ class CovarianceSet(Mapping[str, Covariance]):
 
         Args:
             other: of the same model, normalised alike.
-            partial: whether a layer may be in one only; it is then what it is there.
+            names: the layers of either, in the order that they are to have. One that is in one set
+                only is then what it is there; without names both sets must cover the same.
 
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
@@ -137,7 +138,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             raise CovarianceError(
                 f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
             )
-        if self.keys() != other.keys() and not partial:
+        if self.keys() != other.keys() and names is None:
             odd = sorted(self.keys() ^ other.keys())
             raise CovarianceError(
                 f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more "
@@ -145,7 +146,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             )
         merged: dict[tuple[int, int], Covariance] = {}
         result: dict[str, Covariance] = {}
-        for name in dict.fromkeys((*self, *other)):
+        for name in self if names is None else names:
             if name not in self or name not in other:
                 result[name] = self[name] if name in self else other[name]
                 continue

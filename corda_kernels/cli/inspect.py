@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corda_kernels.cli import options
-from corda_kernels.errors import ConfigError, CordaError
+from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 
 if TYPE_CHECKING:
     from corda_kernels.calibration import CovarianceSet
@@ -168,7 +168,14 @@ def _unaltered(note: str) -> Iterator[None]:
     """Turns what reading an altered note raises into an error that says so."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (
+        CovarianceError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise CordaError(
             f"the note on {note} was altered ({error!r}): calibrate again, or copy the file"
         ) from error

@@ -142,13 +142,9 @@ def with_stability(
         name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
     }
     none = LayerStability(*(0.0 if end in ends else None for end in ("largest", "smallest")))
-    covariances = first.merge(second, partial=True)
-    names = [name for name, _ in model.named_modules() if name in covariances]
-    layers = {name: agreement.get(name, none) for name in names}
-    covariances.provenance["stability"] = replace(stability, layers=layers).to_json()
-    return CovarianceSet(
-        {name: covariances[name] for name in names},
-        normalize=covariances.normalize,
-        left_out=covariances.left_out,
-        provenance=covariances.provenance,
-    )
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    names = sorted({*first, *second}, key=lambda name: order.get(name, len(order)))
+    stability = replace(stability, layers={name: agreement.get(name, none) for name in names})
+    covariances = first.merge(second, names=names)
+    covariances.provenance["stability"] = stability.to_json()
+    return covariances
