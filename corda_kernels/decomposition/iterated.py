@@ -103,7 +103,7 @@ def bottom(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Pair
         draft=draft,
     )
     S = 1 / inverse.flip(-1)
-    return Pairs(lift(U.flip(-1)), S, error, _size(W, C, S[..., -1]))
+    return Pairs(lift(U.flip(-1)), S, error, _size(W, C, S[..., -1], generator))
 
 
 def _factored(W: Operand, C: Operand) -> tuple[Operator, Operator]:
@@ -124,7 +124,7 @@ def _start(rows: int, rank: int, W: Tensor, generator: torch.Generator) -> Tenso
     return start.expand(*W.shape[:-2], rows, block)
 
 
-def _size(W: Tensor, C: Operand, smallest: Tensor) -> Tensor:
+def _size(W: Tensor, C: Operand, smallest: Tensor, generator: torch.Generator) -> Tensor:
     """‖W·C‖₂, (*batch): an upper bound where that settles that the smallest is not zero, otherwise
     an estimate from below by the power method."""
     shift = 0.0 if C.shift is None else C.shift[..., 0, 0] * W.shape[-1] ** 0.5
@@ -132,7 +132,7 @@ def _size(W: Tensor, C: Operand, smallest: Tensor) -> Tensor:
     if bool((smallest > bound * null_share(W)).all()):
         return bound
     half, back = _factored(Operand(W), C)
-    X = torch.ones_like(W[..., :, :1], dtype=torch.float64)
+    X = _start(W.shape[-2], 1, W, generator)[..., :1]
     for _ in range(_POWER_STEPS):
         X = back(half(X))
         X /= torch.linalg.vector_norm(X, dim=-2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)

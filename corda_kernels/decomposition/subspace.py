@@ -18,6 +18,10 @@ from corda_kernels.errors import DecompositionError
 
 Operator = Callable[[Tensor], Tensor]
 
+_OUT_OF_RANGE = (
+    "W·C leaves the range of float64: scale the weight or the covariance to sizes near 1"
+)
+
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones,
 # and blocks at which to start afresh.
 _FIRST_LOOK = (4, 2)
@@ -97,14 +101,13 @@ def leading_pairs(
                 front = _orthonormal(front + _STIR * _orthonormal(back(start)))
             options = (rank, cycle, gain * tolerance, least_gap)
             found, reached = _bidiagonalized(half, back, front, *options)
-            front = front.new_full(front.shape, torch.nan) if found is None else found
+            if found is None:
+                raise DecompositionError(_OUT_OF_RANGE)
+            front = found
         # Ritz pairs of A on this subspace, and once more A on them.
         image = half(front)
         if not bool(image.isfinite().all()):
-            raise DecompositionError(
-                "products of a weight with its covariance leave the range of float64: scale them "
-                "to sizes near 1"
-            )
+            raise DecompositionError(_OUT_OF_RANGE)
         right, triangle = torch.linalg.qr(image)
         left, sigma, turn = torch.linalg.svd(triangle)
         turned = back(right)

@@ -488,7 +488,7 @@ def test_float32_inputs_of_odd_units_are_iterated_with(scale: float, which: str)
 
 def test_what_leaves_the_range_of_float64_is_refused() -> None:
     W, C = problem("gaussian", "square")
-    with pytest.raises(DecompositionError, match="leave the range of float64: scale them"):
+    with pytest.raises(DecompositionError, match="leaves the range of float64: scale the"):
         co_svd(W.double() * 1e160, C * 1e160, rank=RANK, method="randomized")
 
 
