@@ -11,6 +11,7 @@
 # FINETUNE_DATA, the folder that benches/finetune.py wants, what time is left goes into fine-tuning.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 small=${SMALL:-}
 if [[ $device == cuda* && -z $small ]]; then
@@ -41,7 +42,7 @@ part() { # NAME SECONDS COMMAND...: stopped after that time, and at the end of t
 }
 
 find_model() {
-    python - <<'PYTHON'
+    "$python" - <<'PYTHON'
 import importlib.util
 from pathlib import Path
 
@@ -52,27 +53,27 @@ PYTHON
 }
 
 tests() {
-    part tests 120 python -m pytest -q -p no:cacheprovider tests/gpu
+    part tests 120 "$python" -m pytest -q -p no:cacheprovider tests/gpu
 }
 
 covariance() {
     local sizes=(--tokens 16384 --dims 576,1536,4096,8192,14336)
     [[ -n $small ]] && sizes=(--tokens 256 --dims 64)
-    part covariance 100 python -m corda_kernels bench covariance --device "$device" \
+    part covariance 100 "$python" -m corda_kernels bench covariance --device "$device" \
         --dtypes bfloat16,float32 "${sizes[@]}" --json "$out/$name-covariance.json"
 }
 
 svd() { # All layers of LLaMA-2-7B
     local sizes=(--cases llama2-7b)
     [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4 --no-memory)
-    part svd-llama2-7b 120 python -m corda_kernels bench svd --device "$device" --methods ours \
+    part svd-llama2-7b 120 "$python" -m corda_kernels bench svd --device "$device" --methods ours \
         "${sizes[@]}" --json "$out/$name-svd-llama2-7b.json"
 }
 
 llama() { # A random model of its shape, end to end
     local sizes=()
     [[ -n $small ]] && sizes=(--layers 1 --hidden 64 --samples 2 --seq-len 32 --rank 4)
-    part llama-shape 150 python benches/llama_shape.py --device "$device" "${sizes[@]}" \
+    part llama-shape 150 "$python" benches/llama_shape.py --device "$device" "${sizes[@]}" \
         --json "$out/$name-llama-shape.json"
 }
 
@@ -84,21 +85,21 @@ pipeline() {
     fi
     local sizes=()
     [[ -n $small ]] && sizes=(--samples 2 --seq-len 32 --rank 2 --only init_corda)
-    part pipeline 90 python -m corda_kernels bench pipeline "$model" --device "$device" \
+    part pipeline 90 "$python" -m corda_kernels bench pipeline "$model" --device "$device" \
         "${sizes[@]}" --json "$out/$name-pipeline.json"
 }
 
 batched() { # Many small matrices
     local sizes=()
     [[ -n $small ]] && sizes=(--sizes 8 --batch 4)
-    part svd-batched 60 python -m corda_kernels.bench.batched_svd --device "$device" \
+    part svd-batched 60 "$python" -m corda_kernels.bench.batched_svd --device "$device" \
         "${sizes[@]}" --json "$out/$name-svd-batched.json"
 }
 
 methods() { # Against PEFT's full SVDs and cuSOLVER's, which take their time
     local sizes=(--cases smollm2-block,4096x4096)
     [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4 --no-memory)
-    part svd 90 python -m corda_kernels bench svd --device "$device" "${sizes[@]}" \
+    part svd 90 "$python" -m corda_kernels bench svd --device "$device" "${sizes[@]}" \
         --json "$out/$name-svd.json"
 }
 
@@ -113,7 +114,7 @@ finetune() {
         echo "skipped finetune: it has no small sizes; see benches/finetune.py --profile smoke"
         return
     fi
-    part finetune 540 python benches/finetune.py run "$model" "$FINETUNE_DATA" \
+    part finetune 540 "$python" benches/finetune.py run "$model" "$FINETUNE_DATA" \
         "$out/$name-finetune" --profile gpu
 }
 

@@ -40,8 +40,8 @@ def run(*parts: str, python: Path, timeout: float = 120, **variables: str) -> tu
 def stub(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "python").write_text(STUB)
-    (folder / "python").chmod(stat.S_IRWXU)
+    (folder / "python3").write_text(STUB)
+    (folder / "python3").chmod(stat.S_IRWXU)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_no_part_may_take_longer_than_nine_minutes_leave() -> None:
 
 
 def test_a_part_that_takes_too_long_is_stopped(stub: Path, tmp_path: Path) -> None:
-    (stub / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (stub / "python3").write_text("#!/bin/sh\nexec sleep 60\n")
     short = tmp_path / "benches" / "gpu.sh"
     short.parent.mkdir()
     short.write_text(SCRIPT.read_text(encoding="utf-8").replace("540 - SECONDS", "8 - SECONDS"))
