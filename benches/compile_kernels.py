@@ -128,7 +128,7 @@ def compile_case(case: Case) -> Code:
     """Compiles with the Triton that is imported, and disassembles."""
     tile = case.tile
     constants: dict[str, Any] = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
-    constants["STATISTICS"] = case.statistics
+    constants |= {"GROUP": triton_syrk._GROUP, "STATISTICS": case.statistics}
     if case.tma:
         kernel = triton_syrk._tiles_by_tma
         constants["DTYPE"] = _TYPES[case.dtype]
@@ -137,17 +137,18 @@ def compile_case(case: Case) -> Code:
             "b_desc": f"tensordesc<{case.dtype}[{tile.BK},{tile.BN}]>",
             "c_desc": f"tensordesc<fp32[{tile.BM},{tile.BN}]>",
         }
-        aligned = ["chain"]
+        aligned = ["chain", "part"]
     else:
         kernel = triton_syrk._tiles_by_pointer
         constants |= {"PRECISION": case.product, "ATOMIC": case.atomic, "RAGGED": case.ragged}
         signature = {"x_ptr": f"*{case.dtype}", "c_ptr": "*fp32"}
-        aligned = ["c_ptr", "chain"]
+        aligned = ["c_ptr", "chain", "part"]
         aligned += ["x_ptr", "stride", "c_stride", "d"] if case.aligned else []
     signature |= {"absmax_ptr": "*fp32", "count_ptr": "*i64", "n": "i32", "d": "i32"}
     if not case.tma:
         signature |= {"stride": "i32", "c_stride": "i32"}
-    signature |= {"chain": "i32", "alpha": "fp32", "threshold": "fp32"}
+    signature |= dict.fromkeys(triton_syrk.Shares._fields, "i32")
+    signature |= {"alpha": "fp32", "threshold": "fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         kernel,

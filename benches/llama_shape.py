@@ -12,7 +12,6 @@ after every part, so that a run that is stopped leaves what it has.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import check_output, format_bytes, write_json
-from corda_kernels.memory import forget_peak, peak_bytes, used_bytes
+from corda_kernels.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from corda_kernels.models import decoder, parse_dtype
 from corda_kernels.pipeline.stages import covariance_stages
 
@@ -50,13 +49,6 @@ def make_model(layers: int, hidden: int, dtype: torch.dtype, device: torch.devic
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is not in use."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measured(part: Callable[[], object], device: torch.device) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def used_bytes(device: torch.device = _CPU) -> int:
         return torch.cuda.memory_allocated(device)
     size = _status("VmRSS")
     return peak_bytes() if size is None else size
+
+
+def free_bytes(device: torch.device = _CPU) -> int:
+    """Bytes that are not in use, those included that torch's allocator holds for later."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _status(field: str) -> int | None:

@@ -52,6 +52,14 @@ def test_a_system_without_proc_still_tells_the_peak(
     assert memory.used_bytes() == memory.peak_bytes()
 
 
+@linux
+def test_free_memory_is_what_nobody_uses() -> None:
+    before = memory.free_bytes()
+    block = taken()
+    assert SIZE * 0.5 < before - memory.free_bytes() < SIZE * 2  # others are at work, too
+    block.close()
+
+
 def test_gpus_in_use_have_a_peak_each() -> None:
     assert all(size > 0 for size in memory.cuda_peak_bytes().values())
     assert torch.cuda.is_available() or memory.cuda_peak_bytes() == {}

@@ -73,7 +73,7 @@ def bench_syrk(
     truth = _float64_gram(inputs[0])
     c = torch.zeros(channels, channels, device=device)
     flops = tokens * channels * (channels + 1)
-    gemm = measure(lambda x: x.T @ x, inputs, device).p50
+    gemm = measure(lambda x: x.T @ x, inputs, device, ahead=True).p50
     rate = 2 * tokens * channels**2 / gemm
     peak = _peak(device)
 
@@ -86,8 +86,8 @@ def bench_syrk(
         facts = (backend, tokens, channels, str(dtype).removeprefix("torch."), error)
         if not error <= _ALLOWED[device.type]:
             return Row(*facts, passed=False)
-        timing = measure(run, inputs, device)
-        without = timing.p50 if plain is None else measure(plain, inputs, device).p50
+        timing = measure(run, inputs, device, ahead=True)
+        without = timing.p50 if plain is None else measure(plain, inputs, device, ahead=True).p50
         useful = flops / timing.p50
         return Row(
             *facts,

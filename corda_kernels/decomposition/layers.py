@@ -18,15 +18,20 @@ from corda_kernels.decomposition.co_svd import (
 from corda_kernels.decomposition.damping import damped
 from corda_kernels.decomposition.exact import End
 from corda_kernels.decomposition.operand import Operand
-from corda_kernels.decomposition.parallel import parallel_map
+from corda_kernels.decomposition.parallel import parallel_map, streamed_map
 from corda_kernels.errors import DecompositionError, RankError
+from corda_kernels.memory import free_bytes
 
-# Up to this many rows or columns on the longer side, layers run side by side on a CPU; larger ones
-# fill all cores by themselves, and take more memory.
-_SIDE_BY_SIDE = 2048
-# Float64 matrices of a layer's size that a batch holds at a time: W and C, their product, its
-# triangular factor, and what factoring takes.
-_MATRICES = 6
+# Up to this many rows or columns on the longer side, layers run side by side on a CPU, and in
+# batches on a GPU; larger ones fill all cores by themselves, and take more memory.
+_SMALL = 2048
+# Float64 matrices of in × in, or out × in where that is more, that a layer takes on a GPU.
+_MATRICES = 4
+# Batches at work at a time on a GPU, at most.
+_STREAMS = 8
+_CPU = torch.device("cpu")
+
+Entry = tuple[str, CoSVD, Tensor]  # name, what was found, the error at which an iteration gave up
 
 
 @torch.no_grad()
@@ -39,12 +44,13 @@ def co_svd_layers(
     method: Method = "auto",
     damping: float | None = None,
     seed: int = 0,
-    memory_limit: int = 4 << 30,
+    memory_limit: int | None = None,
 ) -> Iterator[tuple[str, CoSVD]]:
     """Decomposes the layers of a model; each result is what `co_svd` gives on the layer alone.
 
     On a CPU small layers run side by side, one thread each, those that share a covariance (the very
-    same tensor) one after the other. On a GPU layers of one shape and rank run in batches.
+    same tensor) one after the other. On a GPU small layers of one shape and rank run in batches,
+    and several batches, or large layers, at a time, each on a stream of its own.
 
     Args:
         weights: (out, in) by layer name, any floating dtype.
@@ -54,7 +60,7 @@ def co_svd_layers(
         method: see `co_svd`.
         damping: see `co_svd`.
         seed: of the random start, the same for every layer.
-        memory_limit: bytes that a batch on a GPU may take, about.
+        memory_limit: bytes that all this may take on a GPU, about; None for half of what is free.
 
     Yields:
         The name and decomposition of every layer, on its weight's device, small layers first.
@@ -67,65 +73,78 @@ def co_svd_layers(
     ranks = {name: rank[name] if isinstance(rank, Mapping) else int(rank) for name in weights}
     _check(weights, covariances, ranks, which, method, damping)
 
-    def run(names: list[str]) -> list[tuple[str, CoSVD, Tensor]]:
-        first = weights[names[0]]
-        if first.device.type != "cpu":
-            W = torch.stack([weights[name] for name in names])
-            C, share = damped(
-                torch.stack([covariances[name].to(first.device) for name in names]), damping
-            )
-            found = decompose(W, C, ranks[names[0]], which, method, _generator(W, seed))
-            parts = zip(names, found.U, found.S, share, found.residual, found.given_up, strict=True)
-            return [(name, CoSVD(*part[:4]), part[4]) for name, *part in parts]
+    def on_cpu(names: list[str]) -> list[Entry]:
         C, share = damped(covariances[names[0]].cpu(), damping)
         if which == "smallest" and len(names) > 1:  # converted once for all of them
             C = Operand(C.double(), symmetric=True)
-        results = []
+        entries = []
         for name in names:
             W = weights[name]
             found = decompose(W, C, ranks[name], which, method, _generator(W, seed))
             part = CoSVD(found.U, found.S, share, found.residual)
-            results.append((name, part, found.given_up))
-        return results
+            entries.append((name, part, found.given_up))
+        return entries
 
+    def in_batch(names: list[str]) -> list[Entry]:
+        W = torch.stack([weights[name] for name in names])
+        C, share = damped(torch.stack([covariances[name].to(W.device) for name in names]), damping)
+        found = decompose(W, C, ranks[names[0]], which, method, _generator(W, seed))
+        parts = zip(names, found.U, found.S, share, found.residual, found.given_up, strict=True)
+        return [(name, CoSVD(*part[:4]), part[4]) for name, *part in parts]
+
+    groups = _together(weights, covariances, ranks)
     small: list[list[str]] = []
     large: list[list[str]] = []
-    for names in _together(weights, covariances, ranks, memory_limit):
-        weight = weights[names[0]]
-        aside = weight.device.type == "cpu" and max(weight.shape) <= _SIDE_BY_SIDE
-        (small if aside else large).append(names)
-    for part in chain(parallel_map(run, small), map(run, large)):
-        for name, found, given_up in part:
-            warn_given_up(given_up, f"layer {name}: ")
-            yield name, found
+    for names in groups.pop(_CPU):
+        (small if max(weights[names[0]].shape) <= _SMALL else large).append(names)
+    running = [parallel_map(on_cpu, small), map(on_cpu, large)]
+    for device, of_shapes in groups.items():
+        limit = free_bytes(device) // 2 if memory_limit is None else memory_limit
+        batches = _batches(of_shapes, weights, limit)
+        need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
+        workers = max(1, min(_STREAMS, limit // max(need, 1)))
+        running.append(streamed_map(in_batch, batches, device, workers))
+    for name, found, given_up in chain.from_iterable(chain.from_iterable(running)):
+        if found.U.is_cuda:
+            for tensor in (found.U, found.S, found.damping, found.residual):
+                # Memory of another stream, which must not be used again there too soon.
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        warn_given_up(given_up, f"layer {name}: ")
+        yield name, found
 
 
 def _together(
-    weights: Mapping[str, Tensor],
-    covariances: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
-    memory_limit: int,
-) -> list[list[str]]:
-    """Names of the layers that go together: with one covariance, or in one batch."""
+    weights: Mapping[str, Tensor], covariances: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> dict[torch.device, list[list[str]]]:
+    """Names of the layers that go together, by device: on a CPU those of one covariance, on a GPU
+    those of one shape and rank."""
     # Held while they are told apart by identity, for a mapping may make them on access; no longer,
     # for it may also let go of them on the way.
     held = {name: covariances[name] for name in weights}
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[torch.device, dict[object, list[str]]] = {_CPU: {}}
     for name, weight in weights.items():
-        if weight.device.type == "cpu":
-            key: tuple[object, ...] = (id(held[name]),)
-        else:
-            key = (weight.device, weight.shape, ranks[name])
-        groups.setdefault(key, []).append(name)
-    together = []
-    for names in groups.values():
+        on_cpu = weight.device == _CPU
+        key = id(held[name]) if on_cpu else (weight.shape, ranks[name])
+        groups.setdefault(weight.device, {}).setdefault(key, []).append(name)
+    return {device: list(of.values()) for device, of in groups.items()}
+
+
+def _batches(
+    of_shapes: list[list[str]], weights: Mapping[str, Tensor], limit: int
+) -> list[list[str]]:
+    """Small layers of one shape together, as many as a stream may take; large ones alone."""
+    batches = []
+    for names in of_shapes:
         weight = weights[names[0]]
-        most = len(names)
-        if weight.device.type != "cpu":
-            layer = 8 * _MATRICES * max(weight.shape) * weight.shape[1]
-            most = max(1, memory_limit // layer)
-        together += [names[start : start + most] for start in range(0, len(names), most)]
-    return together
+        most = 1
+        if max(weight.shape) <= _SMALL:
+            most = max(1, limit // _STREAMS // max(_bytes(weight), 1))
+        batches += [names[start : start + most] for start in range(0, len(names), most)]
+    return batches
+
+
+def _bytes(weight: Tensor) -> int:
+    return 8 * _MATRICES * max(weight.shape) * weight.shape[1]
 
 
 def _check(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 # Rows converted at a time: at 256 to 512 of 1536 or 4096 columns, conversion and product together
-# take what the product alone takes (2 cores), where a whole copy adds a third or more.
+# take what the product alone takes (2 cores), where a whole copy adds a third or more. On a GPU all
+# are, and once: there is memory for it, and launches are what costs.
 _PANEL = 384
 # Up to this size Xᵀ·matrix is faster than matrixᵀ·X: of 576 × 1536 with 48 columns in float32 93
 # against 68 GFLOP/s on one core. At 4096, on two, it is 145 against 168.
@@ -88,11 +89,18 @@ class Operand:
     def _panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and what stands in them in another dtype until the next are asked for."""
         *batch, height, width = self.matrix.shape
-        if self._buffer is None or self._buffer.dtype != dtype:
-            self._buffer = self.matrix.new_empty(*batch, min(_PANEL, height), width, dtype=dtype)
-        for rows in panels(height):
+        taken = list(panels(height, self.matrix.device))
+        known = self._buffer is not None and self._buffer.dtype == dtype
+        if self._buffer is None or not known:
+            most = max((rows.stop - rows.start for rows in taken), default=0)
+            self._buffer = self.matrix.new_empty(*batch, most, width, dtype=dtype)
+        for rows in taken:
             panel = self._buffer[..., : rows.stop - rows.start, :]
-            yield rows, panel.copy_(self.matrix[..., rows, :])
+            # A panel that is all of the matrix still stands there from the last time.
+            yield (
+                rows,
+                panel if known and len(taken) == 1 else panel.copy_(self.matrix[..., rows, :]),
+            )
 
 
 def _transposed_product(matrix: Tensor, X: Tensor) -> Tensor:
@@ -102,7 +110,8 @@ def _transposed_product(matrix: Tensor, X: Tensor) -> Tensor:
     return matrix.mT @ X
 
 
-def panels(height: int) -> Iterator[slice]:
+def panels(height: int, device: torch.device) -> Iterator[slice]:
     """Rows 0 … height, as many at a time as are best converted together."""
-    for start in range(0, height, _PANEL):
-        yield slice(start, min(start + _PANEL, height))
+    step = _PANEL if device.type == "cpu" else max(height, 1)
+    for start in range(0, height, step):
+        yield slice(start, min(start + step, height))

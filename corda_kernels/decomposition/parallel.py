@@ -1,9 +1,10 @@
-"""Small independent decompositions side by side on a CPU, one thread each."""
+"""Independent decompositions side by side: one thread each on a CPU, one stream each on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-# Items taken ahead, for each worker.
+# Items taken ahead, for each worker on a CPU.
 _AHEAD = 8
 
 Item = TypeVar("Item")
@@ -39,19 +40,55 @@ def parallel_map(
         yield from map(function, items)
         return
     with _single_threaded(), ThreadPoolExecutor(workers) as pool:
-        running: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                # Each in the caller's context, by which a backend may have been chosen.
-                context = contextvars.copy_context()
-                running.append(pool.submit(context.run, torch.no_grad()(function), item))
-                if len(running) > _AHEAD * workers:
-                    yield running.popleft().result()
-            while running:
+        yield from _in_order(pool, function, items, _AHEAD * workers)
+
+
+def streamed_map(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device, workers: int
+) -> Iterator[Result]:
+    """The same on a GPU, each worker on a stream of its own.
+
+    Eigenproblems and triangular solves of a single layer leave most of a GPU idle, and others fill
+    it. What a call returns is complete: it can be used on any stream.
+    """
+    caller = torch.cuda.current_stream(device)
+    local = threading.local()
+    # torch loads its CUDA linear algebra at the first use, which two threads must not do at once.
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
+
+    def run(item: Item) -> Result:
+        if not hasattr(local, "stream"):  # few, for torch keeps the memory of each apart
+            local.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        local.stream.wait_stream(caller)
+        with torch.cuda.stream(local.stream):
+            result = function(item)
+        local.stream.synchronize()
+        return result
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from _in_order(pool, run, items, workers)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+) -> Iterator[Result]:
+    """Results in the order of the items, of which some are taken ahead."""
+    running: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            # Each in the caller's context, by which a backend may have been chosen.
+            context = contextvars.copy_context()
+            running.append(pool.submit(context.run, torch.no_grad()(function), item))
+            if len(running) > ahead:
                 yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import DecompositionError
+from corda_kernels.kernels import batched_svd
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -109,10 +110,10 @@ def leading_pairs(
         if not bool(image.isfinite().all()):
             raise DecompositionError(_OUT_OF_RANGE)
         right, triangle = torch.linalg.qr(image)
-        left, sigma, turn = torch.linalg.svd(triangle)
+        turn, sigma = batched_svd(triangle.mT)
         turned = back(right)
-        applied = turned @ (left * sigma[..., None, :])
-        error = _error(front @ turn.mT, applied, sigma.square(), rank, least_gap)
+        applied = turned @ (triangle @ turn)
+        error = _error(front @ turn, applied, sigma.square(), rank, least_gap)
         front, factor = torch.linalg.qr(turned)
         gain = min(gain, max(1.0, reached / max(float(error.max()), tolerance)))
         if bool(((error <= tolerance) | error.isnan()).all()):
@@ -123,7 +124,7 @@ def leading_pairs(
         near = first and bool((error <= _NEAR * tolerance).all())
     if far:
         front, factor = torch.linalg.qr(half(front))
-    left, values, _ = torch.linalg.svd(factor)
+    left, values = batched_svd(factor)
     return (front @ left)[..., :rank].contiguous(), values[..., :rank], error
 
 

@@ -151,7 +151,7 @@ def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
     """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype."""
     A, B = (factor.to(weight.device, torch.float64) for factor in (factors.A, factors.B))
     left = torch.empty_like(weight)
-    for rows in panels(weight.shape[0]):
+    for rows in panels(weight.shape[0], weight.device):
         part = weight[rows].to(torch.float64, copy=True)
         left[rows] = part.addmm_(B[rows], A, alpha=-factors.scaling)
     return left

@@ -36,6 +36,39 @@ def _triangle(t, RATIO: tl.constexpr):
 
 
 @triton.jit
+def _grouped(t, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
+    """Row i and column j of tile t, counted down the columns of GROUP rows at a time.
+
+    Tiles that run at the same time then form a rectangle, and share what they load of X.
+    """
+    i, _ = _triangle(t, RATIO)
+    above = i // GROUP * GROUP  # rows before this group
+    height = tl.minimum(GROUP, rows - above)
+    inside = t - RATIO * (above * (above + 1) // 2)
+    full = RATIO * above * height  # tiles of the group left of its own triangle
+    row, column = _triangle(tl.maximum(inside - full, 0), RATIO)
+    i = above + tl.where(inside < full, inside % height, row)
+    j = tl.where(inside < full, inside // height, RATIO * above + column)
+    return i, j
+
+
+@triton.jit
+def _share(p, tiles, whole, pieces, chain, part, n):
+    """Tile of program p, its first token and the end of its tokens.
+
+    Tokens are in spans of `chain`, and a unit is one tile on one span. The first `whole` programs
+    take one each; `pieces` programs share each of the others, which would not fill the device.
+    """
+    beyond = tl.maximum(p - whole, 0)
+    unit = tl.where(p < whole, p, whole + beyond // pieces)
+    span = unit // tiles * chain
+    begin = span + tl.where(p < whole, 0, beyond % pieces * part)
+    end = tl.minimum(begin + tl.where(p < whole, chain, part), tl.minimum(span + chain, n))
+    # The tiles on the diagonal take longest, and are last in their order: they begin.
+    return tiles - 1 - unit % tiles, begin, end
+
+
+@triton.jit
 def _fold_statistics(largest, above, absmax_ptrs, count_ptrs, kept):
     """Reduces the tile's running maxima and counts over its tokens into the channels' sums."""
     maxima = tl.max(largest.to(tl.float32), axis=0)
@@ -54,20 +87,24 @@ def _tiles_by_pointer(
     d,
     stride,
     c_stride,
-    chain,  # tokens of one program
+    tiles,
+    whole,  # from here to part: see _share
+    pieces,
+    chain,
+    part,
     alpha,
     threshold,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr,
     ATOMIC: tl.constexpr,
     RAGGED: tl.constexpr,  # d is no multiple of the tile, or n of BK
 ):
-    i, j = _triangle(tl.program_id(0), BM // BN)
-    begin = tl.program_id(1) * chain
-    end = tl.minimum(begin + chain, n)
+    t, begin, end = _share(tl.program_id(0), tiles, whole, pieces, chain, part, n)
+    i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
     rows = i * BM + tl.arange(0, BM)
     columns = j * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BK)
@@ -119,18 +156,22 @@ def _tiles_by_tma(
     count_ptr,
     n,
     d,
+    tiles,
+    whole,  # from here to part: see _share
+    pieces,
     chain,
+    part,
     alpha,
     threshold,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
     STATISTICS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    i, j = _triangle(tl.program_id(0), BM // BN)
-    begin = tl.program_id(1) * chain
-    end = tl.minimum(begin + chain, n)
+    t, begin, end = _share(tl.program_id(0), tiles, whole, pieces, chain, part, n)
+    i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
     columns = j * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     largest = tl.zeros((BK, BN), dtype=DTYPE)
@@ -163,8 +204,23 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Shares(NamedTuple):
+    """How tiles and tokens are shared out among programs; see `_share`."""
+
+    tiles: int
+    whole: int
+    pieces: int
+    chain: int
+    part: int
+
+    def programs(self, n: int) -> int:
+        """How many there are for n tokens."""
+        units = self.tiles * triton.cdiv(n, self.chain)
+        return int(self.whole + self.pieces * (units - self.whole))
+
+
 # Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
-TMA_WIDE = Tile(256, 128, 64, 8, 3)  # the most products for each load that the registers hold
+TMA_WIDE = Tile(256, 128, 64, 8, 4)  # the most products for each load that the registers hold
 TMA = Tile(128, 128, 64, 8, 4)  # more and smaller tiles, where there are few: below 2048 channels
 POINTER = Tile(128, 128, 32, 8, 4)  # with four warps the statistics would spill
 POINTER_UNALIGNED = Tile(64, 64, 32, 4, 3)  # an address for each element takes many registers
@@ -172,9 +228,12 @@ POINTER_FLOAT32 = Tile(128, 64, 32, 8, 3)  # the three products of a step need t
 INTERPRETED = Tile(64, 32, 32, 4, 1)  # so small that small inputs still have several tiles
 
 _WIDE_CHANNELS = 2048
+_GROUP = 8  # rows of tiles, see _grouped
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}
-_SHORTEST_CHAIN = 512
+# Tokens that a program takes at least, and as many as adding a tile to C takes the time of.
+_SHORTEST_PART = 512
+_EPILOGUE = 900
 _FLOAT32_PRODUCT = {"default": "bf16x3", "high": "tf32x3"}
 
 
@@ -213,26 +272,25 @@ def syrk_(
         x = x.contiguous()
     n, d = x.shape
     by_tma, tile = _choose(c, x)
-    tiles = _tile_count(d, tile)
     longest = _LONGEST_CHAIN[precision]
-    chain = longest if deterministic else _chain(n, tiles, tile, longest, c.device)
-    # One program a tile adds in the order of launches, several in the order of their ends.
-    spans = [(k, min(n, k + chain)) for k in range(0, n, chain)] if deterministic else [(0, n)]
     statistics = absmax is not None or outlier_count is not None
     largest = absmax if absmax is not None else c.new_zeros(d)
     above = outlier_count if outlier_count is not None else _no_counts(d, c.device)
-    # |x| is compared in its own dtype, as torch does.
-    limit = float(torch.tensor(outlier_threshold, dtype=x.dtype))
+    limit = _rounded(outlier_threshold, x.dtype)
+    # One program a tile adds in the order of launches, several in the order of their ends.
+    step = longest if deterministic else n
     with torch.cuda.device(c.device) if c.is_cuda else torch.no_grad():
-        for begin, end in spans:
-            rows = x[begin:end]
-            grid = (tiles, triton.cdiv(end - begin, chain))
-            scalars = (chain, alpha, limit)
+        for begin in range(0, n, step):
+            rows = x[begin : begin + step]
+            shares = _divided(
+                len(rows), d, tile, longest, 0 if deterministic else _processors(c.device)
+            )
+            arguments = (c, rows, largest, above, alpha, limit, statistics)
             if by_tma:
-                _launch_tma(grid, tile, c, rows, largest, above, scalars, statistics)
+                _launch_tma(tile, shares, *arguments)
             else:
                 product = _FLOAT32_PRODUCT[precision] if x.dtype == torch.float32 else "ieee"
-                _launch_pointer(grid, tile, c, rows, largest, above, scalars, statistics, product)
+                _launch_pointer(tile, shares, *arguments, product)
 
 
 def _choose(c: Tensor, x: Tensor) -> tuple[bool, Tile]:
@@ -255,16 +313,41 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
-def _tile_count(d: int, tile: Tile) -> int:
+@functools.cache
+def _divided(n: int, d: int, tile: Tile, longest: int, processors: int) -> Shares:
+    """The shares by which all ends soonest, as one program at a time on each processor would.
+
+    With no processors given each tile is one program's.
+    """
     rows = triton.cdiv(d, tile.BM)
-    return int(tile.BM // tile.BN * (rows * (rows + 1) // 2))
+    tiles = tile.BM // tile.BN * (rows * (rows + 1) // 2)
+    spans = triton.cdiv(n, longest)
+    chain = _stepped(triton.cdiv(n, spans), tile)
+    units = tiles * triton.cdiv(n, chain)
+    if not processors:
+        return Shares(tiles, units, 1, chain, chain)
+    best, least = Shares(tiles, 0, 1, chain, chain), float("inf")
+    rounds = units // processors  # of programs that fill the device
+    for whole in {max(rounds - 1, 0), rounds}:
+        others = units - whole * processors
+        for pieces in range(1, max(1, chain // _SHORTEST_PART) + 1):
+            part = _stepped(triton.cdiv(chain, pieces), tile)
+            last = triton.cdiv(others * pieces, processors)
+            tokens = whole * (chain + _EPILOGUE) + last * (part + _EPILOGUE)
+            if tokens < least:
+                shares = Shares(tiles, whole * processors, pieces, chain, part)
+                best, least = shares, tokens
+    return best
 
 
-def _chain(n: int, tiles: int, tile: Tile, longest: int, device: torch.device) -> int:
-    """Tokens of one program: short enough that all programs together fill the device twice."""
-    wanted = max(1, 2 * _processors(device) // tiles)
-    chain = triton.cdiv(triton.cdiv(n, wanted), tile.BK) * tile.BK
-    return int(min(longest, max(_SHORTEST_CHAIN, chain)))
+def _stepped(tokens: int, tile: Tile) -> int:
+    return int(triton.cdiv(tokens, tile.BK) * tile.BK)
+
+
+@functools.cache
+def _rounded(threshold: float, dtype: torch.dtype) -> float:
+    """|x| is compared in its own dtype, as torch does."""
+    return float(torch.tensor(threshold, dtype=dtype))
 
 
 @functools.cache
@@ -281,27 +364,31 @@ def _no_counts(d: int, device: torch.device) -> Tensor:
 
 
 def _launch_tma(
-    grid: tuple[int, int],
     tile: Tile,
+    shares: Shares,
     c: Tensor,
     x: Tensor,
     absmax: Tensor,
     count: Tensor,
-    scalars: tuple[int, float, float],
+    alpha: float,
+    limit: float,
     statistics: bool,
 ) -> None:
     BM, BN, BK, warps, stages = tile
-    _tiles_by_tma[grid](
+    _tiles_by_tma[(shares.programs(len(x)),)](
         TensorDescriptor.from_tensor(x, [BK, BM]),
         TensorDescriptor.from_tensor(x, [BK, BN]),
         TensorDescriptor.from_tensor(c, [BM, BN]),
         absmax,
         count,
         *x.shape,
-        *scalars,
+        *shares,
+        alpha,
+        limit,
         BM=BM,
         BN=BN,
         BK=BK,
+        GROUP=_GROUP,
         STATISTICS=statistics,
         DTYPE=_TYPES[x.dtype],
         num_warps=warps,
@@ -310,19 +397,21 @@ def _launch_tma(
 
 
 def _launch_pointer(
-    grid: tuple[int, int],
     tile: Tile,
+    shares: Shares,
     c: Tensor,
     x: Tensor,
     absmax: Tensor,
     count: Tensor,
-    scalars: tuple[int, float, float],
+    alpha: float,
+    limit: float,
     statistics: bool,
     product: str,
 ) -> None:
     BM, BN, BK, warps, stages = tile
     n, d = x.shape
-    _tiles_by_pointer[grid](
+    programs = shares.programs(n)
+    _tiles_by_pointer[(programs,)](
         x,
         c,
         absmax,
@@ -331,13 +420,16 @@ def _launch_pointer(
         d,
         x.stride(0),
         c.stride(0),
-        *scalars,
+        *shares,
+        alpha,
+        limit,
         BM=BM,
         BN=BN,
         BK=BK,
+        GROUP=_GROUP,
         PRECISION="ieee" if _interpreted() else product,
         STATISTICS=statistics,
-        ATOMIC=grid[1] > 1,
+        ATOMIC=programs > shares.tiles,
         RAGGED=d % BM != 0 or n % BK != 0,
         num_warps=warps,
         num_stages=stages,

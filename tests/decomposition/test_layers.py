@@ -37,7 +37,7 @@ def threads() -> Iterator[int]:
 def test_each_layer_is_decomposed_as_it_would_be_alone(
     which: str, side_by_side: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_SIDE_BY_SIDE", side_by_side)
+    monkeypatch.setattr(layers, "_SMALL", side_by_side)
     weights, covariances = model()
     options = {"which": which, "damping": 0.01}
     ranks = {name: 4 + i for i, name in enumerate(weights)}
@@ -72,19 +72,20 @@ def test_a_seed_decides_the_start_of_every_layer() -> None:
 
 def test_layers_of_one_covariance_share_its_copy() -> None:
     weights, covariances = model()
-    together = layers._together(weights, covariances, dict.fromkeys(weights, 4), 1 << 30)
-    assert together == [["q", "k", "v", "up"], ["down"]]
+    together = layers._together(weights, covariances, dict.fromkeys(weights, 4))
+    assert together == {torch.device("cpu"): [["q", "k", "v", "up"], ["down"]]}
 
 
 def test_batches_hold_one_shape_and_rank_and_keep_to_the_memory() -> None:
     weights = {name: torch.empty(8, 8, device="meta") for name in "abcd"}
-    weights["e"] = torch.empty(4, 8, device="meta")
-    ranks = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2}
-    bytes_of_two = 2 * 8 * layers._MATRICES * 64
-    together = layers._together(
-        weights, dict.fromkeys(weights, torch.empty(0)), ranks, bytes_of_two
-    )
-    assert together == [["a", "b"], ["d"], ["c"], ["e"]]
+    weights |= {name: torch.empty(8, 4096, device="meta") for name in "ef"}
+    ranks = dict.fromkeys(weights, 2) | {"c": 3}
+    together = layers._together(weights, dict.fromkeys(weights, torch.empty(0)), ranks)
+    groups = together[torch.device("meta")]
+    assert groups == [["a", "b", "d"], ["c"], ["e", "f"]]
+    of_two = 2 * 8 * layers._MATRICES * 64 * layers._STREAMS
+    batches = layers._batches(groups, weights, of_two)
+    assert batches == [["a", "b"], ["d"], ["c"], ["e"], ["f"]]
 
 
 def test_errors_and_warnings_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl
+
 from corda_kernels.kernels import triton_syrk
 
 pytestmark = pytest.mark.skipif(
@@ -78,14 +80,14 @@ def test_any_shape_and_stride(
 @pytest.mark.parametrize("precision", ["default", "high"])
 def test_several_chains_add_up(precision: Any, deterministic: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_LONGEST_CHAIN", {"default": 64, "high": 32})
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_CHAIN", 16)
+    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
     x = torch.randn(210, 70)
     check(x, x, precision=precision, deterministic=deterministic)
 
 
 def test_programs_share_the_tokens_where_there_are_few_tiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_processors", lambda device: 64)
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_CHAIN", 16)
+    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
     x = torch.randn(150, 40)
     check(x, x, alpha=0.25)
 
@@ -147,8 +149,45 @@ def test_float64_falls_to_the_reference() -> None:
     torch.testing.assert_close(c.tril(), (x.T @ x).tril())
 
 
+@triton.jit
+def _note_tiles(found, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
+    i, j = triton_syrk._grouped(tl.program_id(0), rows, RATIO, GROUP)
+    tl.store(found + 2 * tl.program_id(0), i)
+    tl.store(found + 2 * tl.program_id(0) + 1, j)
+
+
 @pytest.mark.parametrize("ratio", [1, 2])
-def test_every_tile_of_the_triangle_is_visited_once(ratio: int) -> None:
-    rows = 40
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
+def test_every_tile_of_the_triangle_is_visited_once(rows: int, ratio: int) -> None:
     tile = triton_syrk.Tile(128 * ratio, 128, 64, 8, 3)
-    assert triton_syrk._tile_count(rows * tile.BM, tile) == ratio * rows * (rows + 1) // 2
+    tiles = triton_syrk._divided(1, rows * tile.BM, tile, 64, 1).tiles
+    found = torch.full((tiles, 2), -1, dtype=torch.int32)
+    _note_tiles[(tiles,)](found, rows, RATIO=ratio, GROUP=4)
+    expected = {(i, j) for i in range(rows) for j in range(ratio * (i + 1))}
+    assert len(expected) == tiles
+    assert set(map(tuple, found.tolist())) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n=st.integers(1, 40_000),
+    d=st.integers(1, 5000),
+    longest=st.sampled_from([2048, 8192]),
+    processors=st.sampled_from([0, 1, 7, 108, 132]),
+)
+def test_shares_cover_every_token_of_every_tile_once(
+    n: int, d: int, longest: int, processors: int
+) -> None:
+    shares = triton_syrk._divided(n, d, triton_syrk.TMA_WIDE, longest, processors)
+    tokens = dict.fromkeys(range(shares.tiles), 0)
+    for p in range(shares.programs(n)):
+        # What the kernel's _share does.
+        beyond = max(p - shares.whole, 0)
+        unit = p if p < shares.whole else shares.whole + beyond // shares.pieces
+        span = unit // shares.tiles * shares.chain
+        begin = span + (0 if p < shares.whole else beyond % shares.pieces * shares.part)
+        length = shares.chain if p < shares.whole else shares.part
+        end = min(begin + length, span + shares.chain, n)
+        tokens[unit % shares.tiles] += max(0, end - begin)
+        assert end - begin <= longest
+    assert set(tokens.values()) == {n}
