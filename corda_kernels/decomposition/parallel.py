@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import threading
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -52,21 +53,31 @@ def streamed_map(
     it. What a call returns is complete: it can be used on any stream.
     """
     caller = torch.cuda.current_stream(device)
-    local = threading.local()
+    streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+    for index in range(workers):
+        streams.put(_stream(device, index))
     # torch loads its CUDA linear algebra at the first use, which two threads must not do at once.
     torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
 
     def run(item: Item) -> Result:
-        if not hasattr(local, "stream"):  # few, for torch keeps the memory of each apart
-            local.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        local.stream.wait_stream(caller)
-        with torch.cuda.stream(local.stream):
-            result = function(item)
-        local.stream.synchronize()
+        stream = streams.get()
+        try:
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):
+                result = function(item)
+            stream.synchronize()
+        finally:
+            streams.put(stream)
         return result
 
     with ThreadPoolExecutor(workers) as pool:
         yield from _in_order(pool, run, items, workers)
+
+
+@functools.cache
+def _stream(device: torch.device, index: int) -> torch.cuda.Stream:
+    """The same ones every time: torch keeps what memory each has used apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _in_order(

@@ -23,9 +23,9 @@ _OUT_OF_RANGE = (
     "W·C leaves the range of float64: scale the weight or the covariance to sizes near 1"
 )
 
-# Blocks of the basis at the first look at what has converged, in the first cycle and in later ones,
-# and blocks at which to start afresh.
-_FIRST_LOOK = (4, 2)
+# Blocks of the basis at the first look at what has converged, in the first cycle and in later ones;
+# on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh.
+_FIRST_LOOK = {"cpu": (4, 2), "cuda": (6, 3)}
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
@@ -141,7 +141,7 @@ def _bidiagonalized(
     error that these had; in the dtype of `front`. None where its range or precision does not do."""
     *batch, n, block = front.shape
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
-    look = min(_FIRST_LOOK[cycle > 0], blocks)
+    look = min(_FIRST_LOOK[front.device.type][cycle > 0], blocks)
     # Orthonormal bases on both sides, and `back` of the far one; `half` of the near one is the far
     # one times a triangle. From images under A alone rounding would hide what is below √eps·σ₁.
     near, images = (front.new_empty(*batch, n, blocks * block) for _ in range(2))
@@ -174,7 +174,7 @@ def _bidiagonalized(
             stuck = single and not error <= before / 2
             if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
                 return _orthonormal(applied), error
-            # A block takes off one to three orders of magnitude; a look costs as much as a block.
+            # A block takes off one to three orders of magnitude.
             before = error
             look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
         front = _orthonormal(image, basis)

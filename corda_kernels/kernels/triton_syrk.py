@@ -2,8 +2,11 @@
 
 C += alpha·XᵀX on the tiles of the lower triangle. The tensor cores round toward zero inside one
 accumulator, so that none runs over more than 8,192 tokens (2,048 for precision "high") before it is
-added to C in float32, rounded to nearest. The tiles on the diagonal hold each channel just once:
-they also take the maximum of |x| and count outliers, on data that has been loaded anyway.
+added to C in float32, rounded to nearest.
+
+Every program begins with a share of the statistics, a block of X that it reads for them: while some
+read, others multiply. Taken by the tiles on the diagonal, on data that they have loaded anyway,
+they would cost more: on an H100 such a tile takes twice as long, and the others wait for it.
 
 Two kernels: `_tiles_by_pointer` loads by cp.async and takes any row stride, `_tiles_by_tma` takes
 tensor descriptors, on Hopper and later, and adds its tiles to C by bulk reductions.
@@ -64,13 +67,22 @@ def _share(p, tiles, whole, pieces, chain, part, n):
     span = unit // tiles * chain
     begin = span + tl.where(p < whole, 0, beyond % pieces * part)
     end = tl.minimum(begin + tl.where(p < whole, chain, part), tl.minimum(span + chain, n))
-    # The tiles on the diagonal take longest, and are last in their order: they begin.
-    return tiles - 1 - unit % tiles, begin, end
+    return unit % tiles, begin, end
+
+
+@triton.jit
+def _looked_at(p, programs, n, d, BN: tl.constexpr, BK: tl.constexpr):
+    """Block of BN channels of which program p takes the statistics, its first token and the end of
+    its tokens; there may be none."""
+    blocks = tl.cdiv(d, BN)
+    length = tl.cdiv(tl.cdiv(n, programs // blocks), BK) * BK
+    begin = p // blocks * length
+    return p % blocks, begin, tl.minimum(begin + length, n)
 
 
 @triton.jit
 def _fold_statistics(largest, above, absmax_ptrs, count_ptrs, kept):
-    """Reduces the tile's running maxima and counts over its tokens into the channels' sums."""
+    """Reduces the running maxima and counts of a block over its tokens into the channels' sums."""
     maxima = tl.max(largest.to(tl.float32), axis=0)
     counts = tl.sum(above.to(tl.int32), axis=0).to(tl.int64)
     tl.atomic_max(absmax_ptrs, maxima, mask=kept, sem="relaxed")
@@ -103,22 +115,34 @@ def _tiles_by_pointer(
     ATOMIC: tl.constexpr,
     RAGGED: tl.constexpr,  # d is no multiple of the tile, or n of BK
 ):
+    tokens = tl.arange(0, BK)
+    step = tl.cast(stride, tl.int64) * BK  # a stride of 1 is a constant, without a .to
+    if STATISTICS:
+        block, begin, end = _looked_at(tl.program_id(0), tl.num_programs(0), n, d, BN, BK)
+        columns = block * BN + tl.arange(0, BN)
+        origin = x_ptr + tl.cast(begin, tl.int64) * stride
+        ptrs = origin + tokens[:, None].to(tl.int64) * stride + columns[None, :]
+        largest = tl.zeros((BK, BN), dtype=x_ptr.dtype.element_ty)
+        above = tl.zeros((BK, BN), dtype=tl.int16)
+        # A plain float has no .to under the interpreter.
+        limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(x_ptr.dtype.element_ty)
+        for k in range(begin, end, BK):
+            inside = (k + tokens < end)[:, None] & (columns < d)[None, :]
+            magnitude = tl.abs(tl.load(ptrs, mask=inside, other=0.0))
+            largest = tl.maximum(largest, magnitude).to(x_ptr.dtype.element_ty)
+            above += (magnitude > limit).to(tl.int16)
+            ptrs += step
+        if begin < end:
+            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
     t, begin, end = _share(tl.program_id(0), tiles, whole, pieces, chain, part, n)
     i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
     rows = i * BM + tl.arange(0, BM)
     columns = j * BN + tl.arange(0, BN)
-    tokens = tl.arange(0, BK)
     origin = x_ptr + tl.cast(begin, tl.int64) * stride
     # Xᵀ by transposed addresses: a transposition after the load would leave the async pipeline.
     a_ptrs = origin + tokens[None, :].to(tl.int64) * stride + rows[:, None]
     b_ptrs = origin + tokens[:, None].to(tl.int64) * stride + columns[None, :]
-    step = tl.cast(stride, tl.int64) * BK  # a stride of 1 is a constant, without a .to
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    largest = tl.zeros((BK, BN), dtype=x_ptr.dtype.element_ty)
-    above = tl.zeros((BK, BN), dtype=tl.int16)
-    # A plain float has no .to under the interpreter.
-    limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(x_ptr.dtype.element_ty)
-    diagonal = j // (BM // BN) == i
     for k in range(begin, end, BK):
         if RAGGED:
             inside = k + tokens < end
@@ -128,16 +152,8 @@ def _tiles_by_pointer(
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if STATISTICS:
-            if diagonal:
-                magnitude = tl.abs(b)
-                largest = tl.maximum(largest, magnitude).to(x_ptr.dtype.element_ty)
-                above += (magnitude > limit).to(tl.int16)
         a_ptrs += step
         b_ptrs += step
-    if STATISTICS:
-        if diagonal:
-            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
     acc *= alpha
     c_ptrs = c_ptr + rows[:, None].to(tl.int64) * c_stride + columns[None, :]
     kept = (rows < d)[:, None] & (columns < d)[None, :]
@@ -170,26 +186,25 @@ def _tiles_by_tma(
     STATISTICS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    if STATISTICS:
+        block, begin, end = _looked_at(tl.program_id(0), tl.num_programs(0), n, d, BN, BK)
+        largest = tl.zeros((BK, BN), dtype=DTYPE)
+        above = tl.zeros((BK, BN), dtype=tl.int16)
+        limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(DTYPE)
+        for k in range(begin, end, BK):
+            magnitude = tl.abs(b_desc.load([k, block * BN]))
+            largest = tl.maximum(largest, magnitude).to(DTYPE)
+            above += (magnitude > limit).to(tl.int16)
+        if begin < end:
+            columns = block * BN + tl.arange(0, BN)
+            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
     t, begin, end = _share(tl.program_id(0), tiles, whole, pieces, chain, part, n)
     i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
-    columns = j * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    largest = tl.zeros((BK, BN), dtype=DTYPE)
-    above = tl.zeros((BK, BN), dtype=tl.int16)
-    limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(DTYPE)
-    diagonal = j // (BM // BN) == i
     for k in range(begin, end, BK):
         a = a_desc.load([k, i * BM])
         b = b_desc.load([k, j * BN])
         acc = tl.dot(tl.trans(a), b, acc)
-        if STATISTICS:
-            if diagonal:
-                magnitude = tl.abs(b)
-                largest = tl.maximum(largest, magnitude).to(DTYPE)
-                above += (magnitude > limit).to(tl.int16)
-    if STATISTICS:
-        if diagonal:
-            _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
     acc *= alpha
     c_desc.atomic_add([i * BM, j * BN], acc)
 
@@ -221,13 +236,13 @@ class Shares(NamedTuple):
 
 # Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
 TMA_WIDE = Tile(256, 128, 64, 8, 4)  # the most products for each load that the registers hold
-TMA = Tile(128, 128, 64, 8, 4)  # more and smaller tiles, where there are few: below 2048 channels
+TMA = Tile(128, 128, 64, 8, 4)  # more and smaller tiles, where there are few
 POINTER = Tile(128, 128, 32, 8, 4)  # with four warps the statistics would spill
 POINTER_UNALIGNED = Tile(64, 64, 32, 4, 3)  # an address for each element takes many registers
 POINTER_FLOAT32 = Tile(128, 64, 32, 8, 3)  # the three products of a step need the registers
 INTERPRETED = Tile(64, 32, 32, 4, 1)  # so small that small inputs still have several tiles
 
-_WIDE_CHANNELS = 2048
+_WIDE_CHANNELS = 3072
 _GROUP = 8  # rows of tiles, see _grouped
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}

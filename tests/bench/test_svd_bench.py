@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corda_kernels.bench.timing._BUDGET_S", 0.0)
+    monkeypatch.setattr("corda_kernels.bench.timing._BUDGET_S", {"cpu": 0.0})
     shapes = [[(24, 24), (8, 24)], [(40, 24)], [(24, 40)]]
     blocks = {"smollm2-block": (1, shapes), "llama2-7b": (2, shapes)}
     monkeypatch.setattr("corda_kernels.bench.svd_cases._BLOCKS", blocks)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
 from corda_kernels.kernels import triton_syrk
