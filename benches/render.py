@@ -53,10 +53,13 @@ TABLES: dict[str, Table] = {
     "pipeline": Table(tables.pipelines, ("cpu-pipeline",)),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
-    # For when a GPU has run benches/gpu.sh.
+    "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),
-    "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b", "gpu-svd")),
+    "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),
+    "gpu-svd-batched": Table(tables.batched, ("gpu-svd-batched",)),
     "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
+    # For when a GPU has run the rest of benches/gpu.sh.
+    "gpu-svd-methods": Table(tables.decompositions, ("gpu-svd",)),
     "gpu-pipeline": Table(tables.pipelines, ("gpu-pipeline",)),
 }
 

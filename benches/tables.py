@@ -21,6 +21,11 @@ _CALLED = {
     "pissa": "PEFT PiSSA",
     "eva": "PEFT EVA",
 }
+_BATCHED = {
+    "gram": "Gram matrix and eigh, in float64",
+    "linalg.svd": "torch.linalg.svd",
+    "cuda": "corda_kernels",
+}
 _MODE = {"largest": "IPM", "smallest": "KPM"}
 _STAGES = ("forward", "covariance", "decomposition", "attaching")
 _LIBRARIES = ("torch", "transformers", "peft")
@@ -66,6 +71,36 @@ def speed(covariance: Results, svd: Results, accuracy: Results, pipeline: Result
             f"Calibration takes {calibration['ratio']:.2f} times as long as the bare forward pass."
         )
     return markdown(header, rows) + notes(*about)
+
+
+def gpu_speed(covariance: Results, svd: Results) -> str:
+    """The same for a GPU: the widest covariances and a large model's layers."""
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        cases = [row for row in covariance["syrk"] if row["dtype"] == dtype]
+        widest = max(row["channels"] for row in cases)
+        found = {row["backend"]: row for row in cases if row["channels"] == widest}
+        base, ours = found["addmm"], found["triton"]
+        rows.append(
+            [
+                f"covariance of {base['tokens']} × {widest} {dtype}, with statistics",
+                f"torch.addmm {seconds(base['timing'])}",
+                seconds(ours["timing"]),
+                ratio(ours["speedup"]),
+            ]
+        )
+    rows += [
+        [
+            f"{_MODE[row['which']]}: decomposition of LLaMA-2-7B's {row['layers']} layers, "
+            f"r = {row['rank']}",
+            _EMPTY,
+            seconds(row["timing"]),
+            _EMPTY,
+        ]
+        for row in svd["rows"]
+    ]
+    header = ("", "baseline", "here", "times as fast")
+    return markdown(header, rows) + notes(measured_on(covariance, svd))
 
 
 def _widest_covariance(results: Results) -> list[list[str]]:
@@ -128,18 +163,21 @@ def _adapter(results: Results) -> list[list[str]]:
 
 def covariances(*results: Results) -> str:
     """C += XᵀX of every backend."""
-    rows = [
-        [
-            f"{row['tokens']} × {row['channels']} {row['dtype']}",
-            _CALLED.get(row["backend"], row["backend"]),
-            seconds(row["timing"]),
-            ratio(row["speedup"]),
-            share(row["ceiling"]),
-            relative(row["error"]),
-        ]
-        for each in results
-        for row in each["syrk"]
-    ]
+    rows = []
+    for row in (row for each in results for row in each["syrk"]):
+        case = f"{row['tokens']} × {row['channels']} {row['dtype']}"
+        if row["backend"] == "addmm":
+            timed = row["timing"] is not None
+        rows.append(
+            [
+                case,
+                _CALLED.get(row["backend"], row["backend"]),
+                seconds(row["timing"]),
+                ratio(row["speedup"] if timed else None),
+                share(row["ceiling"]),
+                relative(row["error"]),
+            ]
+        )
     header = ("tokens × channels", "", "median", "× torch.addmm", "of GEMM's rate", "error")
     calibrations = [
         f"Calibration of {model_name(timed['model'])} on {timed['tokens']} tokens: "
@@ -259,6 +297,22 @@ def pipelines(*results: Results) -> str:
     return markdown(header, rows) + notes(*tasks, measured_on(*results))
 
 
+def batched(results: Results) -> str:
+    """U and S of many small matrices."""
+    rows = [
+        [
+            f"{row['batch']} of {row['size']} × {row['size']} {row['dtype']}",
+            _BATCHED[row["method"]],
+            seconds(row["timing"]),
+            ratio(row["speedup"]),
+            relative(row["error"]) + ("" if row["timing"] else ", wrong"),
+        ]
+        for row in results["rows"]
+    ]
+    header = ("matrices", "", "median", "× Gram", "error")
+    return markdown(header, rows, text=2) + notes(measured_on(results))
+
+
 def end_to_end(results: Results) -> str:
     """A random model of a large shape, part by part."""
     rows = [
@@ -307,7 +361,9 @@ def seconds(timing: dict[str, float] | None) -> str:
     if timing is None:
         return _EMPTY
     value = timing["p50"]
-    return f"{value:.1f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
+    if value >= 1:
+        return f"{value:.1f} s"
+    return f"{1e3 * value:.0f} ms" if value >= 0.01 else f"{1e3 * value:.2f} ms"
 
 
 def ratio(value: float | None) -> str:

@@ -293,9 +293,10 @@ def _line(row: Row) -> str:
     )
     peak = "" if row.peak is None else f"{row.peak:.0%}"
     statistics = row.timing.p50 / row.plain - 1
+    wrong = "" if row.passed else " wrong"  # a baseline
     return (
         f"{case} {milliseconds} {row.speedup or 0:>8.2f} {row.tflops:>8.2f} "
-        f"{row.ceiling or 0:>8.0%} {peak:>8} {statistics:>+7.1%} {row.error:>8.1e}"
+        f"{row.ceiling or 0:>8.0%} {peak:>8} {statistics:>+7.1%} {row.error:>8.1e}{wrong}"
     )
 
 

@@ -235,8 +235,8 @@ def batched_svd(t: Tensor) -> tuple[Tensor, Tensor]:
     - On a CPU, and by backend "reference" there, torch computes in float64.
     - On a GPU backend "cuda" computes in the dtype of t, by one-sided Jacobi in shared memory: up
       to l = 239 in float32 and 169 in float64 on H100 (227 KiB), 202 and 143 on A100 (163 KiB). At
-      l = 64 errors are 1e-14 of the largest σ in float64 and 5e-6 in float32 (measured with the
-      same source on a CPU: no GPU has run it yet).
+      l = 64 errors are 2e-14 of the largest σ in float64 and 4e-6 in float32; 32 matrices take an
+      H100 1.6 and 1.1 ms.
     - What is larger, or has no such kernel, goes through the eigenvectors of t·tᵀ in float64 on a
       GPU: there directions below 1e-8 of the largest σ mix, and that is the accuracy of their σ.
 

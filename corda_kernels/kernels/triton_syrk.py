@@ -236,13 +236,13 @@ class Shares(NamedTuple):
 
 # Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
 TMA_WIDE = Tile(256, 128, 64, 8, 4)  # the most products for each load that the registers hold
-TMA = Tile(128, 128, 64, 8, 4)  # more and smaller tiles, where there are few
+TMA = Tile(128, 128, 64, 4, 4)  # more and smaller tiles, where there are few
 POINTER = Tile(128, 128, 32, 8, 4)  # with four warps the statistics would spill
 POINTER_UNALIGNED = Tile(64, 64, 32, 4, 3)  # an address for each element takes many registers
 POINTER_FLOAT32 = Tile(128, 64, 32, 8, 3)  # the three products of a step need the registers
 INTERPRETED = Tile(64, 32, 32, 4, 1)  # so small that small inputs still have several tiles
 
-_WIDE_CHANNELS = 3072
+_WIDE_CHANNELS = 2048
 _GROUP = 8  # rows of tiles, see _grouped
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}

@@ -44,6 +44,16 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.error == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_a_baseline_is_timed_however_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance, "addmm_baseline", lambda c, x: c.addmm_(x.T, x, alpha=1.001))
+    first, *others = covariance.bench_syrk(300, 40, torch.float32, CPU)
+    assert not first.passed
+    assert first.speedup == 1.0
+    for row in others:
+        assert row.passed
+        assert row.speedup == pytest.approx(first.timing.p50 / row.timing.p50)
+
+
 def test_inputs_rotate_and_calls_are_repeated() -> None:
     seen: list[int] = []
     measure(seen.append, [1, 2, 3], CPU)

@@ -41,7 +41,7 @@ def test_the_documents_show_what_the_committed_results_say(
 def test_every_table_is_shown_somewhere_in_the_documents() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in render.documents())
     shown = set(re.findall(r"^<!-- table: ([\w-]+) -->", text, re.MULTILINE))
-    later = {name for name in render.TABLES if name.startswith("gpu-")}  # no GPU has run them yet
+    later = {"gpu-svd-methods", "gpu-pipeline"}  # no GPU has run them yet
     assert shown | later == render.TABLES.keys()
 
 
