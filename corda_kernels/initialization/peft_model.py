@@ -63,16 +63,18 @@ def attach_peft(
     """Wraps `model` with the adapter; only A and B of `default` are trainable."""
     causal = hasattr(model, "prepare_inputs_for_generation")
     kind = CordaPeftModelForCausalLM if causal else CordaPeftModel
-    wrapped = kind(model, lora_config(adapter), adapter_name=TRAINED)
+    # PEFT's own start would be thrown away: with low_cpu_mem_usage it makes none.
+    config = lora_config(adapter)
+    wrapped = kind(model, config, adapter_name=TRAINED, low_cpu_mem_usage=True)
     _check_wrapped(model, adapter)
     wrapped.corda_record = adapter.record
-    wrapped.add_adapter(INITIAL, lora_config(adapter))
+    wrapped.add_adapter(INITIAL, lora_config(adapter), low_cpu_mem_usage=True)
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
-        # Assigned, for PEFT gives adapters of a float64 base its dtype.
-        device = lora.lora_A[TRAINED].weight.device
-        lora.lora_A[TRAINED].weight.data = layer.A.to(device, copy=copy)
-        lora.lora_B[TRAINED].weight.data = layer.B.to(device, copy=copy)
+        device = lora.get_base_layer().weight.device
+        # In the adapter's own dtype, for PEFT gives adapters of a float64 base its dtype.
+        lora.lora_A[TRAINED].weight = nn.Parameter(layer.A.to(device, copy=copy))
+        lora.lora_B[TRAINED].weight = nn.Parameter(layer.B.to(device, copy=copy))
         _freeze(lora.lora_A[INITIAL], layer.A0.to(device, copy=copy))
         _freeze(lora.lora_B[INITIAL], layer.B0.neg().to(device))
     wrapped.set_adapter(TRAINED)
