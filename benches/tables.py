@@ -40,7 +40,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int 
 
 def notes(*sentences: str) -> str:
     """What stands below a table."""
-    return "\n\n" + textwrap.fill(" ".join(sentences), _WIDTH, break_long_words=False)
+    said = " ".join(filter(None, sentences))
+    return "\n\n" + textwrap.fill(said, _WIDTH, break_long_words=False)
 
 
 def measured_on(*results: Results) -> str:
@@ -289,12 +290,21 @@ def pipelines(*results: Results) -> str:
             memory = [mebibytes(row["growth"]), growth]
             rows.append([name, f"{row['seconds']:.1f}", *cells, faster, *memory, overlap])
     header = ("", "seconds", *_STAGES, "× PEFT", "memory", "× PEFT", "overlap")
-    tasks = [
+    tasks = dict.fromkeys(
         f"{model_name(task['model'])}, {task['mode'].upper()}, rank {task['rank']}, "
         f"{task['tokens']} tokens."
         for task in (each["task"] for each in results)
+    )
+    runs = [
+        f"{_CALLED.get(row['name'], row['name'])} {', '.join(f'{run:.1f}' for run in row['runs'])}"
+        for each in results
+        for row in each["pipeline"]
+        if len(row.get("runs", ())) > 1
     ]
-    return markdown(header, rows) + notes(*tasks, measured_on(*results))
+    spread = (
+        f"Of several runs, in turn, the one in the middle: {'; '.join(runs)} s." if runs else ""
+    )
+    return markdown(header, rows) + notes(*tasks, spread, measured_on(*results))
 
 
 def batched(results: Results) -> str:

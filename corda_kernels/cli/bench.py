@@ -89,6 +89,9 @@ def pipeline(
             help="Contestants by commas: peft, patch_peft, skip_logits, init_corda, pissa, eva."
         ),
     ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Runs of each, in turn; shown is the one in the middle.")
+    ] = 1,
     device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="A file for all results.")] = None,
 ) -> None:
@@ -110,6 +113,7 @@ def pipeline(
             f"{only!r}"
         )
     _at_least_one("--rank", rank)
+    _at_least_one("--rounds", rounds)
     where = options.torch_device(device)
     described = environment(where)
     typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
@@ -127,7 +131,7 @@ def pipeline(
         "pipeline": [],
     }
     peft: PipelineRow | None = None
-    for row in bench_pipeline(task, names):
+    for row in bench_pipeline(task, names, rounds):
         peft = row if row.name == "peft" else peft
         typer.echo(_contest(row, peft))
         results["pipeline"].append(row.to_json())

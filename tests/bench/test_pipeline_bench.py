@@ -53,6 +53,26 @@ def test_contestants_compute_the_same(task: Task) -> None:
         assert row.passed
 
 
+def test_rounds_are_in_turn_and_the_middle_run_is_shown(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = iter([9.0, 5.0, 7.0, 4.0, 8.0, 6.0])
+    order = []
+
+    def child(name: str, task: Task, folder: Path) -> PipelineRow:
+        order.append(name)
+        seconds = next(spent)
+        return PipelineRow(name, seconds, 1.0, 0, passed=seconds != 6.0)
+
+    monkeypatch.setattr(pipeline, "_in_child", child)
+    theirs, ours = bench_pipeline(task, ("peft", "init_corda"), rounds=3)
+    assert order == ["peft", "init_corda"] * 3
+    assert (theirs.seconds, theirs.runs) == (8.0, (9.0, 7.0, 8.0))
+    assert (ours.seconds, ours.runs) == (5.0, (5.0, 4.0, 6.0))
+    assert theirs.passed
+    assert not ours.passed  # for one of its runs was wrong
+
+
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_the_stages_make_what_init_corda_makes(task: Task, tmp_path: Path, mode: str) -> None:
     task = Task(task.model, task.batches, mode, 4, CPU)
