@@ -194,6 +194,7 @@ def test_growth_and_time_are_written(tmp_path: Path) -> None:
         "stages": {},
         "overlap": None,
         "passed": True,
+        "runs": (),
         "beyond": 6.0,
     }
 
