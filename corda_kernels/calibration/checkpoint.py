@@ -20,7 +20,7 @@ from corda_kernels.calibration.covariance import Group, read_groups, write_group
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError
 from corda_kernels.files import digest
-from corda_kernels.models import linear_weight
+from corda_kernels.models import linear_shape
 
 FORMAT = "corda_kernels.calibration/1"
 _REMEDY = "delete it and start again"
@@ -119,7 +119,7 @@ class CalibrationCheckpoint:
         work = sum(covariance.matrix.shape[0] ** 2 for covariance, _ in groups)
         size = 2 * copies * work
         for _, names in groups:
-            work += sum(2 * linear_weight(modules[name]).numel() for name in names)
+            work += sum(2 * math.prod(linear_shape(modules[name])) for name in names)
         rate = _FLOP_PER_BYTE.get(device, _FLOP_PER_BYTE_ELSEWHERE)
         return math.ceil(size * rate / work / _SHARE)
 
@@ -255,6 +255,6 @@ def read_sums(
     for part, names in groups:
         for name in names:
             module = modules.get(name)
-            if module is None or linear_weight(module).shape[1] != part.matrix.shape[0]:
+            if module is None or linear_shape(module)[1] != part.matrix.shape[0]:
                 raise CheckpointError(f"{path} holds sums that do not fit layer {name}: {_REMEDY}")
     return values, groups

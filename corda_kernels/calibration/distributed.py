@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -20,7 +20,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, DistributedError
-from corda_kernels.models import linear_weight
+from corda_kernels.models import linear_shape
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Ranks:
 
     def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """This rank's part of linear layers, by what their decompositions cost."""
-        shapes = {name: linear_weight(module).shape for name, module in modules.items()}
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
         costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
         return {name: modules[name] for name in self.share(costs)}
 
@@ -142,8 +142,8 @@ class Ranks:
 
 def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
-    weight = linear_weight(module)
-    channels = weight.shape[1]
+    channels = linear_shape(module)[1]
+    weight: Any = module.weight
     device = weight.device
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

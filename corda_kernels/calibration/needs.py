@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from corda_kernels.calibration.recorder import hidden_states
 from corda_kernels.calibration.subject import Subject, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
-from corda_kernels.models import decoder_blocks, linear_weight
+from corda_kernels.models import decoder_blocks, linear_shape
 
 _TRIED_TOKENS = 2
 
@@ -133,7 +133,7 @@ def _input_groups(subject: Subject, mask: _Mask) -> list[tuple[int, list[str]]]:
             handle.remove()
     seen = {name for group in names.values() for name in group}
     groups = list(names.values()) + [[name] for name in subject.linears if name not in seen]
-    return [(linear_weight(subject.linears[group[0]]).shape[1], group) for group in groups]
+    return [(linear_shape(subject.linears[group[0]])[1], group) for group in groups]
 
 
 def _fitting_mask(subject: Subject) -> _Mask:

@@ -55,7 +55,7 @@ def calibrate(
     from corda_kernels.calibration.covariance import save_pieces
     from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.files import format_bytes
-    from corda_kernels.models import linear_weight, load_tokenizer, target_linears
+    from corda_kernels.models import linear_shape, load_tokenizer, target_linears
     from corda_kernels.pipeline import covariance_stages, united_provenance
 
     text = options.TextOptions(
@@ -83,7 +83,7 @@ def calibrate(
     chosen = options.parse_targets(targets)
     # Layers of one parent and width mostly share their input: a lower bound of what is written.
     widths = {
-        (name.rpartition(".")[0], linear_weight(module).shape[1])
+        (name.rpartition(".")[0], linear_shape(module)[1])
         for name, module in target_linears(network, chosen).items()
     }
     options.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
-from corda_kernels.models import linear_weight, weights_at_hand
+from corda_kernels.models import is_quantised, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/3"
 # Fields that earlier formats lack, with what their absence means.
@@ -69,6 +69,8 @@ _LAYER_FIELDS: dict[str, tuple[type, ...]] = {
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
 _SAMPLES = 64
 _SAME_BASE = 5e-3
+# Four bits move Gaussian weights by a tenth; another model's have nothing to do with them (1.4).
+_SAME_BUT_QUANTISED = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +268,8 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
 
     Returns:
         JSON-like: `source` (name or path, None if the model has none), `sample` (see
-        `check_base`), and what PEFT's LoraConfig asks for: `target_modules`, `fan_in_fan_out`,
-        `task_type`.
+        `check_base`), whether any layer is `quantised`, and what PEFT's LoraConfig asks for:
+        `target_modules`, `fan_in_fan_out`, `task_type`.
     """
     endings = {name.rpartition(".")[2] for name in modules}
     # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
@@ -282,6 +284,7 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(modules),
+        "quantised": any(map(is_quantised, modules.values())),
         # Short names, as PEFT and serving engines like them, if they select just the same; a
         # regular expression only where full names would select more.
         "target_modules": targets,
@@ -321,9 +324,11 @@ def check_base(record: AdapterRecord, modules: Mapping[str, nn.Module]) -> None:
 def base_difference(base: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> float:
     """How far the layers' weights are from those that `describe_base` saw, relative RMS.
 
-    It is 0 where they differ by no more than another dtype of the same base does.
+    It is 0 where they differ by no more than another dtype of the same base does, or quantising it
+    if either is quantised.
     """
     expected = torch.tensor(base["sample"], dtype=torch.float64)
     found = torch.tensor(_sample(modules), dtype=torch.float64)
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    return difference if difference > _SAME_BASE else 0.0
+    quantised = base.get("quantised", False) or any(map(is_quantised, modules.values()))
+    return difference if difference > (_SAME_BUT_QUANTISED if quantised else _SAME_BASE) else 0.0

@@ -35,7 +35,7 @@ from corda_kernels.initialization.peft_model import (
     attach_peft,
     lora_config,
 )
-from corda_kernels.models import is_linear, linear_weight
+from corda_kernels.models import check_writable, is_linear, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -202,7 +202,7 @@ def attach(
         )
     modules = {name: linears[name] for name in adapter.layers}
     for name, layer in adapter.layers.items():
-        shape = tuple(linear_weight(modules[name]).shape)
+        shape = linear_shape(modules[name])
         if shape != (layer.B.shape[0], layer.A.shape[1]):
             raise AdapterError(
                 f"layer {name} is {shape[0]} × {shape[1]}, but the adapter is for "
@@ -230,7 +230,7 @@ def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
         AdapterError: there is one.
     """
     for name, module in modules.items():
-        if linear_weight(module).is_meta:
+        if module.weight.is_meta:
             raise AdapterError(
                 f"the weight of layer {name} is offloaded, and no adapter can be trained on it: "
                 "write the adapter's folder (corda_adapter and write_adapter, or corda-kernels "
@@ -255,7 +255,16 @@ def residual_marker(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def subtract_initial(model: nn.Module, adapter: Adapter) -> None:
-    """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it."""
+    """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it.
+
+    Raises:
+        TargetError: a layer is quantised.
+    """
+    check_writable(
+        {name: model.get_submodule(name) for name in adapter.layers},
+        "this adapter has taken a part of it over",
+        "load the base in a floating dtype, or the residual that was saved with the adapter",
+    )
     for name, layer in adapter.layers.items():
         weight = linear_weight(model.get_submodule(name))
         weight.copy_(residual(weight, layer.initial()))

@@ -16,9 +16,9 @@ from corda_kernels.initialization.checkpoint import (
     residual_marker,
     write_lora,
 )
-from corda_kernels.initialization.linear import detach_linears
+from corda_kernels.initialization.linear import CordaLinear, detach_linears
 from corda_kernels.initialization.peft_model import RECORD_FILE, lora_config
-from corda_kernels.models import linear_weight
+from corda_kernels.models import check_writable, linear_weight
 from corda_kernels.precision import without_autocast
 
 
@@ -67,10 +67,22 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         AdapterError: the model carries no adapter, or a damaged one.
+        TargetError: a layer is quantised.
     """
     from peft import PeftModel
 
     adapter = adapter_of(model)
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrapped: dict[str, Any] = {name: inside.get_submodule(name) for name in adapter.layers}
+    check_writable(
+        {
+            name: module.base if isinstance(module, CordaLinear) else module.base_layer
+            for name, module in wrapped.items()
+        },
+        "merging writes into it",
+        "export a plain LoRA for it (export_lora), or attach the adapter to the base in a floating "
+        "dtype and merge there",
+    )
     base = model.unload() if isinstance(model, PeftModel) else detach_linears(model)
     for name, layer in adapter.layers.items():
         weight = linear_weight(base.get_submodule(name))

@@ -22,7 +22,12 @@ from corda_kernels.initialization import (
     has_adapter,
     residual_marker,
 )
-from corda_kernels.models import check_unshared, linear_weight, target_linears
+from corda_kernels.models import (
+    check_unshared,
+    check_writable,
+    linear_shape,
+    target_linears,
+)
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
@@ -191,7 +196,8 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     """The layers that `config` selects, after a check of its rank or budget.
 
     Raises:
-        TargetError: no layer matches, one is quantised, or shares its weight with another module.
+        TargetError: no layer matches, one shares its weight with another module, or one is
+            quantised and residual is "weight".
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer, or the budget does not pay for the least.
         ModelError: the model carries an adapter already, or is the residual of one.
@@ -207,6 +213,12 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
         )
     modules = target_linears(model, config.targets)
     check_unshared(model, modules)
+    if config.residual == "weight":
+        check_writable(
+            modules,
+            'residual="weight" writes W − B A into it',
+            'take residual="pair", which leaves it as it is, or load the model in a floating dtype',
+        )
     if config.budget is not None:
         check_guaranteed(
             layer_shapes(modules),
@@ -229,7 +241,7 @@ def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> di
     """The modules that have a covariance in the set, after a check that it is of their size."""
     covered = {name: module for name, module in modules.items() if name in covariances}
     for name, module in covered.items():
-        inputs = linear_weight(module).shape[1]
+        inputs = linear_shape(module)[1]
         channels = covariances[name].matrix.shape[0]
         if channels != inputs:
             raise CovarianceError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import RankError
-from corda_kernels.models import linear_weight
+from corda_kernels.models import linear_shape
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.planning import allocate_ranks, layer_spectra, parse_budget, uniform_budget
 from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum
@@ -85,6 +85,6 @@ def layer_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]
     """(out, in) of each layer."""
     shapes = {}
     for name, module in modules.items():
-        outputs, inputs = linear_weight(module).shape
+        outputs, inputs = linear_shape(module)
         shapes[name] = outputs, inputs
     return shapes

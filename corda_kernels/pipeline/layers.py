@@ -14,7 +14,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import OutOfMemoryWarning
 from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
-from corda_kernels.models import linear_weight, weights_at_hand
+from corda_kernels.models import is_quantised, linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.measured import sampled_spectrum
 from corda_kernels.progress import progress_bar
@@ -63,10 +63,12 @@ def layer_adapters(
 def _loaded_together(
     modules: Mapping[str, nn.Module], covariances: CovarianceSet
 ) -> Iterator[list[str]]:
-    """All layers whose weights are in memory, then offloaded ones, input by input."""
-    offloaded = {name for name, module in modules.items() if linear_weight(module).is_meta}
-    groups = [[name for name in names if name in offloaded] for _, names in covariances.groups()]
-    present = [name for name in modules if name not in offloaded]
+    """All layers whose weights are in memory, then offloaded and quantised ones, input by input."""
+    apart = {
+        name for name, module in modules.items() if module.weight.is_meta or is_quantised(module)
+    }
+    groups = [[name for name in names if name in apart] for _, names in covariances.groups()]
+    present = [name for name in modules if name not in apart]
     yield from filter(None, [present, *groups])
 
 

@@ -189,7 +189,7 @@ def layer_spectra(
     small: list[_Group] = []
     large: list[_Group] = []
     for group in groups:
-        device = linear_weight(share[group[1][0]]).device
+        device = share[group[1][0]].weight.device
         beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
         (small if beside else large).append(group)
     found: dict[str, LayerSpectrum] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.models import linear_weight
+from corda_kernels.models import LinearWeights
 from corda_kernels.progress import progress_bar
 
 End = Literal["largest", "smallest"]
@@ -159,7 +159,7 @@ def subspace_stability(
     ends = [end for end, wanted in asked if wanted]
     if not ends:
         raise ConfigError("there is nothing to compare: ask for the top, the bottom or both")
-    weights = {name: linear_weight(module).detach() for name, module in modules.items()}
+    weights = LinearWeights(modules)
     agreement: dict[End, dict[str, float]] = {end: {} for end in ends}
     bar = progress_bar(
         description="stability",

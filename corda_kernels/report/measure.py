@@ -13,7 +13,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map
 from corda_kernels.errors import CovarianceError, DecompositionError
-from corda_kernels.models import linear_weight
+from corda_kernels.models import linear_shape
 from corda_kernels.pipeline.measured import measured_input, sampled_spectrum
 from corda_kernels.planning.compactness import layer_spectra
 from corda_kernels.progress import progress_bar
@@ -106,7 +106,7 @@ def measure_spectra(
     found = {}
     for name, spectrum in spectra.items():
         values = spectrum.singular_values
-        outputs, inputs = linear_weight(covered[name]).shape
+        outputs, inputs = linear_shape(covered[name])
         found[name] = {
             "shape": [outputs, inputs],
             "spectrum": sampled_spectrum(values, 0, values.numel()),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import RankError, TargetError
-from corda_kernels.models import is_linear, linear_weight
+from corda_kernels.models import is_linear, is_quantised, linear_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -115,11 +115,12 @@ def _check_weights(targets: Mapping[str, Target]) -> None:
                 f"the weight of layer {name} is offloaded (device meta), where PEFT cannot change "
                 "it: load the model with a device_map that keeps all targets on a device"
             )
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in _DTYPES or is_quantised(target.module):
             raise TargetError(
                 f"layer {name} ({type(target.module).__name__}) holds its weight in "
                 f"{weight.dtype}, into which PEFT cannot write W − B·A: load the model in float32, "
-                "float16 or bfloat16, and quantise the residual afterwards"
+                "float16 or bfloat16, and quantise the residual afterwards; or take init_corda, "
+                "which leaves the base as it is"
             )
 
 

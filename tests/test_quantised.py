@@ -1,0 +1,186 @@
+"""Bases quantised by bitsandbytes or torchao: a pair on them, and what cannot be done with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.config import CordaConfig as PeftConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from corda_kernels import (
+    CordaConfig,
+    calibrate,
+    calibrate_blocks,
+    export_lora,
+    init_corda,
+    load_for_training,
+    merge,
+    save_adapter,
+    subspace_stability,
+)
+from corda_kernels.errors import AdapterError, TargetError
+from corda_kernels.integrations.peft import preprocess_corda
+from corda_kernels.models import is_quantised, linear_shape, linear_weight, target_linears
+
+KINDS = ["4bit", "8bit", "torchao"]
+# Of logits, relative: eight bits round the inputs as well, to float16 first.
+ALLOWED = {"4bit": 1e-5, "8bit": 3e-2, "torchao": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    tiny_model("llama", initializer_range=0.1, **sizes).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, kind: str) -> nn.Module:
+    pytest.importorskip("torchao" if kind == "torchao" else "bitsandbytes")
+    options: Any
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what else these libraries could do
+        if kind == "torchao":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            options = TorchAoConfig(Int8WeightOnlyConfig())
+        elif kind == "4bit":
+            options = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.float32,
+            )
+        else:
+            options = BitsAndBytesConfig(load_in_8bit=True)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=options).eval()
+
+
+def batches() -> Tensor:
+    return torch.randint(3, 64, (6, 4, 24), generator=torch.Generator().manual_seed(1))
+
+
+def config(mode: str = "kpm", **options: Any) -> CordaConfig:
+    return CordaConfig(mode, **({"rank": 4, "progress": False} | options))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=batches()[0]).logits
+
+
+def close(found: Tensor, expected: Tensor, kind: str) -> bool:
+    return float((found - expected).norm() / expected.norm()) <= ALLOWED[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_what_the_layers_multiply_by(folder: Path, kind: str) -> None:
+    linears = target_linears(load(folder, kind))
+    assert len(linears) == 14
+    for module in linears.values():
+        assert is_quantised(module)
+        weight = linear_weight(module)
+        assert weight.is_floating_point()
+        assert tuple(weight.shape) == linear_shape(module)
+        x = torch.randn(5, weight.shape[1])
+        assert close(module(x).detach(), x @ weight.float().T, kind)
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_leaves_the_outputs_as_they_were_and_is_trained(
+    folder: Path, tmp_path: Path, kind: str, mode: str, use_peft: bool
+) -> None:
+    model = load(folder, kind)
+    before = logits(model)
+    adapted = init_corda(model, batches(), config(mode), use_peft=use_peft)
+    assert close(logits(adapted), before, kind)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(trained) == 28
+    adapted(input_ids=batches()[0], labels=batches()[0]).loss.backward()
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= 0.05 * parameter.grad / parameter.grad.norm().clamp_min(1e-6)
+    after = logits(adapted)
+    assert not close(after, before, kind)
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_for_training(load(folder, kind), tmp_path / "adapter", use_peft=use_peft)
+    assert close(logits(again), after, kind)
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    plain = PeftModel.from_pretrained(load(folder, kind), tmp_path / "lora")
+    assert close(logits(plain), after, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_else_is_made_of_weights_is_made_of_quantised_ones(folder: Path, kind: str) -> None:
+    model = load(folder, kind)
+    covariances = calibrate(model, batches(), progress=False)
+    blocks: dict[str, Any] = {}
+    for part in calibrate_blocks(model, batches(), progress=False):
+        blocks |= dict(part)
+    assert blocks.keys() == covariances.keys()
+    first, second = (calibrate(model, batches()[half::2], progress=False) for half in range(2))
+    found = subspace_stability(target_linears(model), first, second, rank=4, progress=False)
+    assert len(found.layers) == 14
+    adapted = init_corda(model, covariances, config(budget="r=4"))
+    assert logits(adapted).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_passes_between_a_base_and_its_quantised_self(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    save_adapter(init_corda(base, batches(), config()), tmp_path / "of-base")
+    quantised = load(folder, kind)
+    before = logits(quantised)
+    assert close(logits(load_for_training(quantised, tmp_path / "of-base")), before, kind)
+    save_adapter(init_corda(load(folder, kind), batches(), config()), tmp_path / "of-quantised")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(base)
+    merged = merge(load_for_training(base, tmp_path / "of-quantised"))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_base_is_still_told_apart(
+    folder: Path, tmp_path: Path, tiny_model: Callable[..., nn.Module]
+) -> None:
+    save_adapter(init_corda(load(folder, "4bit"), batches(), config()), tmp_path / "adapter")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    torch.manual_seed(1)
+    other = tiny_model("llama", initializer_range=0.1, **sizes)
+    with pytest.raises(AdapterError, match="differ"):
+        load_for_training(other, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_writes_weights_is_refused(folder: Path, tmp_path: Path, kind: str) -> None:
+    model = load(folder, kind)
+    with pytest.raises(TargetError, match=r'q_proj is quantised .*residual="pair"'):
+        init_corda(model, batches(), config(residual="weight"))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    save_adapter(init_corda(base, batches(), config(residual="weight")), tmp_path / "weight")
+    with pytest.raises(TargetError, match=r"quantised .*load the base in a floating dtype"):
+        load_for_training(model, tmp_path / "weight")
+    runs: list[int] = []
+    theirs = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights="corda",
+        corda_config=PeftConfig(corda_method="kpm"),
+    )
+    with pytest.raises(TargetError, match="init_corda, which leaves the base as it is"):
+        preprocess_corda(model, theirs, lambda: runs.append(1))
+    assert not runs
+    for use_peft in (True, False):
+        adapted = init_corda(load(folder, kind), batches(), config(), use_peft=use_peft)
+        with pytest.raises(TargetError, match=r"quantised .*export_lora"):
+            merge(adapted)
