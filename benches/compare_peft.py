@@ -27,7 +27,8 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.data import help_topics
 from corda_kernels.files import write_json
 from corda_kernels.integrations.peft import preprocess_corda
-from corda_kernels.models import linear_weight, target_linears
+from corda_kernels.linears import linear_weight
+from corda_kernels.models import target_linears
 
 DAMPING = 0.01
 

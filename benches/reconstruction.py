@@ -32,7 +32,7 @@ from corda_kernels import CoSVD, CovarianceSet, adapter_factors, co_svd, load_mo
 from corda_kernels.bench.timing import environment
 from corda_kernels.decomposition.exact import End
 from corda_kernels.files import check_output, write_json
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 
 RANK = 32
 ENDS: tuple[tuple[str, End], ...] = (("IPM", "largest"), ("KPM", "smallest"))

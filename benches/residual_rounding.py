@@ -25,7 +25,7 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.data import token_batches
 from corda_kernels.initialization import Adapter, attach, residual
 from corda_kernels.initialization.adapter import LayerAdapter
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter
 
 SAMPLES, LENGTH = 4, 256

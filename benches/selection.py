@@ -38,7 +38,7 @@ from corda_kernels import (
 from corda_kernels.bench.timing import environment
 from corda_kernels.data import decode_escapes
 from corda_kernels.files import write_json
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra, uniform_budget
 

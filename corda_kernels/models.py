@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.files import filled_folder
+from corda_kernels.linears import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -284,102 +285,6 @@ def position_count(model: nn.Module) -> int | None:
             tables[name] = module.num_embeddings - getattr(module, "offset", 0)
     looked_up = {size for name, size in tables.items() if _POSITIONS.search(name)}
     return next((count for count in asked if count in looked_up), None)
-
-
-@contextlib.contextmanager
-def weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """Inside the block, weights that accelerate keeps on the disk or the host are there to read."""
-    if getattr(module, "_hf_hook", None) is None:
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies by one plain matrix: nn.Linear or transformers' Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is packed in a way that PEFT can unpack: by bitsandbytes, in
-    4 or 8 bits, or by torchao."""
-    kind = type(module.weight)
-    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in): a view, for Conv1D stores it the other way round,
-    or of a quantised layer what it stands for, made anew at every call.
-
-    Raises:
-        TargetError: the weight is packed in another way, or not a matrix of floating numbers.
-    """
-    weight: Any = module.weight
-    if type(weight).__name__ == "Int8Params":
-        # PEFT's way to unpack it leaves a layer on a CPU without its scales. Until the first call
-        # they are kept by the weight, and then by the layer's state.
-        scales = module.state.SCB if module.state.SCB is not None else weight.SCB  # type: ignore[union-attr]
-        return weight.data.float() * (scales / 127)[:, None]
-    if is_quantised(module):
-        from peft.utils.integrations import dequantize_module_weight
-
-        unpacked: Tensor = dequantize_module_weight(module).detach()
-        return unpacked
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise TargetError(
-            f"a layer of class {type(module).__name__} holds a packed weight that cannot be read; "
-            "load the model in a floating dtype (--dtype bfloat16), or quantised by bitsandbytes "
-            "or torchao"
-        )
-    return weight if isinstance(module, nn.Linear) else weight.T
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, without unpacking it.
-
-    Raises:
-        TargetError: see `linear_weight`.
-    """
-    if is_quantised(module):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    outputs, inputs = linear_weight(module).shape
-    return outputs, inputs
-
-
-class LinearWeights(Mapping[str, Tensor]):
-    """The weights of linear layers by name, (out, in) each; a quantised one as often as it is asked
-    for, so that not all of them are unpacked at a time."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-
-    def __getitem__(self, name: str) -> Tensor:
-        return linear_weight(self._modules[name]).detach()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-
-def check_writable(modules: Mapping[str, nn.Module], purpose: str, remedy: str) -> None:
-    """Refuses quantised layers where weights are to be written.
-
-    Raises:
-        TargetError: there is one.
-    """
-    for name, module in modules.items():
-        if is_quantised(module):
-            raise TargetError(
-                f"the weight of layer {name} is quantised ({type(module.weight).__name__}), and "
-                f"{purpose}: {remedy}"
-            )
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

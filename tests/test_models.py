@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
+from corda_kernels.linears import is_linear, linear_weight
 from corda_kernels.models import (
     decoder,
-    is_linear,
-    linear_weight,
     load_model,
     load_tokenizer,
     output_head,
@@ -275,7 +274,7 @@ def test_other_layers_are_not_linear(module: nn.Module) -> None:
 def test_a_packed_weight_is_refused(weight: torch.Tensor) -> None:
     layer = nn.Linear(3, 3)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(TargetError, match="class Linear holds a quantised or packed weight"):
+    with pytest.raises(TargetError, match="class Linear holds a packed weight"):
         linear_weight(layer)
 
 

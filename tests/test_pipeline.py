@@ -21,7 +21,7 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.initialization import adapter_of
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]

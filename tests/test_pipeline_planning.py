@@ -33,7 +33,7 @@ from corda_kernels.errors import (
     RankError,
 )
 from corda_kernels.initialization import adapter_of, read_adapter
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import calibrate_candidates, corda_adapter, stages
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 

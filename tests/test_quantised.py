@@ -27,7 +27,8 @@ from corda_kernels import (
 )
 from corda_kernels.errors import AdapterError, TargetError
 from corda_kernels.integrations.peft import preprocess_corda
-from corda_kernels.models import is_quantised, linear_shape, linear_weight, target_linears
+from corda_kernels.linears import is_quantised, linear_shape, linear_weight
+from corda_kernels.models import target_linears
 
 KINDS = ["4bit", "8bit", "torchao"]
 # Of logits, relative: eight bits round the inputs as well, to float16 first.

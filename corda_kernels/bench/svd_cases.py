@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError
-from corda_kernels.models import linear_weight, load_model
+from corda_kernels.linears import linear_weight
+from corda_kernels.models import load_model
 
 DAMPING = 0.01  # PEFT's, and the default of `init`
 

@@ -20,7 +20,7 @@ from corda_kernels.calibration.covariance import Group, read_groups, write_group
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError
 from corda_kernels.files import digest
-from corda_kernels.models import linear_shape
+from corda_kernels.linears import linear_shape
 
 FORMAT = "corda_kernels.calibration/1"
 _REMEDY = "delete it and start again"

@@ -20,7 +20,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, DistributedError
-from corda_kernels.models import linear_shape
+from corda_kernels.linears import linear_shape
 
 T = TypeVar("T")
 

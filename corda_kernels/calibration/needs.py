@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from corda_kernels.calibration.recorder import hidden_states
 from corda_kernels.calibration.subject import Subject, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
-from corda_kernels.models import decoder_blocks, linear_shape
+from corda_kernels.linears import linear_shape
+from corda_kernels.models import decoder_blocks
 
 _TRIED_TOKENS = 2
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.initialization.factors import AdapterFactors
-from corda_kernels.models import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/3"
 # Fields that earlier formats lack, with what their absence means.

@@ -35,7 +35,7 @@ from corda_kernels.initialization.peft_model import (
     attach_peft,
     lora_config,
 )
-from corda_kernels.models import check_writable, is_linear, linear_shape, linear_weight
+from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

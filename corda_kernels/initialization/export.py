@@ -18,7 +18,7 @@ from corda_kernels.initialization.checkpoint import (
 )
 from corda_kernels.initialization.linear import CordaLinear, detach_linears
 from corda_kernels.initialization.peft_model import RECORD_FILE, lora_config
-from corda_kernels.models import check_writable, linear_weight
+from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.precision import without_autocast
 
 

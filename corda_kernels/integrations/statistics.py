@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError, RankError
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 
 T = TypeVar("T")
 

@@ -22,12 +22,8 @@ from corda_kernels.initialization import (
     has_adapter,
     residual_marker,
 )
-from corda_kernels.models import (
-    check_unshared,
-    check_writable,
-    linear_shape,
-    target_linears,
-)
+from corda_kernels.linears import check_writable, linear_shape
+from corda_kernels.models import check_unshared, target_linears
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig

@@ -9,7 +9,7 @@ from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import RankError
-from corda_kernels.models import linear_shape
+from corda_kernels.linears import linear_shape
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.planning import allocate_ranks, layer_spectra, parse_budget, uniform_budget
 from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum

@@ -14,7 +14,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import OutOfMemoryWarning
 from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
-from corda_kernels.models import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.measured import sampled_spectrum
 from corda_kernels.progress import progress_bar

@@ -20,7 +20,7 @@ from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError, DecompositionError
-from corda_kernels.models import linear_weight, weights_at_hand
+from corda_kernels.linears import linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
 Condition = Literal["ratio", "bound", "tight"]

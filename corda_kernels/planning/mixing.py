@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.decomposition import co_svd
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 

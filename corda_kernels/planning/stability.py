@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.models import LinearWeights
+from corda_kernels.linears import LinearWeights
 from corda_kernels.progress import progress_bar
 
 End = Literal["largest", "smallest"]

@@ -15,7 +15,7 @@ from corda_kernels.initialization.peft_model import (
     CordaPeftModelForCausalLM,
     live_adapter_of_peft,
 )
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 
 # Values of PEFT's init_lora_weights that start with B A = 0 and leave the base as it was.
 _FROM_ZERO = (True, "gaussian", "eva", "orthogonal")

@@ -22,7 +22,7 @@ from corda_kernels.initialization import (
     subtract_initial,
     write_adapter,
 )
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter, init_corda
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]

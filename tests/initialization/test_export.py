@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from corda_kernels import CordaConfig, export_lora, load_for_training, merge, save_adapter
 from corda_kernels.errors import OutputError
 from corda_kernels.initialization import adapter_of, residual_marker, subtract_initial
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, DecompositionError
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.planning import compactness, layer_spectra
 from corda_kernels.planning.compactness import CONDITIONS, log_condition
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet, calibrate
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 from corda_kernels.planning import Selection, compactness, select_covariance
 
 ROUNDS = 4

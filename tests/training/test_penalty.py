@@ -23,7 +23,7 @@ from corda_kernels import (
 )
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.initialization import LayerAdapter, adapter_of
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]

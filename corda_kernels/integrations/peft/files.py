@@ -26,7 +26,7 @@ from corda_kernels.initialization import describe_base
 from corda_kernels.initialization.adapter import base_difference
 from corda_kernels.integrations.peft.eigens import CordaEigens
 from corda_kernels.integrations.peft.targets import Target
-from corda_kernels.models import is_linear
+from corda_kernels.linears import is_linear
 from corda_kernels.versions import library_versions
 
 StrPath = str | os.PathLike[str]

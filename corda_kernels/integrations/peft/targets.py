@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import RankError, TargetError
-from corda_kernels.models import is_linear, is_quantised, linear_weight
+from corda_kernels.linears import is_linear, is_quantised, linear_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -23,7 +23,7 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.integrations.peft import preprocess_corda
-from corda_kernels.models import linear_weight
+from corda_kernels.linears import linear_weight
 
 LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
