@@ -88,19 +88,21 @@ def bench_pipeline(
     Raises:
         CordaError: one of them failed; PEFT's own needs the package attrs.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = [name for name in CONTESTANTS if name in names]
-        found: dict[str, list[PipelineRow]] = {name: [] for name in chosen}
-        for number in range(rounds):
+    chosen = [name for name in CONTESTANTS if name in names]
+    found: dict[str, list[PipelineRow]] = {name: [] for name in chosen}
+    for number in range(rounds):
+        # Of every round its own, for a cache that is there already spares all work.
+        with tempfile.TemporaryDirectory() as folder:
             for name in chosen:
-                found[name].append(_compared(_in_child(name, task, Path(folder)), task, folder))
+                row = _in_child(name, task, Path(folder))
+                found[name].append(_compared(row, task, Path(folder)))
                 if number == rounds - 1:
                     yield _in_the_middle(found[name])
 
 
-def _compared(row: PipelineRow, task: Task, folder: str) -> PipelineRow:
+def _compared(row: PipelineRow, task: Task, folder: Path) -> PipelineRow:
     """The row with its overlap with PEFT's cache, where both have left one."""
-    theirs, ours = (Path(folder) / f"{name}.pt" for name in ("peft", row.name))
+    theirs, ours = (folder / f"{name}.pt" for name in ("peft", row.name))
     if row.name == "peft" or task.mode != "ipm" or not (ours.exists() and theirs.exists()):
         return row
     overlap = _overlap(*(torch.load(cache, weights_only=True) for cache in (theirs, ours)))

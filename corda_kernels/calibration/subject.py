@@ -166,7 +166,7 @@ def refuse_unseen(names: Sequence[str]) -> None:
         raise CalibrationError(
             f"{len(names)} target layer(s) never received a token: {', '.join(names[:5])}"
             f"{', …' if len(names) > 5 else ''}; leave them out of the targets, or use more "
-            'text if they are routed experts, or pass on_unseen="skip"'
+            'text if they are routed experts, or calibrate(..., on_unseen="skip") in Python'
         )
 
 
