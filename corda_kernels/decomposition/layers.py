@@ -102,9 +102,12 @@ def co_svd_layers(
     for device, of_shapes in groups.items():
         limit = free_bytes(device) // 2 if memory_limit is None else memory_limit
         batches = _batches(of_shapes, weights, limit)
-        need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
-        workers = max(1, min(_STREAMS, limit // max(need, 1)))
-        running.append(streamed_map(in_batch, batches, device, workers))
+        if device.type == "cuda":
+            need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
+            workers = max(1, min(_STREAMS, limit // max(need, 1)))
+            running.append(streamed_map(in_batch, batches, device, workers))
+        else:
+            running.append(map(in_batch, batches))
     for name, found, given_up in chain.from_iterable(chain.from_iterable(running)):
         if found.U.is_cuda:
             for tensor in (found.U, found.S, found.damping, found.residual):

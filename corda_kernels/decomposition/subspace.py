@@ -25,7 +25,8 @@ _OUT_OF_RANGE = (
 
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones;
 # on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh.
-_FIRST_LOOK = {"cpu": (4, 2), "cuda": (6, 3)}
+_FIRST_LOOK = (4, 2)
+_FIRST_LOOK_GPU = (6, 3)
 _MOST_BLOCKS = 8
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
@@ -141,7 +142,7 @@ def _bidiagonalized(
     error that these had; in the dtype of `front`. None where its range or precision does not do."""
     *batch, n, block = front.shape
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
-    look = min(_FIRST_LOOK[front.device.type][cycle > 0], blocks)
+    look = min((_FIRST_LOOK if front.device.type == "cpu" else _FIRST_LOOK_GPU)[cycle > 0], blocks)
     # Orthonormal bases on both sides, and `back` of the far one; `half` of the near one is the far
     # one times a triangle. From images under A alone rounding would hide what is below √eps·σ₁.
     near, images = (front.new_empty(*batch, n, blocks * block) for _ in range(2))

@@ -5,8 +5,8 @@ accumulator, so that none runs over more than 8,192 tokens (2,048 for precision 
 added to C in float32, rounded to nearest.
 
 Every program begins with a share of the statistics, a block of X that it reads for them: while some
-read, others multiply. Taken by the tiles on the diagonal, on data that they have loaded anyway,
-they would cost more: on an H100 such a tile takes twice as long, and the others wait for it.
+read, others multiply. Tiles on the diagonal could take them on data that they have loaded anyway,
+but would then take twice as long as others, which at 4096 channels costs an H100 just as much.
 
 Two kernels: `_tiles_by_pointer` loads by cp.async and takes any row stride, `_tiles_by_tma` takes
 tensor descriptors, on Hopper and later, and adds its tiles to C by bulk reductions.

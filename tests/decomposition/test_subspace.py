@@ -197,7 +197,7 @@ def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Told apart from its neighbour within the block, not by more of them.
-    monkeypatch.setattr(subspace, "_FIRST_LOOK", {"cpu": (4, 2)})
+    monkeypatch.setattr(subspace, "_FIRST_LOOK", (4, 2))
     sigma = log_spaced(400, 6)
     sigma[4] = sigma[3] * (1 - 1e-3)
     M, known_U = known(400, 400, sigma)
