@@ -127,7 +127,7 @@ def test_what_is_wrong_has_no_speed() -> None:
     pipeline["pipeline"][1] |= {"passed": False, "overlap": 0.2}
     (line,) = (row for row in tables.decompositions(svd).splitlines() if "5.0e-01" in row)
     assert line == "| SmolLM2-135M, r = 32 | IPM | corda_kernels | – | – | 5.0e-01, wrong |"
-    (line,) = (row for row in tables.pipelines(pipeline).splitlines() if "patch_peft" in row)
+    (line,) = (row for row in tables.pipelines(pipeline).splitlines() if "| patch_peft" in row)
     assert line.startswith("| patch_peft | computes something else: no speed | – |")
 
 
