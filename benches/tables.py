@@ -165,18 +165,18 @@ def _adapter(results: Results) -> list[list[str]]:
 def covariances(*results: Results) -> str:
     """C += XᵀX of every backend."""
     rows = []
+    timed = True  # whether the case's baseline is, which was not always done where it is wrong
     for row in (row for each in results for row in each["syrk"]):
-        case = f"{row['tokens']} × {row['channels']} {row['dtype']}"
         if row["backend"] == "addmm":
             timed = row["timing"] is not None
         rows.append(
             [
-                case,
+                f"{row['tokens']} × {row['channels']} {row['dtype']}",
                 _CALLED.get(row["backend"], row["backend"]),
                 seconds(row["timing"]),
                 ratio(row["speedup"] if timed else None),
                 share(row["ceiling"]),
-                relative(row["error"]),
+                relative(row["error"]) + ("" if row["passed"] else ", wrong"),
             ]
         )
     header = ("tokens × channels", "", "median", "× torch.addmm", "of GEMM's rate", "error")

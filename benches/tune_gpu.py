@@ -23,9 +23,9 @@ from corda_kernels.decomposition import co_svd_layers, layers
 from corda_kernels.kernels import syrk_, triton_syrk, use_backend
 from corda_kernels.kernels.triton_syrk import TMA, TMA_WIDE, Tile
 
-NARROW = (TMA, TMA._replace(warps=4), TMA._replace(stages=3), TMA_WIDE)
+NARROW = (TMA, TMA._replace(warps=8), TMA._replace(stages=3), TMA_WIDE)
 WIDE = (TMA_WIDE, TMA_WIDE._replace(stages=3))
-GROUPS = (8, 4, 1000)
+GROUPS = (4, 8, 1000)
 
 
 def tiles(widths: Sequence[int], tokens: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ def tiles(widths: Sequence[int], tokens: int, device: torch.device) -> None:
         for tile in WIDE if name == "TMA_WIDE" else NARROW:
             for group in GROUPS if tile == TMA_WIDE else GROUPS[:1]:
                 setattr(triton_syrk, name, tile)
-                triton_syrk._GROUP = group
+                triton_syrk._GROUP, triton_syrk._GROUPED_CHANNELS = group, 0
                 try:
                     with use_backend("triton"):
                         full = milliseconds(
@@ -61,7 +61,7 @@ def tiles(widths: Sequence[int], tokens: int, device: torch.device) -> None:
                     f"{plain:.4f} without; {base / full:.2f} and {base / plain:.2f} times as fast",
                     flush=True,
                 )
-        triton_syrk.TMA, triton_syrk.TMA_WIDE, triton_syrk._GROUP = TMA, TMA_WIDE, GROUPS[0]
+        triton_syrk.TMA, triton_syrk.TMA_WIDE = TMA, TMA_WIDE
 
 
 def _called(tile: Tile, group: int) -> str:

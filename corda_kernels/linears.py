@@ -33,7 +33,7 @@ def is_linear(module: nn.Module) -> bool:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer's weight is packed in a way that PEFT can unpack: by bitsandbytes, in
     4 or 8 bits, or by torchao."""
-    kind = type(module.weight)
+    kind = type(getattr(module, "weight", None))
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
@@ -46,8 +46,14 @@ def linear_weight(module: nn.Module) -> Tensor:
     """
     if is_quantised(module):
         return _unpacked(module)
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    weight = getattr(module, "weight", None)
+    # Numbers of eight bits mean nothing without the scales that are kept beside them.
+    if (
+        not isinstance(weight, Tensor)
+        or weight.ndim != 2
+        or not weight.is_floating_point()
+        or weight.itemsize < 2
+    ):
         raise TargetError(
             f"a layer of class {type(module).__name__} holds a packed weight that cannot be read; "
             "load the model in a floating dtype (--dtype bfloat16), or quantised by bitsandbytes "
@@ -62,7 +68,9 @@ def _unpacked(module: Any) -> Tensor:
         # PEFT's way to do this leaves a layer on a CPU without its scales. The weight keeps them
         # until the first call, the layer's state from then on.
         scales = weight.SCB if module.state.SCB is None else module.state.SCB
-        unpacked: Tensor = weight.data.float() * (scales / 127)[:, None]
+        unpacked: Tensor = weight.data
+        if scales is not None:  # with has_fp16_weights they are packed for a product only
+            unpacked = unpacked.float() * (scales.to(weight.device) / 127)[:, None]
         return unpacked
     from peft.utils.integrations import dequantize_module_weight
 

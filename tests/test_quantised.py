@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from corda_kernels import (
+    CalibrationCheckpoint,
+    CompactnessPenalty,
     CordaConfig,
     calibrate,
     calibrate_blocks,
@@ -26,9 +29,12 @@ from corda_kernels import (
     subspace_stability,
 )
 from corda_kernels.errors import AdapterError, TargetError
+from corda_kernels.initialization.checkpoint import adapter_of
 from corda_kernels.integrations.peft import preprocess_corda
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight
 from corda_kernels.models import target_linears
+from corda_kernels.pipeline import layers
+from corda_kernels.pipeline.budget import adapter_parameters
 
 KINDS = ["4bit", "8bit", "torchao"]
 # Of logits, relative: eight bits round the inputs as well, to float16 first.
@@ -91,7 +97,8 @@ def test_weights_are_what_the_layers_multiply_by(folder: Path, kind: str) -> Non
         assert weight.is_floating_point()
         assert tuple(weight.shape) == linear_shape(module)
         x = torch.randn(5, weight.shape[1])
-        assert close(module(x).detach(), x @ weight.float().T, kind)
+        for _ in range(2):  # after the first call eight bits keep their scales elsewhere
+            assert close(module(x).detach(), x @ linear_weight(module).float().T, kind)
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -118,6 +125,50 @@ def test_a_pair_leaves_the_outputs_as_they_were_and_is_trained(
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     plain = PeftModel.from_pretrained(load(folder, kind), tmp_path / "lora")
     assert close(logits(plain), after, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_those_of_the_unpacked_weights(folder: Path, kind: str) -> None:
+    model = load(folder, kind)
+    covariances = calibrate(model, batches(), progress=False)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, module in target_linears(plain).items():
+            module.weight.copy_(linear_weight(model.get_submodule(name)))
+    quantised, unpacked = (
+        adapter_of(init_corda(base, covariances, config(), use_peft=False))
+        for base in (model, plain)
+    )
+    for name, layer in quantised.layers.items():
+        expected = unpacked.layers[name].initial_product()
+        torch.testing.assert_close(layer.initial_product(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_of_the_model_is_that_of_its_weights(folder: Path, kind: str) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    asked = config(budget="2%")
+    budgets = [
+        adapter_parameters(model, target_linears(model), asked)
+        for model in (load(folder, kind), plain)
+    ]
+    assert budgets[0] == budgets[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_and_penalties(folder: Path, tmp_path: Path, kind: str) -> None:
+    model = load(folder, kind)
+    checkpoint = CalibrationCheckpoint(tmp_path / "sums", every=96)
+    covariances = calibrate(model, batches(), checkpoint=checkpoint, progress=False)
+    adapted = init_corda(model, covariances, config())
+    assert float(CompactnessPenalty(adapted, covariances)().detach()) > 0
+
+
+def test_numbers_of_eight_bits_without_their_scales_are_refused() -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TargetError, match="packed weight"):
+        linear_weight(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,6 +200,28 @@ def test_an_adapter_passes_between_a_base_and_its_quantised_self(
     expected = logits(base)
     merged = merge(load_for_training(base, tmp_path / "of-quantised"))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_more_weights_are_unpacked_at_a_time_than_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, "4bit")
+    covariances = calibrate(model, batches(), progress=False)
+    modules = target_linears(model)
+    every = list(layers._loaded_together(modules, covariances))
+    assert [len(names) for names in every] == [14]
+    of_one_block = sum(4 * math.prod(linear_shape(module)) for module in modules.values()) // 2
+    monkeypatch.setattr(layers, "_UNPACKED_BYTES", of_one_block)
+    parts = list(layers._loaded_together(modules, covariances))
+    assert [len(names) for names in parts] == [7, 7]
+    assert sorted(name for names in parts for name in names) == sorted(modules)
+    monkeypatch.setattr(layers, "_UNPACKED_BYTES", 1)
+    assert [len(names) for names in layers._loaded_together(modules, covariances)] == [
+        3,
+        1,
+        2,
+        1,
+    ] * 2
 
 
 def test_another_base_is_still_told_apart(

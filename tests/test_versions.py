@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_versions_are_those_of_what_is_imported() -> None:
     found = library_versions()
-    assert found["corda_kernels"] == corda_kernels.__version__
+    assert found["corda_kernels"] == importlib.metadata.version("corda_kernels")
     assert set(found) == {"corda_kernels", "torch", "transformers", "peft"}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Group, read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
@@ -181,10 +181,23 @@ def _weights_digest(model: nn.Module) -> str:
     sizes = []
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        if tensor.device.type != "meta":  # offloaded: its values are elsewhere
-            flat = tensor.detach().reshape(-1)
-            samples[name] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
+        for part, values in _plain_parts(tensor.detach()).items():
+            if values.device.type != "meta":  # offloaded: its values are elsewhere
+                flat = values.reshape(-1)
+                samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
     return digest(samples, "\n".join(sizes))
+
+
+def _plain_parts(tensor: Any) -> dict[str, Tensor]:
+    """The tensor by the name "", or those that a quantised one of torchao is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {
+        f".{name}{part}": values
+        for name in names
+        for part, values in _plain_parts(getattr(tensor, name)).items()
+    }
 
 
 def write_sums(

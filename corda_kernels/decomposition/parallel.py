@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from corda_kernels.kernels import batched_svd
+
 # Items taken ahead, for each worker on a CPU.
 _AHEAD = 8
 
@@ -56,8 +58,10 @@ def streamed_map(
     streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
     for index in range(workers):
         streams.put(_stream(device, index))
-    # torch loads its CUDA linear algebra at the first use, which two threads must not do at once.
+    # torch loads its CUDA linear algebra at the first use, which two threads must not do at once,
+    # and so does `batched_svd` with its kernels.
     torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
+    batched_svd(torch.eye(2, device=device))
 
     def run(item: Item) -> Result:
         stream = streams.get()

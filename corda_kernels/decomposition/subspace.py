@@ -111,7 +111,7 @@ def leading_pairs(
         if not bool(image.isfinite().all()):
             raise DecompositionError(_OUT_OF_RANGE)
         right, triangle = torch.linalg.qr(image)
-        turn, sigma = batched_svd(triangle.mT)
+        turn, sigma = batched_svd(triangle.mT, exact=True)
         turned = back(right)
         applied = turned @ (triangle @ turn)
         error = _error(front @ turn, applied, sigma.square(), rank, least_gap)
@@ -125,7 +125,7 @@ def leading_pairs(
         near = first and bool((error <= _NEAR * tolerance).all())
     if far:
         front, factor = torch.linalg.qr(half(front))
-    left, values = batched_svd(factor)
+    left, values = batched_svd(factor, exact=True)
     return (front @ left)[..., :rank].contiguous(), values[..., :rank], error
 
 

@@ -69,8 +69,9 @@ _LAYER_FIELDS: dict[str, tuple[type, ...]] = {
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
 _SAMPLES = 64
 _SAME_BASE = 5e-3
-# Four bits move Gaussian weights by a tenth; another model's have nothing to do with them (1.4).
-_SAME_BUT_QUANTISED = 0.25
+# Four bits move Gaussian weights by a tenth, and a base's relatives are no further from it; the
+# weights of a model that has nothing to do with it are (1.4).
+_SAME_BUT_QUANTISED = 0.15
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,6 +181,7 @@ def load_for_training(
 
     Raises:
         AdapterError: the folder is incomplete or altered, or belongs to another base.
+        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
     """
     adapter = read_adapter(path)
     return attach(base_model, adapter, use_peft=use_peft, copy=False)

@@ -44,10 +44,10 @@ def _triton_syrk(*arguments: Any) -> None:
     triton_syrk.syrk_(*arguments)
 
 
-def _cuda_svd(t: Tensor) -> tuple[Tensor, Tensor]:
+def _cuda_svd(t: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     from corda_kernels.kernels import cuda_batched
 
-    return cuda_batched.batched_svd(t)
+    return cuda_batched.batched_svd(t, exact)
 
 
 def _cuda_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +226,7 @@ def symmetrize_(c: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def batched_svd(t: Tensor) -> tuple[Tensor, Tensor]:
+def batched_svd(t: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values of many small square matrices.
 
     Equivalent to `torch.linalg.svd(t)[:2]`, up to the signs of the vectors. The core of a
@@ -242,6 +242,8 @@ def batched_svd(t: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         t: (*batch, l, l) float32 or float64.
+        exact: leaves out the eigenvectors of t·tᵀ; torch.linalg.svd, which takes several times as
+            long, stands in for them.
 
     Returns:
         U (*batch, l, l) with orthonormal columns, also where σ is 0, and S (*batch, l), descending,
@@ -253,7 +255,7 @@ def batched_svd(t: Tensor) -> tuple[Tensor, Tensor]:
         BackendError: the backend in force cannot run on t's device.
     """
     flat = _small_matrices("t", t)
-    U, S = _implementation("batched_svd", t.device)(flat)
+    U, S = _implementation("batched_svd", t.device)(flat, exact)
     return U.reshape(t.shape), S.reshape(t.shape[:-1])
 
 

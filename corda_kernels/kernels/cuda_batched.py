@@ -23,12 +23,15 @@ _CHOLESKY_THREADS = 1024
 _MAX_SWEEPS = 40
 
 
-def batched_svd(t: Tensor) -> tuple[Tensor, Tensor]:  # (b, l, l) → (b, l, l), (b, l)
+def batched_svd(
+    t: Tensor,  # (b, l, l)
+    exact: bool,
+) -> tuple[Tensor, Tensor]:  # (b, l, l), (b, l)
     """U and S by one-sided Jacobi. See `kernels.batched_svd`."""
     l = t.shape[-1]
     fits = svd_shared_bytes(l, t.dtype) <= cuda_loader.shared_memory(t.device)
     if not fits or l > _SVD_ROWS[t.dtype]:
-        return reference.batched_svd(t)
+        return reference.batched_svd(t, exact)
     U, S, _ = jacobi_svd(t)
     return U, S
 

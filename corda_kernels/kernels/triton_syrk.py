@@ -26,6 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from corda_kernels.errors import BackendError
 
+# They change from call to call: for every kind of them Triton would compile anew.
+_UNSPECIALIZED = ("tiles", "whole", "pieces")
+
 
 @triton.jit
 def _triangle(t, RATIO: tl.constexpr):
@@ -89,7 +92,7 @@ def _fold_statistics(largest, above, absmax_ptrs, count_ptrs, kept):
     tl.atomic_add(count_ptrs, counts, mask=kept, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _tiles_by_pointer(
     x_ptr,  # (n, d), element (k, c) at k·stride + c
     c_ptr,  # (d, d) float32, row stride c_stride
@@ -163,7 +166,7 @@ def _tiles_by_pointer(
         tl.store(c_ptrs, tl.load(c_ptrs, mask=kept, other=0.0) + acc, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _tiles_by_tma(
     a_desc,  # descriptor of X (n, d) with blocks (BK, BM)
     b_desc,  # descriptor of X (n, d) with blocks (BK, BN)
@@ -243,7 +246,10 @@ POINTER_FLOAT32 = Tile(128, 64, 32, 8, 3)  # the three products of a step need t
 INTERPRETED = Tile(64, 32, 32, 4, 1)  # so small that small inputs still have several tiles
 
 _WIDE_CHANNELS = 2048
-_GROUP = 8  # rows of tiles, see _grouped
+# Rows of tiles that are visited together, see _grouped. On an H100 all together are best up to
+# 8,192 channels, four at a time past that.
+_GROUP = 4
+_GROUPED_CHANNELS = 8192
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}
 # Tokens that a program takes at least, and as many as adding a tile to C takes the time of.
@@ -328,7 +334,7 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _divided(n: int, d: int, tile: Tile, longest: int, processors: int) -> Shares:
     """The shares by which all ends soonest, as one program at a time on each processor would.
 
@@ -353,6 +359,10 @@ def _divided(n: int, d: int, tile: Tile, longest: int, processors: int) -> Share
                 shares = Shares(tiles, whole * processors, pieces, chain, part)
                 best, least = shares, tokens
     return best
+
+
+def _group(d: int) -> int:
+    return _GROUP if d > _GROUPED_CHANNELS else _GROUPED_CHANNELS
 
 
 def _stepped(tokens: int, tile: Tile) -> int:
@@ -390,20 +400,22 @@ def _launch_tma(
     statistics: bool,
 ) -> None:
     BM, BN, BK, warps, stages = tile
-    _tiles_by_tma[(shares.programs(len(x)),)](
+    n, d = x.shape
+    _tiles_by_tma[(shares.programs(n),)](
         TensorDescriptor.from_tensor(x, [BK, BM]),
         TensorDescriptor.from_tensor(x, [BK, BN]),
         TensorDescriptor.from_tensor(c, [BM, BN]),
         absmax,
         count,
-        *x.shape,
+        n,
+        d,
         *shares,
         alpha,
         limit,
         BM=BM,
         BN=BN,
         BK=BK,
-        GROUP=_GROUP,
+        GROUP=_group(d),
         STATISTICS=statistics,
         DTYPE=_TYPES[x.dtype],
         num_warps=warps,
@@ -441,7 +453,7 @@ def _launch_pointer(
         BM=BM,
         BN=BN,
         BK=BK,
-        GROUP=_GROUP,
+        GROUP=_group(d),
         PRECISION="ieee" if _interpreted() else product,
         STATISTICS=statistics,
         ATOMIC=programs > shares.tiles,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import RankError
-from corda_kernels.linears import linear_shape
+from corda_kernels.linears import is_linear, is_quantised, linear_shape
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.planning import allocate_ranks, layer_spectra, parse_budget, uniform_budget
 from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum
@@ -78,6 +79,9 @@ def adapter_parameters(
     if config.budget is None:
         return uniform_budget(layer_shapes(modules), config.rank)
     whole = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
+            whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
     return parse_budget(config.budget, layer_shapes(modules), whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,10 +15,13 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import OutOfMemoryWarning
 from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
-from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.measured import sampled_spectrum
 from corda_kernels.progress import progress_bar
+
+# Of weights in float32 that are held in memory for their decomposition.
+_UNPACKED_BYTES = 1 << 30
 
 
 def layer_adapters(
@@ -63,13 +67,26 @@ def layer_adapters(
 def _loaded_together(
     modules: Mapping[str, nn.Module], covariances: CovarianceSet
 ) -> Iterator[list[str]]:
-    """All layers whose weights are in memory, then offloaded and quantised ones, input by input."""
+    """All layers whose weights are in memory, then offloaded and quantised ones, those of as many
+    inputs at a time as may be unpacked."""
     apart = {
         name for name, module in modules.items() if module.weight.is_meta or is_quantised(module)
     }
-    groups = [[name for name in names if name in apart] for _, names in covariances.groups()]
     present = [name for name in modules if name not in apart]
-    yield from filter(None, [present, *groups])
+    if present:
+        yield present
+    together: list[str] = []
+    size = 0
+    for _, names in covariances.groups():
+        names = [name for name in names if name in apart]
+        more = sum(4 * math.prod(linear_shape(modules[name])) for name in names)
+        if together and size + more > _UNPACKED_BYTES:
+            yield together
+            together, size = [], 0
+        together += names
+        size += more
+    if together:
+        yield together
 
 
 def _decomposed(

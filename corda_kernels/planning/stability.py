@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.linears import LinearWeights
+from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
 
 End = Literal["largest", "smallest"]
@@ -169,7 +169,7 @@ def subspace_stability(
     )
 
     def decomposed(half: CovarianceSet, end: End) -> Iterator[tuple[str, CoSVD]]:
-        ranks = {name: min(rank, *weight.shape) for name, weight in weights.items()}
+        ranks = {name: min(rank, *linear_shape(module)) for name, module in modules.items()}
         matrices = {name: half[name].matrix for name in weights}
         for part in co_svd_layers(weights, matrices, rank=ranks, which=end, damping=damping):
             bar.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,22 @@ def untouched_weight(live: LiveAdapter, name: str) -> Tensor:
     if live.record is not None and live.record.residual == "weight":
         return weight + live.layers[name].initial_product().to(weight)
     return weight.detach()
+
+
+class UntouchedWeights(Mapping[str, Tensor]):
+    """`untouched_weight` of every layer, each made when it is asked for."""
+
+    def __init__(self, live: LiveAdapter) -> None:
+        self._live = live
+
+    def __getitem__(self, name: str) -> Tensor:
+        return untouched_weight(self._live, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live.layers)
+
+    def __len__(self) -> int:
+        return len(self._live.layers)
 
 
 def _live(

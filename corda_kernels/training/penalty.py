@@ -18,7 +18,7 @@ from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.initialization import LayerAdapter
 from corda_kernels.precision import without_autocast
-from corda_kernels.training.live import LiveAdapter, live_adapter, untouched_weight
+from corda_kernels.training.live import LiveAdapter, UntouchedWeights, live_adapter
 
 _Frozen = TypeVar("_Frozen")
 
@@ -273,7 +273,7 @@ def _compactness(shared: _SharedInput, bounds: Sequence[_Bound]) -> Tensor:
 def _largest_singular_values(live: LiveAdapter, covariances: CovarianceSet) -> dict[str, float]:
     """σmax(WC) of the adapted layers, C damped as in their decomposition, W without adapter."""
     found = co_svd_layers(
-        {name: untouched_weight(live, name) for name in live.layers},
+        UntouchedWeights(live),
         {name: covariances[name].matrix for name in live.layers},
         rank=1,
         which="largest",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels import kernels
-from corda_kernels.decomposition import co_svd, co_svd_layers, layers, parallel_map
+from corda_kernels.decomposition import co_svd, co_svd_layers, layers, parallel, parallel_map
 from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
 
 SHAPES = {"q": (300, 300), "k": (64, 300), "v": (64, 300), "up": (700, 300), "down": (300, 700)}
@@ -122,3 +123,42 @@ def test_worker_threads_use_the_backend_that_was_chosen(threads: int) -> None:
         expected = chosen(0)
         assert set(parallel_map(chosen, range(8))) == {expected}
     assert chosen(0) != expected
+
+
+class _Stream:
+    """Stands in for a stream of a GPU, and notes what happens on it."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"{self.name} is awaited")
+
+
+def test_items_on_streams_keep_their_order_and_few_streams_serve_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "caller"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(parallel, "_stream", lambda device, index: _Stream(log, str(index)))
+    found = parallel.streamed_map(lambda item: 10 * item, range(20), cpu, 3)
+    assert list(found) == [10 * item for item in range(20)]
+    waits = [entry for entry in log if entry.endswith("waits for caller")]
+    assert len(waits) == 20
+    assert len([entry for entry in log if entry.endswith("is awaited")]) == 20
+    assert {entry[0] for entry in log} <= {"0", "1", "2"}
+
+    def failing(item: int) -> int:
+        if item == 2:
+            raise torch.OutOfMemoryError("too little")
+        return item
+
+    running = parallel.streamed_map(failing, range(20), cpu, 2)
+    assert [next(running), next(running)] == [0, 1]
+    with pytest.raises(torch.OutOfMemoryError, match="too little"):
+        next(running)

@@ -17,6 +17,8 @@ from corda_kernels import (
 )
 from corda_kernels.bench.accuracy import adapter_error, reference, tail_energy_ratio
 from corda_kernels.bench.svd_cases import realistic_covariance
+from corda_kernels.decomposition import layers
+from corda_kernels.kernels import use_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -70,6 +72,39 @@ def test_layers_in_batches_are_what_each_is_alone(which: End) -> None:
     assert found.keys() == pairs.keys()
     for name, (W, C) in pairs.items():
         check(found[name].U, W, C, which, 0.01)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_large_layers_on_streams_are_what_each_is_alone(
+    which: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_SMALL", 0)  # every layer by itself
+    made = [layer(400, 512, seed=seed) for seed in range(12)]
+    caller = torch.cuda.Stream()
+    with torch.cuda.stream(caller):
+        torch.cuda._sleep(100_000_000)  # weights that are not there yet
+        weights = {str(i): W.cuda(non_blocking=True) * 1 for i, (W, _) in enumerate(made)}
+        covariances = {str(i): C.cuda(non_blocking=True) * 1 for i, (_, C) in enumerate(made)}
+        found = {}
+        for name, part in co_svd_layers(
+            weights, covariances, rank=8, which=which, damping=0.01, memory_limit=1 << 30
+        ):
+            torch.cuda._sleep(20_000_000)  # results that are read later than the next are made
+            found[name] = part.U * 1
+            del part
+        caller.synchronize()
+    for name, U in found.items():
+        alone = co_svd(weights[name], covariances[name], rank=8, which=which, damping=0.01)
+        cosines = torch.linalg.svdvals(U.mT @ alone.U)
+        assert float(cosines.min()) >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_without_the_cuda_kernels(which: End) -> None:
+    W, C = layer(768, 768)
+    with use_backend("reference"):
+        found = co_svd(W.cuda(), C.cuda(), rank=16, which=which)
+    check(found.U, W, C, which, None)
 
 
 def test_null_directions_are_ordered_by_the_exact_method() -> None:

@@ -116,10 +116,11 @@ def _check_weights(targets: Mapping[str, Target]) -> None:
                 "it: load the model with a device_map that keeps all targets on a device"
             )
         if weight.dtype not in _DTYPES or is_quantised(target.module):
+            kind = type(weight).__name__ if is_quantised(target.module) else weight.dtype
             raise TargetError(
-                f"layer {name} ({type(target.module).__name__}) holds its weight in "
-                f"{weight.dtype}, into which PEFT cannot write W − B·A: load the model in float32, "
-                "float16 or bfloat16, and quantise the residual afterwards; or take init_corda, "
+                f"layer {name} ({type(target.module).__name__}) holds its weight as {kind}, into "
+                "which PEFT cannot write W − B·A: load the model in float32, float16 or bfloat16, "
+                "and quantise the residual afterwards; or take init_corda, "
                 "which leaves the base as it is"
             )
 
