@@ -387,7 +387,7 @@ def test_layers_that_cannot_be_adapted_are_refused_before_the_work(make: Any) ->
         preprocess_corda(model, lora(r=17))
     with pytest.raises(TargetError, match=r"no linear layer matches .* end in: down_proj, gate"):
         preprocess_corda(model, lora(["query"]))
-    with pytest.raises(TargetError, match=r"holds its weight in torch\.float64"):
+    with pytest.raises(TargetError, match=r"holds its weight as torch\.float64"):
         preprocess_corda(model.double(), lora())
     with pytest.raises(TargetError, match="no default for model type None"):
         preprocess_corda(nn.Sequential(nn.Linear(8, 8)), lora(None))
