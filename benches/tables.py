@@ -278,18 +278,19 @@ def pipelines(*results: Results) -> str:
         for row in each["pipeline"]:
             name = _CALLED.get(row["name"], row["name"])
             if not row["passed"]:
-                rows.append([name, "computes something else: no speed", *[_EMPTY] * 8])
+                rows.append([name, "computes something else: no speed", *[_EMPTY] * 9])
                 continue
             stages = row.get("stages") or {"forward": row["forward"]}
             cells = [f"{stages[stage]:.1f}" if stage in stages else _EMPTY for stage in _STAGES]
-            faster, growth = _EMPTY, _EMPTY
+            faster, beyond, growth = _EMPTY, _EMPTY, _EMPTY
             if peft:
                 faster = ratio(peft["seconds"] / row["seconds"])
+                beyond = ratio(peft["beyond"] / row["beyond"])
                 growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else _EMPTY
             overlap = _EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
             memory = [mebibytes(row["growth"]), growth]
-            rows.append([name, f"{row['seconds']:.1f}", *cells, faster, *memory, overlap])
-    header = ("", "seconds", *_STAGES, "× PEFT", "memory", "× PEFT", "overlap")
+            rows.append([name, f"{row['seconds']:.1f}", *cells, faster, beyond, *memory, overlap])
+    header = ("", "seconds", *_STAGES, "× PEFT", "beyond", "memory", "× PEFT", "overlap")
     tasks = dict.fromkeys(
         f"{model_name(task['model'])}, {task['mode'].upper()}, rank {task['rank']}, "
         f"{task['tokens']} tokens."

@@ -28,8 +28,8 @@ CONTESTANTS = tuple(METHODS)
 # Of a row, in the order in which they run.
 STAGES = ("forward", "covariance", "decomposition", "attaching")
 
-# Contestants that do not compute logits, so that a bare forward pass is one without them.
-_WITHOUT_LOGITS = ("init_corda", "skip_logits")
+# Contestants that do not compute logits.
+_WITHOUT_LOGITS = ("patch_peft", "init_corda")
 
 # Least overlap (smallest cosine between subspaces, median over the layers) at which the same was
 # computed. For the smallest components PEFT's float32 leaves no such agreement to test.
@@ -43,8 +43,10 @@ class PipelineRow:
     Attributes:
         name: of the contestant.
         seconds: of the whole initialisation, from tokens to an adapted model.
-        forward: seconds of the bare forward passes that it makes, timed by themselves: without the
-            output head where no logits are computed.
+        forward: seconds of the forward passes that it makes, timed by themselves: without the
+            output head where no logits are computed, and in its own batches.
+        bare: seconds of as many as a script of PEFT runs them, the whole model and one sequence at
+            a time.
         growth: bytes by which the peak of memory, of the process or on a GPU of the allocator, rose
             over that of the loaded model and its forward pass.
         stages: seconds of each of STAGES that it has; together they are `seconds`.
@@ -58,6 +60,7 @@ class PipelineRow:
     name: str
     seconds: float
     forward: float
+    bare: float
     growth: int
     stages: dict[str, float] = field(default_factory=dict)
     overlap: float | None = None
@@ -66,8 +69,8 @@ class PipelineRow:
 
     @property
     def beyond(self) -> float:
-        """Seconds beyond the bare forward pass."""
-        return self.seconds - self.forward
+        """Seconds beyond the bare forward passes."""
+        return self.seconds - self.bare
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -161,26 +164,28 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
 
     device = task.device
     model = load_model(task.model, device=device)
-    batches = [ids.to(device) for ids in task.batches]
-    task = replace(task, batches=larger_batches(batches) if name == "init_corda" else batches)
-    bare_model = decoder(model) if name in _WITHOUT_LOGITS else model
+    task = replace(task, batches=[ids.to(device) for ids in task.batches])
+    own = replace(task, batches=larger_batches(task.batches)) if name == "init_corda" else task
 
     @torch.no_grad()
-    def forward(runner: nn.Module = model) -> None:
-        for ids in task.batches:
+    def forward(runner: nn.Module, batches: list[Tensor]) -> None:
+        for ids in batches:
             runner(input_ids=ids, use_cache=False)
 
-    with torch.no_grad():
-        bare_model(input_ids=task.batches[0], use_cache=False)  # the first call prepares things
+    as_given = partial(forward, model, task.batches)
+    forward(model, own.batches[:1])  # the first call prepares things
     forget_peak(device)
-    bare = _timed(partial(forward, bare_model), device)
+    bare = passes = _timed(as_given, device)
+    if name in _WITHOUT_LOGITS:
+        passes = _timed(partial(forward, decoder(model), own.batches), device)
     before = peak_bytes(device)
-    stages = Stages(passes=len(task.batches))
-    METHODS[name](Subject(task, model, forward, folder), stages)
+    stages = Stages(passes=len(own.batches))
+    METHODS[name](Subject(own, model, as_given, folder), stages)
     growth = max(0, peak_bytes(device) - before)
-    passes = bare * stages.passes / len(task.batches)
-    seconds = by_stage(stages.seconds, passes)
-    return PipelineRow(name, sum(seconds.values()), passes, growth, seconds)
+    repeated = stages.passes / len(own.batches)
+    seconds = by_stage(stages.seconds, passes * repeated)
+    total = sum(seconds.values())
+    return PipelineRow(name, total, passes * repeated, bare * repeated, growth, seconds)
 
 
 def by_stage(clocked: dict[str, float], forward: float) -> dict[str, float]:

@@ -57,7 +57,7 @@ class Subject:
     Attributes:
         task: what to do.
         model: loaded.
-        forward: runs the model on all batches.
+        forward: runs the model on all sequences, one by one.
         folder: for a cache in PEFT's form, NAME.pt.
     """
 
@@ -111,19 +111,10 @@ def _peft(subject: Subject, stages: Stages) -> nn.Module:
 
 def _patch_peft(subject: Subject, stages: Stages) -> nn.Module:
     """The function that `patch_peft` puts in its place, with its numbers."""
-    return _patched("patch_peft", subject, stages)
-
-
-def _skip_logits(subject: Subject, stages: Stages) -> nn.Module:
-    """The same for a script that does not look at the logits."""
-    return _patched("skip_logits", subject, stages, skip_logits=True)
-
-
-def _patched(name: str, subject: Subject, stages: Stages, **options: Any) -> nn.Module:
     from corda_kernels.integrations.peft import preprocess_corda
 
-    same = partial(preprocess_corda, normalize="peft", damping=0.01, **options)
-    return _corda(name, same, subject, stages)
+    same = partial(preprocess_corda, normalize="peft", damping=0.01)
+    return _corda("patch_peft", same, subject, stages)
 
 
 def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
@@ -197,7 +188,6 @@ def _eva(subject: Subject, stages: Stages) -> nn.Module:
 METHODS: dict[str, Callable[[Subject, Stages], nn.Module]] = {
     "peft": _peft,
     "patch_peft": _patch_peft,
-    "skip_logits": _skip_logits,
     "init_corda": _init_corda,
     "pissa": _pissa,
     "eva": _eva,

@@ -99,6 +99,7 @@ class InputCapture:
         outlier_threshold: |x| above which an activation counts as an outlier, in units of x.
         normalize: "tokens", or "peft" for each call's input divided by |max x|.
         deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU too.
+        statistics: whether the channels' absmax and outliers are taken; otherwise both stay 0.
         row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
             change between passes only.
     """
@@ -107,6 +108,7 @@ class InputCapture:
     outlier_threshold: float = 6.0
     normalize: str = "tokens"
     deterministic: bool = False
+    statistics: bool = True
     row_mask: Tensor | None = field(default=None, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _forming: deque[_Group] = field(default_factory=deque, init=False)
@@ -216,8 +218,8 @@ class InputCapture:
             sums.matrix,
             rows,
             alpha=alpha,
-            absmax=sums.absmax,
-            outlier_count=sums.outlier_count,
+            absmax=sums.absmax if self.statistics else None,
+            outlier_count=sums.outlier_count if self.statistics else None,
             outlier_threshold=self.outlier_threshold,
             deterministic=self.deterministic,
         )

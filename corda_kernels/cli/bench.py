@@ -85,9 +85,7 @@ def pipeline(
     mode: Annotated[str, typer.Option(help="ipm or kpm.")] = "ipm",
     only: Annotated[
         str | None,
-        typer.Option(
-            help="Contestants by commas: peft, patch_peft, skip_logits, init_corda, pissa, eva."
-        ),
+        typer.Option(help="Contestants by commas: peft, patch_peft, init_corda, pissa, eva."),
     ] = None,
     rounds: Annotated[
         int, typer.Option(help="Runs of each, in turn; shown is the one in the middle.")

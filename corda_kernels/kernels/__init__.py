@@ -64,6 +64,7 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("syrk_float64", "reference"): reference.syrk_,
     ("syrk_float64", "cpu"): cpu.syrk_,
     ("symmetrize_", "reference"): reference.symmetrize_,
+    ("symmetrize_", "cpu"): cpu.symmetrize_,
     ("batched_svd", "reference"): reference.batched_svd,
     ("batched_svd", "cuda"): _cuda_svd,
     ("batched_cholesky", "reference"): reference.batched_cholesky,

@@ -36,18 +36,18 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_here")
 def test_contestants_compute_the_same(task: Task) -> None:
     rows = {row.name: row for row in bench_pipeline(task)}
-    assert list(rows) == ["peft", "patch_peft", "skip_logits", "init_corda", "pissa", "eva"]
+    assert list(rows) == ["peft", "patch_peft", "init_corda", "pissa", "eva"]
     for row in rows.values():
         assert row.seconds > 0
-        assert row.beyond == row.seconds - row.forward
+        assert row.beyond == row.seconds - row.bare
         assert sum(row.stages.values()) == pytest.approx(row.seconds)
         assert row.stages.get("forward", 0) == row.forward
-    for name in ("peft", "patch_peft", "skip_logits", "init_corda"):
+    for name in ("peft", "patch_peft", "init_corda"):
         assert list(rows[name].stages) == list(STAGES)
     assert list(rows["pissa"].stages) == ["decomposition", "attaching"]
     assert list(rows["eva"].stages) == ["forward", "decomposition", "attaching"]
     compared = {name: row for name, row in rows.items() if row.overlap is not None}
-    assert list(compared) == ["patch_peft", "skip_logits"]
+    assert list(compared) == ["patch_peft"]
     for row in compared.values():
         assert row.overlap == pytest.approx(1, abs=1e-4)
         assert row.passed
@@ -64,7 +64,7 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
         assert not (folder / f"{name}.pt").exists()  # which would spare it the work
         torch.save({}, folder / f"{name}.pt")
         seconds = next(spent)
-        return PipelineRow(name, seconds, 1.0, 0, passed=seconds != 6.0)
+        return PipelineRow(name, seconds, 1.0, 1.0, 0, passed=seconds != 6.0)
 
     monkeypatch.setattr(pipeline, "_in_child", child)
     task = replace(task, mode="kpm")
@@ -188,11 +188,12 @@ def test_rows_are_written_as_they_come(
 
 
 def test_growth_and_time_are_written(tmp_path: Path) -> None:
-    row = PipelineRow("peft", 10.0, 4.0, 1 << 20)
+    row = PipelineRow("patch_peft", 10.0, 3.0, 4.0, 1 << 20)
     assert row.to_json() == {
-        "name": "peft",
+        "name": "patch_peft",
         "seconds": 10.0,
-        "forward": 4.0,
+        "forward": 3.0,
+        "bare": 4.0,
         "growth": 1 << 20,
         "stages": {},
         "overlap": None,

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration import Covariance
 from corda_kernels.errors import CacheError, CompatibilityWarning
 from corda_kernels.files import atomic_path, write_json
 from corda_kernels.initialization import describe_base
 from corda_kernels.initialization.adapter import base_difference
 from corda_kernels.integrations.peft.eigens import CordaEigens
+from corda_kernels.integrations.peft.observe import Observed
 from corda_kernels.integrations.peft.targets import Target
 from corda_kernels.linears import is_linear
 from corda_kernels.versions import library_versions
@@ -122,7 +122,7 @@ def read_components(path: StrPath) -> tuple[dict[str, CordaEigens], dict[str, An
 
 def write_covariances(
     path: StrPath,
-    covariances: Mapping[str, Covariance],
+    covariances: Mapping[str, Observed],
     model: nn.Module,
     targets: Mapping[str, Target],
     normalize: str,
@@ -144,8 +144,8 @@ def write_covariances(
 
 def read_covariances(
     path: StrPath, model: nn.Module, targets: Mapping[str, Target], normalize: str
-) -> dict[str, Covariance]:
-    """Reads the covariances of those of the layers that the file has; they carry no statistics.
+) -> dict[str, Observed]:
+    """Reads the covariances of those of the layers that the file has.
 
     Raises:
         CacheError: the file is damaged, was made for another base or with another `normalize`, or
@@ -153,7 +153,7 @@ def read_covariances(
     """
     tensors, notes = _read(path, model, {"normalize": normalize})
     counts = notes.get("counts", {})
-    shared: dict[int, Covariance] = {}
+    shared: dict[int, Observed] = {}
     covariances = {}
     for name, target in targets.items():
         if name not in tensors:
@@ -167,11 +167,8 @@ def read_covariances(
         place = matrix.data_ptr()
         if place not in shared:
             _check_finite(path, name, matrix)
-            nothing = torch.zeros(inputs)
             seen = counts.get(name, {"tokens": 0, "calls": 0})
-            shared[place] = Covariance(
-                matrix.float(), seen["tokens"], seen["calls"], nothing, nothing.long(), 0.0
-            )
+            shared[place] = Observed(matrix.float(), seen["tokens"], seen["calls"])
         covariances[name] = shared[place]
     return covariances
 

@@ -12,12 +12,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration import Covariance
 from corda_kernels.calibration.batches import looks_padded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
 from corda_kernels.errors import PaddingWarning
+from corda_kernels.integrations.peft.deferred import deferred_output
 from corda_kernels.models import output_head
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What was seen of one layer's inputs.
+
+    Attributes:
+        matrix: C (in, in) float32, or float64 for such inputs; the mean over tokens, or over calls
+            for normalize "peft".
+        tokens: how many it was taken from.
+        calls: forward calls of the layer.
+    """
+
+    matrix: Tensor
+    tokens: int
+    calls: int
 
 
 @torch.no_grad()
@@ -27,12 +43,11 @@ def observe(
     run_model: Callable[[], object],
     *,
     normalize: Literal["tokens", "peft"],
-    skip_logits: bool = False,
-) -> dict[str, Covariance]:
+) -> dict[str, Observed]:
     """Calls `run_model` and gives the covariances of what each of `modules` that was called read.
 
     The model is in eval mode meanwhile; its modes, and hooks of others, are as before afterwards,
-    whatever happens.
+    whatever happens. Logits are computed when `run_model` reads them.
 
     Args:
         model: what `run_model` runs; the attention mask that it is called with tells which rows
@@ -40,35 +55,21 @@ def observe(
         modules: layers within it, by name.
         run_model: runs the model on the calibration data, any number of times and batch sizes.
         normalize: see `calibrate`.
-        skip_logits: computes the logits of each sequence's last position alone, unless the output
-            head is one of `modules`.
 
     Raises:
         NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
-        CalibrationError: a layer's input cannot be matched with the attention mask.
+        CalibrationError: a layer's input cannot be matched with the attention mask, or the output
+            head's was changed in place before the logits were read.
     """
-    capture = InputCapture(modules, normalize=normalize)
+    capture = InputCapture(modules, normalize=normalize, statistics=False)
     passes = _Passes(model, capture)
-    head = output_head(model) if skip_logits else None
-    if head in modules.values():
-        head = None
-    with evaluating(model), capture, passes.watched(), _last_position_only(head):
+    with evaluating(model), capture, passes.watched(), deferred_output(output_head(model)):
         run_model()
     capture.end_pass(passes.count, (passes.tokens, passes.tokens))
-    return capture.covariances()
-
-
-@contextlib.contextmanager
-def _last_position_only(head: nn.Module | None) -> Iterator[None]:
-    """Gives an output head only the last hidden states of each sequence."""
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][..., -1:, :], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return {
+        name: Observed(found.matrix, found.tokens, found.calls)
+        for name, found in capture.covariances().items()
+    }
 
 
 @dataclass

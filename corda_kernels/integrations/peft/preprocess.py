@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from corda_kernels.calibration import Covariance
 from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import (
@@ -27,7 +26,7 @@ from corda_kernels.integrations.peft.files import (
     write_cache,
     write_covariances,
 )
-from corda_kernels.integrations.peft.observe import observe
+from corda_kernels.integrations.peft.observe import Observed, observe
 from corda_kernels.integrations.peft.targets import Target, corda_targets, exclude
 from corda_kernels.progress import progress_bar
 
@@ -56,7 +55,6 @@ def preprocess_corda(
     method: Literal["auto", "exact", "randomized"] = "auto",
     on_unseen: Literal["error", "skip"] = "error",
     memory_limit: int | None = None,
-    skip_logits: bool = False,
 ) -> None:
     """Prepares a model for `get_peft_model` with `init_lora_weights="corda"`, in PEFT's place.
 
@@ -82,9 +80,6 @@ def preprocess_corda(
             to `lora_config.exclude_modules`.
         memory_limit: bytes that covariances may take; `run_model` is called as often as that needs,
             each time for some of the layers, and must run the same data each time. None for once.
-        skip_logits: whether the model may leave out the logits of all positions but each sequence's
-            last, for `run_model` does not read them and passes no labels. They take a fifth of
-            SmolLM2-135M's forward pass, and 4 bytes for each token and word of the vocabulary.
 
     Raises:
         ConfigError: an option is not allowed, or contradicts another.
@@ -102,7 +97,7 @@ def preprocess_corda(
     targets = corda_targets(model, lora_config)
     recipe = {"corda_method": options.corda_method, "damping": damping, "normalize": normalize}
     cache_file, covariance_file = options.cache_file, options.covariance_file
-    observed: dict[str, Covariance] = {}
+    observed: dict[str, Observed] = {}
     eigens: dict[str, CordaEigens] = {}
     absent: list[str] = []
 
@@ -128,9 +123,7 @@ def preprocess_corda(
                 covariances = read_covariances(covariance_file, model, part, normalize)
                 settle(part, covariances, f"are not in {covariance_file}")
             else:
-                covariances = _observe(
-                    hooked_model or model, part, run_model, normalize, skip_logits
-                )
+                covariances = _observe(hooked_model or model, part, run_model, normalize)
                 settle(part, covariances, "never received a token")
                 if covariance_file is not None:
                     write_covariances(covariance_file, covariances, model, part, normalize)
@@ -195,8 +188,7 @@ def _observe(
     part: Mapping[str, Target],
     run_model: Callable[[], object] | None,
     normalize: Literal["tokens", "peft"],
-    skip_logits: bool,
-) -> dict[str, Covariance]:
+) -> dict[str, Observed]:
     if run_model is None:
         raise ConfigError(
             "run_model is None, but neither the cache nor the covariance file is written yet: pass "
@@ -204,11 +196,11 @@ def _observe(
         )
     hooked = dict(model.named_modules())
     modules = {name: hooked[name] for name in part if name in hooked}
-    return observe(model, modules, run_model, normalize=normalize, skip_logits=skip_logits)
+    return observe(model, modules, run_model, normalize=normalize)
 
 
 def _decompose(
-    covariances: dict[str, Covariance],
+    covariances: dict[str, Observed],
     part: Mapping[str, Target],
     options: CordaConfig,
     damping: float | None,
@@ -253,7 +245,7 @@ def _leave_out(config: LoraConfig, absent: Sequence[str]) -> None:
 def _attach(
     targets: Mapping[str, Target],
     eigens: Mapping[str, CordaEigens],
-    observed: Mapping[str, Covariance],
+    observed: Mapping[str, Observed],
     options: CordaConfig,
 ) -> None:
     for name, target in targets.items():

@@ -337,20 +337,36 @@ def test_files_of_another_model_are_refused(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [LAYERS["llama"], ["q_proj", "lm_head"]])
-def test_logits_can_be_left_out(make: Any, targets: list[str]) -> None:
-    """Unless the head's own inputs are what is asked for."""
+def test_logits_that_nobody_reads_are_not_computed(
+    make: Any, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's own inputs are seen all the same."""
     model, run = make()
+    vocabulary = model.lm_head.out_features
+    products = []
+    linear = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        products.append(weight.shape[0])
+        return linear(x, weight, *rest)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
     preprocess_corda(model, lora(targets), run)
-    expected = {name: found.S_WC for name, found in eigens(model).items()}
-    positions = []
-    handle = model.lm_head.register_forward_hook(lambda *call: positions.append(call[2].shape[1]))
-    preprocess_corda(model, lora(targets), run, skip_logits=True)
-    assert positions == [24 if "lm_head" in targets else 1] * 12
-    for name, found in eigens(model).items():
-        torch.testing.assert_close(found.S_WC, expected[name])
-    handle.remove()
+    assert products.count(vocabulary) == 0
+    assert products.count(model.config.intermediate_size) > 0
+    found = {name: part.S_WC for name, part in eigens(model).items()}
+
+    def reading() -> None:
+        handle = model.register_forward_hook(lambda _, args, output: output.logits.sum())
+        run()
+        handle.remove()
+
+    preprocess_corda(model, lora(targets), reading)
+    assert products.count(vocabulary) == 12
+    for name, part in eigens(model).items():
+        assert torch.equal(part.S_WC, found[name])
     with torch.no_grad():
-        assert model(torch.tensor([[3, 4, 5]])).logits.shape[1] == 3
+        assert type(model(torch.tensor([[3, 4, 5]])).logits) is Tensor
 
 
 @pytest.mark.parametrize(
