@@ -60,6 +60,20 @@ def apart(found: dict[str, Covariance], *names: str) -> bool:
     return len({found[name].matrix.data_ptr() for name in names}) == len(names)
 
 
+def test_without_statistics_the_covariances_are_the_same() -> None:
+    feed = Feed("a", "b")
+    x = 3 * torch.randn(20, D)
+    found = []
+    for statistics in (True, False):
+        with InputCapture(feed.layers, statistics=statistics) as capture:
+            feed(x, "a", "b")
+        found.append(capture.covariances()["a"])
+    assert torch.equal(found[0].matrix, found[1].matrix)
+    assert found[0].absmax.all()
+    assert not found[1].absmax.any()
+    assert not found[1].outlier_count.any()
+
+
 def test_readers_of_one_tensor_share_one_sum() -> None:
     feed = Feed("q", "k", "v", "o")
     with InputCapture(feed.layers, 1.0) as capture:

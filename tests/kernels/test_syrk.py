@@ -222,7 +222,10 @@ def test_what_does_not_fit_is_refused(backend: str, changes: dict[str, Any], mes
         run(backend, **(fitting | changes))
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (1, 1), (7, 7), (33, 33), (3, 5, 5), (2, 0, 4, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 0), (1, 1), (7, 7), (33, 33), (3, 5, 5), (2, 0, 4, 4), (2, 192, 192), (3, 450, 450)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_symmetrize_copies_the_lower_triangle(
     backend: str, shape: tuple[int, ...], dtype: torch.dtype
