@@ -14,7 +14,7 @@ import re
 import string
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def token_batches(
     *,
     samples: int = 256,
     seq_len: int = 2048,
-    batch_size: int = 1,
+    batch_size: int | Callable[[int], int] = 1,
     field: str | None = None,
     template: str | None = None,
     chat_template: bool = False,
@@ -64,8 +64,8 @@ def token_batches(
         tokenizer: the model's tokenizer.
         samples: number of sequences.
         seq_len: tokens a sequence; at most that many where `pack` is off.
-        batch_size: sequences a batch; the last batch may have fewer. `fitting_batch_size` knows a
-            good one.
+        batch_size: sequences a batch, or a function that gives it for the number of sequences that
+            were found; the last batch may have fewer. `fitting_batch_size` knows a good one.
         field: name of the JSON field that holds the text.
         template: the text with JSON fields in braces.
         chat_template: lays out each document as a conversation, by the tokenizer's chat template.
@@ -83,7 +83,9 @@ def token_batches(
         ConfigError: a count is not positive, or both `field` and `template` are given.
         DataError: the file cannot be read, holds no text, or does not fit what was asked.
     """
-    _check_positive(samples=samples, seq_len=seq_len, batch_size=batch_size)
+    _check_positive(samples=samples, seq_len=seq_len)
+    if isinstance(batch_size, int):
+        _check_positive(batch_size=batch_size)
     texts = read_texts(
         path,
         field=field,
@@ -111,7 +113,8 @@ def token_batches(
             CordaWarning,
             stacklevel=2,
         )
-    groups = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    size = batch_size if isinstance(batch_size, int) else batch_size(len(sequences))
+    groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     if pack:
         return [{"input_ids": torch.tensor(group, dtype=torch.int64)} for group in groups]
     padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -14,6 +14,11 @@ _RESET = Path("/proc/self/clear_refs")
 _CPU = torch.device("cpu")
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device's memory can run out and leave the host's intact."""
+    return device.type != "cpu"
+
+
 def can_forget_peak(device: torch.device = _CPU) -> bool:
     """Whether `forget_peak` does anything; of a process only Linux forgets it."""
     return device.type == "cuda" or _RESET.exists()

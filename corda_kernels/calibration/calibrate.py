@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.resume import Journal
 from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
-from corda_kernels.errors import CalibrationError, OutOfMemoryWarning
+from corda_kernels.calibration.thrift import Thrift
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ def calibrate(
 
     The model runs in eval mode without its output head; its hooks, modes and weights are as before
     afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
-    kept in float32 or better. Where memory runs out, it starts again with smaller batches, and
-    warns.
+    kept in float32 or better. Where a device's memory runs out, it starts again with smaller
+    batches, in the end with sums on the host, and warns.
 
     Args:
         model: a transformers model, or any module that takes token ids.
@@ -79,18 +78,22 @@ def calibrate(
     """
     ranks = Ranks.of(distributed)
     subject = Subject.of(model, targets)
-    max_rows: int | None = None
+    thrift = Thrift(batches, subject.device)
     while True:
         capture = InputCapture(
-            subject.linears, outlier_threshold, normalize, deterministic=checkpoint is not None
+            subject.linears,
+            outlier_threshold,
+            normalize,
+            deterministic=checkpoint is not None,
+            on_host=thrift.on_host,
         )
         try:
-            tokens = _accumulate(subject, batches, capture, checkpoint, ranks, max_rows, progress)
+            tokens = _accumulate(
+                subject, batches, capture, checkpoint, ranks, thrift.max_rows, progress
+            )
             break
         except torch.OutOfMemoryError as error:
-            max_rows = fewer_rows(
-                batches, max_rows, error, again="starting again", last_resort=_ONE_PASS_REMEDY
-            )
+            thrift.tighten(error, again="starting again", last_resort=_ONE_PASS_REMEDY)
     ranks.add_up(capture)
     return subject.result(
         capture.covariances(),
@@ -130,51 +133,6 @@ def _accumulate(
             journal.end_batch(index, tokens)
         journal.end(batch_count)
     return tokens
-
-
-def fewer_rows(
-    batches: Iterable[Batch],
-    max_rows: int | None,
-    error: Exception,
-    *,
-    again: str,
-    last_resort: str,
-) -> int:
-    """Half as many sequences at a time as ran out of memory, of which it warns.
-
-    Args:
-        batches: that are run.
-        max_rows: how many sequences ran at most; None for as many as a batch has.
-        error: that was raised.
-        again: what is done now, for the warning.
-        last_resort: what to do where a single sequence is too much, for the error.
-
-    Raises:
-        CalibrationError: there was only one, or the batches cannot be read a second time.
-    """
-    if not isinstance(batches, Sequence | Tensor):
-        raise CalibrationError(
-            "memory ran out while calibrating: give smaller batches, or a list of batches, which "
-            "can be started again"
-        ) from error
-    largest = max_rows or max(_rows(batch) for batch in batches)
-    if largest < 2:
-        raise CalibrationError(
-            "memory does not suffice for a single sequence: use shorter ones (--seq-len), "
-            f"{last_resort}"
-        ) from error
-    fewer = largest // 2
-    warnings.warn(
-        f"memory ran out while calibrating: {again} with at most {fewer} sequence(s) at a time",
-        OutOfMemoryWarning,
-        stacklevel=4,  # the caller of calibrate, which no_grad wraps
-    )
-    return fewer
-
-
-def _rows(batch: Batch) -> int:
-    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
-    return ids.shape[0] if ids.ndim == 2 else 1
 
 
 def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
 # activation alive.
 _FORMING_GROUPS = 8
+_HOST = torch.device("cpu")
 
 
 @dataclass
@@ -100,6 +101,8 @@ class InputCapture:
         normalize: "tokens", or "peft" for each call's input divided by |max x|.
         deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU too.
         statistics: whether the channels' absmax and outliers are taken; otherwise both stay 0.
+        on_host: copies inputs to the host and sums them up there, for a device with too little
+            memory.
         row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
             change between passes only.
     """
@@ -109,6 +112,7 @@ class InputCapture:
     normalize: str = "tokens"
     deterministic: bool = False
     statistics: bool = True
+    on_host: bool = False
     row_mask: Tensor | None = field(default=None, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _forming: deque[_Group] = field(default_factory=deque, init=False)
@@ -173,10 +177,11 @@ class InputCapture:
                 return
         d = x.shape[-1]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        device = _HOST if self.on_host else x.device
         sums = _Sums(
-            torch.zeros(d, d, dtype=dtype, device=x.device),
-            torch.zeros(d, dtype=torch.float32, device=x.device),
-            torch.zeros(d, dtype=torch.int64, device=x.device),
+            torch.zeros(d, d, dtype=dtype, device=device),
+            torch.zeros(d, dtype=torch.float32, device=device),
+            torch.zeros(d, dtype=torch.int64, device=device),
         )
         group = self._groups[name] = _Group([name], sums, forming=_Sighting(x, _version(x), [name]))
         self._forming.append(group)
@@ -203,6 +208,8 @@ class InputCapture:
 
     def _add(self, group: _Group, x: Tensor) -> None:
         rows = self._counted(group, x.reshape(-1, x.shape[-1]))
+        if self.on_host:
+            rows = rows.to(_HOST)
         sums = group.sums
         sums.to(rows.device)
         alpha = 1.0

@@ -120,24 +120,31 @@ class Ranks:
 
     def _added(self, part: Covariance) -> Covariance:
         """The sum of every rank's part, of which only the lower triangle is filled."""
-        channels = part.matrix.shape[0]
-        triangle = pack_symmetric(part.matrix)
-        absmax = part.absmax.clone()
-        counts = torch.cat(
-            [part.outlier_count, torch.tensor([part.tokens, part.calls]).to(absmax.device)]
-        )
+        channels, home = part.matrix.shape[0], part.matrix.device
+        where = _reducing_device(home)
+        triangle = pack_symmetric(part.matrix).to(where)
+        absmax = part.absmax.clone().to(where)
+        counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
+        counts = counts.to(where)
         with _peers_needed():
             torch.distributed.all_reduce(triangle)
             torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
             torch.distributed.all_reduce(counts)
         return Covariance(
-            unpack_symmetric(triangle, channels),
+            unpack_symmetric(triangle.to(home), channels),
             int(counts[-2]),
             int(counts[-1]),
-            absmax,
-            counts[:-2].clone(),
+            absmax.to(home),
+            counts[:-2].to(home, copy=True),
             part.outlier_threshold,
         )
+
+
+def _reducing_device(home: torch.device) -> torch.device:
+    """Where tensors of `home` have to be for a reduction: NCCL knows none but GPUs."""
+    if home.type == "cpu" and torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return home
 
 
 def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:

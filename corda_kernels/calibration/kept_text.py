@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import batch_digest, token_count, unpadded
-from corda_kernels.calibration.calibrate import Batch, fewer_rows, token_bar
+from corda_kernels.calibration.calibrate import Batch, token_bar
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.recorder import HOST, Recorder, Sequences, hidden_states, unsuitable
 from corda_kernels.calibration.subject import Subject, evaluating
+from corda_kernels.calibration.thrift import Thrift
 from corda_kernels.errors import PaddingWarning
+from corda_kernels.memory import has_own_memory
 
 
 class KeptText:
@@ -48,7 +50,7 @@ class KeptText:
         self._batches = batches
         self._owned = owned
         self._shown = shown
-        self._max_rows: int | None = None
+        self._thrift = Thrift(batches, subject.device)
         self.sequences: list[Sequences] = []
         self.counts: list[int] = []
         self.checksum = hashlib.sha256()
@@ -61,7 +63,7 @@ class KeptText:
                     self._record()
                 return
             except torch.OutOfMemoryError as error:
-                self._halve(error, "starting again")
+                self._tighten(error, "starting again", summing=False)
 
     def _record(self) -> None:
         subject = self._subject
@@ -76,7 +78,7 @@ class KeptText:
                     continue
                 self.checksum.update(batch_digest(batch).encode())
                 for inputs in unpadded(
-                    batch, index, pad_token_id=subject.pad_token_id, max_rows=self._max_rows
+                    batch, index, pad_token_id=subject.pad_token_id, max_rows=self._thrift.max_rows
                 ):
                     recorder.current = Sequences(index, (before, before + self.counts[-1]))
                     subject.run(inputs, index)
@@ -85,28 +87,30 @@ class KeptText:
                     self.sequences.append(recorder.current)
 
     def advance(
-        self, index: int, captures_of: Callable[[], list[InputCapture]]
+        self, index: int, captures_of: Callable[[bool], list[InputCapture]] | None = None
     ) -> list[InputCapture]:
         """Runs block number `index` over the text.
 
         Args:
             index: of the block.
-            captures_of: makes fresh captures of its inputs, one for each part, or none at all.
+            captures_of: makes fresh captures of its inputs, one for each part, whose sums are on
+                the host or not; None to do without.
 
         Returns:
             The captures.
         """
         while True:
-            captures = captures_of()
+            captures = [] if captures_of is None else captures_of(self._thrift.on_host)
             try:
                 with evaluating(self._blocks[index]):
                     self._advance(index, captures)
                 return captures
             except torch.OutOfMemoryError as error:
-                if not keeps_inputs(self._subject.device):
+                if not has_own_memory(self._subject.device):
                     raise
+                summing = bool(captures)
                 del captures  # the device needs their memory
-                self._halve(error, f"starting block {index} again")
+                self._tighten(error, f"starting block {index} again", summing=summing)
             self._regroup()
 
     def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
@@ -118,7 +122,7 @@ class KeptText:
                     self._blocks[index], current.hidden.to(self._subject.device)
                 )
             hidden = hidden_states(output).to(HOST)
-            if keeps_inputs(self._subject.device):
+            if has_own_memory(self._subject.device):  # so that the block can start again
                 passed.append(hidden)
             else:
                 current.hidden = hidden
@@ -128,13 +132,12 @@ class KeptText:
         for current, hidden in zip(self.sequences, passed, strict=False):
             current.hidden = hidden
 
-    def _halve(self, error: Exception, again: str) -> None:
-        self._max_rows = fewer_rows(
-            self._batches,
-            self._max_rows,
+    def _tighten(self, error: Exception, again: str, *, summing: bool) -> None:
+        self._thrift.tighten(
             error,
             again=again,
             last_resort="or run on the CPU (--device cpu)",
+            summing=summing,
         )
 
     def _regroup(self) -> None:
@@ -156,11 +159,3 @@ class KeptText:
 def alike(sequences: Sequences) -> tuple[int, int]:
     """What sequences of one batch must have in common to run together: their length."""
     return sequences.batch, sequences.hidden.shape[1]
-
-
-def keeps_inputs(device: torch.device) -> bool:
-    """Whether the hidden states from before a block are kept until it is done.
-
-    A device's memory can run out and leave the host's intact, so that the block can start again.
-    """
-    return device.type != "cpu"

@@ -50,8 +50,8 @@ def calibrate_blocks(
 
     Beside the model there are in memory the covariances of one block and the hidden states of the
     whole text in the model's dtype, on the host. Where a device's memory runs out, the block starts
-    again with smaller batches, and warns; for that the host keeps the hidden states from before the
-    block as well.
+    again with smaller batches, in the end with sums on the host, and warns; for that the host keeps
+    the hidden states from before the block as well.
 
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
@@ -136,10 +136,14 @@ def calibrate_block_parts(
         ranks=ranks,
     )
 
-    def fresh(index: int) -> list[InputCapture]:
+    def fresh(index: int, on_host: bool = False) -> list[InputCapture]:
         return [
             InputCapture(
-                chosen[index], outlier_threshold, normalize, deterministic=checkpoint is not None
+                chosen[index],
+                outlier_threshold,
+                normalize,
+                deterministic=checkpoint is not None,
+                on_host=on_host,
             )
             for _ in range(parts)
         ]
@@ -157,7 +161,7 @@ def calibrate_block_parts(
         captures = fresh(index)
         journal.restore(index, captures)
         if index < last:
-            text.advance(index, list)
+            text.advance(index)
         return captures
 
     def run() -> Iterator[list[CovarianceSet]]:
@@ -166,7 +170,7 @@ def calibrate_block_parts(
         )
         for index, _ in enumerate(bar):
             if not chosen[index]:
-                text.advance(index, list)
+                text.advance(index)
                 continue
             # No name for it: a block's covariances would be kept while the next one runs.
             yield [

@@ -99,15 +99,15 @@ class TextOptions:
         """Token batches."""
         from corda_kernels.data import decode_escapes, fitting_batch_size, token_batches
 
-        size = self.batch_size
-        if size is None:
-            size = fitting_batch_size(self.samples, self.seq_len)
+        def fitting(found: int) -> int:
+            return fitting_batch_size(max(1, found // self.candidates), self.seq_len)
+
         return token_batches(
             self.data,
             tokenizer,
             samples=self.samples * self.candidates,
             seq_len=self.seq_len,
-            batch_size=size,
+            batch_size=fitting if self.batch_size is None else self.batch_size,
             field=self.field,
             template=None if self.template is None else decode_escapes(self.template),
             chat_template=self.chat_template,

@@ -145,13 +145,14 @@ def test_stages_are_shown() -> None:
     stages = {"forward": 3.25, "decomposition": 2.5, "attaching": 0.75}
     pipeline["pipeline"].append(
         {"name": "eva", "seconds": 6.5, "forward": 3.25, "growth": 7 << 20, "stages": stages}
-        | {"overlap": None, "passed": True}
+        | {"overlap": None, "passed": True, "beyond": 4.0}
     )
     peft = pipeline["pipeline"][0]
     (line,) = (row for row in tables.pipelines(pipeline).splitlines() if "EVA" in row)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:6] == ["PEFT EVA", "6.5", "3.2", "–", "2.5", "0.8"]
-    assert cells[6:8] == [f"{peft['seconds'] / 6.5:.2f}", "7 MiB"]
+    assert cells[6:8] == [f"{peft['seconds'] / 6.5:.2f}", f"{peft['beyond'] / 4:.2f}"]
+    assert cells[8] == "7 MiB"
 
 
 @pytest.mark.parametrize(("worst", "shown"), [(0.125, "1.2e-01"), (None, "inf")])

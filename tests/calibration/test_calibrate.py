@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration import Covariance, CovarianceSet, calibrate
+from corda_kernels.calibration import Covariance, CovarianceSet, calibrate, thrift
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -495,12 +496,41 @@ def test_out_of_memory_starts_again_with_smaller_batches() -> None:
 
 def test_out_of_memory_for_a_single_sequence_says_what_to_do() -> None:
     with (
-        pytest.warns(OutOfMemoryWarning),
+        pytest.warns(OutOfMemoryWarning, match="at most 1 sequence"),
         pytest.raises(CalibrationError, match=r"for a single sequence: .*--memory-limit"),
     ):
         run(Cramped(rows=0), [random_ids(2, 5)])
     with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):
         run(Cramped(rows=0), iter([random_ids(2, 5)]))
+
+
+def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
+    tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thrift, "has_own_memory", lambda device: True)
+    model, batches = tiny_model("llama"), [random_ids(1, 5), random_ids(2, 9)]
+    expected = run(model, batches)
+    add = InputCapture._add
+    tried: list[bool] = []
+
+    def cramped(capture: InputCapture, *arguments: Any) -> None:
+        tried.append(capture.on_host)
+        if not capture.on_host:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add(capture, *arguments)
+
+    monkeypatch.setattr(InputCapture, "_add", cramped)
+    with pytest.warns(OutOfMemoryWarning) as caught:
+        found = run(model, batches)
+    assert str(caught[-1].message).endswith(
+        "with covariances that the CPU sums up, which takes longer"
+    )
+    assert caught[-1].filename == __file__
+    assert tried[:3] == [False, False, True]
+    assert list(found) == list(expected)
+    for name, covariance in found.items():
+        torch.testing.assert_close(covariance.matrix, expected[name].matrix)
+        assert torch.equal(covariance.absmax, expected[name].absmax)
 
 
 def test_nothing_is_warned_about_on_plain_text(tiny_model: ModelMaker) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import kept_text
+from corda_kernels.calibration import kept_text, thrift
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.calibration.subject import Subject
 from corda_kernels.errors import (
@@ -18,6 +19,7 @@ from corda_kernels.errors import (
     OutOfMemoryWarning,
     TargetError,
 )
+from corda_kernels.memory import has_own_memory
 from corda_kernels.models import decoder_blocks
 
 ModelMaker = Callable[..., nn.Module]
@@ -252,12 +254,18 @@ class Cramped:
         self.ran.append(len(args[0]))
 
 
+def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the CPU for a device."""
+    for module in (kept_text, thrift):
+        monkeypatch.setattr(module, "has_own_memory", lambda device: True)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_out_of_memory_starts_the_block_again_with_smaller_batches(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
 ) -> None:
-    monkeypatch.setattr(kept_text, "keeps_inputs", lambda device: True)
+    _with_memory_of_its_own(monkeypatch)
     model = make(architecture)
     # It runs out when a sequence has gone through the block already.
     batches = [torch.randint(3, 64, (1, 7)), *random_batches(), torch.randint(3, 64, (5, 12))]
@@ -284,13 +292,48 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
             ]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
+    make: ModelMaker, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    _with_memory_of_its_own(monkeypatch)
+    model, batches = make("llama"), [torch.randint(3, 64, (2, 12)) for _ in range(4)]
+    expected = [calibrate(model, batches[part::parts], progress=False) for part in range(parts)]
+    where: list[bool] = []
+
+    def cramped(capture: InputCapture, name: str, x: Tensor) -> None:
+        if name.startswith("model.layers.1"):
+            where.append(capture.on_host)
+            if not capture.on_host:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        found(capture, name, x)
+
+    found = InputCapture._join_or_found
+    monkeypatch.setattr(InputCapture, "_join_or_found", cramped)
+    with pytest.warns(OutOfMemoryWarning) as caught:
+        blocks = stream(model, batches, parts=parts, outlier_threshold=6.0)
+    ends = [str(warning.message).partition(" again with ")[2] for warning in caught]
+    assert ends == [
+        "at most 1 sequence(s) at a time",
+        "covariances that the CPU sums up, which takes longer",
+    ]
+    assert where[:3] == [False, False, True]
+    assert all(where[2:])
+    for block in blocks:
+        for covariances, whole in zip(block, expected, strict=True):
+            for name, covariance in covariances.items():
+                error = covariance.matrix - whole[name].matrix
+                assert error.norm() < 1e-5 * whole[name].matrix.norm(), name
+                assert torch.equal(covariance.outlier_count, whole[name].outlier_count)
+
+
 def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
     model, batches = make("llama"), random_batches()
     subject = Subject.of(model, "all-linear")
     blocks = list(decoder_blocks(model).values())
     text = kept_text.KeptText(subject, blocks, batches, lambda _: True, False)
     text.record()
-    text.advance(0, list)
+    text.advance(0)
 
     def rows() -> dict[Any, Tensor]:
         alike: dict[Any, list[Tensor]] = {}
@@ -300,7 +343,7 @@ def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
 
     before = rows()
     for most in (3, 2, 1):
-        text._max_rows = most
+        text._thrift.max_rows = most
         text._regroup()
         assert max(len(current.hidden) for current in text.sequences) == most
         assert all(torch.equal(found, before[key]) for key, found in rows().items())
@@ -326,10 +369,13 @@ def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> 
 def test_out_of_memory_for_a_single_sequence_says_what_to_do(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_text, "keeps_inputs", lambda device: True)
+    _with_memory_of_its_own(monkeypatch)
     model = make("llama")
     Cramped(model.model.layers[1], rows=0)
-    with pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"):
+    with (
+        pytest.warns(OutOfMemoryWarning, match="block 1 again with covariances that the CPU sums"),
+        pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"),
+    ):
         stream(model, [torch.randint(3, 64, (1, 5))])
     with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):
         stream(model, iter([torch.randint(3, 64, (2, 5))]))
@@ -338,8 +384,8 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do(
 def test_the_host_keeps_one_set_of_hidden_states_where_it_computes_itself(
     make: ModelMaker,
 ) -> None:
-    assert not kept_text.keeps_inputs(torch.device("cpu"))
-    assert kept_text.keeps_inputs(torch.device("cuda:1"))
+    assert not has_own_memory(torch.device("cpu"))
+    assert has_own_memory(torch.device("cuda:1"))
     model = make("llama")
     Cramped(model.model.layers[1], rows=1)
     with pytest.raises(torch.OutOfMemoryError):

@@ -12,13 +12,21 @@ from corda_kernels.cli.options import TextOptions
 from corda_kernels.data import fitting_batch_size
 
 
-@pytest.mark.parametrize(("asked", "sizes"), [(None, [4] * 4), (3, [3] * 5 + [1])])
+@pytest.mark.filterwarnings("ignore:.* is used up after 12 of 16")
+@pytest.mark.parametrize(
+    ("documents", "asked", "sizes"),
+    [
+        (400, None, [4] * 4),
+        (400, 3, [3] * 5 + [1]),
+        (24, None, [3] * 4),  # as many as there are, not as were asked for
+    ],
+)
 def test_batches_fit_each_candidate_unless_their_size_is_given(
-    tmp_path: Path, asked: int | None, sizes: list[int]
+    tmp_path: Path, documents: int, asked: int | None, sizes: list[int]
 ) -> None:
     """Two candidates of 8 sequences each, which four sequences at a time divide evenly."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"w{n % 7} w{n % 5}" for n in range(400)))
+    text.write_text("\n\n".join(f"w{n % 7} w{n % 5}" for n in range(documents)))
     options = TextOptions(text, None, None, False, 8, 2, 4, asked, True, 0)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_words())
     batches = options.batches(tokenizer)

@@ -114,3 +114,31 @@ def test_memory_that_runs_out_leads_to_smaller_batches(tiny_model: Maker) -> Non
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert all(found[name].tokens == 512 * 512 for name in found)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_sums_that_do_not_fit_are_made_on_the_host(tiny_model: Maker, blockwise: bool) -> None:
+    model = tiny_model("llama", **SIZES | {"intermediate_size": 8192}).cuda()
+    ids = torch.randint(3, 64, (2, 64))
+    expected = {name: matrix.cpu() for name, matrix in _matrices(model, ids, False).items()}
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    # A covariance of 8,192 channels takes 256 MiB.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (200 << 20)) / total)
+    try:
+        with pytest.warns(OutOfMemoryWarning, match="that the CPU sums up"):
+            found = _matrices(model, ids, blockwise)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        # On the GPU float32 is multiplied in parts.
+        assert (matrix.cpu() - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    assert any(matrix.device.type == "cpu" for matrix in found.values())
+
+
+def _matrices(model: nn.Module, ids: Tensor, blockwise: bool) -> dict[str, Tensor]:
+    calibrated = calibrate_blocks if blockwise else calibrate
+    found = calibrated(model, [ids], progress=False)
+    sets = [found] if isinstance(found, CovarianceSet) else found
+    return {name: part[name].matrix for part in sets for name in part}

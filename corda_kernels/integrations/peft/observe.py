@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from corda_kernels.calibration.batches import looks_padded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
-from corda_kernels.errors import PaddingWarning
+from corda_kernels.errors import OutOfMemoryWarning, PaddingWarning
 from corda_kernels.integrations.peft.deferred import deferred_output
-from corda_kernels.models import output_head
+from corda_kernels.memory import has_own_memory
+from corda_kernels.models import input_device, output_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ def observe(
 ) -> dict[str, Observed]:
     """Calls `run_model` and gives the covariances of what each of `modules` that was called read.
 
+    Where a device's memory runs out it is called once more, with sums on the host.
+
     The model is in eval mode meanwhile; its modes, and hooks of others, are as before afterwards,
     whatever happens. Logits are computed when `run_model` reads them.
 
@@ -61,15 +64,39 @@ def observe(
         CalibrationError: a layer's input cannot be matched with the attention mask, or the output
             head's was changed in place before the logits were read.
     """
-    capture = InputCapture(modules, normalize=normalize, statistics=False)
-    passes = _Passes(model, capture)
-    with evaluating(model), capture, passes.watched(), deferred_output(output_head(model)):
-        run_model()
-    capture.end_pass(passes.count, (passes.tokens, passes.tokens))
+    try:
+        capture = _captured(model, modules, run_model, normalize, on_host=False)
+    except torch.OutOfMemoryError:
+        if not has_own_memory(input_device(model)):
+            raise
+        capture = None  # not here: the error holds on to the sums
+    if capture is None:
+        warnings.warn(
+            "memory ran out while run_model ran: running it again with covariances that the CPU "
+            "sums up, which takes longer; memory_limit bounds them",
+            OutOfMemoryWarning,
+            stacklevel=6,  # the caller of preprocess_corda; each no_grad wraps
+        )
+        capture = _captured(model, modules, run_model, normalize, on_host=True)
     return {
         name: Observed(found.matrix, found.tokens, found.calls)
         for name, found in capture.covariances().items()
     }
+
+
+def _captured(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    run_model: Callable[[], object],
+    normalize: Literal["tokens", "peft"],
+    on_host: bool,
+) -> InputCapture:
+    capture = InputCapture(modules, normalize=normalize, statistics=False, on_host=on_host)
+    passes = _Passes(model, capture)
+    with evaluating(model), capture, passes.watched(), deferred_output(output_head(model)):
+        run_model()
+    capture.end_pass(passes.count, (passes.tokens, passes.tokens))
+    return capture
 
 
 @dataclass

@@ -14,15 +14,17 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as peft_own
 from torch import Tensor, nn
 
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CacheError,
     CalibrationError,
     CompatibilityWarning,
     ConfigError,
+    OutOfMemoryWarning,
     RankError,
     TargetError,
 )
-from corda_kernels.integrations.peft import preprocess_corda
+from corda_kernels.integrations.peft import observe, preprocess_corda
 from corda_kernels.linears import linear_weight
 
 LAYERS = {
@@ -367,6 +369,30 @@ def test_logits_that_nobody_reads_are_not_computed(
         assert torch.equal(part.S_WC, found[name])
     with torch.no_grad():
         assert type(model(torch.tensor([[3, 4, 5]])).logits) is Tensor
+
+
+def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = make()
+    preprocess_corda(model, lora(), run)
+    expected = {name: part.S_WC for name, part in eigens(model).items()}
+    add = InputCapture._add
+
+    def cramped(capture: InputCapture, *arguments: Any) -> None:
+        if not capture.on_host:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add(capture, *arguments)
+
+    monkeypatch.setattr(InputCapture, "_add", cramped)
+    with pytest.raises(torch.OutOfMemoryError):  # the host has no other host
+        preprocess_corda(model, lora(), run)
+    monkeypatch.setattr(observe, "has_own_memory", lambda device: True)
+    with pytest.warns(OutOfMemoryWarning, match="running it again with covariances") as caught:
+        preprocess_corda(model, lora(), run)
+    assert caught[0].filename == __file__
+    for name, part in eigens(model).items():
+        torch.testing.assert_close(part.S_WC, expected[name])
 
 
 @pytest.mark.parametrize(
