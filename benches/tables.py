@@ -285,7 +285,8 @@ def pipelines(*results: Results) -> str:
             faster, beyond, growth = _EMPTY, _EMPTY, _EMPTY
             if peft:
                 faster = ratio(peft["seconds"] / row["seconds"])
-                beyond = ratio(peft["beyond"] / row["beyond"])
+                if row["forward"] and row["beyond"] > 0:
+                    beyond = ratio(peft["beyond"] / row["beyond"])
                 growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else _EMPTY
             overlap = _EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
             memory = [mebibytes(row["growth"]), growth]

@@ -84,7 +84,7 @@ def token_batches(
         DataError: the file cannot be read, holds no text, or does not fit what was asked.
     """
     _check_positive(samples=samples, seq_len=seq_len)
-    if isinstance(batch_size, int):
+    if not callable(batch_size):
         _check_positive(batch_size=batch_size)
     texts = read_texts(
         path,
@@ -113,7 +113,8 @@ def token_batches(
             CordaWarning,
             stacklevel=2,
         )
-    size = batch_size if isinstance(batch_size, int) else batch_size(len(sequences))
+    size = batch_size(len(sequences)) if callable(batch_size) else batch_size
+    _check_positive(batch_size=size)
     groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     if pack:
         return [{"input_ids": torch.tensor(group, dtype=torch.int64)} for group in groups]

@@ -5,6 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -489,6 +490,26 @@ def test_a_batch_is_as_large_as_products_are_quick_at(
     samples: int, seq_len: int, size: int
 ) -> None:
     assert fitting_batch_size(samples, seq_len) == size
+
+
+def test_a_batch_size_may_follow_from_what_is_found(tokenizer, tmp_path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("0123456789" * 4)
+    asked = []
+
+    def size(found: int) -> int:
+        asked.append(found)
+        return 3
+
+    with pytest.warns(CordaWarning, match="used up after 5 of 9"):
+        batches = token_batches(path, tokenizer, samples=9, seq_len=8, batch_size=size)
+    assert asked == [5]
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 2]
+    sized = token_batches(path, tokenizer, samples=5, seq_len=8, batch_size=np.int64(2))
+    assert [len(batch["input_ids"]) for batch in sized] == [2, 2, 1]
+    for wrong in (0, lambda found: 0, lambda found: -1):
+        with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+            token_batches(path, tokenizer, samples=5, seq_len=8, batch_size=wrong)
 
 
 def test_no_batch_fits_no_samples() -> None:

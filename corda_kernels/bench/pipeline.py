@@ -28,7 +28,7 @@ CONTESTANTS = tuple(METHODS)
 # Of a row, in the order in which they run.
 STAGES = ("forward", "covariance", "decomposition", "attaching")
 
-# Contestants that do not compute logits.
+# Contestants that compute no logits, unless the model looks at them itself (as Gemma 2 does).
 _WITHOUT_LOGITS = ("patch_peft", "init_corda")
 
 # Least overlap (smallest cosine between subspaces, median over the layers) at which the same was
@@ -46,9 +46,9 @@ class PipelineRow:
         forward: seconds of the forward passes that it makes, timed by themselves: without the
             output head where no logits are computed, and in its own batches.
         bare: seconds of as many as a script of PEFT runs them, the whole model and one sequence at
-            a time.
+            a time, timed in the same process.
         growth: bytes by which the peak of memory, of the process or on a GPU of the allocator, rose
-            over that of the loaded model and its forward pass.
+            over that of the loaded model and this bare pass.
         stages: seconds of each of STAGES that it has; together they are `seconds`.
         overlap: median over the layers of the smallest cosine between its subspaces and PEFT's;
             None where it was not compared. init_corda's covariances are normalised in another way,
@@ -173,11 +173,13 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
             runner(input_ids=ids, use_cache=False)
 
     as_given = partial(forward, model, task.batches)
-    forward(model, own.batches[:1])  # the first call prepares things
-    forget_peak(device)
-    bare = passes = _timed(as_given, device)
+    forward(model, task.batches[:1])  # the first call prepares things
+    lean = None
     if name in _WITHOUT_LOGITS:
-        passes = _timed(partial(forward, decoder(model), own.batches), device)
+        lean = _timed(partial(forward, decoder(model), own.batches), device)
+    forget_peak(device)
+    bare = _timed(as_given, device)
+    passes = bare if lean is None else lean
     before = peak_bytes(device)
     stages = Stages(passes=len(own.batches))
     METHODS[name](Subject(own, model, as_given, folder), stages)

@@ -94,7 +94,7 @@ def calibrate(
             break
         except torch.OutOfMemoryError as error:
             thrift.tighten(error, again="starting again", last_resort=_ONE_PASS_REMEDY)
-    ranks.add_up(capture)
+    ranks.add_up(capture, subject.device)
     return subject.result(
         capture.covariances(),
         capture.unseen(),

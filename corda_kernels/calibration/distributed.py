@@ -87,10 +87,15 @@ class Ranks:
             torch.distributed.all_gather_object(values, value)
         return [entry for entry in values if entry is not None]
 
-    def add_up(self, capture: InputCapture) -> None:
+    def add_up(self, capture: InputCapture, device: torch.device) -> None:
         """Replaces the capture's sums by those over all ranks.
 
         Layers share a covariance if they do so on every rank.
+
+        Args:
+            capture: of this rank.
+            device: where the model runs, and the reduction; sums that a rank keeps on the host for
+                want of memory go there and back one by one.
 
         Raises:
             DistributedError: a rank has ended.
@@ -115,13 +120,13 @@ class Ranks:
             part = mine.get(names[0])
             if part is None:
                 part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-            summed.append((self._added(part), names))
+            summed.append((self._added(part, device), names))
         capture.restore(summed)
 
-    def _added(self, part: Covariance) -> Covariance:
+    def _added(self, part: Covariance, device: torch.device) -> Covariance:
         """The sum of every rank's part, of which only the lower triangle is filled."""
         channels, home = part.matrix.shape[0], part.matrix.device
-        where = _reducing_device(home)
+        where = home if home.type == device.type else device
         triangle = pack_symmetric(part.matrix).to(where)
         absmax = part.absmax.clone().to(where)
         counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
@@ -138,13 +143,6 @@ class Ranks:
             counts[:-2].to(home, copy=True),
             part.outlier_threshold,
         )
-
-
-def _reducing_device(home: torch.device) -> torch.device:
-    """Where tensors of `home` have to be for a reduction: NCCL knows none but GPUs."""
-    if home.type == "cpu" and torch.distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return home
 
 
 def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:

@@ -155,7 +155,7 @@ def calibrate_block_parts(
         if index >= journal.finished:
             captures = text.advance(index, functools.partial(fresh, index))
             for capture in captures:
-                ranks.add_up(capture)
+                ranks.add_up(capture, subject.device)
             journal.keep(index, captures)
             return captures
         captures = fresh(index)

@@ -31,9 +31,16 @@ class Thrift:
     on_host: bool = False
 
     def tighten(
-        self, error: Exception, *, again: str, last_resort: str, summing: bool = True
+        self,
+        error: Exception,
+        *,
+        again: str,
+        last_resort: str,
+        summing: bool = True,
     ) -> None:
         """Half as many sequences at a time as ran out of memory, then sums on the host; it warns.
+
+        A single sequence is tried before the host sums up, for that is slow.
 
         Args:
             error: that was raised.
@@ -55,7 +62,8 @@ class Thrift:
             self.max_rows = rows // 2
             spared = f"at most {self.max_rows} sequence(s) at a time"
         elif summing and not self.on_host and has_own_memory(self.device):
-            self.on_host = True
+            # Then activations may have had room enough: as many sequences as at first.
+            self.on_host, self.max_rows = True, None
             spared = "covariances that the CPU sums up, which takes longer"
         else:
             raise CalibrationError(

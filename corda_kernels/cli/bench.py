@@ -159,8 +159,9 @@ def _contest(row: PipelineRow, peft: PipelineRow | None) -> str:
     )
     ratios = ""
     if peft is not None:
+        beyond = f"{peft.beyond / row.beyond:.2f}" if row.beyond > 0 else "–"
         ratios = (
-            f"{peft.seconds / row.seconds:>8.2f} {peft.beyond / row.beyond:>8.2f} "
+            f"{peft.seconds / row.seconds:>8.2f} {beyond:>8} "
             f"{row.growth / peft.growth if peft.growth else 0:>8.2f}"
         )
     overlap = "" if row.overlap is None else f"{row.overlap:.6f}"

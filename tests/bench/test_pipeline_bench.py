@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from corda_kernels import CordaConfig, init_corda, load_model
 from corda_kernels.bench import pipeline
@@ -39,7 +40,6 @@ def test_contestants_compute_the_same(task: Task) -> None:
     assert list(rows) == ["peft", "patch_peft", "init_corda", "pissa", "eva"]
     for row in rows.values():
         assert row.seconds > 0
-        assert row.beyond == row.seconds - row.bare
         assert sum(row.stages.values()) == pytest.approx(row.seconds)
         assert row.stages.get("forward", 0) == row.forward
     for name in ("peft", "patch_peft", "init_corda"):
@@ -51,6 +51,37 @@ def test_contestants_compute_the_same(task: Task) -> None:
     for row in compared.values():
         assert row.overlap == pytest.approx(1, abs=1e-4)
         assert row.passed
+
+
+@pytest.mark.usefixtures("_here")
+def test_the_bare_pass_is_that_of_the_whole_model_sequence_by_sequence(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each contestant's own passes beside it: those that make no logits, in their own batches."""
+    ran: list[tuple[str, int]] = []
+    timed: list[list[tuple[str, int]]] = []
+
+    def noted(self: nn.Module, *args: object, input_ids: torch.Tensor, **kwargs: object) -> object:
+        ran.append((type(self).__name__, len(input_ids)))
+        return call(self, *args, input_ids=input_ids, **kwargs)
+
+    def clock(call: Callable[[], object], device: torch.device) -> float:
+        ran.clear()
+        call()
+        timed.append(list(ran))
+        return float(len(timed))
+
+    call = PreTrainedModel.__call__
+    monkeypatch.setattr(PreTrainedModel, "__call__", noted)
+    monkeypatch.setattr(pipeline, "_timed", clock)
+    whole = [entry for _ in range(6) for entry in (("LlamaForCausalLM", 1), ("LlamaModel", 1))]
+    own = {"patch_peft": [("LlamaModel", 1)] * 6, "init_corda": [("LlamaModel", 3)] * 2}
+    for name in ("peft", "patch_peft", "init_corda"):
+        timed.clear()
+        (row,) = bench_pipeline(task, (name,))
+        assert timed == [*([own[name]] if name in own else []), whole]
+        assert (row.forward, row.bare) == (1, len(timed))
+        assert row.beyond == row.seconds - row.bare
 
 
 def test_rounds_are_in_turn_and_the_middle_run_is_shown(

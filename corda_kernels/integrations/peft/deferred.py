@@ -1,13 +1,14 @@
 """Logits that are computed when somebody looks at them.
 
-Scripts written for PEFT run the whole model on the calibration text and throw its logits away, of
-which SmolLM2-135M's head makes a fifth of the forward pass, and 4 bytes for each token and word of
-the vocabulary.
+Scripts written for PEFT run the whole model on the calibration text and throw its logits away, on
+which SmolLM2-135M spends a fifth of its forward pass, and 4 bytes for each token and word of the
+vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,6 @@ from corda_kernels.precision import without_autocast
 
 # What a tensor tells of itself without its numbers.
 _DESCRIPTION = {
-    Tensor.__hash__,
     Tensor.dim,
     Tensor.is_floating_point,
     Tensor.numel,
@@ -42,26 +42,31 @@ class DeferredTensor(Tensor):
 
     _compute: Callable[[], Tensor]
     _value: Tensor | None
+    _lock: threading.RLock
 
     @staticmethod
     def __new__(cls, like: Tensor, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> Any:
         """Of the dtype and on the device of `like`."""
         deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         deferred._compute, deferred._value = compute, None
+        deferred._lock = threading.RLock()
         return deferred
 
     def computed(self) -> Tensor:
         """The numbers, as an ordinary tensor; the same one at every call."""
-        if self._value is None:
-            self._value = self._compute()
-            del self._compute  # and what it holds
-        return self._value
+        with self._lock:
+            if self._value is None:
+                self._value = self._compute()
+                del self._compute  # and what it holds
+            return self._value
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _DESCRIPTION:
+        # Once the numbers are there they may have got another shape in place.
+        described = func in _DESCRIPTION and args[0]._value is None
+        if described or func is Tensor.__hash__:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return cls._with_numbers(func, args, kwargs)
@@ -78,71 +83,87 @@ class DeferredTensor(Tensor):
         return func(*args, **kwargs)
 
 
+class _DeferringLinear(nn.Linear):
+    """What a head is for a while. Copies and replicas that are made meanwhile compute as ever."""
+
+    # What each head that defers has given; by its id, so that it stays behind when one is copied.
+    given: dict[int, list[weakref.ref[DeferredTensor]]] = {}  # noqa: RUF012
+
+    def forward(self, input: Tensor) -> Tensor:
+        given = self.given.get(id(self))
+        if given is None or not _deferrable(self, input):
+            return super().forward(input)
+        parts = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
+        states = [_state(part) for part in parts]
+
+        def compute() -> Tensor:
+            if [_state(part) for part in parts] != states:
+                raise CalibrationError(
+                    "the output head's input or weight was changed in place before the logits "
+                    "were read: read the logits first, or change a copy"
+                )
+            with torch.inference_mode(False), torch.no_grad(), without_autocast():
+                logits: Tensor = nn.functional.linear(*parts)
+            return logits
+
+        deferred: DeferredTensor = DeferredTensor(
+            input, (*input.shape[:-1], len(parts[1])), compute
+        )
+        given.append(weakref.ref(deferred))
+        return deferred
+
+
 @contextlib.contextmanager
 def deferred_output(head: nn.Module | None) -> Iterator[None]:
     """Inside the block, `head` gives deferred tensors, which are as good as its output.
 
     Those that are still held at the end of the block are computed there, before anybody changes the
-    model. Where a deferred tensor would not do (gradients, autocast, a head that is not a plain
-    linear layer, whose forward another library has wrapped, or whose input is elsewhere) the head
-    computes as ever.
+    model. Where a deferred tensor would not do the head computes as ever: with gradients, under
+    autocast or inference mode, while compiling, where it is not a plain linear layer, has forward
+    hooks or a forward that another library has wrapped, or where its input is elsewhere.
+
+    To look at a deferred tensor raises a CalibrationError where the head's input or weight has been
+    changed in place since.
 
     Args:
         head: the output head; None for nothing.
-
-    Raises:
-        CalibrationError: the head's input was changed in place before its output was read; from the
-            reading call.
     """
     if type(head) is not nn.Linear or "forward" in vars(head):
         yield
         return
-    forward: Callable[..., Tensor] = head.forward
     given: list[weakref.ref[DeferredTensor]] = []
-
-    def deferring(*args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 1 or not _deferrable(head, args[0]):
-            return forward(*args, **kwargs)
-        hidden: Tensor = args[0]
-        version = hidden._version
-
-        def compute() -> Tensor:
-            if hidden._version != version:
-                raise CalibrationError(
-                    "the output head's input was changed in place before the logits were read: "
-                    "read the logits first, or change a copy"
-                )
-            with torch.inference_mode(False), torch.no_grad(), without_autocast():
-                logits: Tensor = forward(hidden)
-            return logits
-
-        deferred: DeferredTensor = DeferredTensor(
-            hidden, (*hidden.shape[:-1], head.out_features), compute
-        )
-        given[:] = [reference for reference in given if reference() is not None]
-        given.append(weakref.ref(deferred))
-        return deferred
-
-    head.forward = deferring  # type: ignore[method-assign]
+    _DeferringLinear.given[id(head)] = given
+    head.__class__ = _DeferringLinear
     try:
         yield
     finally:
-        del head.forward
+        head.__class__ = nn.Linear
+        del _DeferringLinear.given[id(head)]
     for reference in given:
         held = reference()
         if held is not None:
-            held.computed()
+            # What can no longer be computed is an error to who looks, and to nobody else.
+            with contextlib.suppress(CalibrationError):
+                held.computed()
 
 
 def _deferrable(head: nn.Linear, hidden: Any) -> bool:
     return (
-        type(hidden) is Tensor
+        not torch.compiler.is_compiling()  # first, for it follows none of the others
+        and type(hidden) is Tensor
         and hidden.ndim > 0
-        and hidden.shape[-1] == head.in_features
+        and hidden.shape[-1] == head.weight.shape[-1]
         and hidden.dtype == head.weight.dtype
         and hidden.device == head.weight.device
+        # Hooks may take the weights away as soon as they have run.
+        and not head._forward_hooks
         and not hidden.is_inference()
+        and not head.weight.is_inference()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(hidden.device.type)
-        and not torch.compiler.is_compiling()
     )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What is another one once a tensor has been changed, or given other memory."""
+    return tensor._version, tensor.data_ptr()

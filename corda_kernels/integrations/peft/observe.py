@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration.batches import looks_padded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
-from corda_kernels.errors import OutOfMemoryWarning, PaddingWarning
+from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning
 from corda_kernels.integrations.peft.deferred import deferred_output
 from corda_kernels.memory import has_own_memory
 from corda_kernels.models import input_device, output_head
@@ -37,66 +37,78 @@ class Observed:
     calls: int
 
 
-@torch.no_grad()
-def observe(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    run_model: Callable[[], object],
-    *,
-    normalize: Literal["tokens", "peft"],
-) -> dict[str, Observed]:
-    """Calls `run_model` and gives the covariances of what each of `modules` that was called read.
+@dataclass
+class Observer:
+    """Watches the forward passes of `run_model`.
 
-    Where a device's memory runs out it is called once more, with sums on the host.
-
-    The model is in eval mode meanwhile; its modes, and hooks of others, are as before afterwards,
-    whatever happens. Logits are computed when `run_model` reads them.
-
-    Args:
-        model: what `run_model` runs; the attention mask that it is called with tells which rows
-            count.
-        modules: layers within it, by name.
-        run_model: runs the model on the calibration data, any number of times and batch sizes.
+    Attributes:
         normalize: see `calibrate`.
-
-    Raises:
-        NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
-        CalibrationError: a layer's input cannot be matched with the attention mask, or the output
-            head's was changed in place before the logits were read.
+        on_host: whether inputs are copied to the host, and summed up there; from the first time on
+            that a device's memory has run out.
     """
-    try:
-        capture = _captured(model, modules, run_model, normalize, on_host=False)
-    except torch.OutOfMemoryError:
-        if not has_own_memory(input_device(model)):
-            raise
-        capture = None  # not here: the error holds on to the sums
-    if capture is None:
-        warnings.warn(
-            "memory ran out while run_model ran: running it again with covariances that the CPU "
-            "sums up, which takes longer; memory_limit bounds them",
-            OutOfMemoryWarning,
-            stacklevel=6,  # the caller of preprocess_corda; each no_grad wraps
+
+    normalize: Literal["tokens", "peft"]
+    on_host: bool = False
+
+    @torch.no_grad()
+    def observe(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        run_model: Callable[[], object],
+    ) -> dict[str, Observed]:
+        """Calls `run_model` and gives the covariances of what each of `modules` that it calls read.
+
+        The model is in eval mode meanwhile; its modes, and hooks of others, are as before
+        afterwards, whatever happens. Logits are computed when `run_model` reads them. Where a
+        device's memory runs out there is a warning, and another call with sums on the host.
+
+        Args:
+            model: what `run_model` runs; the attention mask that it is called with tells which rows
+                count.
+            modules: layers within it, by name.
+            run_model: runs the model on the calibration data, any number of times and batch sizes;
+                on the same data each time that it is called.
+
+        Raises:
+            NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
+            CalibrationError: a layer's input cannot be matched with the attention mask, or a second
+                call of `run_model` ran less than the first.
+        """
+        seen = 0
+        passes = self._passes(model, modules)
+        try:
+            passes.run(run_model)
+        except torch.OutOfMemoryError:
+            if self.on_host or not has_own_memory(input_device(model)):
+                raise
+            self.on_host, seen = True, passes.tokens
+        if self.on_host and not passes.finished:
+            # Outside of the handler, for the error holds on to the first sums.
+            warnings.warn(
+                "memory ran out while run_model ran: running it again with covariances that the "
+                "CPU sums up, which takes longer; memory_limit bounds them",
+                OutOfMemoryWarning,
+                stacklevel=6,  # the caller of preprocess_corda; each no_grad wraps
+            )
+            passes = self._passes(model, modules)
+            passes.run(run_model)
+            if passes.tokens < seen:
+                raise CalibrationError(
+                    f"memory ran out while run_model ran, and its second call ran {passes.tokens} "
+                    f"tokens where the first had run {seen}: let it run the same data each time "
+                    "(a list, not an iterator that is used up), or pass memory_limit"
+                )
+        return {
+            name: Observed(found.matrix, found.tokens, found.calls)
+            for name, found in passes.capture.covariances().items()
+        }
+
+    def _passes(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> _Passes:
+        capture = InputCapture(
+            modules, normalize=self.normalize, statistics=False, on_host=self.on_host
         )
-        capture = _captured(model, modules, run_model, normalize, on_host=True)
-    return {
-        name: Observed(found.matrix, found.tokens, found.calls)
-        for name, found in capture.covariances().items()
-    }
-
-
-def _captured(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    run_model: Callable[[], object],
-    normalize: Literal["tokens", "peft"],
-    on_host: bool,
-) -> InputCapture:
-    capture = InputCapture(modules, normalize=normalize, statistics=False, on_host=on_host)
-    passes = _Passes(model, capture)
-    with evaluating(model), capture, passes.watched(), deferred_output(output_head(model)):
-        run_model()
-    capture.end_pass(passes.count, (passes.tokens, passes.tokens))
-    return capture
+        return _Passes(model, capture)
 
 
 @dataclass
@@ -111,11 +123,20 @@ class _Passes:
     capture: InputCapture
     count: int = 0
     tokens: int = 0
+    finished: bool = False
     _depth: int = field(default=0, init=False)
     _size: int = field(default=0, init=False)  # tokens of the present pass
 
+    def run(self, run_model: Callable[[], object]) -> None:
+        """Calls `run_model` under watch."""
+        head = output_head(self.model)
+        with evaluating(self.model), self.capture, self._watched(), deferred_output(head):
+            run_model()
+        self.capture.end_pass(self.count, (self.tokens, self.tokens))
+        self.finished = True
+
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
         handles = []
         for module in self.model.modules():
             if module is self.model or _takes_tokens(module):

@@ -26,7 +26,7 @@ from corda_kernels.integrations.peft.files import (
     write_cache,
     write_covariances,
 )
-from corda_kernels.integrations.peft.observe import Observed, observe
+from corda_kernels.integrations.peft.observe import Observed, Observer
 from corda_kernels.integrations.peft.targets import Target, corda_targets, exclude
 from corda_kernels.progress import progress_bar
 
@@ -69,8 +69,9 @@ def preprocess_corda(
         model: the base.
         lora_config: PEFT's, with `corda_config`.
         run_model: runs the model on the calibration data, with batches of any size. Padding does
-            not count if the model is given its `attention_mask`. None where the cache or the
-            covariance file is written already.
+            not count if the model is given its `attention_mask`; logits are computed if it looks at
+            them. Where a GPU's memory runs out it is called once more, and must run the same data
+            again. None where the cache or the covariance file is written already.
         hooked_model: the model that `run_model` runs, if it is another one.
         normalize: "tokens" for the mean over tokens; "peft" divides each call's input by its
             largest entry and takes the mean over calls, as PEFT does.
@@ -115,6 +116,7 @@ def preprocess_corda(
         eigens = read_cache(cache_file, model, targets, recipe)
         settle(targets, eigens, f"are not in {cache_file}")
     else:
+        observer = Observer(normalize)
         for path in (cache_file, covariance_file):
             if path is not None:
                 check_output(path)
@@ -123,7 +125,7 @@ def preprocess_corda(
                 covariances = read_covariances(covariance_file, model, part, normalize)
                 settle(part, covariances, f"are not in {covariance_file}")
             else:
-                covariances = _observe(hooked_model or model, part, run_model, normalize)
+                covariances = _observe(hooked_model or model, part, run_model, observer)
                 settle(part, covariances, "never received a token")
                 if covariance_file is not None:
                     write_covariances(covariance_file, covariances, model, part, normalize)
@@ -187,7 +189,7 @@ def _observe(
     model: nn.Module,
     part: Mapping[str, Target],
     run_model: Callable[[], object] | None,
-    normalize: Literal["tokens", "peft"],
+    observer: Observer,
 ) -> dict[str, Observed]:
     if run_model is None:
         raise ConfigError(
@@ -196,7 +198,7 @@ def _observe(
         )
     hooked = dict(model.named_modules())
     modules = {name: hooked[name] for name in part if name in hooked}
-    return observe(model, modules, run_model, normalize=normalize)
+    return observer.observe(model, modules, run_model)
 
 
 def _decompose(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from corda_kernels.errors import CalibrationError
 from corda_kernels.integrations.peft.deferred import DeferredTensor, deferred_output
-from corda_kernels.integrations.peft.observe import observe
+from corda_kernels.integrations.peft.observe import Observer
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ def test_what_is_held_at_the_end_is_that_of_the_weights_as_they_were(
     head.weight.zero_()
     assert torch.equal(held + 0, expected)
     assert not head(hidden).any()
-    assert "forward" not in vars(head)
+    assert type(head) is nn.Linear
 
 
 @torch.no_grad()
@@ -149,18 +151,89 @@ def test_the_head_is_as_before_after_an_error(head: nn.Linear, hidden: Tensor) -
 
     with pytest.raises(KeyError):
         fail()
-    assert "forward" not in vars(head)
+    assert type(head) is nn.Linear
     assert type(head(hidden)) is Tensor
 
 
+@pytest.mark.parametrize("change", ["input", "weight", "memory"])
 @torch.no_grad()
-def test_inputs_that_change_before_the_look_are_an_error(head: nn.Linear, hidden: Tensor) -> None:
+def test_what_changes_before_the_look_is_an_error_to_who_looks(
+    head: nn.Linear, hidden: Tensor, change: str
+) -> None:
     with deferred_output(head):
         deferred = head(hidden)
-        hidden.add_(1)
-        with pytest.raises(CalibrationError, match="changed in place before"):
+        if change == "memory":
+            head.half()
+        else:
+            (hidden if change == "input" else head.weight).add_(1)
+        with pytest.raises(CalibrationError, match="changed in place before the logits"):
             deferred.sum()
-        del deferred
+    with pytest.raises(CalibrationError, match="changed in place before the logits"):
+        deferred.sum()
+
+
+@torch.no_grad()
+def test_other_weights_for_a_call_are_those_of_its_logits(head: nn.Linear, hidden: Tensor) -> None:
+    with deferred_output(head):
+        found = torch.func.functional_call(head, {"weight": torch.zeros(50, 8)}, (hidden,))
+        assert isinstance(found, DeferredTensor)
+    assert not found.any()
+
+
+@torch.no_grad()
+def test_copies_that_are_made_meanwhile_compute_with_their_own_weights(
+    head: nn.Linear, hidden: Tensor
+) -> None:
+    with deferred_output(head):
+        copies = [copy.deepcopy(head), pickle.loads(pickle.dumps(head))]
+        for other in copies:
+            other.weight.zero_()
+            assert type(other(hidden)) is Tensor
+            assert not other(hidden).any()
+        assert head(hidden).any()
+    assert not copies[0](hidden).any()
+
+
+@torch.no_grad()
+def test_several_threads_may_look_at_once(
+    head: nn.Linear, computed: list[Tensor], hidden: Tensor
+) -> None:
+    expected = hidden @ head.weight.as_subclass(Tensor).T
+    with deferred_output(head), ThreadPoolExecutor(4) as threads:
+        for _ in range(50):
+            deferred = head(hidden)
+            together = threading.Barrier(4)
+
+            def look(deferred: Tensor = deferred, together: Any = together) -> Tensor:
+                together.wait()
+                with torch.no_grad():
+                    return deferred + 0
+
+            for future in [threads.submit(look) for _ in range(4)]:
+                torch.testing.assert_close(future.result(), expected)
+    assert len(computed) == 50
+
+
+@torch.no_grad()
+def test_it_follows_what_changes_its_shape_in_place(head: nn.Linear, hidden: Tensor) -> None:
+    with deferred_output(head):
+        deferred = head(hidden)
+        deferred.unsqueeze_(0)
+        assert deferred.shape == (1, 2, 3, 50)
+        assert (deferred.ndim, deferred.dim()) == (4, 4)
+        assert deferred.requires_grad_().requires_grad
+        assert deferred.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_compiled_head_computes_as_ever(head: nn.Linear, hidden: Tensor) -> None:
+    expected = 2 * head(hidden)
+    with deferred_output(head):
+        compiled = torch.compile(lambda x: 2 * head(x), backend="eager", fullgraph=True)
+        found = compiled(hidden)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_head_computes_as_ever_where_deferring_would_not_do(
@@ -171,7 +244,9 @@ def test_the_head_computes_as_ever_where_deferring_would_not_do(
         with torch.no_grad():
             with torch.autocast("cpu"):
                 assert head(hidden).dtype == torch.bfloat16
-            assert type(head(input=hidden)) is Tensor
+            handle = head.register_forward_hook(lambda *_: None)
+            assert type(head(hidden)) is Tensor
+            handle.remove()
             with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
                 head(hidden[..., 1:])
             with pytest.raises(RuntimeError, match="dtype"):
@@ -211,6 +286,6 @@ def test_a_script_that_reads_logits_and_a_loss_gets_what_the_model_gives(
         run()
     linears = {name: m for name, m in model.named_modules() if name.endswith("down_proj")}
     linears |= {name: m for name, m in model.named_modules() if name.endswith("mlp.c_proj")}
-    observe(model, linears, run, normalize="tokens")
+    Observer("tokens").observe(model, linears, run)
     assert read[2:] == read[:2]
     assert torch.equal(kept[1] + 0, kept[0])

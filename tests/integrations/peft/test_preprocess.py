@@ -371,28 +371,76 @@ def test_logits_that_nobody_reads_are_not_computed(
         assert type(model(torch.tensor([[3, 4, 5]])).logits) is Tensor
 
 
+class Cramped:
+    """A device without memory for sums of layer 1; counts the first calls of a layer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried: list[bool] = []
+        join = InputCapture._join_or_found
+
+        def cramped(capture: InputCapture, name: str, x: Tensor) -> None:
+            if name.startswith("model.layers.1"):
+                self.tried.append(capture.on_host)
+                if not capture.on_host:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            join(capture, name, x)
+
+        monkeypatch.setattr(InputCapture, "_join_or_found", cramped)
+        monkeypatch.setattr(observe, "has_own_memory", lambda device: True)
+
+
+@pytest.mark.parametrize("memory_limit", [None, 10_000])
 def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
-    make: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, monkeypatch: pytest.MonkeyPatch, memory_limit: int | None
 ) -> None:
     model, run = make()
     preprocess_corda(model, lora(), run)
     expected = {name: part.S_WC for name, part in eigens(model).items()}
-    add = InputCapture._add
+    cramped = Cramped(monkeypatch)
+    with pytest.warns(OutOfMemoryWarning, match="running it again with covariances") as caught:
+        preprocess_corda(model, lora(), run, memory_limit=memory_limit)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert cramped.tried.count(False) == 1  # it is not tried again for each part
+    for name, part in eigens(model).items():
+        torch.testing.assert_close(part.S_WC, expected[name])
+
+
+def test_memory_that_runs_out_on_the_host_is_the_callers_matter(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = make()
+    Cramped(monkeypatch)
+    monkeypatch.setattr(observe, "has_own_memory", lambda device: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        preprocess_corda(model, lora(), run)
+
+
+def test_text_that_is_used_up_when_memory_runs_out_is_missed(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = make()
+    sequences = iter([torch.full((1, 24), 3), torch.full((1, 16), 4), torch.full((1, 8), 5)])
+    add, added = InputCapture._add, []
 
     def cramped(capture: InputCapture, *arguments: Any) -> None:
-        if not capture.on_host:
+        added.append(capture.on_host)
+        if len(added) == 10:  # in the second sequence
             raise torch.OutOfMemoryError("CUDA out of memory")
         add(capture, *arguments)
 
     monkeypatch.setattr(InputCapture, "_add", cramped)
-    with pytest.raises(torch.OutOfMemoryError):  # the host has no other host
-        preprocess_corda(model, lora(), run)
     monkeypatch.setattr(observe, "has_own_memory", lambda device: True)
-    with pytest.warns(OutOfMemoryWarning, match="running it again with covariances") as caught:
-        preprocess_corda(model, lora(), run)
-    assert caught[0].filename == __file__
-    for name, part in eigens(model).items():
-        torch.testing.assert_close(part.S_WC, expected[name])
+
+    def run_model() -> None:
+        for ids in sequences:
+            model(ids)
+
+    with (
+        pytest.warns(OutOfMemoryWarning),
+        pytest.raises(CalibrationError, match="ran 8 tokens where the first had run 40"),
+    ):
+        preprocess_corda(model, lora(), run_model)
 
 
 @pytest.mark.parametrize(
