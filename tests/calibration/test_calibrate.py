@@ -531,6 +531,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
     for name, covariance in found.items():
         torch.testing.assert_close(covariance.matrix, expected[name].matrix)
         assert torch.equal(covariance.absmax, expected[name].absmax)
+        assert covariance.calls == 2  # in full batches again
 
 
 def test_nothing_is_warned_about_on_plain_text(tiny_model: ModelMaker) -> None:
