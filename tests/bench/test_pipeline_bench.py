@@ -95,7 +95,7 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
         assert not (folder / f"{name}.pt").exists()  # which would spare it the work
         torch.save({}, folder / f"{name}.pt")
         seconds = next(spent)
-        return PipelineRow(name, seconds, 1.0, 1.0, 0, passed=seconds != 6.0)
+        return PipelineRow(name, seconds, 1.0, 1.0, int(100 / seconds), passed=seconds < 9)
 
     monkeypatch.setattr(pipeline, "_in_child", child)
     task = replace(task, mode="kpm")
@@ -103,8 +103,9 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
     assert order == ["peft", "init_corda"] * 3
     assert (theirs.seconds, theirs.runs) == (8.0, (9.0, 7.0, 8.0))
     assert (ours.seconds, ours.runs) == (5.0, (5.0, 4.0, 6.0))
-    assert theirs.passed
-    assert not ours.passed  # for one of its runs was wrong
+    assert (theirs.growth, theirs.growths) == (12, (11, 14, 12))
+    assert ours.passed
+    assert not theirs.passed  # for one of its runs was wrong
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
@@ -230,6 +231,7 @@ def test_growth_and_time_are_written(tmp_path: Path) -> None:
         "overlap": None,
         "passed": True,
         "runs": (),
+        "growths": (),
         "beyond": 6.0,
     }
 

@@ -86,8 +86,9 @@ class Observer:
         if self.on_host and not passes.finished:
             # Outside of the handler, for the error holds on to the first sums.
             warnings.warn(
-                "memory ran out while run_model ran: running it again with covariances that the "
-                "CPU sums up, which takes longer; memory_limit bounds them",
+                "memory ran out while run_model ran: it is called again, with covariances that the "
+                f"CPU sums up, which takes longer; if it reads an iterator, {seen} tokens of that "
+                "are used up; memory_limit bounds covariances",
                 OutOfMemoryWarning,
                 stacklevel=6,  # the caller of preprocess_corda; each no_grad wraps
             )
