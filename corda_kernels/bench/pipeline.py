@@ -47,7 +47,8 @@ class PipelineRow:
         forward: seconds of the forward passes that it makes, timed by themselves: without the
             output head where no logits are computed, and in its own batches.
         bare: seconds of as many as a script of PEFT runs them, the whole model and one sequence at
-            a time, timed in the same process.
+            a time, timed in the same process; of several runs the median by itself, for it is
+            the same work in all of them.
         growth: bytes by which the peak of memory, of the process or on a GPU of the allocator, rose
             over that of the loaded model and this bare pass.
         stages: seconds of each of STAGES that it has; together they are `seconds`.
@@ -55,7 +56,8 @@ class PipelineRow:
             None where it was not compared. init_corda's covariances are normalised in another way,
             and PiSSA and EVA compute something else.
         passed: whether it computed what PEFT did, as far as it was compared.
-        runs: seconds of every run; all else but the growth is of the one in the middle.
+        runs: seconds of every run; all else but the growth and the bare pass is of the one in the
+            middle.
         growths: of every run, of which `growth` is the median.
     """
 
@@ -125,6 +127,7 @@ def _in_the_middle(rows: list[PipelineRow]) -> PipelineRow:
         middle,
         passed=passed,
         runs=tuple(row.seconds for row in rows),
+        bare=statistics.median(row.bare for row in rows),
         # By itself, for how a heap falls to pieces has nothing to do with the time.
         growth=statistics.median_high(growths),
         growths=growths,

@@ -88,6 +88,7 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spent = iter([9.0, 5.0, 7.0, 4.0, 8.0, 6.0])
+    bare = iter([3.0, 0.5, 1.0, 0.75, 2.0, 0.25])
     order = []
 
     def child(name: str, task: Task, folder: Path) -> PipelineRow:
@@ -95,7 +96,7 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
         assert not (folder / f"{name}.pt").exists()  # which would spare it the work
         torch.save({}, folder / f"{name}.pt")
         seconds = next(spent)
-        return PipelineRow(name, seconds, 1.0, 1.0, int(100 / seconds), passed=seconds < 9)
+        return PipelineRow(name, seconds, 1.0, next(bare), int(100 / seconds), passed=seconds < 9)
 
     monkeypatch.setattr(pipeline, "_in_child", child)
     task = replace(task, mode="kpm")
@@ -104,6 +105,8 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
     assert (theirs.seconds, theirs.runs) == (8.0, (9.0, 7.0, 8.0))
     assert (ours.seconds, ours.runs) == (5.0, (5.0, 4.0, 6.0))
     assert (theirs.growth, theirs.growths) == (12, (11, 14, 12))
+    # The bare pass is the same work in all runs: its own median.
+    assert (theirs.bare, theirs.beyond, ours.bare, ours.beyond) == (2.0, 6.0, 0.5, 4.5)
     assert ours.passed
     assert not theirs.passed  # for one of its runs was wrong
 
