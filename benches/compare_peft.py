@@ -3,8 +3,9 @@
 python benches/compare_peft.py MODEL --data FILE [--samples 16 --seq-len 512 --rank 32 --json OUT]
 
 IPM: the smallest cosine between the two subspaces and the largest relative difference of S; and of
-each against float64 on PEFT's covariances, for where they differ one of them is wrong. KPM: the
-tail's energy over the least possible, 1 at best. PEFT needs the package attrs.
+each against float64 on PEFT's covariances, for where they differ one of them is wrong; and of PEFT
+against itself on one thread, which rounds the same sums in another order. KPM: the tail's energy
+over the least possible, 1 at best. PEFT needs the package attrs.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def compare(weight: Tensor, covariance: Tensor, parts: dict[str, Any], rank: int
     U, S, _ = torch.linalg.svd(torch.linalg.qr(M.mT, mode="r").R.mT)
     top, least = U[:, :rank], S[-rank:].norm()
     (peft_U, peft_S), (our_U, our_S) = parts["ipm", "peft"], parts["ipm", "ours"]
+    again_U, again_S = parts["ipm", "one thread"]
     tails = {
         maker: float((torch.linalg.qr(parts["kpm", maker][0].double()).Q.mT @ M).norm() / least)
         for maker in ("peft", "ours")
@@ -57,6 +59,8 @@ def compare(weight: Tensor, covariance: Tensor, parts: dict[str, Any], rank: int
     return {
         "overlap": cosine(our_U, peft_U),
         "S": relative(our_S, peft_S),
+        "overlap_one_thread": cosine(again_U, peft_U),
+        "S_one_thread": relative(again_S, peft_S),
         "overlap_float64": {"peft": cosine(peft_U, top), "ours": cosine(our_U, top)},
         "S_float64": {"peft": relative(peft_S, S[:rank]), "ours": relative(our_S, S[:rank])},
         "tail_energy": tails,
@@ -96,22 +100,29 @@ def main() -> None:
             "ours": lambda *a: preprocess_corda(*a, normalize="peft", damping=DAMPING),
         }
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for maker, prepare in makers.items():
-            for method in ("ipm", "kpm"):  # the second from the first one's covariances
-                cache = folder / f"{maker}-{method}.pt"
-                options = CordaConfig(
-                    corda_method=method,
-                    cache_file=str(cache),
-                    covariance_file=str(folder / f"{maker}.pt"),
-                )
-                config = LoraConfig(
-                    r=given.rank,
-                    target_modules=list(layers),
-                    init_lora_weights="corda",
-                    corda_config=options,
-                )
-                prepare(model, config, run)
-                found[method, maker] = torch.load(cache, weights_only=True)
+
+        def prepared(maker: str, method: str, name: str) -> None:
+            """The first of a maker writes the covariances that the next ones read."""
+            cache = folder / f"{name}-{method}.pt"
+            options = CordaConfig(
+                corda_method=method,
+                cache_file=str(cache),
+                covariance_file=str(folder / f"{maker}.pt"),
+            )
+            config = LoraConfig(
+                r=given.rank,
+                target_modules=list(layers),
+                init_lora_weights="corda",
+                corda_config=options,
+            )
+            makers[maker](model, config, run)
+            found[method, name] = torch.load(cache, weights_only=True)
+
+        for maker in makers:
+            for method in ("ipm", "kpm"):
+                prepared(maker, method, maker)
+        torch.set_num_threads(1)
+        prepared("peft", "ipm", "one thread")
         covariances, ours = (
             torch.load(folder / f"{maker}.pt", weights_only=True) for maker in makers
         )
@@ -139,8 +150,13 @@ def report(rows: dict[str, Any]) -> None:
             print(
                 f"  {name}: overlap {row['overlap']:.6f}, S {row['S']:.1e}; with float64 PEFT's "
                 f"{truth['peft']:.6f}, {row['S_float64']['peft']:.1e}, ours {truth['ours']:.6f}, "
-                f"{row['S_float64']['ours']:.1e}"
+                f"{row['S_float64']['ours']:.1e}; PEFT's with its own on one thread "
+                f"{row['overlap_one_thread']:.6f}, {row['S_one_thread']:.1e}"
             )
+    itself = sum(
+        row["overlap_one_thread"] >= 0.9999 and row["S_one_thread"] <= 1e-4 for row in rows.values()
+    )
+    print(f"  PEFT's with its own on one thread: {itself} of {len(rows)} layers agree so far")
     worse = [
         n for n, r in rows.items() if r["tail_energy"]["ours"] > r["tail_energy"]["peft"] * 1.001
     ]

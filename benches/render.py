@@ -50,7 +50,7 @@ TABLES: dict[str, Table] = {
     "svd": Table(tables.decompositions, ("cpu-svd", "cpu-svd-4096", "cpu-svd-11008")),
     "accuracy": Table(tables.accuracies, ("cpu-decomposition-accuracy",)),
     "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
-    "pipeline": Table(tables.pipelines, ("cpu-pipeline", "cpu-pipeline-eva")),
+    "pipeline": Table(tables.pipelines, ("cpu-pipeline", "cpu-pipeline-pissa", "cpu-pipeline-eva")),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
