@@ -88,7 +88,7 @@ def test_rounds_are_in_turn_and_the_middle_run_is_shown(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spent = iter([9.0, 5.0, 7.0, 4.0, 8.0, 6.0])
-    bare = iter([3.0, 0.5, 1.0, 0.75, 2.0, 0.25])
+    bare = iter([2.0, 0.75, 1.0, 0.5, 3.0, 0.25])
     order = []
 
     def child(name: str, task: Task, folder: Path) -> PipelineRow:
