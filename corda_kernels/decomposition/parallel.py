@@ -42,7 +42,7 @@ def parallel_map(
     if workers < 2:
         yield from map(function, items)
         return
-    with _single_threaded(), ThreadPoolExecutor(workers) as pool:
+    with _single_threaded(), _single_threaded_pool(workers) as pool:
         yield from _in_order(pool, function, items, _AHEAD * workers)
 
 
@@ -104,6 +104,13 @@ def _in_order(
     finally:
         for future in running:
             future.cancel()
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    # A new thread has OpenMP's own number of threads until torch has been asked for its own there.
+    # Until then MKL's QR may run on several, which rounds otherwise: on a busy machine the R of a
+    # 160 × 64 matrix was another in 4 of 192 runs, and with it files that should be the same.
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @contextlib.contextmanager

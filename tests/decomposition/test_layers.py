@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -123,6 +124,22 @@ def test_worker_threads_use_the_backend_that_was_chosen(threads: int) -> None:
         expected = chosen(0)
         assert set(parallel_map(chosen, range(8))) == {expected}
     assert chosen(0) != expected
+
+
+def test_every_worker_is_told_of_its_one_thread(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it takes anything: OpenMP's own number for a new thread is another."""
+    told = set()
+
+    def noted(number: int) -> None:
+        told.add((threading.get_ident(), number))
+        set_num_threads(number)
+
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", noted)
+    workers = set(parallel_map(lambda _: threading.get_ident(), range(8), workers=threads))
+    assert {(worker, 1) for worker in workers} <= told
 
 
 class _Stream:
