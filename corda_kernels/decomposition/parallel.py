@@ -108,8 +108,8 @@ def _in_order(
 
 def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
     # A new thread has OpenMP's own number of threads until torch has been asked for its own there.
-    # Until then MKL's QR may run on several, which rounds otherwise: on a busy machine the R of a
-    # 160 × 64 matrix was another in 4 of 192 runs, and with it files that should be the same.
+    # MKL's QR on several rounds otherwise, it seems: on a busy machine the R of a 160 × 64 matrix
+    # was another in 4 of 192 runs, and with it files that should be the same; with this in none.
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
