@@ -4,11 +4,11 @@ Relative Frobenius errors of B A against float64 (the projection on singular vec
 float64 SVD), for both ends and in both precisions:
 
     published   an SVD of W·C and an explicit inverse of C in that precision, as published
-    inverse     U from co_svd, rounded to that precision, then adapter_factors as published
-    projection  the same U, and adapter_factors by projection
+    inverse     U from co_svd, rounded to that precision, then published_factors with reconstruction="inverse"
+    projection  the same U, and published_factors by projection
 
 The last two differ in the reconstruction alone. Where float32 cannot invert C, `inverse` takes the
-least damping that works, and `published` what torch.linalg.inv returns. In float32 adapter_factors
+least damping that works, and `published` what torch.linalg.inv returns. In float32 published_factors
 takes components of W below max(out, in)·eps·‖W‖ for zero, which counts in some q_proj.
 
     python benches/reconstruction.py --json benches/results/cpu-reconstruction.json
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corda_kernels import CoSVD, CovarianceSet, adapter_factors, co_svd, load_model
+from corda_kernels import CoSVD, CovarianceSet, co_svd, load_model, published_factors
 from corda_kernels.bench.timing import environment
 from corda_kernels.decomposition.exact import End
 from corda_kernels.files import check_output, write_json
@@ -86,10 +86,8 @@ def errors(W: Tensor, C: Tensor) -> Errors:
             expected = U @ (U.T @ W)
             part = ours[end]
             part = CoSVD(part.U.to(dtype), part.S.to(dtype), part.damping, part.residual)
-            projection = adapter_factors(w, part, balance="paper")
-            through = adapter_factors(
-                w, part, balance="paper", reconstruction="inverse", covariance=c
-            )
+            projection = published_factors(w, part)
+            through = published_factors(w, part, reconstruction="inverse", covariance=c)
             products = {
                 "published": (u[:, kept] * s[kept]) @ (vh[kept] @ inverse),
                 "inverse": through.B @ through.A,

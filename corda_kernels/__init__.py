@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         export_lora,
         load_for_training,
         merge,
+        published_factors,
         residual,
         save_adapter,
     )
@@ -78,6 +79,7 @@ _HOMES = {
     "export_lora": "initialization",
     "load_for_training": "initialization",
     "merge": "initialization",
+    "published_factors": "initialization",
     "residual": "initialization",
     "save_adapter": "initialization",
     "load_model": "models",
@@ -130,6 +132,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "mix_covariances",
+    "published_factors",
     "regularized_inverse",
     "residual",
     "save_adapter",

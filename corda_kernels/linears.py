@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from corda_kernels.errors import TargetError
+from corda_kernels.errors import CordaWarning, TargetError
 
 
 @contextlib.contextmanager
@@ -35,6 +36,48 @@ def is_quantised(module: nn.Module) -> bool:
     4 or 8 bits, or by torchao."""
     kind = type(getattr(module, "weight", None))
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether bitsandbytes has laid a 4-bit weight out anew for inference.
+
+    It does so on CPUs with AVX512-BF16, in a layer's first forward pass in eval mode. No gradient
+    passes through such a layer, and to PEFT's way of unpacking it is another matrix.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unpack(modules: Mapping[str, nn.Module]) -> None:
+    """Puts 4-bit weights that are laid out for inference back, in place, and says so.
+
+    The layout keeps the scales in bfloat16, and they stay so: each weight is off by 0.17 % RMS.
+    """
+    packed = [name for name, module in modules.items() if is_packed(module)]
+    for name in packed:
+        modules[name].state_dict()  # bitsandbytes unpacks what it saves
+    if packed:
+        warnings.warn(
+            f"bitsandbytes had packed the weights of {len(packed)} layer(s) for inference, among "
+            f"them {packed[0]}, which rounded their scales to bfloat16: they are unpacked again, "
+            "and the adapter is made of what is left; make it before the model is run",
+            CordaWarning,
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def kept_unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside the block no forward pass packs 4-bit weights; see `is_packed`."""
+    option = "support_avx512bf16_for_cpu"
+    modules = [module for module in model.modules() if getattr(module, option, False)]
+    for module in modules:
+        setattr(module, option, False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, option, True)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -73,6 +116,9 @@ def _unpacked(module: Any) -> Tensor:
             unpacked = unpacked.float() * (scales.to(weight.device) / 127)[:, None]
         return unpacked
     from peft.utils.integrations import dequantize_module_weight
+
+    if is_packed(module):
+        module.state_dict()  # bitsandbytes unpacks what it saves; the next pass packs it again
 
     unpacked = dequantize_module_weight(module)
     return unpacked.detach()

@@ -294,8 +294,34 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuses a model inside torch.compile's or a parallel wrapper.
+
+    An adapter made there would be of layers under the wrapper's names, and no tool would find them.
+
+    Raises:
+        ModelError: it is wrapped.
+    """
+    from torch._dynamo import OptimizedModule
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    inside = None
+    if isinstance(model, OptimizedModule):
+        inside = "_orig_mod"
+    elif isinstance(model, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+        inside = "module"
+    if inside is not None:
+        raise ModelError(
+            f"the model is wrapped in {type(model).__name__}: initialise the model inside "
+            f"(model.{inside}) first, and wrap what that returns"
+        )
+
+
 def target_linears(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear"
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """The linear layers that `targets` selects, by name, in the model's order.
 
@@ -304,6 +330,7 @@ def target_linears(
         targets: "all-linear" for every linear layer except the output head; a list of module names
             or of their endings (`["q_proj", "mlp.up_proj"]`); or a regular expression that the
             whole name must match.
+        exclude: names, endings or a regular expression of layers to leave out.
 
     Raises:
         TargetError: nothing matches, also of a single ending; or the output head is asked for
@@ -315,6 +342,8 @@ def target_linears(
         chosen = {name: module for name, module in linears.items() if module is not head}
     else:
         chosen = {name: module for name, module in linears.items() if _selected(name, targets)}
+    if exclude is not None:
+        chosen = {name: each for name, each in chosen.items() if not _selected(name, exclude)}
     unmatched = []
     if not isinstance(targets, str):
         unmatched = [t for t in targets if not any(_selected(name, [t]) for name in linears)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance, CovarianceSet
 from corda_kernels.errors import BatchError, CalibrationError, LeftOutWarning
+from corda_kernels.linears import kept_unpacked
 from corda_kernels.models import (
     decoder,
     input_device,
@@ -183,11 +184,14 @@ def _warn_left_out(left_out: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block; afterwards every module's mode is as before."""
+    """Eval mode without gradients inside the block; afterwards every module's mode is as before.
+
+    Quantised weights stay in the layout in which they can be read and trained on.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), kept_unpacked(model):
             yield
     finally:
         for module, training in modes:

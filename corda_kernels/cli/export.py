@@ -11,9 +11,20 @@ import typer
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Rank to cut the LoRA off at; all of it if not given.")
+    ] = None,
 ) -> None:
-    """Write ADAPTER as a plain LoRA of twice the rank, for the untouched base."""
+    """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
     from corda_kernels.initialization import export_lora
 
-    export_lora(adapter, out)
-    typer.echo(f"{out}: a plain LoRA; load it with PeftModel.from_pretrained(base, '{out}')")
+    written = export_lora(adapter, out, rank)
+    lost = (
+        f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
+        if written.layer
+        else ""
+    )
+    typer.echo(
+        f"{out}: a plain LoRA of rank {written.rank}{lost}; load it with "
+        f"PeftModel.from_pretrained(base, '{out}')"
+    )

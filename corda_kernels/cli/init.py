@@ -56,23 +56,23 @@ def init(
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
-    balance: Annotated[
-        Literal["even", "paper"], typer.Option(help="A and B of even RMS, or √σ as published.")
-    ] = "even",
-    step: Annotated[
-        Literal["none", "lora"],
-        typer.Option(help="lora: first optimiser steps as large as plain LoRA's."),
-    ] = "none",
+    exclude: Annotated[
+        str | None, typer.Option(help="Layers to leave out, written as --targets are.")
+    ] = None,
+    hold: Annotated[
+        float,
+        typer.Option(help="How firmly training is held to the components: 1 least, 16 most."),
+    ] = 1.0,
     residual: Annotated[
-        Literal["pair", "weight"],
-        typer.Option(help="pair: the base stays untouched; weight: W − BA in the base."),
-    ] = "pair",
+        Literal["none", "weight"],
+        typer.Option(help="weight: the published form, with W − BA in the base."),
+    ] = "none",
     damping: options.Damping = 0.01,
     method: Annotated[
         Literal["auto", "exact", "randomized"], typer.Option(help="Of the decomposition.")
     ] = "auto",
     save_base: Annotated[
-        bool, typer.Option("--save-base", help="Also store the base that the adapter sits on.")
+        bool, typer.Option("--save-base", help="Also store W − BA, with --residual weight.")
     ] = False,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
@@ -106,6 +106,11 @@ def init(
         raise ConfigError(
             "--memory-limit is of a calibration on --data: covariance files are read whole"
         )
+    if save_base and residual == "none":
+        raise ConfigError(
+            "--save-base stores the base without the part that --residual weight takes out of it: "
+            "otherwise the adapter sits on MODEL as it is"
+        )
     config = CordaConfig(
         mode=mode,
         rank=rank,
@@ -115,9 +120,9 @@ def init(
         rank_multiple=rank_multiple,
         candidates=candidates,
         selection=selection,
-        balance=balance,
-        step=None if step == "none" else step,
-        residual=residual,
+        hold=hold,
+        residual=None if residual == "none" else residual,
+        exclude_modules=None if exclude is None else options.parse_targets(exclude),
         damping=damping,
         targets=options.parse_targets(targets),
         method=method,
@@ -151,8 +156,8 @@ def init(
         batches = text.batches(load_tokenizer(model))
     network = options.load(model, dtype, device)
     modules = check_targets(network, config)
-    # Trained and initial factors, in float32.
-    needed = 8 * adapter_parameters(network, modules, config)
+    # In float32; with a residual the initial factors too.
+    needed = (4 if residual == "none" else 8) * adapter_parameters(network, modules, config)
     if save_base:
         needed += sum(p.numel() * p.element_size() for p in network.parameters())
     options.check_output(out, folder=True, needed_bytes=needed)
@@ -176,12 +181,14 @@ def init(
         typer.echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
     _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)
-    if save_base:
-        if residual == "weight":
-            subtract_initial(network, adapter)
+    if save_base and adapter.initial is not None:
+        subtract_initial(network, adapter.initial)
         save_model(network, out / "base", source=model)
         typer.echo(f"{out / 'base'}: the base that it sits on")
-    typer.echo(f'next: model = corda_kernels.load_for_training(base, "{out}"), then train it')
+    load = "PeftModel.from_pretrained(base, OUT, is_trainable=True)"
+    if residual == "weight":
+        load = "corda_kernels.load_for_training(base, OUT)"
+    typer.echo(f"next: model = {load.replace('OUT', repr(str(out)))}, then train it")
 
 
 def _report_stability(record: AdapterRecord, *, asked: bool) -> None:

@@ -120,20 +120,21 @@ def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, model: s
     covariances = None if cov is None else CovarianceSet.load(cov)
     typer.echo(
         f"{folder}: {record.mode.upper()} adapter of {options.describe_ranks(record)} for "
-        f"{len(record.layers)} layers of {record.base_name} (balance {record.balance}, "
-        f"step {record.step}, residual {record.residual}, damping {record.damping})"
+        f"{len(record.layers)} layers of {record.base_name} "
+        f"({'residual weight' if record.hold is None else f'hold {record.hold:g}'}, "
+        f"damping {record.damping})"
     )
     notes = dict(record.calibration)
     selection = _selection(notes.pop("selection", None))
     _print_notes(notes)
     stability = _stability(record.stability)
     rows = {
-        name: _layer_row(record.layers[name]) if rank else ["", "0", "", "", ""]
+        name: _layer_row(record.layers[name]) if rank else ["", "0", "", ""]
         for name, rank in (
             record.allocation.get("ranks") or dict.fromkeys(record.layers, 1)
         ).items()
     }
-    header = ("layer", "tokens", "rank", "σ max", "σ min", "scaling")
+    header = ("layer", "tokens", "rank", "σ max", "σ min")
     _print_table(header, rows, stability, selection)
     _print_verdict(stability, selection, record.rank)
     if html is not None:
@@ -159,7 +160,6 @@ def _layer_row(layer: Mapping[str, Any]) -> list[str]:
         str(layer["rank"]),
         f"{layer['sigma_max']:.2e}",
         f"{layer['sigma_min']:.2e}",
-        f"{layer['scaling']:.3g}",
     ]
 
 

@@ -22,7 +22,7 @@ def merge(
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels.errors import ModelError, OutputError
     from corda_kernels.files import check_output
-    from corda_kernels.initialization import attach, read_adapter
+    from corda_kernels.initialization import load_for_training, read_adapter
     from corda_kernels.initialization import merge as merge_into_base
     from corda_kernels.models import save_model
 
@@ -46,6 +46,6 @@ def merge(
         raise ModelError(f"{error}; say where the base is with --model") from error
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     check_output(out, folder=True, needed_bytes=size)
-    merged: Any = merge_into_base(attach(network, loaded, use_peft=False, copy=False))
+    merged: Any = merge_into_base(load_for_training(network, adapter))
     save_model(merged, out, source=source)
     typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

@@ -1,28 +1,32 @@
-"""U, Σ and W → A, B and the residual; adapted models, their folders and the ways out of them."""
+"""U, Σ and W → a LoRA; adapted models, their folders and the ways out of them."""
 
-from corda_kernels.initialization.adapter import (
-    Adapter,
-    AdapterRecord,
-    LayerAdapter,
-    describe_base,
+from corda_kernels.initialization.adapter import Adapter, LayerAdapter
+from corda_kernels.initialization.export import LoraExport, export_lora, merge
+from corda_kernels.initialization.factors import (
+    AdapterFactors,
+    adapter_factors,
+    published_factors,
+    residual,
 )
-from corda_kernels.initialization.checkpoint import (
-    adapter_of,
+from corda_kernels.initialization.folder import (
     attach,
     check_adapter_folder,
     check_at_hand,
-    has_adapter,
     load_for_training,
     read_adapter,
-    residual_marker,
     save_adapter,
     subtract_initial,
     write_adapter,
 )
-from corda_kernels.initialization.export import export_lora, merge
-from corda_kernels.initialization.factors import AdapterFactors, adapter_factors, residual
 from corda_kernels.initialization.linear import CordaLinear
-from corda_kernels.initialization.rounding import compensated
+from corda_kernels.initialization.live import (
+    LiveAdapter,
+    adapter_of,
+    has_adapter,
+    live_adapter,
+    residual_marker,
+)
+from corda_kernels.initialization.record import AdapterRecord, describe_base
 
 __all__ = [
     "Adapter",
@@ -30,17 +34,20 @@ __all__ = [
     "AdapterRecord",
     "CordaLinear",
     "LayerAdapter",
+    "LiveAdapter",
+    "LoraExport",
     "adapter_factors",
     "adapter_of",
     "attach",
     "check_adapter_folder",
     "check_at_hand",
-    "compensated",
     "describe_base",
     "export_lora",
     "has_adapter",
+    "live_adapter",
     "load_for_training",
     "merge",
+    "published_factors",
     "read_adapter",
     "residual",
     "residual_marker",

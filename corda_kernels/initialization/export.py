@@ -1,54 +1,217 @@
-"""Ways out: a plain LoRA on the untouched base, or the weights merged into it."""
+"""Ways out: one plain LoRA that every engine reads alike, or the weights merged into the base."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.errors import OutputError
-from corda_kernels.initialization.checkpoint import (
-    adapter_of,
+from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
+from corda_kernels.files import filled_folder, write_bytes
+from corda_kernels.initialization.adapter import LayerAdapter
+from corda_kernels.initialization.card import CARD_FILE, export_card
+from corda_kernels.initialization.factors import AdapterFactors
+from corda_kernels.initialization.folder import (
+    CONFIG_FILE,
+    RECORD_FILE,
     check_adapter_folder,
-    read_adapter,
-    residual_marker,
+    factor_key,
+    lora_layers,
+    read_initial,
+    read_lora,
     write_lora,
 )
 from corda_kernels.initialization.linear import CordaLinear, detach_linears
-from corda_kernels.initialization.peft_model import RECORD_FILE, lora_config
+from corda_kernels.initialization.live import adapter_of, live_adapter, residual_marker
+from corda_kernels.initialization.peft_model import RESIDUAL_OF, lora_config
 from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.precision import without_autocast
 
+# What vLLM's --max-lora-rank can be at most (0.11).
+_SERVED_RANK = 512
 
-def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Writes what training has learnt as a plain LoRA of twice the rank, for the untouched base.
 
-    B A − B0 A0 is the product of [B, −B0] and [A; A0], so that nothing is approximated. Stock PEFT
-    and serving engines load the result as any LoRA. Of a residual that was stored in a narrow dtype
-    (`residual="weight"`) the rounding stays behind: beside W the result misses it.
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote.
+
+    Attributes:
+        rank: of every layer.
+        error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 where
+            nothing was cut off.
+        layer: that layer's name; None where nothing was cut off.
+    """
+
+    rank: int
+    error: float = 0.0
+    layer: str | None = None
+
+
+def export_lora(
+    source: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rank: int | None = None,
+) -> LoraExport:
+    """Writes what training has learnt as a plain LoRA of one rank, for the untouched base.
+
+    An adapter of uniform ranks is copied. One made under a budget is padded with zeros to its
+    largest rank and its scaling folded into B, so that engines that know one rank and one alpha
+    read it right. Of an adapter with `residual="weight"` the change B A − B0 A0 is written as
+    [B, ΔB][ΔA; A0], of twice the rank; what the residual's own rounding took from the base stays
+    behind. What a trainer has saved beside the factors is kept as it is.
 
     Args:
-        source: an adapted model, or an adapter's folder; the base is not needed.
+        source: an adapted model, or an adapter's folder, whoever wrote it; the base is not needed.
         out: the folder to write.
+        rank: cuts every layer off at this rank, by an SVD of its B A whose singular values both
+            factors share. None keeps everything.
+
+    Returns:
+        The rank that was written, and how much was lost.
 
     Raises:
-        AdapterError: the source is no adapter, or a damaged one.
+        AdapterError: the source is no LoRA, or a damaged one; or a rank is asked for with DoRA.
+        RankError: the rank is not at least 1.
         OutputError: the folder cannot be written, or holds an adapter or a model.
     """
-    adapter = adapter_of(source) if isinstance(source, nn.Module) else read_adapter(source)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise RankError(f"the rank of an export must be a whole number of at least 1, got {rank!r}")
+    config, others, layers, initial = _source(source)
+    if rank is not None and config.get("use_dora"):
+        raise AdapterError(
+            "with DoRA the product of the factors is not all that changes the weight, and cannot "
+            "be cut off alone: export it at its own rank"
+        )
     folder = check_adapter_folder(out)
     if (folder / RECORD_FILE).exists():
         raise OutputError(
             f"{folder} holds an adapter, which the export would damage: choose another folder"
         )
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in adapter.layers.items():
-        A = torch.cat([layer.A, layer.A0], 0)
-        B = torch.cat([layer.B, -layer.B0], 1)
-        factors[name] = (A, B)
-    write_lora(folder, factors, lora_config(adapter, multiple=2))
+    changes = {
+        name: LayerAdapter(own, initial.get(name) if initial else None).change()
+        for name, own in layers.items()
+    }
+    widest = max(change.rank for change in changes.values())
+    result = LoraExport(widest)
+    patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if rank is not None and rank < widest:
+        cut = {name: _truncated(change, rank) for name, change in changes.items()}
+        changes = {name: change for name, (change, _) in cut.items()}
+        worst = max(cut, key=lambda name: cut[name][1])
+        result = LoraExport(rank, cut[worst][1], worst)
+    elif patterns:
+        changes = {name: _padded(change, widest) for name, change in changes.items()}
+    _warn_if_too_wide(result.rank)
+    first = next(iter(changes.values()))
+    alpha = first.scaling * result.rank
+    described = config | {
+        "r": result.rank,
+        "lora_alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-6 else alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "base_model_name_or_path": _base_name(config),
+    }
+    tensors = dict(others)
+    for name, change in changes.items():
+        tensors[factor_key(name, "A")] = change.A
+        tensors[factor_key(name, "B")] = change.B
+    note = (
+        f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
+        if result.layer
+        else "It is exactly what was trained."
+    )
+    with filled_folder(folder, last=CONFIG_FILE) as staged:
+        write_lora(staged, described, tensors)
+        card = export_card(described["base_model_name_or_path"], result.rank, note)
+        write_bytes(staged / CARD_FILE, card.encode())
+    return result
+
+
+def _source(
+    source: nn.Module | str | os.PathLike[str],
+) -> tuple[
+    dict[str, Any],
+    dict[str, Tensor],
+    dict[str, AdapterFactors],
+    Mapping[str, AdapterFactors] | None,
+]:
+    """A LoRA's configuration, what is saved beside its factors, these, and the initial ones."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(source, nn.Module):
+        config, tensors = read_lora(source)
+        folder = Path(source)
+        initial: Mapping[str, AdapterFactors] | None = read_initial(folder)
+    elif isinstance(source, PeftModel):
+        folder = Path("the model")
+        initial = getattr(source, "corda_initial", None)
+        if initial is None:
+            _check_start_is_zero(source)
+        tensors = dict(get_peft_model_state_dict(source, adapter_name=source.active_adapter))
+        config = source.peft_config[source.active_adapter].to_dict()
+    else:
+        adapter = adapter_of(source)
+        factors = {name: layer.trained for name, layer in adapter.layers.items()}
+        return lora_config(adapter).to_dict(), {}, factors, adapter.initial
+    layers = lora_layers(config, tensors, folder)
+    keys = {factor_key(name, factor) for name in layers for factor in "AB"}
+    others = {key: tensor for key, tensor in tensors.items() if key not in keys}
+    return config, others, layers, initial
+
+
+def _check_start_is_zero(model: nn.Module) -> None:
+    """Refuses adapters of which stock PEFT does not keep what they began with."""
+    from peft.tuners.lora import LoraLayer
+
+    # DoRA computes more than W x + B A x, but is exported as it is.
+    if not any(isinstance(each, LoraLayer) and each.lora_variant for each in model.modules()):
+        live_adapter(model)
+
+
+def _base_name(config: Mapping[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    return None if name is None else str(name).removeprefix(RESIDUAL_OF)
+
+
+def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:
+    """The same product by factors of `rank` rows, with scaling 1."""
+    missing = rank - change.rank
+    A = nn.functional.pad(change.A, (0, 0, 0, missing))
+    B = nn.functional.pad(change.scaling * change.B, (0, missing))
+    return AdapterFactors(A, B)
+
+
+@without_autocast()
+@torch.no_grad()
+def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float]:
+    """The nearest product of `rank`, with factors of equal norms, and its relative error."""
+    left, right = torch.linalg.qr(change.B.double()), torch.linalg.qr(change.A.double().mT)
+    U, S, Vh = torch.linalg.svd(change.scaling * (left.R @ right.R.mT))
+    root = S[:rank].sqrt()
+    B, A = left.Q @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right.Q.mT
+    energy = float(S.square().sum())
+    error = (float(S[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
+    # Layers of a budget may have less than the rank.
+    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
+
+
+def _warn_if_too_wide(rank: int) -> None:
+    if rank > _SERVED_RANK:
+        warnings.warn(
+            f"the LoRA has rank {rank}, and vLLM serves {_SERVED_RANK} at most: give a rank to "
+            "cut it off at, or merge it",
+            CordaWarning,
+            stacklevel=3,
+        )
 
 
 @without_autocast()
@@ -56,8 +219,8 @@ def export_lora(source: nn.Module | str | os.PathLike[str], out: str | os.PathLi
 def merge(model: nn.Module) -> nn.Module:
     """Folds the adapter into the weights and takes it off; the model is plain again.
 
-    With `residual="pair"` W becomes W + (B A − B0 A0), with `residual="weight"` W' + B A, each
-    computed in float32, or the base's wider dtype, as one sum and rounded once.
+    Each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and rounded once.
+    Of a PeftModel this is its own `merge_and_unload`.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
@@ -66,32 +229,39 @@ def merge(model: nn.Module) -> nn.Module:
         The base model, with merged weights.
 
     Raises:
-        AdapterError: the model carries no adapter, or a damaged one.
+        AdapterError: the model carries no adapter.
         TargetError: a layer is quantised.
     """
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
-    adapter = adapter_of(model)
-    inside = model.get_base_model() if isinstance(model, PeftModel) else model
-    wrapped: dict[str, Any] = {name: inside.get_submodule(name) for name in adapter.layers}
+    wrapped: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CordaLinear | LoraLayer)
+    }
+    if not wrapped:
+        raise AdapterError("the model carries no adapter to merge")
     check_writable(
         {
-            name: module.base if isinstance(module, CordaLinear) else module.base_layer
+            name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()
             for name, module in wrapped.items()
         },
         "merging writes into it",
         "export a plain LoRA for it (export_lora), or attach the adapter to the base in a floating "
         "dtype and merge there",
     )
-    base = model.unload() if isinstance(model, PeftModel) else detach_linears(model)
-    for name, layer in adapter.layers.items():
-        weight = linear_weight(base.get_submodule(name))
-        change = layer.delta()
-        if adapter.record.residual == "weight":
-            change = change + layer.initial_product()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_(weight.to(wide) + change.to(weight.device))
+    if isinstance(model, PeftModel):
+        base: Any = model.merge_and_unload()
+    else:
+        base = detach_linears(model)
+        for name, layer in wrapped.items():
+            weight = linear_weight(base.get_submodule(name))
+            change = AdapterFactors(layer.A, layer.B, layer.scaling).product()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(wide) + change.to(weight.device))
     if residual_marker(base) is not None:
-        config: Any = base.config
-        del config.corda_residual
-    return base
+        del base.config.corda_residual
+    for note in ("corda_record", "corda_initial"):
+        base.__dict__.pop(note, None)
+    return base  # type: ignore[no-any-return]

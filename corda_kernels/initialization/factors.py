@@ -1,4 +1,4 @@
-"""The factors of one layer's adapter: U, Σ, W → A, B and the residual."""
+"""The factors of one layer's adapter: U, Σ and W → a LoRA, or the published A and B."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from corda_kernels.decomposition.operand import panels
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.precision import without_autocast
 
-Balance = Literal["even", "paper"]
-Step = Literal["lora"] | None
 Reconstruction = Literal["projection", "inverse"]
 
-BALANCES = ("even", "paper")
-STEPS = (None, "lora")
 RECONSTRUCTIONS = ("projection", "inverse")
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFactors:
-    """A low-rank part of a weight, W ≈ scaling·B·A.
+    """A low-rank matrix scaling·B·A.
 
     Attributes:
-        A: (rank, in) float64, or float32 as an adapter keeps it.
-        B: (out, rank), likewise.
+        A: (rank, in).
+        B: (out, rank).
         scaling: factor of the product, LoRA's alpha/rank.
         damping: λ that the inverse of C took, as a multiple of the mean diagonal of C; None where
             nothing was inverted.
@@ -39,6 +35,24 @@ class AdapterFactors:
     scaling: float = 1.0
     damping: float | None = None
 
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.A.shape[0]
+
+    def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
+        """The same in another dtype or on another device."""
+        A, B = self.A.to(where, copy=copy), self.B.to(where, copy=copy)
+        return AdapterFactors(A, B, self.scaling, self.damping)
+
+    def detach(self) -> AdapterFactors:
+        """The same, cut off from autograd."""
+        return AdapterFactors(self.A.detach(), self.B.detach(), self.scaling, self.damping)
+
+    def product(self) -> Tensor:
+        """scaling·B·A (out, in), in float32."""
+        return self.scaling * (self.B.float() @ self.A.float())
+
 
 @without_autocast()
 @torch.no_grad()
@@ -46,16 +60,74 @@ def adapter_factors(
     weight: Tensor,  # (out, in)
     co_svd: CoSVD,
     *,
-    balance: Balance = "even",
-    step: Step = None,
+    hold: float = 1.0,
+) -> AdapterFactors:
+    """A LoRA of twice as many rows as there are components, which starts at exactly zero.
+
+    Training a component B0 A0 = U Uᵀ W of the weight adds to it
+
+        (B0 + ΔB)(A0 + ΔA) − B0 A0  =  B0 ΔA + ΔB A0 + ΔB ΔA
+
+    The LoRA with B = [P, Q], A = [R; S] that starts at P ∝ U, Q = 0, R = 0, S ∝ Uᵀ W has the
+    product P R + Q S. That is 0 at the start, and takes the same first-order steps: the gradient of
+    R is Pᵀ G as that of ΔA is B0ᵀ G, the gradient of Q is G Sᵀ as that of ΔB is G A0ᵀ, and P and S
+    have none until R and Q have moved.
+
+    The columns of P and the rows of S all have the length hold/√3. Each factor then has `hold`
+    times the RMS of LoRA's own A, and the scaling is 1/hold, so that learning rates of LoRA suit.
+    The larger `hold` is, the smaller is the share by which an optimiser of Adam's kind turns P and
+    S, and the closer the change stays to the tangent space {U X + Y Uᵀ W}.
+
+    A component that W does not have (UᵀW vanishes) gets a row of zeros in S; its R can train.
+
+    Args:
+        weight: W (out, in), any floating dtype.
+        co_svd: its decomposition, U (out, rank).
+        hold: positive.
+
+    Returns:
+        A (2·rank, in) and B (out, 2·rank) in the decomposition's dtype, with scaling 1/hold.
+
+    Raises:
+        ConfigError: hold is not positive and finite.
+    """
+    hold = check_hold(hold)
+    U = co_svd.U
+    rows, noise = _rows(weight, co_svd)
+    length = hold / 3**0.5
+    P = length * U / U.norm(dim=0)
+    lengths = rows.norm(dim=1)
+    S = length * rows / torch.where(lengths > noise, lengths, torch.inf)[:, None]
+    return AdapterFactors(
+        torch.cat([torch.zeros_like(S), S]), torch.cat([P, torch.zeros_like(P)], 1), 1 / hold
+    )
+
+
+def check_hold(hold: float) -> float:
+    """`hold` as a float.
+
+    Raises:
+        ConfigError: it is not a positive finite number.
+    """
+    if isinstance(hold, bool) or not isinstance(hold, int | float) or not 0 < hold < float("inf"):
+        raise ConfigError(f"hold must be positive and finite, such as 1 or 8, got {hold!r}")
+    return float(hold)
+
+
+@without_autocast()
+@torch.no_grad()
+def published_factors(
+    weight: Tensor,  # (out, in)
+    co_svd: CoSVD,
+    *,
     reconstruction: Reconstruction = "projection",
     covariance: Tensor | None = None,  # (in, in)
 ) -> AdapterFactors:
-    """Splits the projection of W on span U into trainable factors, scaling·B·A = U Uᵀ W.
+    """CorDA's A and B as published: a part B·A = U Uᵀ W of the weight, to be taken out of it.
 
-    This is CorDA's B = U√Σ, A = √Σ VᵀC⁻¹ without its inverse, since VᵀC⁻¹ = Σ⁻¹UᵀW: exact where C
-    is invertible, and defined where it is not. With aᵢ = uᵢᵀW the factors are Aᵢ = aᵢ/βᵢ, Bᵢ = βᵢuᵢ
-    for any βᵢ > 0, which `balance` chooses. A component of W that vanishes gets A = 0 and the
+    This is B = U√Σ, A = √Σ VᵀC⁻¹ without its inverse, since VᵀC⁻¹ = Σ⁻¹UᵀW: exact where C is
+    invertible, and defined where it is not. With aᵢ = uᵢᵀW the factors are Aᵢ = aᵢ/βᵢ, Bᵢ = βᵢuᵢ,
+    where βᵢ = √σᵢ is kept above 1e-3·√‖aᵢ‖. A component of W that vanishes gets A = 0 and the
     median β, so that it can still train. Of a decomposition with an output covariance D the
     projection is oblique, U (D U)ᵀ W, and aᵢ = (D uᵢ)ᵀ W.
 
@@ -66,61 +138,46 @@ def adapter_factors(
     Args:
         weight: (out, in), any floating dtype.
         co_svd: its decomposition, U (out, rank).
-        balance: "even" gives both factors the same RMS, whatever the units of C; "paper" takes
-            βᵢ = √σᵢ, kept above 1e-3·√‖aᵢ‖.
-        step: "lora" rescales A and B, and `scaling` against it, so that a first optimiser step of
-            Adam changes W as much as it does with plain LoRA of scaling 1.
         reconstruction: "projection", or "inverse" for A through C⁻¹ as published.
         covariance: C (in, in), for reconstruction "inverse" only. λ is the decomposition's; where
             that has none, the inverse takes the least that works, `AdapterFactors.damping`.
 
+    Returns:
+        A (rank, in) and B (out, rank) in the decomposition's dtype, with scaling 1.
+
     Raises:
-        ConfigError: balance, step or reconstruction is unknown, or the covariance is missing or out
-            of place.
+        ConfigError: reconstruction is unknown, or the covariance is missing or out of place.
         DecompositionError: the covariance has another size or cannot be inverted.
 
     Source: CorDA (arXiv:2406.05223), equations 3 to 5.
     """
-    if balance not in BALANCES or step not in STEPS:
-        raise ConfigError(
-            f'balance must be "even" or "paper" and step None or "lora", got {balance!r}, {step!r}'
-        )
     if reconstruction not in RECONSTRUCTIONS:
         raise ConfigError(
             f'reconstruction must be "projection" or "inverse", got {reconstruction!r}'
         )
     if (covariance is not None) != (reconstruction == "inverse"):
         raise ConfigError('reconstruction="inverse", and no other, needs the covariance')
-    W = weight.to(co_svd.U.dtype)
-    outputs, inputs = W.shape
-    dual = co_svd.U if co_svd.dual is None else co_svd.dual
-    projected = dual.mT @ W
+    rows, noise = _rows(weight, co_svd)
     damping = None
     if covariance is not None:
-        projected, damping = _through_inverse(projected, covariance, float(co_svd.damping))
-    strength = projected.norm(dim=1)
-    noise = max(outputs, inputs) * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W)
-    even = strength
-    if co_svd.dual is not None:
-        # Lengths are 1 otherwise. What counts as zero follows what aᵢ is computed from.
-        even = strength / co_svd.U.norm(dim=0)
-        noise = noise * co_svd.dual.norm(dim=0)
-    if balance == "even":
-        beta = even.sqrt() * (outputs / inputs) ** 0.25
-    else:
-        beta = torch.maximum(co_svd.S.sqrt(), 1e-3 * even.sqrt())
+        rows, damping = _through_inverse(rows, covariance, float(co_svd.damping))
+    strength = rows.norm(dim=1)
     live = strength > noise
+    # The columns of U have length 1 but where there is an output covariance.
+    beta = torch.maximum(co_svd.S.sqrt(), 1e-3 * (strength / co_svd.U.norm(dim=0)).sqrt())
     stand_in = beta[live].median() if bool(live.any()) else beta.new_tensor(1.0)
     beta = torch.where(live, beta, stand_in)
-    A = torch.where(live[:, None], projected / beta[:, None], 0.0)
-    B = co_svd.U * beta
-    if step is None:
-        return AdapterFactors(A, B, damping=damping)
-    # Adam's first step changes every entry by the learning rate η, W hence by a matrix of norm²
-    # η²·scaling·energy; plain LoRA, with B = 0 and E‖A‖² = rank/3, by one of η²·outputs·rank/3.
-    energy = inputs * B.square().sum() + outputs * A.square().sum()
-    scaling = float(outputs * A.shape[0] / 3 / energy)
-    return AdapterFactors(A / scaling**0.5, B / scaling**0.5, scaling, damping)
+    A = torch.where(live[:, None], rows / beta[:, None], 0.0)
+    return AdapterFactors(A, co_svd.U * beta, damping=damping)
+
+
+def _rows(weight: Tensor, co_svd: CoSVD) -> tuple[Tensor, Tensor]:
+    """Each component's row aᵢ = uᵢᵀW, (rank, in), and the length at which it is mere rounding."""
+    W = weight.to(co_svd.U.dtype)
+    noise = max(W.shape) * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W)
+    if co_svd.dual is None:
+        return co_svd.U.mT @ W, noise
+    return co_svd.dual.mT @ W, noise * co_svd.dual.norm(dim=0)
 
 
 def _through_inverse(

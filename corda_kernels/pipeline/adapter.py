@@ -6,12 +6,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.errors import CovarianceError, ModelError, RankDeficientWarning, RankError
+from corda_kernels.errors import (
+    ConfigError,
+    CovarianceError,
+    ModelError,
+    RankDeficientWarning,
+    RankError,
+)
 from corda_kernels.initialization import (
     Adapter,
     AdapterRecord,
@@ -22,8 +29,8 @@ from corda_kernels.initialization import (
     has_adapter,
     residual_marker,
 )
-from corda_kernels.linears import check_writable, linear_shape
-from corda_kernels.models import check_unshared, target_linears
+from corda_kernels.linears import check_writable, linear_shape, unpack
+from corda_kernels.models import check_unshared, check_unwrapped, target_linears
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
@@ -51,13 +58,13 @@ def init_corda(
     At the start the adapted model computes what the base does.
 
     Args:
-        model: a transformers model. With `residual="pair"` its weights stay as they are.
+        model: a transformers model. Its weights stay as they are, but for `residual="weight"`.
         data: calibration batches, see `calibrate`; or covariances.
         config: how.
         use_peft: False for CordaLinear layers in place of a PeftModel.
 
     Returns:
-        A PeftModel with adapters `default` (trainable) and `corda_initial` (frozen); or, without
+        A stock PeftModel with one LoRA of twice the rank, all of it to be trained; or, without
         PEFT, `model` with its layers replaced by CordaLinear.
 
     Raises:
@@ -65,13 +72,15 @@ def init_corda(
         RankError: a layer is too small for the rank, found before anything runs; or a budget does
             not pay for a single component.
         ConfigError: the budget cannot be read, or all covariances that it needs do not fit into the
-            memory limit; or there are fewer batches than candidates.
+            memory limit; or there are fewer batches than candidates; or an option needs PEFT.
         CovarianceError: given covariances do not cover the layers, or have other sizes.
         CalibrationError: the forward passes gave no usable covariance for a layer.
         AdapterError: weights are offloaded, found before anything runs.
 
     Source: CorDA (arXiv:2406.05223), algorithm 1.
     """
+    if config.lora and not use_peft:
+        raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
     check_at_hand(check_targets(model, config))
     adapter = corda_adapter(model, data, config)
     return attach(model, adapter, use_peft=use_peft, copy=False)
@@ -96,6 +105,7 @@ def corda_adapter(
         CordaError: see `init_corda`.
     """
     modules = check_targets(model, config)
+    unpack(modules)
     ranks = Ranks.of(config.distributed)
     layers: dict[str, LayerAdapter] = {}
     notes: dict[str, dict[str, Any]] = {}
@@ -116,8 +126,10 @@ def corda_adapter(
                 share, covariances, planned, config, progress=config.progress and ranks.rank == 0
             )
             if ranks.size > 1:
+                host = torch.device("cpu")
                 found = {
-                    name: (layer.cpu(), note, part) for name, (layer, note, part) in found.items()
+                    name: (layer.to(host), note, part)
+                    for name, (layer, note, part) in found.items()
                 }
             parts: dict[str, dict[str, Any]] = {}
             for made in ranks.gather(found):
@@ -138,9 +150,8 @@ def corda_adapter(
         stability = None if judged is None else judged.to_json()
     record = AdapterRecord(
         mode=config.mode,
-        rank=max(layer.rank for layer in layers.values()),
-        balance=config.balance,
-        step=config.step,
+        rank=max(note["rank"] for note in notes.values()),
+        hold=None if config.residual else config.hold,
         residual=config.residual,
         damping=config.damping,
         base=describe_base(model, {name: modules[name] for name in layers}),
@@ -150,10 +161,9 @@ def corda_adapter(
         allocation=allocation,
         measured=measured_run(measured, inputs, clock),
         versions=library_versions(),
+        lora=config.lora,
     )
-    adapter = Adapter(layers, record)
-    record.initial_sha256 = adapter.initial_checksum()
-    return adapter
+    return Adapter(layers, record)
 
 
 def _stages(
@@ -172,7 +182,7 @@ def _stages(
     yield from covariance_stages(
         model,
         data,
-        targets=config.targets,
+        targets=config.targets if config.exclude_modules is None else list(modules),
         rank=config.rank if config.stability else None,
         ends=(config.which,),
         damping=config.damping,
@@ -196,7 +206,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
             quantised and residual is "weight".
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer, or the budget does not pay for the least.
-        ModelError: the model carries an adapter already, or is the residual of one.
+        ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
     """
     if has_adapter(model):
         raise ModelError(
@@ -207,13 +217,14 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
             "this model is the residual that an adapter left (see --save-base): load the "
             "untouched base"
         )
-    modules = target_linears(model, config.targets)
+    check_unwrapped(model)
+    modules = target_linears(model, config.targets, config.exclude_modules)
     check_unshared(model, modules)
     if config.residual == "weight":
         check_writable(
             modules,
             'residual="weight" writes W − B A into it',
-            'take residual="pair", which leaves it as it is, or load the model in a floating dtype',
+            "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
     if config.budget is not None:
         check_guaranteed(
@@ -222,6 +233,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
             config.min_rank,
             config.max_rank,
             config.rank_multiple,
+            config.rows,
         )
         return modules
     for name, (outputs, inputs) in layer_shapes(modules).items():

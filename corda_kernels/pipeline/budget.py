@@ -51,8 +51,9 @@ def planned_ranks(
             min_rank=config.min_rank,
             max_rank=config.max_rank,
             rank_multiple=config.rank_multiple,
+            rows=config.rows,
         )
-    spent = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    spent = config.rows * sum(rank * sum(shapes[name]) for name, rank in ranks.items())
     if not spent:
         raise RankError(
             f"a budget of {budget} adapter parameters does not pay for one component of the layer "
@@ -77,12 +78,12 @@ def adapter_parameters(
         ConfigError: the budget cannot be read.
     """
     if config.budget is None:
-        return uniform_budget(layer_shapes(modules), config.rank)
+        return uniform_budget(layer_shapes(modules), config.rank, config.rows)
     whole = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
             whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
-    return parse_budget(config.budget, layer_shapes(modules), whole)
+    return parse_budget(config.budget, layer_shapes(modules), whole, config.rows)
 
 
 def layer_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:

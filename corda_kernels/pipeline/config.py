@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
-from corda_kernels.initialization.factors import BALANCES, STEPS, Balance, Step
+from corda_kernels.initialization.factors import check_hold
 from corda_kernels.planning.compactness import CONDITIONS, Condition
 from corda_kernels.planning.ranks import check_bounds, whole_number
 from corda_kernels.planning.selection import METHODS, Method
 
+# Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
+_OF_PEFT = {
+    "r": "rank is the number of components, and the LoRA has twice that rank",
+    "lora_alpha": "hold sets the scaling",
+    "alpha_pattern": "hold sets the scaling",
+    "rank_pattern": "a budget shares ranks out",
+    "target_modules": "targets names the layers",
+    "layers_to_transform": "targets names the layers, as a regular expression too",
+    "layers_pattern": "targets names the layers, as a regular expression too",
+    "target_parameters": "only linear layers are adapted",
+    "init_lora_weights": "the start is what this package makes",
+    "use_rslora": "the scaling is 1/hold at any rank",
+    "bias": "a bias has no covariance, and the base stays as it is",
+    "lora_bias": "a bias has no covariance, and the base stays as it is",
+    "trainable_token_indices": "name the embeddings in modules_to_save",
+    "loftq_config": "it starts the adapter from the error of quantisation",
+    "eva_config": "it starts the adapter in another way",
+    "corda_config": "it is PEFT's own way, see corda_kernels.integrations.peft",
+    "layer_replication": "replicated layers share one weight",
+    "use_qalora": "it pools the inputs that the covariances are of",
+}
 # What torch.Generator takes.
 _SEEDS = (-(2**63), 2**64 - 1)
 
@@ -24,10 +45,11 @@ class CordaConfig:
     Attributes:
         mode: "kpm" trains the smallest components and calibrates on the knowledge to keep; "ipm"
             trains the largest and calibrates on the new task.
-        rank: number of components of every layer; with a budget no more than the rank at which
-            the stability is judged.
+        rank: number of components of every layer; the LoRA's rank is twice that. With a budget no
+            more than the rank at which the stability is judged.
         budget: shares so many adapter parameters out over the layers instead: a number of them, a
-            share of the model (0.01 or "1%"), or "r=128", what that rank would take in all layers.
+            share of the model (0.01 or "1%"), or "r=128", what so many components would take in all
+            layers.
         min_rank: what every layer gets at least of a budget.
         max_rank: what a layer gets at most of a budget; None for all it can have.
         rank_multiple: of which every rank under a budget is a multiple.
@@ -36,14 +58,17 @@ class CordaConfig:
         selection: "argmin" keeps for each layer the candidate with the lowest score, as CorDA++
             does; "pool" takes all of them together. See `select_covariance`.
         condition: π in the scores of selection and budget; see `corda_kernels.compactness`.
-        balance: "even" or "paper", how the factors share their magnitude; see `adapter_factors`.
-        step: None, or "lora" for first optimiser steps of plain LoRA's size.
-        residual: "pair" leaves the base untouched and subtracts the initial product beside it;
-            "weight" writes W − B A into the base, as the paper does, and in a narrow dtype lets the
-            trainable A and B start where they make up for its rounding; see `compensated`.
+        hold: how firmly training is held to what the components span; see `adapter_factors`. 1 lets
+            go most, 4 to 16 hold more than the published form does.
+        residual: None for a plain LoRA that starts at zero on the untouched base; "weight" for the
+            published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.models.target_linears`.
+        exclude_modules: layers to leave out of these, as `targets` names them.
+        modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
+        lora_dropout: as in LoraConfig.
+        use_dora: as in LoraConfig. It starts at the base exactly in float32 only.
         method: of the decomposition; see `co_svd`.
         seed: of the randomised method.
         stability: whether to find out, where batches are given, if there were enough of them, by
@@ -65,11 +90,14 @@ class CordaConfig:
     candidates: int = 1
     selection: Method = "argmin"
     condition: Condition = "ratio"
-    balance: Balance = "even"
-    step: Step = None
-    residual: Literal["pair", "weight"] = "pair"
+    hold: float = 1.0
+    residual: Literal["weight"] | None = None
     damping: float | None = 0.01
     targets: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_dora: bool = False
     method: Literal["auto", "exact", "randomized"] = "auto"
     seed: int = 0
     stability: bool = True
@@ -77,20 +105,25 @@ class CordaConfig:
     distributed: bool = False
     progress: bool = True
 
+    def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
+        """Refuses options of LoraConfig that are not passed on, with the reason."""
+        for name in options.keys() & _OF_PEFT.keys():
+            raise ConfigError(f"{name} of PEFT's LoraConfig has no place here: {_OF_PEFT[name]}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Refuses values that are not allowed."""
         for name, allowed in (
             ("mode", ("kpm", "ipm")),
             ("selection", METHODS),
             ("condition", CONDITIONS),
-            ("balance", BALANCES),
-            ("step", STEPS),
-            ("residual", ("pair", "weight")),
+            ("residual", (None, "weight")),
             ("method", ("auto", "exact", "randomized")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        check_hold(self.hold)
         check_damping(self.damping)
         whole_number("candidates", self.candidates, 1)
         whole_number("rank", self.rank, 1)
@@ -103,6 +136,29 @@ class CordaConfig:
                 "min_rank, max_rank and rank_multiple bound the ranks under a budget: give one, "
                 'such as budget="r=32"'
             )
+
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+        if self.residual is not None and (self.hold != 1 or self.use_dora):
+            raise ConfigError(
+                'residual="weight" is the published form, which has a scale of its own (no hold) '
+                "and is no DoRA: leave residual at None for these"
+            )
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The options that are passed on to PEFT's LoraConfig."""
+        options = {
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+            "lora_dropout": float(self.lora_dropout),
+            "use_dora": self.use_dora,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the LoRA for each component."""
+        return 2 if self.residual is None else 1
 
     @property
     def which(self) -> Literal["largest", "smallest"]:

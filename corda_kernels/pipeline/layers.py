@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import OutOfMemoryWarning
-from corda_kernels.initialization import LayerAdapter, adapter_factors, compensated
+from corda_kernels.initialization import (
+    AdapterFactors,
+    LayerAdapter,
+    adapter_factors,
+    published_factors,
+)
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.pipeline.config import CordaConfig
 from corda_kernels.pipeline.measured import sampled_spectrum
@@ -51,7 +56,6 @@ def layer_adapters(
                 for name, part, layer in _decomposed(weights, matrices, ranks, config):
                     note = {
                         "rank": ranks[name],
-                        "scaling": layer.scaling,
                         "tokens": covariances[name].tokens,
                         "sigma_max": float(part.S[0]),
                         "sigma_min": float(part.S[-1]),
@@ -107,12 +111,7 @@ def _decomposed(
             damping=config.damping,
             seed=config.seed,
         ):
-            factors = adapter_factors(of[name], part, balance=config.balance, step=config.step)
-            layer = LayerAdapter.fresh(factors)
-            if config.residual == "weight":
-                start = compensated(of[name], layer.initial(), matrices[name])
-                layer = layer.starting_from(start)
-            yield name, part, layer
+            yield name, part, _fresh(of[name], part, config)
 
     left = dict(weights)
     try:
@@ -132,3 +131,17 @@ def _decomposed(
                 stacklevel=5,
             )
             yield from found({name: weight.cpu()})
+
+
+def _fresh(weight: Tensor, part: CoSVD, config: CordaConfig) -> LayerAdapter:
+    """The untrained adapter of one layer, in float32."""
+    if config.residual is None:
+        return LayerAdapter(_kept(adapter_factors(weight, part, hold=config.hold)))
+    start = _kept(published_factors(weight, part))
+    # The trained factors are tensors of their own, for training changes them in place.
+    return LayerAdapter(start.to(torch.float32, copy=True), start)
+
+
+def _kept(factors: AdapterFactors) -> AdapterFactors:
+    A, B = factors.A.float().contiguous(), factors.B.float().contiguous()
+    return AdapterFactors(A, B, factors.scaling)

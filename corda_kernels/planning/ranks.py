@@ -32,6 +32,7 @@ def allocate_ranks(
     min_rank: int = 0,
     max_rank: int | None = None,
     rank_multiple: int = 1,
+    rows: int = 1,
 ) -> dict[str, int]:
     """Shares a budget of adapter parameters out over the layers.
 
@@ -41,7 +42,7 @@ def allocate_ranks(
 
     (σ_-(j) the j-th smallest, the sum over what would remain), the lowest score goes first, and of
     equal scores the earlier layer's. A component σ = 0 scores 0, the last of a layer, zero or not,
-    +∞. With c_N the cost of the first N components, out + in each, and τ the budget:
+    +∞. With c_N the cost of the first N components, rows·(out + in) each, and τ the budget:
 
     - "kpm" trains what was filtered, N = max{N : c_N ≤ τ};
     - "ipm" trains what remains, N = min{N : c_total − c_N ≤ τ}.
@@ -68,6 +69,7 @@ def allocate_ranks(
         max_rank: what a layer gets at most; None for R. Without it "kpm" gives most of its budget
             to the layers with the flattest tails.
         rank_multiple: every rank is a multiple of it.
+        rows: how many rows of A, and columns of B, the adapter has for a component.
 
     Returns:
         The rank of each layer, 0 … R, in the order of `spectra`.
@@ -92,7 +94,7 @@ def allocate_ranks(
 
     sizes = torch.tensor([len(value) for value in values])
     multiple = operator.index(rank_multiple)
-    costs = torch.tensor([sum(shapes[name]) for name in spectra]) * multiple
+    costs = rows * multiple * torch.tensor([sum(shapes[name]) for name in spectra])
     most, guaranteed = _bounds(sizes, min_rank, max_rank, multiple)
     _check_paid(guaranteed // multiple * costs, budget, min_rank)
 
@@ -132,7 +134,12 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
 
 
 def check_guaranteed(
-    shapes: Shapes, budget: int, min_rank: int, max_rank: int | None, rank_multiple: int
+    shapes: Shapes,
+    budget: int,
+    min_rank: int,
+    max_rank: int | None,
+    rank_multiple: int,
+    rows: int = 1,
 ) -> None:
     """Refuses a budget that does not hold `min_rank` in every layer, before spectra are known.
 
@@ -141,7 +148,7 @@ def check_guaranteed(
     """
     sizes = torch.tensor([min(shape) for shape in shapes.values()])
     _, guaranteed = _bounds(sizes, min_rank, max_rank, rank_multiple)
-    costs = torch.tensor([sum(shape) for shape in shapes.values()])
+    costs = rows * torch.tensor([sum(shape) for shape in shapes.values()])
     _check_paid(guaranteed * costs, budget, min_rank)
 
 
@@ -162,21 +169,22 @@ def _check_paid(needed: Tensor, budget: int, min_rank: int) -> None:
         )
 
 
-def uniform_budget(shapes: Shapes, rank: int) -> int:
-    """Adapter parameters of one rank in all layers, Σ min(rank, out, in)·(out + in).
+def uniform_budget(shapes: Shapes, rank: int, rows: int = 1) -> int:
+    """Adapter parameters of one rank in all layers, Σ min(rank, out, in)·rows·(out + in).
 
     Args:
         shapes: (out, in) of each layer's weight.
         rank: the rank; layers too small for it get what they can have.
+        rows: see `allocate_ranks`.
 
     Raises:
         ConfigError: the rank is not at least 1.
     """
     rank = whole_number("rank", rank, 1)
-    return sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+    return rows * sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
 
 
-def parse_budget(value: str | float, shapes: Shapes, total_parameters: int) -> int:
+def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows: int = 1) -> int:
     """Reads a budget the way a user writes it.
 
     Args:
@@ -185,6 +193,7 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int) -> i
             rank in all layers.
         shapes: (out, in) of each layer's weight.
         total_parameters: of the model.
+        rows: see `allocate_ranks`.
 
     Returns:
         The number of adapter parameters; of a share, rounded down.
@@ -194,7 +203,7 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int) -> i
     """
     text = str(value).strip()
     if match := re.fullmatch(r"r\s*=\s*(\d+)", text):
-        return uniform_budget(shapes, int(match[1]))
+        return uniform_budget(shapes, int(match[1]), rows)
     if re.fullmatch(r"\d+(_\d+)*", text) and int(text) >= 1:
         return int(text)
     # Decimal, for 29 % of 100 is not 28.

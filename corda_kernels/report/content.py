@@ -111,7 +111,6 @@ class Layer:
     Attributes:
         shape: (out, in).
         rank: 0 where it has no adapter, None where there is none at all.
-        scaling: LoRA's alpha/rank.
         sigma: the largest and the smallest singular value of W·C that the adapter took.
         spectrum: singular values of W·C, damped.
         condition: λmax/λmin of C, damped.
@@ -119,7 +118,6 @@ class Layer:
 
     shape: tuple[int, int] | None = None
     rank: int | None = None
-    scaling: float | None = None
     sigma: tuple[float, float] | None = None
     spectrum: Spectrum | None = None
     condition: float | None = None

@@ -108,9 +108,9 @@ def adapter_report(name: str, adapter: Adapter) -> Report:
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
     tokens = max((entry["tokens"] for entry in record.layers.values()), default=0)
     none = sum(rank == 0 for rank in ranks.values())
-    options = (
-        f"balance {record.balance}, step {record.step or 'none'}, residual {record.residual}, "
-        f"damping {record.damping or 'none'}"
+    form = "residual weight" if record.hold is None else f"hold {record.hold:g}"
+    options = ", ".join(
+        [form, f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
     )
     summary = [
         ("Model", record.base_name),
@@ -128,7 +128,7 @@ def adapter_report(name: str, adapter: Adapter) -> Report:
     }
     if inputs:
         memory["covariances"] = _covariance_bytes(inputs)
-    memory["adapter"] = 8 * trainable  # trained and initial factors, in float32
+    memory["adapter"] = 4 * trainable
     return Report(
         name=name,
         model=record.base_name,
@@ -154,7 +154,6 @@ def _adapted(adapter: Adapter, name: str, rank: int) -> Layer:
         layer = Layer(
             shape=(factors.B.shape[0], factors.A.shape[1]),
             rank=rank,
-            scaling=entry["scaling"],
             sigma=(entry["sigma_max"], entry["sigma_min"]),
         )
     note = adapter.record.measured.get("layers", {}).get(name)

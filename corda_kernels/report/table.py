@@ -75,11 +75,6 @@ def _columns(report: Report) -> list[_Column]:
             {n: f"{s[1]:.2e}" for n, s in sigmas.items()},
         ),
         _Column(
-            "scaling",
-            "LoRA's alpha over rank",
-            {n: f"{e.scaling:.3g}" for n, e in layers.items() if e.scaling is not None},
-        ),
-        _Column(
             "cond C",
             "largest over smallest eigenvalue of the damped covariance",
             {name: f"{value:.1e}" for name, value in report.conditions().items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
-from corda_kernels.initialization import LayerAdapter
+from corda_kernels.initialization import (
+    AdapterFactors,
+    CordaLinear,
+    LayerAdapter,
+    LiveAdapter,
+    live_adapter,
+)
+from corda_kernels.linears import linear_weight
 from corda_kernels.precision import without_autocast
-from corda_kernels.training.live import LiveAdapter, UntouchedWeights, live_adapter
 
 _Frozen = TypeVar("_Frozen")
 
@@ -52,16 +58,14 @@ def compactness_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
 class DriftPenalty:
     """How far training has moved the layers' outputs on the calibration text.
 
-        Σ tr(ΔW C ΔWᵀ),   ΔW = s·(B A − B0 A0)
+        Σ tr(ΔW C ΔWᵀ),   ΔW = s·B A
 
-    over the adapted layers. With C = E[x xᵀ] each term is E‖ΔW x‖²: the mean over the tokens of the
+    over the adapted layers (beside a residual ΔW = s·(B A − B0 A0)). With C = E[x xᵀ] each term is E‖ΔW x‖²: the mean over the tokens of the
     calibration of the squared change of that layer's output, in the squared unit of its
-    activations. It is not divided by anything. Value and gradient are 0 at the start, but for what
-    trainable factors make up of a residual's rounding (`compensated`).
+    activations. It is not divided by anything. Value and gradient are 0 at the start.
 
-    ΔW is never formed. With δB = B − B0 and δA = A − A0 it is s·(δB A + B0 δA), which keeps a small
-    change from drowning in the rounding of two large products. The layers that read one input
-    share one product with C, of δA; A0 C is kept.
+    ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
+    layers that read one input share one product with C.
 
     Attributes:
         layers: names of the layers that are summed over.
@@ -82,9 +86,7 @@ class DriftPenalty:
         """
         inputs = _shared_inputs(live_adapter(model), covariances)
         self.layers = tuple(name for shared in inputs for name in shared.layers)
-        self._inputs = [
-            (shared, shared.times([layer.A0 for layer in shared.factors()])) for shared in inputs
-        ]
+        self._inputs = [(shared, None) for shared in inputs]
 
     @without_autocast()
     def __call__(self) -> Tensor:
@@ -116,20 +118,21 @@ class CompactnessPenalty:
         """Finds the adapter's factors and computes σmax(WC), which takes seconds.
 
         Args:
-            model: a KPM model from `init_corda` or `load_for_training`, with PEFT or without; on
-                its device already.
+            model: a KPM model with `residual="weight"`, from `init_corda` or `load_for_training`,
+                with PEFT or without; on its device already.
             covariances: those that its adapter was made of.
 
         Raises:
             ConfigError: the adapter is an IPM one.
-            AdapterError: the model carries no adapter of this package.
+            AdapterError: the model carries no adapter in the published form.
             CovarianceError: a layer has no covariance, or one of another size.
         """
         live = live_adapter(model)
-        if live.record is None:
+        if live.record is None or live.record.residual is None:
             raise AdapterError(
-                "the compactness penalty is about CorDA's components, and a plain LoRA has none: "
-                "make the adapter with init_corda, or use drift_penalty"
+                "the compactness penalty is about components that stand in A and B themselves, "
+                'those of the published form: make the adapter with residual="weight", or use '
+                "drift_penalty"
             )
         if live.record.mode == "ipm":
             raise ConfigError(
@@ -143,10 +146,11 @@ class CompactnessPenalty:
         self._inputs = []
         for shared in inputs:
             damped = shared.damped(live.record.damping or 0.0)
-            images = damped.times([layer.A0.double() for layer in damped.layers.values()])
+            initial = {name: _initial(layer) for name, layer in damped.layers.items()}
+            images = damped.times([factors.A.double() for factors in initial.values()])
             bounds = [
-                _bound(layer, image, largest[name])
-                for (name, layer), image in zip(damped.layers.items(), images, strict=True)
+                _bound(factors, image, largest[name])
+                for (name, factors), image in zip(initial.items(), images, strict=True)
             ]
             self._inputs.append((damped, bounds))
 
@@ -163,7 +167,7 @@ class _SharedInput:
     Attributes:
         C: (in, in), on the layers' device, of the dtype to compute in.
         damping: λ to be added to C.
-        layers: A and B are parameters, A0 and B0 frozen.
+        layers: A and B are parameters.
     """
 
     C: Tensor
@@ -216,20 +220,14 @@ def _shared_inputs(live: LiveAdapter, covariances: CovarianceSet) -> list[_Share
     return list(inputs.values())
 
 
-def _drift(
-    shared: _SharedInput,
-    initial: Sequence[Tensor],  # A0 C of each layer, (rank, in)
-) -> Tensor:
+def _drift(shared: _SharedInput, _: None) -> Tensor:
     """Σ tr(ΔW C ΔWᵀ) of the layers that read one input."""
-    layers = shared.factors()
-    images = shared.times([layer.A - layer.A0 for layer in layers])
+    changes = [layer.change() for layer in shared.factors()]
+    images = shared.times([change.A for change in changes])
     total = shared.C.new_zeros(())
-    for layer, image, image0 in zip(layers, images, initial, strict=True):
-        # ΔW = s·left·right.
-        left = torch.cat([layer.B - layer.B0, layer.B0], 1)
-        right = torch.cat([layer.A, layer.A - layer.A0])
-        right_C = torch.cat([image + image0, image])
-        total = total + layer.scaling**2 * ((left.mT @ left) * (right_C @ right.mT)).sum()
+    for change, image in zip(changes, images, strict=True):
+        gram = change.B.mT @ change.B
+        total = total + change.scaling**2 * (gram * (image @ change.A.mT)).sum()
     return total
 
 
@@ -247,15 +245,15 @@ class _Bound:
 
 
 @torch.no_grad()
-def _bound(layer: LayerAdapter, image: Tensor, largest: float) -> _Bound:
+def _bound(initial: AdapterFactors, image: Tensor, largest: float) -> _Bound:
     """The bound that is exact at the start, where `image` is A0 C."""
-    d = image.norm(dim=1) / layer.B0.double().norm(dim=0)
+    d = image.norm(dim=1) / initial.B.double().norm(dim=0)
     live = (d > 0) & d.isfinite()
     # A component that C or W does not see takes part like the layer's others.
     stand_in = d[live].median() if bool(live.any()) else d.new_tensor(1.0)
     d = torch.where(live, d, stand_in)
     # A layer whose W or inputs vanish has no spectrum to take up.
-    return _Bound(d, layer.scaling / largest if largest > 0 else 0.0)
+    return _Bound(d, initial.scaling / largest if largest > 0 else 0.0)
 
 
 def _compactness(shared: _SharedInput, bounds: Sequence[_Bound]) -> Tensor:
@@ -270,10 +268,22 @@ def _compactness(shared: _SharedInput, bounds: Sequence[_Bound]) -> Tensor:
     return total
 
 
+def _initial(layer: LayerAdapter) -> AdapterFactors:
+    """A0 and B0 where A and B are."""
+    if layer.initial is None:
+        raise AdapterError("the model has lost what its adapter started from: load it again")
+    return layer.initial.to(layer.A.device)
+
+
 def _largest_singular_values(live: LiveAdapter, covariances: CovarianceSet) -> dict[str, float]:
     """σmax(WC) of the adapted layers, C damped as in their decomposition, W without adapter."""
+    weights = {}
+    for name, module in live.modules.items():
+        base: Any = module.base if isinstance(module, CordaLinear) else module.get_base_layer()  # type: ignore[operator]
+        weight = linear_weight(base).detach()
+        weights[name] = weight + _initial(live.layers[name]).product().to(weight)
     found = co_svd_layers(
-        UntouchedWeights(live),
+        weights,
         {name: covariances[name].matrix for name in live.layers},
         rank=1,
         which="largest",

@@ -14,8 +14,7 @@ from torch.nn import functional
 from transformers import LogitsProcessor
 
 from corda_kernels.errors import AdapterError, ConfigError
-from corda_kernels.initialization import LayerAdapter
-from corda_kernels.training.live import live_adapter, starts_at_zero_by_component
+from corda_kernels.initialization import LayerAdapter, live_adapter
 
 Kind = Literal["linear", "cosine", "entropy"]
 
@@ -30,7 +29,8 @@ class RankSchedule:
     revert to what they were at the start: leaving them out instead would take pretrained weight out
     of the model. An IPM adapter's components come with the largest first, those that carry most of
     the context's outputs; a KPM adapter's with the smallest first, those that disturb the knowledge
-    to keep least. A plain LoRA's have no order and come as they are stored.
+    to keep least. Component i of r is rows i and r + i of the LoRA's factors. What stock PEFT has
+    loaded, or made, has no record of this: its rows come as they are stored.
 
     Steps count from 0, the pass over the prompt; step t reads the t-th new token. With a cache,
     keys and values of earlier tokens stay as their own step made them.
@@ -89,16 +89,19 @@ class RankSchedule:
             ConfigError: `generate` was called twice, or without the processor.
         """
         live = live_adapter(model)
-        if not starts_at_zero_by_component(model):
+        if _starts_by_cancelling(model):
             raise AdapterError(
                 'a part of a LoRA that began with init_lora_weights="orthogonal" changes the base, '
                 "trained or not: a schedule needs another start"
             )
-        smallest_first = live.record is not None and live.record.mode == "kpm"
-        control = RankControl(self, _ends(model), [layer.rank for layer in live.layers.values()])
+        record = live.record
+        smallest_first = record is not None and record.mode == "kpm"
+        halves = 2 if record is not None and record.residual is None else 1
+        ranks = {name: layer.trained.rank // halves for name, layer in live.layers.items()}
+        control = RankControl(self, _ends(model), list(ranks.values()))
         with contextlib.ExitStack() as stack:
             for name, layer in live.layers.items():
-                hook = _reverting(layer, control, smallest_first)
+                hook = _reverting(layer, control, ranks[name], smallest_first)
                 handle = live.modules[name].register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield control
@@ -174,19 +177,32 @@ def _ends(model: nn.Module) -> Tensor:
     return torch.tensor(found, dtype=torch.long)
 
 
+def _starts_by_cancelling(model: Any) -> bool:
+    """Whether only the sum of the components began at 0, not each of them."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return False
+    config: Any = model.peft_config[model.active_adapters[0]]
+    return bool(config.init_lora_weights == "orthogonal")
+
+
 def _reverting(
-    layer: LayerAdapter, control: RankControl, smallest_first: bool
+    layer: LayerAdapter, control: RankControl, full: int, smallest_first: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
     """A forward hook that takes away what the components beyond the present rank have learnt."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        rank = control.rank(layer.rank)
-        if rank == layer.rank:
+        rank = control.rank(full)
+        if rank == full:
             return None
-        unused = slice(layer.rank - rank) if smallest_first else slice(rank, None)
+        components = torch.arange(layer.trained.rank, device=layer.A.device) % full
+        unused = components < full - rank if smallest_first else components >= rank
         x = args[0].to(layer.A.dtype)
         learnt = _low_rank(x, layer.A[unused], layer.B[:, unused])
-        learnt = learnt - _low_rank(x, layer.A0[unused], layer.B0[:, unused])
+        if layer.initial is not None:
+            A0, B0 = layer.initial.A.to(layer.A), layer.initial.B.to(layer.B)
+            learnt = learnt - _low_rank(x, A0[unused], B0[:, unused])
         return (output - layer.scaling * learnt).to(output.dtype)
 
     return hook

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.decomposition import CoSVD
-from corda_kernels.initialization import adapter_factors
+from corda_kernels.initialization import published_factors
 
 
 @dataclass(eq=False)
@@ -30,14 +30,14 @@ class CordaEigens:
 def corda_eigens(weight: Tensor, part: CoSVD) -> CordaEigens:
     """PEFT's form of a decomposition, with its inverse of C taken from C⁻¹V = WᵀUΣ⁻¹.
 
-    Every number is finite, whatever C is: where σ vanishes, `adapter_factors` says what stands in
+    Every number is finite, whatever C is: where σ vanishes, `published_factors` says what stands in
     for it. The tensors are new, for `corda_init` divides S in place.
 
     Args:
         weight: (out, in), any floating dtype.
         part: its decomposition, U (out, r).
     """
-    factors = adapter_factors(weight, part, balance="paper")
+    factors = published_factors(weight, part)
     beta = factors.B.norm(dim=0)
     order = beta.argsort(descending=True, stable=True)
     S = beta[order].square()

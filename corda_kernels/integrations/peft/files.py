@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from corda_kernels.errors import CacheError, CompatibilityWarning
 from corda_kernels.files import atomic_path, write_json
 from corda_kernels.initialization import describe_base
-from corda_kernels.initialization.adapter import base_difference
+from corda_kernels.initialization.record import base_difference
 from corda_kernels.integrations.peft.eigens import CordaEigens
 from corda_kernels.integrations.peft.observe import Observed
 from corda_kernels.integrations.peft.targets import Target

@@ -10,7 +10,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from corda_kernels.errors import AdapterError
-from corda_kernels.initialization import Adapter, AdapterRecord, LayerAdapter, write_adapter
+from corda_kernels.initialization import (
+    Adapter,
+    AdapterFactors,
+    AdapterRecord,
+    LayerAdapter,
+    write_adapter,
+)
 from corda_kernels.integrations.peft.files import is_written, read_components
 from corda_kernels.versions import library_versions
 
@@ -65,10 +71,12 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
             )
         root = (found.S_WC / scaling).sqrt()
         A0, B0 = found.V_WC.mT * root[:, None], found.U_WC * root
-        layers[name] = LayerAdapter(A, B, A0.contiguous(), B0.contiguous(), scaling)
+        layers[name] = LayerAdapter(
+            AdapterFactors(A, B, scaling),
+            AdapterFactors(A0.contiguous(), B0.contiguous(), scaling),
+        )
         entries[name] = {
             "rank": len(root),
-            "scaling": scaling,
             "tokens": 0,
             "sigma_max": float(found.S_WC[0]),
             "sigma_min": float(found.S_WC[-1]),
@@ -77,8 +85,7 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
     record = AdapterRecord(
         mode=notes["corda_method"],
         rank=config.r,
-        balance="paper",
-        step=None,
+        hold=None,
         residual="weight",
         damping=notes["damping"],
         base=notes["base"],
@@ -86,9 +93,7 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
         layers=entries,
         versions=library_versions(),
     )
-    adapter = Adapter(layers, record)
-    record.initial_sha256 = adapter.initial_checksum()
-    write_adapter(adapter, path)
+    write_adapter(Adapter(layers, record), path)
 
 
 def _check_all_is_kept(active: str, config: Any) -> None:
