@@ -8,7 +8,8 @@ github.com/openai/grade-school-math; fields question and answer), nq_open_dev.js
 nq_open_efficientqa_dev.jsonl (from github.com/google-research-datasets/natural-questions, nq_open;
 question and answer, a list).
 
-Adapters of equal size are trained on gsm8k_train: the same problems in the same order from each
+Adapters are trained on gsm8k_train, of equal size but for the published forms of half as many
+parameters: the same problems in the same order from each
 method's start, with each learning rate of its grid; then each method with its best rate on other
 problems. Three things are measured on the way, as negative log-likelihood a token: answers of
 gsm8k_test, the task; answers of nq_open_efficientqa_dev after a few answered questions, what is
@@ -42,7 +43,9 @@ def run(
     folder: Annotated[
         Path, typer.Argument(help="Where the results go; an old one is gone on with.")
     ],
-    profile: Annotated[Literal["smoke", "cpu", "gpu"], typer.Option(help="How large.")] = "smoke",
+    profile: Annotated[
+        Literal["smoke", "forms", "cpu", "gpu"], typer.Option(help="How large.")
+    ] = "smoke",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,
     text: Annotated[
         Path | None, typer.Option(help="Prose to measure on, instead of Python's help topics.")
@@ -64,11 +67,14 @@ def run(
 def report(folder: Annotated[Path, typer.Argument(help="Where the results are.")]) -> None:
     """Writes finetune.json, table.md and two plots from what is done so far."""
     from finetuning.plots import draw
-    from finetuning.table import grid, table
+    from finetuning.table import forms, grid, table
 
     results = collected(folder)
     write_json(folder / "finetune.json", results)
-    text = f"{table(results)}\n\nAll learning rates:\n\n{grid(results)}\n"
+    if results["settings"]["profile"] == "forms":
+        text = f"{forms(results)}\n"
+    else:
+        text = f"{table(results)}\n\nAll learning rates:\n\n{grid(results)}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw(results, folder)
     print(text)

@@ -40,20 +40,14 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=192)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
+def measure(arguments: argparse.Namespace, kind: Any, residual: Any) -> dict[str, float]:
+    """A penalty on an adapter of the form that it is made for."""
     torch.manual_seed(0)
     model: Any = load_model(arguments.model, dtype="float32")
     ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.length))
     covariances = calibrate(model, [ids], progress=False)
-    config = CordaConfig("kpm", rank=arguments.rank, stability=False, progress=False)
+    rank = arguments.rank // 2 if residual is None else arguments.rank
+    config = CordaConfig("kpm", rank=rank, residual=residual, stability=False, progress=False)
     model = init_corda(model, covariances, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -62,22 +56,31 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
+    taken = seconds(step, 3)
+    started = time.perf_counter()
+    penalty = kind(model, covariances)
+    made = time.perf_counter() - started
+    found = seconds(lambda: penalty().backward(), 5)
+    return {"step": taken, "made": made, "seconds": found, "share": found / taken}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=192)
+    parser.add_argument("--rank", type=int, default=32, help="of the LoRA that is trained")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
     result: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
-    result["step"] = seconds(step, 3)
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
-    print(
-        f"{arguments.model.name}, {len(covariances)} layers, rank {arguments.rank}; a step of "
-        f"{arguments.batch} x {arguments.length} tokens takes {result['step']:.2f} s"
-    )
-    for kind in (DriftPenalty, CompactnessPenalty):
-        started = time.perf_counter()
-        penalty = kind(model, covariances)
-        made = time.perf_counter() - started
-        found = seconds(lambda penalty=penalty: penalty().backward(), 5)
-        result[kind.__name__] = {"made": made, "seconds": found, "share": found / result["step"]}
+    for kind, residual in ((DriftPenalty, None), (CompactnessPenalty, "weight")):
+        found = measure(arguments, kind, residual)
+        result[kind.__name__] = found
         print(
-            f"{kind.__name__:18} {1e3 * found:6.0f} ms, {found / result['step']:.1%} of the step; "
-            f"made once in {made:.1f} s"
+            f"{kind.__name__:18} {1e3 * found['seconds']:6.0f} ms, {found['share']:.1%} of a step "
+            f"of {found['step']:.2f} s; made once in {found['made']:.1f} s"
         )
     if arguments.json:
         write_json(arguments.json, result)

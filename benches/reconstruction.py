@@ -4,11 +4,11 @@ Relative Frobenius errors of B A against float64 (the projection on singular vec
 float64 SVD), for both ends and in both precisions:
 
     published   an SVD of W·C and an explicit inverse of C in that precision, as published
-    inverse     U from co_svd, rounded to that precision, then published_factors with reconstruction="inverse"
-    projection  the same U, and published_factors by projection
+    inverse     U from co_svd, rounded to that precision, then A through C⁻¹ (published_factors)
+    projection  the same U, and A as a projection of W
 
 The last two differ in the reconstruction alone. Where float32 cannot invert C, `inverse` takes the
-least damping that works, and `published` what torch.linalg.inv returns. In float32 published_factors
+least damping that works, and `published` what torch.linalg.inv returns. In float32 the function
 takes components of W below max(out, in)·eps·‖W‖ for zero, which counts in some q_proj.
 
     python benches/reconstruction.py --json benches/results/cpu-reconstruction.json

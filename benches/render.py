@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tables
+from finetuning.table import forms as forms_table
 from finetuning.table import table as finetuning_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,9 @@ TABLES: dict[str, Table] = {
     "pipeline": Table(tables.pipelines, ("cpu-pipeline", "cpu-pipeline-pissa", "cpu-pipeline-eva")),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
+    "forms": Table(forms_table, ("adapter-forms/finetune",)),
+    "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
+    "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),

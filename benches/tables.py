@@ -363,6 +363,37 @@ def selections(results: Results) -> str:
     )
 
 
+def first_steps(results: Results) -> str:
+    """How far the first step of the plain form is from the pair's."""
+    rows = [
+        [row["mode"].upper(), row["optimiser"], relative(row["median"]), relative(row["worst"])]
+        for row in results["rows"]
+    ]
+    header = ("", "optimiser", "median over the layers", "worst layer")
+    return markdown(header, rows, text=2) + notes(measured_on(results))
+
+
+def adapter_costs(results: Results) -> str:
+    """A training step of each form, against the LoRA that trains as many parameters."""
+    (reference,) = (row for row in results["rows"] if row["form"] == "LoRA, rank 2r")
+    rows = [
+        [
+            row["form"],
+            f"{row['trained']:,}",
+            f"{row['seconds']:.2f} s",
+            ratio(row["seconds"] / reference["seconds"]),
+            mebibytes(row["peak_bytes"]),
+        ]
+        for row in results["rows"]
+    ]
+    header = ("", "trained parameters", "a step", "× LoRA, rank 2r", "peak memory")
+    about = (
+        f"{model_name(results['model'])}, r = {results['rank']}, a step of "
+        f"{results['sequences']} × {results['tokens']} tokens."
+    )
+    return markdown(header, rows) + notes(about, measured_on(results))
+
+
 def model_name(source: str) -> str:
     """The last part of a folder or hub id: where it lay is nobody's business."""
     return source.rstrip("/").rpartition("/")[2]

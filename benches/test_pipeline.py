@@ -78,9 +78,17 @@ def ours(
     model: nn.Module, batches: list[Tensor], mode: Mode, rank: int
 ) -> tuple[Callable[[], Factors], Callable[[], dict[str, Tensor]]]:
     def run() -> Factors:
-        config = CordaConfig(mode, rank=rank, damping=DAMPING, stability=False, progress=False)
+        # The published form has factors whose product can be compared.
+        config = CordaConfig(
+            mode,
+            rank=rank,
+            residual="weight",
+            damping=DAMPING,
+            stability=False,
+            progress=False,
+        )
         made = corda_adapter(model, batches, config).layers
-        return {name: (layer.scaling * layer.B0, layer.A0) for name, layer in made.items()}
+        return {name: (layer.B, layer.A) for name, layer in made.items()}
 
     def covariances() -> dict[str, Tensor]:
         found = calibrate(model, batches, progress=False)

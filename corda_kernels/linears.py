@@ -55,7 +55,7 @@ def unpack(modules: Mapping[str, nn.Module]) -> None:
     """
     packed = [name for name, module in modules.items() if is_packed(module)]
     for name in packed:
-        modules[name].state_dict()  # bitsandbytes unpacks what it saves
+        _unpack(modules[name])
     if packed:
         warnings.warn(
             f"bitsandbytes had packed the weights of {len(packed)} layer(s) for inference, among "
@@ -64,6 +64,15 @@ def unpack(modules: Mapping[str, nn.Module]) -> None:
             CordaWarning,
             stacklevel=2,
         )
+
+
+def _unpack(module: nn.Module) -> None:
+    """Puts one packed weight back, in place."""
+    module.state_dict()  # bitsandbytes unpacks what it saves
+    state: Any = module.weight.quant_state  # type: ignore[union-attr]
+    if state.absmax.ndim == 2:
+        # It leaves scales that are not quantised themselves as they are packed, by block and row.
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 @contextlib.contextmanager
@@ -118,7 +127,7 @@ def _unpacked(module: Any) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     if is_packed(module):
-        module.state_dict()  # bitsandbytes unpacks what it saves; the next pass packs it again
+        _unpack(module)  # the next pass in eval mode packs it again
 
     unpacked = dequantize_module_weight(module)
     return unpacked.detach()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -333,8 +333,8 @@ def target_linears(
         exclude: names, endings or a regular expression of layers to leave out.
 
     Raises:
-        TargetError: nothing matches, also of a single ending; or the output head is asked for
-            although it is tied to the embeddings.
+        TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
+            leaves nothing; or the output head is asked for although it is tied to the embeddings.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
@@ -342,20 +342,31 @@ def target_linears(
         chosen = {name: module for name, module in linears.items() if module is not head}
     else:
         chosen = {name: module for name, module in linears.items() if _selected(name, targets)}
-    if exclude is not None:
-        chosen = {name: each for name, each in chosen.items() if not _selected(name, exclude)}
-    unmatched = []
-    if not isinstance(targets, str):
-        unmatched = [t for t in targets if not any(_selected(name, [t]) for name in linears)]
-    if unmatched or not chosen:
-        endings = sorted({name.rpartition(".")[2] for name in linears})
-        raise TargetError(
-            f"no linear layer matches targets {unmatched or targets!r}; the model's linear layers "
-            f"end in: {', '.join(endings[:20]) or '(it has none)'}"
-        )
+    _check_matched("targets", targets, chosen, linears)
+    if exclude:
+        excluded = {name: module for name, module in linears.items() if _selected(name, exclude)}
+        _check_matched("exclude", exclude, excluded, linears)
+        chosen = {name: module for name, module in chosen.items() if name not in excluded}
+        if not chosen:
+            raise TargetError(f"exclude {exclude!r} leaves no layer of the targets: exclude fewer")
     if head is not None:
         check_unshared(model, {name: module for name, module in chosen.items() if module is head})
     return chosen
+
+
+def _check_matched(
+    option: str, given: str | Sequence[str], found: Collection[str], linears: Collection[str]
+) -> None:
+    """Refuses a selection that matches nothing, or one of whose endings does not."""
+    unmatched = []
+    if not isinstance(given, str):
+        unmatched = [each for each in given if not any(_selected(name, [each]) for name in linears)]
+    if unmatched or not found:
+        endings = sorted({name.rpartition(".")[2] for name in linears})
+        raise TargetError(
+            f"no linear layer matches {option} {unmatched or given!r}; the model's linear layers "
+            f"end in: {', '.join(endings[:20]) or '(it has none)'}"
+        )
 
 
 def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -382,9 +393,7 @@ def _selected(name: str, targets: str | Sequence[str]) -> bool:
         try:
             return re.fullmatch(targets, name) is not None
         except re.error as error:
-            raise TargetError(
-                f"targets {targets!r} is not a regular expression: {error}"
-            ) from error
+            raise TargetError(f"{targets!r} is not a regular expression: {error}") from error
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

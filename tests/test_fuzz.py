@@ -27,6 +27,7 @@ from corda_kernels import (
     calibrate,
     calibrate_blocks,
     export_lora,
+    load_for_training,
 )
 from corda_kernels.cli import main
 from corda_kernels.errors import AdapterError, CheckpointError, CordaError, CovarianceFileError
@@ -132,6 +133,7 @@ def place(
     save_tokenizer(root / "model")
     (root / "text.txt").write_text(" ".join(f"w{i % 60}" for i in range(300)))
     save_adapter(adapt(calibrated()), root / "adapter")
+    save_adapter(adapt(calibrated(), residual="weight"), root / "published")
     for name, options in (("judged", {}), ("planned", {"budget": "r=4", "candidates": 2})):
         config = CordaConfig("ipm", rank=4, progress=False, **options)
         texts = [torch.arange(3 + i, 63).view(-1, 60 - i) for i in range(2)]
@@ -251,31 +253,64 @@ def test_a_checkpoint_with_a_foreign_header(
         resume(model, path)
 
 
-ADAPTER_FILES = [
-    "corda.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "corda_initial/adapter_config.json",
-    "corda_initial/adapter_model.safetensors",
-]
+FORMS = {
+    "adapter": ["corda.json", "adapter_config.json", "adapter_model.safetensors"],
+    "published": [
+        "corda.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "corda_initial.safetensors",
+    ],
+}
+ADAPTER_FILES = [(form, file) for form, files in FORMS.items() for file in files]
 
 
-@given(damage=damages(), file=st.sampled_from(ADAPTER_FILES))
-@FUZZ
-def test_a_damaged_adapter_folder(place: Path, tmp_path: Path, damage: Any, file: str) -> None:
-    shutil.copytree(place / "adapter", tmp_path / "adapter", dirs_exist_ok=True)
+@given(damage=damages(), where=st.sampled_from(ADAPTER_FILES))
+@settings(FUZZ, max_examples=120)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_adapter_folder(
+    place: Path, tmp_path: Path, calibrated: Any, damage: Any, where: tuple[str, str]
+) -> None:
+    form, file = where
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    shutil.copytree(place / form, tmp_path / "adapter")
     target = tmp_path / "adapter" / file
     target.write_bytes(damage(target.read_bytes()))
-    with only(AdapterError):
-        export_lora(tmp_path / "adapter", tmp_path / "lora")
+    for use in (
+        lambda: export_lora(tmp_path / "adapter", tmp_path / "lora"),
+        lambda: load_for_training(calibrated()[0], tmp_path / "adapter"),
+        lambda: load_for_training(calibrated()[0], tmp_path / "adapter", use_peft=False),
+    ):
+        with only(AdapterError):
+            use()
 
 
-@given(edit=edits, kind=st.sampled_from(["adapter", "judged", "planned"]))
+@given(edit=edits, form=st.sampled_from(list(FORMS)))
+@settings(FUZZ, max_examples=120)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_folder_with_an_edited_configuration(
+    place: Path, tmp_path: Path, calibrated: Any, edit: Any, form: str
+) -> None:
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    shutil.copytree(place / form, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    value = edited(json.loads(file.read_text()), *edit)
+    file.write_text(json.dumps(value), encoding="utf-8", errors="replace")
+    for use in (
+        lambda: export_lora(tmp_path / "adapter", tmp_path / "lora"),
+        lambda: load_for_training(calibrated()[0], tmp_path / "adapter"),
+    ):
+        with only(AdapterError):
+            use()
+
+
+@given(edit=edits, kind=st.sampled_from(["adapter", "published", "judged", "planned"]))
 @settings(FUZZ, max_examples=120)
 def test_an_adapter_folder_with_an_edited_record(
-    place: Path, tmp_path: Path, edit: Any, kind: str
+    place: Path, tmp_path: Path, calibrated: Any, edit: Any, kind: str
 ) -> None:
-    shutil.copytree(place / kind, tmp_path / "adapter", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    shutil.copytree(place / kind, tmp_path / "adapter")
     record = tmp_path / "adapter" / "corda.json"
     value = edited(json.loads(record.read_text()), *edit)
     record.write_text(json.dumps(value), encoding="utf-8", errors="replace")
@@ -283,15 +318,19 @@ def test_an_adapter_folder_with_an_edited_record(
         read_adapter(tmp_path / "adapter")
     with only(CordaError):
         export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with only(AdapterError):
+        load_for_training(calibrated()[0], tmp_path / "adapter")
     assert _status(["inspect", str(tmp_path / "adapter")]) in (0, 2)
 
 
-@given(contents=tensors, file=st.sampled_from(ADAPTER_FILES[2::2]))
+@given(contents=tensors, where=st.sampled_from(ADAPTER_FILES).filter(lambda w: ".safe" in w[1]))
 @FUZZ
 def test_an_adapter_folder_with_foreign_tensors(
-    place: Path, tmp_path: Path, contents: Any, file: str
+    place: Path, tmp_path: Path, contents: Any, where: tuple[str, str]
 ) -> None:
-    shutil.copytree(place / "adapter", tmp_path / "adapter", dirs_exist_ok=True)
+    form, file = where
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    shutil.copytree(place / form, tmp_path / "adapter")
     keys = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
     save_file(contents | dict.fromkeys(keys, torch.ones(4, 3)), tmp_path / "adapter" / file)
     with pytest.raises(AdapterError):
@@ -325,9 +364,12 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     "--memory-limit": numbers | words,
     "--checkpoint-every": numbers,
     "--mode": st.sampled_from(["kpm", "ipm"]) | words,
-    "--balance": st.sampled_from(["even", "paper"]) | words,
+    "--hold": numbers | words,
+    "--residual": st.sampled_from(["none", "weight"]) | words,
     "--method": st.sampled_from(["exact", "randomized"]) | words,
     "--targets": words | st.sampled_from(["q_proj", ".*", "(", "[a-", "*", "all-linear"]),
+    "--exclude": words
+    | st.sampled_from(["q_proj", ".*", "(", ",", "v_proj,lm_head", "all-linear"]),
     "--field": words,
     "--template": words | st.sampled_from(["{text}", "{", "}", "{0}", "{a[}", "\\"]),
     "--dtype": st.sampled_from(["float32", "bfloat16", "float64"]) | words,
@@ -346,14 +388,24 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
 @given(
     command=st.sampled_from(["init", "calibrate", "inspect", "export", "merge", "plan", "doctor"]),
     positional=st.lists(
-        st.sampled_from(["model", "adapter", "cov", "text.txt", "run", "absent", "out", ""])
+        st.sampled_from(
+            ["model", "adapter", "published", "cov", "text.txt", "run", "absent", "out", ""]
+        )
         | words,
         max_size=2,
     ),
     chosen=st.dictionaries(st.sampled_from(list(OPTIONS)), st.integers(0, 2**31), max_size=4),
     flags=st.sets(
         st.sampled_from(
-            ["--no-pack", "--chat-template", "--no-stability", "--resume", "--help", "--frobnicate"]
+            [
+                "--no-pack",
+                "--chat-template",
+                "--no-stability",
+                "--resume",
+                "--save-base",
+                "--help",
+                "--frobnicate",
+            ]
         ),
         max_size=2,
     ),

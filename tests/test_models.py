@@ -15,6 +15,7 @@ from torch import nn
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.linears import is_linear, linear_weight
 from corda_kernels.models import (
+    check_unwrapped,
     decoder,
     load_model,
     load_tokenizer,
@@ -320,14 +321,82 @@ def test_targets_that_match_nothing_are_told_what_there_is(llama: nn.Module, tar
         target_linears(llama, targets)
 
 
+@pytest.mark.parametrize(
+    ("targets", "exclude", "expected"),
+    [
+        ("all-linear", ["up_proj", "lm_head"], PROJECTIONS[:5] + PROJECTIONS[6:]),
+        ("all-linear", ("self_attn.q_proj", "mlp.down_proj"), PROJECTIONS[1:6]),
+        ("all-linear", r".*\.mlp\..*", PROJECTIONS[:4]),
+        (["q_proj", "v_proj"], ["v_proj"], PROJECTIONS[:1]),
+        (r".*\.[qk]_proj", ["v_proj"], PROJECTIONS[:2]),
+        ("all-linear", [], PROJECTIONS),
+        ("all-linear", None, PROJECTIONS),
+    ],
+)
+def test_excluded_layers_are_left_out(
+    llama: nn.Module, targets: Any, exclude: Any, expected: list[str]
+) -> None:
+    found = target_linears(llama, targets, exclude)
+    assert list(found) == [f"model.layers.{i}.{name}" for i in range(2) for name in expected]
+
+
+def test_one_layer_can_be_excluded(llama: nn.Module) -> None:
+    found = target_linears(llama, ["q_proj"], ["model.layers.0.self_attn.q_proj"])
+    assert list(found) == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("exclude", [["proj"], "q_proj", ["q_proj", "v_porj"], ["embed_tokens"]])
+def test_an_exclusion_that_matches_nothing_is_told_what_there_is(
+    llama: nn.Module, exclude: Any
+) -> None:
+    unmatched = exclude if isinstance(exclude, str) else exclude[-1:]
+    with pytest.raises(TargetError) as caught:
+        target_linears(llama, exclude=exclude)
+    text = str(caught.value)
+    assert text.startswith(f"no linear layer matches exclude {unmatched!r}; ")
+    assert text.endswith(
+        "end in: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    )
+
+
+def test_an_exclusion_of_everything_is_refused(llama: nn.Module) -> None:
+    with pytest.raises(TargetError, match=r"exclude '\.\*' leaves no layer of the targets"):
+        target_linears(llama, exclude=".*")
+    with pytest.raises(TargetError, match="leaves no layer of the targets"):
+        target_linears(llama, ["q_proj"], ["q_proj", "v_proj"])
+
+
+def test_a_tied_head_can_be_excluded_from_targets_that_match_it(tiny_model: ModelMaker) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    found = target_linears(model, ".*(up_proj|lm_head)", ["lm_head"])
+    assert [name.rpartition(".")[2] for name in found] == ["up_proj"] * 2
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inside"),
+    [(functools.partial(torch.compile, backend="eager"), "_orig_mod"), (nn.DataParallel, "module")],
+    ids=["compile", "data parallel"],
+)
+def test_a_wrapped_model_is_refused_with_where_the_model_is(
+    llama: nn.Module, wrap: Callable[[nn.Module], nn.Module], inside: str
+) -> None:
+    wrapped = wrap(llama)
+    kind = type(wrapped).__name__
+    with pytest.raises(ModelError, match=rf"wrapped in {kind}: .* \(model\.{inside}\) first"):
+        check_unwrapped(wrapped)
+    assert getattr(wrapped, inside) is llama
+    check_unwrapped(llama)
+
+
 def test_a_model_without_linear_layers_says_so() -> None:
     with pytest.raises(TargetError, match=r"\(it has none\)"):
         target_linears(nn.Sequential(nn.Embedding(3, 3)))
 
 
 def test_a_broken_regular_expression_is_named(llama: nn.Module) -> None:
-    with pytest.raises(TargetError, match=r"'\(q' is not a regular expression"):
-        target_linears(llama, "(q")
+    for given in ({"targets": "(q"}, {"exclude": "(q"}):
+        with pytest.raises(TargetError, match=r"^'\(q' is not a regular expression"):
+            target_linears(llama, **given)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, Covariance, CovarianceSet, calibrate, init_corda
@@ -23,6 +25,7 @@ from corda_kernels.errors import (
 from corda_kernels.initialization import adapter_of
 from corda_kernels.linears import linear_weight
 from corda_kernels.pipeline import corda_adapter
+from corda_kernels.pipeline.config import _OF_PEFT
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
@@ -38,25 +41,23 @@ def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tens
     return [torch.randint(3, 64, (rows, length)) for _ in range(count)]
 
 
-# Every balance and step with every family that differs in how its layers are made or tied.
+# Every family that differs in how its layers are made or tied.
 MODELS = [
-    ("llama", {}, "even", None),
-    ("llama", {}, "even", "lora"),
-    ("llama", {}, "paper", None),
-    ("llama", {}, "paper", "lora"),
-    ("llama", {"tie_word_embeddings": True}, "even", None),
-    ("gpt2", {}, "paper", "lora"),
-    ("gpt2", {"tie_word_embeddings": False}, "even", None),
-    ("qwen2", {}, "even", "lora"),
-    ("gemma2", {}, "even", "lora"),
-    ("mixtral", {}, "paper", None),
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("gpt2", {}),
+    ("gpt2", {"tie_word_embeddings": False}),
+    ("qwen2", {}),
+    ("gemma2", {}),
+    ("mixtral", {}),
 ]
+FORMS: list[dict[str, Any]] = [{}, {"hold": 8}, {"residual": "weight"}]
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
-@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
-@pytest.mark.parametrize(("architecture", "changes", "balance", "step"), MODELS)
+@pytest.mark.parametrize(("architecture", "changes"), MODELS)
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_the_start_is_the_base(
     calibrated: Calibrated,
@@ -64,27 +65,28 @@ def test_the_start_is_the_base(
     same_logits: Callable[..., bool],
     architecture: str,
     changes: dict[str, Any],
-    balance: Any,
-    step: Any,
     mode: str,
-    residual: Any,
+    form: dict[str, Any],
     use_peft: bool,
 ) -> None:
     model, covariances = calibrated(architecture, **changes)
     untouched = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
-    options = config(mode, balance=balance, step=step, residual=residual)
-    adapted = init_corda(model, covariances, options, use_peft=use_peft)
+    adapted = init_corda(model, covariances, config(mode, **form), use_peft=use_peft)
 
-    assert same_logits(logits(adapted), untouched)
+    if "residual" in form:
+        assert same_logits(logits(adapted), untouched)
+    else:
+        assert torch.equal(logits(adapted), logits(untouched))
     layers = adapter_of(adapted).layers
     assert list(layers) == list(covariances)
     for name, before in untouched.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
-        if residual == "pair" or layer is None:
+        if layer is None or layer.initial is None:
+            assert "residual" not in form or layer is None
             assert torch.equal(parameters[name], before), name
         else:
-            product = layer.scaling * layer.B0.double() @ layer.A0.double()
+            product = layer.initial.B.double() @ layer.initial.A.double()
             product = product.T if architecture == "gpt2" else product
             distance = (parameters[name] - (before.double() - product)).norm()
             # One rounding of W', and those of a product of rank 4 in float32.
@@ -96,13 +98,14 @@ def test_the_start_is_the_base(
     assert len(factors) == 2 * len(layers)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_product_is_the_weights_part_at_its_end_of_the_spectrum(
-    calibrated: Calibrated, architecture: str, mode: str
+def test_the_components_are_the_weights_part_at_its_end_of_the_spectrum(
+    calibrated: Calibrated, architecture: str, mode: str, form: dict[str, Any]
 ) -> None:
     model, covariances = calibrated(architecture)
-    adapter = corda_adapter(model, covariances, config(mode, damping=0.01, step="lora"))
+    adapter = corda_adapter(model, covariances, config(mode, damping=0.01, **form))
     for name, layer in adapter.layers.items():
         weight = linear_weight(model.get_submodule(name)).detach().double()
         C = covariances[name].matrix.double()
@@ -110,13 +113,34 @@ def test_the_product_is_the_weights_part_at_its_end_of_the_spectrum(
         U, S, _ = torch.linalg.svd(weight @ C, full_matrices=False)
         chosen = slice(None, 4) if mode == "ipm" else slice(-4, None)
         expected = U[:, chosen] @ U[:, chosen].T @ weight
-        assert (layer.initial_product() - expected).norm() < 1e-6 * weight.norm()
+        if layer.initial is not None:
+            product = layer.initial.product()
+        else:
+            hold = form.get("hold", 1)
+            P, S0 = layer.B[:, :4].double(), layer.A[4:].double()
+            assert not layer.B[:, 4:].any()
+            assert not layer.A[:4].any()
+            assert layer.scaling == 1 / hold
+            lengths = torch.cat([P.norm(dim=0), S0.norm(dim=1)])
+            torch.testing.assert_close(lengths, torch.full_like(lengths, hold / 3**0.5))
+            columns = P / P.norm(dim=0)
+            parts = columns.T @ weight
+            torch.testing.assert_close(
+                S0 / S0.norm(dim=1)[:, None],
+                parts / parts.norm(dim=1)[:, None],
+                rtol=0,
+                atol=1e-5,
+            )
+            product = columns @ parts
+        assert (product - expected).norm() < 1e-6 * weight.norm()
         noted = adapter.record.layers[name]
         assert noted["sigma_max"] == pytest.approx(float(S[chosen][0]), rel=1e-6)
         assert noted["sigma_min"] == pytest.approx(float(S[chosen][-1]), rel=1e-6)
 
 
-def test_batches_and_their_covariances_lead_to_the_same_adapter(calibrated: Calibrated) -> None:
+def test_batches_and_their_covariances_lead_to_the_same_adapter(
+    calibrated: Calibrated, same_components: Callable[..., bool]
+) -> None:
     model, _ = calibrated()
     batches = random_batches()
     covariances = calibrate(model, batches, progress=False)
@@ -132,8 +156,7 @@ def test_batches_and_their_covariances_lead_to_the_same_adapter(calibrated: Cali
     for adapter in found[1:]:
         assert adapter.layers.keys() == found[0].layers.keys()
         for name, layer in adapter.layers.items():
-            expected = found[0].layers[name].initial_product()
-            torch.testing.assert_close(layer.initial_product(), expected, rtol=1e-4, atol=1e-6)
+            assert same_components(layer, found[0].layers[name], 1e-4), name
 
 
 def test_making_an_adapter_leaves_the_model_alone(calibrated: Calibrated) -> None:
@@ -151,7 +174,9 @@ def test_making_an_adapter_leaves_the_model_alone(calibrated: Calibrated) -> Non
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.ConvergenceWarning")
-def test_a_seed_makes_it_repeatable(calibrated: Calibrated, mode: str, method: Any) -> None:
+def test_a_seed_makes_it_repeatable(
+    calibrated: Calibrated, same_components: Callable[..., bool], mode: str, method: Any
+) -> None:
     model, covariances = calibrated()
     torch.manual_seed(1)
     first, second, other = (
@@ -159,27 +184,27 @@ def test_a_seed_makes_it_repeatable(calibrated: Calibrated, mode: str, method: A
         for seed in (3, 3, 4)
     )
     assert first.record == second.record
-    assert first.initial_checksum() == second.initial_checksum() == first.record.initial_sha256
     for name, layer in first.layers.items():
-        expected = layer.initial_product()
-        found = other.layers[name].initial_product()
-        assert (found - expected).norm() < 0.01 * expected.norm(), name
+        assert torch.equal(layer.A, second.layers[name].A), name
+        assert torch.equal(layer.B, second.layers[name].B), name
+        assert same_components(other.layers[name], layer, 0.01), name
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("use_peft", [True, False])
-def test_the_record_says_how_it_was_made(calibrated: Calibrated, use_peft: bool) -> None:
+def test_the_record_says_how_it_was_made(
+    calibrated: Calibrated, use_peft: bool, form: dict[str, Any]
+) -> None:
     model, _ = calibrated()
     source = model.name_or_path
-    options = config("kpm", rank=3, balance="paper", step="lora", residual="weight", damping=0.02)
+    options = config("kpm", rank=3, damping=0.02, **form)
     record = adapter_of(init_corda(model, random_batches(), options, use_peft=use_peft)).record
-    noted = {
-        name: getattr(record, name)
-        for name in ("mode", "rank", "balance", "step", "residual", "damping")
-    }
+    noted = {name: getattr(record, name) for name in ("mode", "rank", "residual", "damping")}
     assert noted == {name: getattr(options, name) for name in noted}
+    assert record.hold == (None if "residual" in form else form.get("hold", 1.0))
+    assert record.lora == {}
     assert record.base["source"] == record.calibration["model"] == source
     assert {"corda_kernels", "torch", "transformers", "peft"} <= record.versions.keys()
-    assert len(record.initial_sha256) == 64
     assert "stability" not in record.calibration
     assert record.stability["rank"] == 3
     assert record.stability["tokens"] == (128, 128)
@@ -188,14 +213,12 @@ def test_the_record_says_how_it_was_made(calibrated: Calibrated, use_peft: bool)
     for entry in record.layers.values():
         assert entry.keys() == {
             "rank",
-            "scaling",
             "tokens",
             "sigma_max",
             "sigma_min",
             "residual",
         }
         assert (entry["rank"], entry["tokens"]) == (3, 256)
-        assert entry["scaling"] not in (0.0, 1.0)
         assert entry["sigma_max"] > entry["sigma_min"] > 0
         assert entry["residual"] == 0.0
 
@@ -227,9 +250,15 @@ def test_an_impossible_rank_is_found_before_the_model_runs(
     "options",
     [
         {"mode": "other"},
-        {"balance": "odd"},
-        {"step": "none"},
         {"residual": "none"},
+        {"residual": "pair"},
+        {"hold": 0},
+        {"hold": -1.0},
+        {"hold": float("inf")},
+        {"hold": float("nan")},
+        {"hold": True},
+        {"lora_dropout": 1},
+        {"lora_dropout": -0.1},
         {"method": "fast"},
         {"rank": 0},
         {"rank": 4.0},
@@ -246,6 +275,57 @@ def test_an_option_that_is_not_allowed_is_refused(options: dict[str, Any]) -> No
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=f"^{name} must be .*, got {value!r}$"):
         CordaConfig(**({"mode": "ipm"} | options))
+
+
+@pytest.mark.parametrize("name", sorted(_OF_PEFT))
+def test_an_option_of_peft_that_has_no_place_is_refused_with_the_reason(name: str) -> None:
+    assert name in {field.name for field in dataclasses.fields(LoraConfig)}
+    with pytest.raises(ConfigError, match=f"^{name} of PEFT's LoraConfig has no place here: "):
+        CordaConfig("ipm", **{name: None})
+
+
+@pytest.mark.parametrize("options", [{"hold": 2}, {"use_dora": True}])
+def test_the_published_form_has_neither_hold_nor_dora(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is the published form, which has a scale of its own"):
+        config(residual="weight", **options)
+
+
+LORA: dict[str, Any] = {
+    "lora_dropout": 0.25,
+    "use_dora": True,
+    "modules_to_save": ["embed_tokens"],
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_options_of_peft_are_passed_on_and_need_it(calibrated: Calibrated, name: str) -> None:
+    model, covariances = calibrated()
+    options = config(**{name: LORA[name]})
+    with pytest.raises(ConfigError, match=f"{name} is an option of PEFT: it needs use_peft=True"):
+        init_corda(model, covariances, options, use_peft=False)
+    adapted: Any = init_corda(model, covariances, options)
+    assert getattr(adapted.peft_config["default"], name) == LORA[name]
+    assert adapted.corda_record.lora == {name: LORA[name]}
+
+
+@pytest.mark.parametrize("given", ["batches", "covariances"])
+def test_excluded_layers_are_neither_calibrated_nor_adapted(
+    calibrated: Calibrated, given: str
+) -> None:
+    model, covariances = calibrated()
+    data = covariances if given == "covariances" else random_batches()
+    options = config(exclude_modules=["v_proj", "0.mlp.down_proj"])
+    record = corda_adapter(model, data, options).record
+    expected = [
+        name
+        for name in covariances
+        if not name.endswith("v_proj") and name != "model.layers.0.mlp.down_proj"
+    ]
+    assert len(expected) == 11
+    assert list(record.layers) == expected
+    if given == "batches":
+        read = {name for note in record.measured["inputs"] for name in note["layers"]}
+        assert read == set(expected)
 
 
 def test_bounds_that_leave_no_rank_are_refused_at_once() -> None:

@@ -49,15 +49,16 @@ def test_the_cpu_takes_over_where_a_decomposition_runs_out_of_memory(
     assert tried == [OUTPUT]
     assert sorted(decomposed) == sorted(covariances)
     assert list(found.layers) == list(covariances)
-    assert found.initial_checksum() == expected.initial_checksum()
+    for name, layer in found.layers.items():
+        assert torch.equal(layer.A, expected.layers[name].A), name
+        assert torch.equal(layer.B, expected.layers[name].B), name
 
 
-def blockwise(adapter: Any, whole: Any) -> None:
+def blockwise(adapter: Any, whole: Any, same_components: Callable[..., bool]) -> None:
     """Whether two adapters are the same, and were made of the same text."""
     assert list(adapter.layers) == list(whole.layers)
     for name, layer in adapter.layers.items():
-        product = whole.layers[name].initial_product()
-        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+        assert same_components(layer, whole.layers[name]), name
     assert adapter.record.stability["tokens"] == whole.record.stability["tokens"]
     assert adapter.record.stability["layers"].keys() == whole.record.stability["layers"].keys()
     assert adapter.record.calibration == whole.record.calibration
@@ -65,7 +66,10 @@ def blockwise(adapter: Any, whole: Any) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_a_memory_limit_changes_the_way_but_not_the_adapter(
-    calibrated: Calibrated, architecture: str, monkeypatch: pytest.MonkeyPatch
+    calibrated: Calibrated,
+    same_components: Callable[..., bool],
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from corda_kernels.pipeline import stages
 
@@ -75,7 +79,8 @@ def test_a_memory_limit_changes_the_way_but_not_the_adapter(
     size = 3 * sum(4 * covariance.matrix.numel() for covariance, _ in covariances.groups())
     whole = corda_adapter(model, batches, config("kpm", memory_limit=size))
     monkeypatch.setattr(stages, "calibrate_halves", None)
-    blockwise(corda_adapter(model, batches, config("kpm", memory_limit=size - 1)), whole)
+    found = corda_adapter(model, batches, config("kpm", memory_limit=size - 1))
+    blockwise(found, whole, same_components)
 
 
 def test_nothing_of_a_block_is_left_when_the_next_one_runs(
@@ -108,7 +113,7 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
 
 
 def test_an_offloaded_model_gets_its_adapter_block_by_block(
-    calibrated: Calibrated, tmp_path: Any
+    calibrated: Calibrated, same_components: Callable[..., bool], tmp_path: Any
 ) -> None:
     from accelerate import disk_offload
 
@@ -117,5 +122,5 @@ def test_an_offloaded_model_gets_its_adapter_block_by_block(
     whole = corda_adapter(model, batches, config("kpm"))
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     found = corda_adapter(model, batches, config("kpm", memory_limit=0))
-    blockwise(found, whole)
+    blockwise(found, whole, same_components)
     assert found.record.base["sample"] == whole.record.base["sample"]

@@ -29,8 +29,9 @@ from corda_kernels.pipeline import calibrate_candidates
 from .claims import claim
 from .comparison import best
 from .data import PROBLEM, QUESTION, plain_problems, problems, prose, read_records, training_batches
+from .forms import Mode
 from .measures import Examination, estimate, quiz
-from .methods import Mode, start
+from .methods import start
 from .profiles import Profile, Run
 from .training import train
 
@@ -115,7 +116,7 @@ class Experiment:
         """Does one run and writes its file."""
         base = self.base()
         wall, cpu = time.perf_counter(), time.process_time()
-        model = start(
+        model, outside = start(
             run.method,
             load_model(self.model, dtype="float32", device=self.device),
             rank=self.profile.rank,
@@ -152,6 +153,7 @@ class Experiment:
                 "checkpoints": checkpoints,
                 "first": estimate((ranks == 1).double()),
                 **_measures({"rank": ranks}, base),
+                "outside": None if outside is None else round(outside(), 6),
                 "seconds": {
                     "start": dict(zip(("wall", "cpu"), started, strict=True)),
                     "run": dict(zip(("wall", "cpu"), spent, strict=True)),

@@ -1,21 +1,21 @@
-"""The ways to start an adapter that are compared, all with the same number of parameters."""
+"""The ways to start an adapter that are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from corda_kernels import CordaConfig, CovarianceSet, init_corda
-from corda_kernels.initialization.factors import Balance, Step
 
-Mode = Literal["kpm", "ipm"]
+from .forms import Form, Mode, attach, changes, components, share_outside
+
 # Without a bound KPM++ gives some layers ten times the uniform rank and others nothing.
 _MAX_RANK = 4
+HOLDS = (1, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -25,44 +25,43 @@ class Method:
     Attributes:
         name: in tables and file names.
         learning_rates: the grid, the most promising first.
+        rows: the LoRA's rank over the number of components.
         mode: of CorDA; None for the others.
         plus: whether it is CorDA++: covariances selected from candidates, ranks allocated.
-        balance: of CorDA's factors.
-        step: of CorDA's factors.
+        form: of CorDA's adapter; see `forms`.
+        hold: of the plain form; None for the scale of the pair.
     """
 
     name: str
     learning_rates: tuple[float, ...]
+    rows: int = 2
     mode: Mode | None = None
     plus: bool = False
-    balance: Balance = "even"
-    step: Step = None
+    form: Form = "plain"
+    hold: float | None = None
 
 
-def _corda(mode: Mode, plus: bool, balance: Balance, step: Step, *rates: float) -> Method:
-    parts = (mode + "++" * plus, balance, step)
-    return Method("-".join(filter(None, parts)), rates, mode, plus, balance, step)
+def _corda(mode: Mode, rate: float) -> list[Method]:
+    """The methods of a mode; `rate` was the pair's best one."""
+    published, others = (3e-5, 1e-4, 3e-4), (rate, rate / 3, 3 * rate)
+    lora = (1e-3, 3e-4, 3e-3)
+    return [
+        Method(f"{mode}-published", published, 1, mode, form="published"),
+        Method(f"{mode}-pair", others, 1, mode, form="pair"),
+        Method(f"{mode}-plain", others, 2, mode),
+        *(Method(f"{mode}-hold{hold}", lora, 2, mode, hold=hold) for hold in HOLDS),
+        Method(f"{mode}++-hold1", lora, 2, mode, plus=True, hold=1),
+    ]
 
 
-# Adam's first step is 16 (IPM) or 61 (KPM) times LoRA's with balance "paper", 7 or 2.6 times with
-# "even", LoRA's own with step "lora": each method's first rate makes it about LoRA's at 1e-3.
 METHODS = {
     method.name: method
     for method in (
         Method("lora", (1e-3, 3e-4, 3e-3)),
+        Method("lora-r", (1e-3, 3e-4, 3e-3), 1),
         Method("pissa", (1e-4, 3e-4, 3e-5)),
-        *(
-            method
-            for plus in (False, True)
-            for method in (
-                _corda("kpm", plus, "paper", None, 3e-5, 1e-4, 3e-4),
-                _corda("kpm", plus, "even", None, 3e-4, 1e-3, 1e-4),
-                _corda("ipm", plus, "paper", None, 1e-4, 3e-4, 3e-5),
-                _corda("ipm", plus, "even", None, 1e-4, 3e-4, 3e-5),
-                _corda("kpm", plus, "even", "lora", 1e-3, 3e-4, 3e-3),
-                _corda("ipm", plus, "even", "lora", 1e-3, 3e-4, 3e-3),
-            )
-        ),
+        *_corda("kpm", 3e-4),
+        *_corda("ipm", 1e-4),
     )
 }
 
@@ -74,37 +73,48 @@ def start(
     rank: int,
     seed: int,
     covariances: Callable[[Mode, bool], CovarianceSet],
-) -> nn.Module:
+) -> tuple[nn.Module, Callable[[], float] | None]:
     """The model with an adapter started by the method; at first it computes what the base does.
 
     Args:
         method: which.
         model: the base. All its linear layers but the output head are adapted.
-        rank: of every layer; CorDA++ shares out as many parameters.
+        rank: components of every layer; CorDA++ shares out as many parameters.
         seed: of LoRA's A, and of PiSSA's randomised SVD.
         covariances: gives those of a mode, for CorDA++ or not.
+
+    Returns:
+        The model, and for one rank in all layers what measures the share of its change that lies
+        outside the components' tangent spaces.
     """
     if method.mode is None:
         torch.manual_seed(seed)
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,
+        lora = LoraConfig(
+            r=method.rows * rank,
+            lora_alpha=method.rows * rank,
             target_modules="all-linear",
             init_lora_weights="pissa_niter_16" if method.name == "pissa" else True,
             task_type="CAUSAL_LM",
         )
-        adapted: nn.Module = get_peft_model(model, config)
-        return adapted
-    ranks: dict[str, Any] = {"rank": rank}
+        return get_peft_model(model, lora), None
+    found = covariances(method.mode, method.plus)
     if method.plus:
-        ranks |= {"budget": f"r={rank}", "max_rank": _MAX_RANK * rank}
-    config = CordaConfig(
-        method.mode,
-        **ranks,
-        balance=method.balance,
-        step=method.step,
-        # As published, and one product less at every step; the outputs are the same.
-        residual="weight",
-        progress=False,
-    )
-    return init_corda(model, covariances(method.mode, method.plus), config)
+        budget = CordaConfig(
+            method.mode,
+            rank=rank,
+            budget=f"r={rank}",
+            max_rank=_MAX_RANK * rank,
+            hold=method.hold or 1.0,
+            progress=False,
+        )
+        return init_corda(model, found, budget), None
+    parts = components(model, found, method.mode, rank)
+    if method.form == "published":
+        config = CordaConfig(method.mode, rank=rank, residual="weight", progress=False)
+        adapted = init_corda(model, found, config)
+    elif method.hold is not None:
+        config = CordaConfig(method.mode, rank=rank, hold=method.hold, progress=False)
+        adapted = init_corda(model, found, config)
+    else:
+        adapted = attach(model, parts, method.form)
+    return adapted, lambda: share_outside(parts, changes(adapted, parts))

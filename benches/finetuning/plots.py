@@ -18,7 +18,7 @@ from .methods import METHODS
 _SMOOTH = 8  # steps whose mean is drawn
 _FAMILIES = {"lora": "black", "pissa": "tab:gray", "kpm": "tab:blue", "ipm": "tab:orange"}
 _FAMILIES |= {"kpm++": "tab:cyan", "ipm++": "tab:red"}
-_DASHES = {"even": "-", "paper": "--", "even-lora": ":"}
+_DASHES = {"hold1": "-", "published": "--", "hold8": ":", "pair": "-."}
 
 
 def draw(results: Results, folder: Path) -> None:

@@ -7,10 +7,15 @@ from dataclasses import dataclass, replace
 
 from .methods import METHODS, Method
 
-PLAIN = ("lora", "pissa", "kpm-paper", "kpm-even", "ipm-paper", "ipm-even")
-STEPS = ("kpm-even-lora", "ipm-even-lora")
-PLUS = ("kpm++-even", "ipm++-even", "kpm++-paper", "ipm++-paper")
-PLUS_STEPS = ("kpm++-even-lora", "ipm++-even-lora")
+MAIN = ("lora", "pissa", "kpm-hold1", "ipm-hold1", "kpm-hold8", "ipm-hold8")
+PUBLISHED = ("kpm-published", "ipm-published")
+PLUS = ("kpm++-hold1", "ipm++-hold1")
+# The forms in which one adapter can be trained, each at the rate that suits it.
+FORMS = (
+    "lora",
+    "lora-r",
+    *(name for mode in ("kpm", "ipm") for name in METHODS if name.startswith(f"{mode}-")),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Profile:
         learning_rates: how many of each method's, all with the first seed.
         seeds: how many, of each group; the others with the best learning rate. Each is another
             order of other problems.
-        rank: of the adapters.
+        rank: components of every layer; LoRA has twice that rank, or the same (`lora-r`).
         steps: of training.
         batch_size: problems a step.
         max_tokens: of a problem; longer ones are left out.
@@ -101,10 +106,10 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        methods=(PLAIN + STEPS + PLUS + PLUS_STEPS,),
+        methods=(tuple(METHODS),),
         learning_rates=1,
         seeds=(1,),
-        rank=8,
+        rank=4,
         steps=3,
         batch_size=2,
         max_tokens=96,
@@ -119,11 +124,28 @@ PROFILES = {
         seq_len=64,
         candidates=2,
     ),
+    "forms": Profile(
+        methods=(FORMS,),
+        learning_rates=1,
+        seeds=(1,),
+        rank=16,
+        steps=24,
+        batch_size=4,
+        max_tokens=160,
+        checkpoints=(24,),
+        problems=32,
+        questions=64,
+        shots=8,
+        texts=4,
+        text_tokens=256,
+        samples=16,
+        seq_len=512,
+    ),
     "cpu": Profile(
-        methods=(PLAIN, STEPS + PLUS),
+        methods=(MAIN, PUBLISHED + PLUS),
         learning_rates=3,
         seeds=(3, 1),
-        rank=32,
+        rank=16,
         steps=32,
         batch_size=4,
         max_tokens=160,
@@ -137,10 +159,10 @@ PROFILES = {
         seq_len=512,
     ),
     "gpu": Profile(
-        methods=(PLAIN + STEPS, PLUS + PLUS_STEPS),
+        methods=(MAIN, PUBLISHED + PLUS),
         learning_rates=3,
         seeds=(3, 3),
-        rank=32,
+        rank=16,
         steps=96,
         batch_size=16,
         max_tokens=192,

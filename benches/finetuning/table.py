@@ -54,6 +54,42 @@ def grid(results: Results) -> str:
     return _markdown([_row(results, runs, chosen) for _, runs in found])
 
 
+def forms(results: Results) -> str:
+    """The forms in which one adapter can be trained, after the last step."""
+    settings, base = results["settings"], results["base"]
+    rows = []
+    for run in results["runs"]:
+        last, outside = run["checkpoints"][-1], run["outside"]
+        rows.append(
+            [
+                run["method"],
+                _rate(run),
+                f"{run['trainable']:,}",
+                f"{last['task']['mean']:.3f}",
+                f"{last['knowledge']['change']:+.3f}",
+                f"{last['text']['change']:+.3f}",
+                "–" if outside is None else f"{outside:.2g}",
+            ]
+        )
+    errors = {
+        name: statistics.median(
+            run["checkpoints"][-1][name]["change_se"] for run in results["runs"]
+        )
+        for name in ("knowledge", "text")
+    }
+    about = (
+        f"{settings['model']}, {settings['rank']} components of every layer, {settings['steps']} "
+        f"steps of {settings['batch_size']} problems, one seed. Negative log-likelihood a token in "
+        "nats; knowledge and prose are changes since before the training, where the task was at "
+        f"{base['task']['mean']:.3f}. Their standard errors, median over the runs, are "
+        f"{errors['knowledge']:.3f} over {settings['questions']} questions and "
+        f"{errors['text']:.3f} over {settings['texts']} pieces of prose. Outside: the share of the "
+        "change's energy that does not lie in the components' tangent spaces."
+    )
+    header = ("start", "learning rate", "trained", "task", "knowledge", "prose", "outside")
+    return f"{about}\n\n{_markdown(rows, header)}"
+
+
 def summary(results: Results) -> str:
     """What was run and what the columns are, as one paragraph."""
     settings, base = results["settings"], results["base"]
@@ -129,6 +165,6 @@ def _spread(values: Iterable[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(found):{form.lstrip('+')}}"
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> str:
-    lines = [_HEADINGS, ["---"] + ["---:"] * (len(_HEADINGS) - 1), *rows]
+def _markdown(rows: Iterable[Sequence[str]], header: Sequence[str] = _HEADINGS) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -122,7 +122,7 @@ def init(
         selection=selection,
         hold=hold,
         residual=None if residual == "none" else residual,
-        exclude_modules=None if exclude is None else options.parse_targets(exclude),
+        exclude_modules=None if exclude is None else options.parse_targets(exclude, "--exclude"),
         damping=damping,
         targets=options.parse_targets(targets),
         method=method,

@@ -237,14 +237,14 @@ def parse_size(size: str | None) -> int | None:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-def parse_targets(targets: str) -> str | list[str]:
+def parse_targets(targets: str, option: str = "--targets") -> str | list[str]:
     """The endings in a comma-separated list; a regular expression or "all-linear" as it is."""
     plain = all(letter.isalnum() or letter in "_.,- " for letter in targets)
     if targets == "all-linear" or not plain:
         return targets
     endings = [ending.strip() for ending in targets.split(",") if ending.strip()]
     if not endings:
-        raise ConfigError("--targets is empty: give all-linear, endings or a regular expression")
+        raise ConfigError(f"{option} is empty: leave it out, or give endings or an expression")
     return endings
 
 

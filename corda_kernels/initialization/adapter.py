@@ -25,12 +25,12 @@ class LayerAdapter:
     initial: AdapterFactors | None = None
 
     @property
-    def A(self) -> Tensor:
+    def A(self) -> Tensor:  # noqa: N802
         """(rows, in), trained."""
         return self.trained.A
 
     @property
-    def B(self) -> Tensor:
+    def B(self) -> Tensor:  # noqa: N802
         """(out, rows), trained."""
         return self.trained.B
 

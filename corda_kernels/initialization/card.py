@@ -7,6 +7,8 @@ import json
 from corda_kernels.initialization.record import AdapterRecord
 
 CARD_FILE = "README.md"
+# What vLLM's --max-lora-rank may be (MaxLoRARanks in its config/lora.py, as of 0.14).
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _MODES = {
     "kpm": "KPM: the smallest components, so that what the calibration text holds is kept",
@@ -47,7 +49,10 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
                 "model = PeftModel.from_pretrained(base, FOLDER, is_trainable=True)  # to train",
                 "model = PeftModel.from_pretrained(base, FOLDER)                     # to run",
             ),
-            _serving(rank),
+            "Its ranks differ from layer to layer. Engines that know one rank take what "
+            '`corda_kernels.export_lora(FOLDER, "my-lora")` writes.'
+            if record.allocation
+            else _serving(rank),
         )
     return _card(record.base["source"], "CorDA adapter", made, *uses)
 
@@ -70,9 +75,14 @@ def export_card(source: str | None, rank: int, note: str) -> str:
 
 
 def _serving(rank: int) -> str:
+    allowed = [each for each in SERVED_RANKS if each >= rank]
+    if not allowed:
+        return (
+            f"vLLM serves rank {SERVED_RANKS[-1]} at most: cut it off (export_lora), or merge it."
+        )
     return (
         "Serving engines load the folder as it is: `vllm serve BASE --enable-lora "
-        f"--lora-modules NAME=FOLDER --max-lora-rank N` with N at least {rank}."
+        f"--lora-modules NAME=FOLDER --max-lora-rank {allowed[0]}`."
     )
 
 

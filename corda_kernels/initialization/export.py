@@ -15,26 +15,32 @@ from torch import Tensor, nn
 from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
 from corda_kernels.files import filled_folder, write_bytes
 from corda_kernels.initialization.adapter import LayerAdapter
-from corda_kernels.initialization.card import CARD_FILE, export_card
+from corda_kernels.initialization.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.folder import (
     CONFIG_FILE,
+    INITIAL_FILE,
     RECORD_FILE,
     check_adapter_folder,
     factor_key,
     lora_layers,
     read_initial,
     read_lora,
+    with_initial,
     write_lora,
 )
 from corda_kernels.initialization.linear import CordaLinear, detach_linears
-from corda_kernels.initialization.live import adapter_of, live_adapter, residual_marker
+from corda_kernels.initialization.live import (
+    adapter_of,
+    check_start,
+    live_adapter,
+    residual_marker,
+)
 from corda_kernels.initialization.peft_model import RESIDUAL_OF, lora_config
 from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.precision import without_autocast
 
-# What vLLM's --max-lora-rank can be at most (0.11).
-_SERVED_RANK = 512
+_SERVED_RANK = SERVED_RANKS[-1]
 
 
 @dataclass(frozen=True)
@@ -82,24 +88,23 @@ def export_lora(
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise RankError(f"the rank of an export must be a whole number of at least 1, got {rank!r}")
-    config, others, layers, initial = _source(source)
+    config, others, layers = _source(source)
     if rank is not None and config.get("use_dora"):
         raise AdapterError(
             "with DoRA the product of the factors is not all that changes the weight, and cannot "
             "be cut off alone: export it at its own rank"
         )
     folder = check_adapter_folder(out)
-    if (folder / RECORD_FILE).exists():
+    if any((folder / name).exists() for name in (RECORD_FILE, INITIAL_FILE)):
         raise OutputError(
             f"{folder} holds an adapter, which the export would damage: choose another folder"
         )
-    changes = {
-        name: LayerAdapter(own, initial.get(name) if initial else None).change()
-        for name, own in layers.items()
-    }
+    changes = {name: layer.change() for name, layer in layers.items()}
     widest = max(change.rank for change in changes.values())
     result = LoraExport(widest)
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if patterns or result.rank != config["r"] or (rank is not None and rank < widest):
+        _check_only_factors(others)
     if rank is not None and rank < widest:
         cut = {name: _truncated(change, rank) for name, change in changes.items()}
         changes = {name: change for name, (change, _) in cut.items()}
@@ -138,19 +143,17 @@ def export_lora(
 
 def _source(
     source: nn.Module | str | os.PathLike[str],
-) -> tuple[
-    dict[str, Any],
-    dict[str, Tensor],
-    dict[str, AdapterFactors],
-    Mapping[str, AdapterFactors] | None,
-]:
-    """A LoRA's configuration, what is saved beside its factors, these, and the initial ones."""
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
+    """A LoRA's configuration, what is saved beside its factors, and these."""
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(source, nn.Module):
         config, tensors = read_lora(source)
         folder = Path(source)
         initial: Mapping[str, AdapterFactors] | None = read_initial(folder)
+        if initial is None:
+            # False starts elsewhere than at zero, but on the untouched base.
+            check_start(config.get("init_lora_weights") or True, str(folder))
     elif isinstance(source, PeftModel):
         folder = Path("the model")
         initial = getattr(source, "corda_initial", None)
@@ -160,12 +163,11 @@ def _source(
         config = source.peft_config[source.active_adapter].to_dict()
     else:
         adapter = adapter_of(source)
-        factors = {name: layer.trained for name, layer in adapter.layers.items()}
-        return lora_config(adapter).to_dict(), {}, factors, adapter.initial
-    layers = lora_layers(config, tensors, folder)
+        return lora_config(adapter).to_dict(), {}, adapter.layers
+    layers = with_initial(lora_layers(config, tensors, folder), initial, folder)
     keys = {factor_key(name, factor) for name in layers for factor in "AB"}
     others = {key: tensor for key, tensor in tensors.items() if key not in keys}
-    return config, others, layers, initial
+    return config, others, layers
 
 
 def _check_start_is_zero(model: nn.Module) -> None:
@@ -177,9 +179,19 @@ def _check_start_is_zero(model: nn.Module) -> None:
         live_adapter(model)
 
 
+def _check_only_factors(others: Mapping[str, Tensor]) -> None:
+    """Refuses a LoRA that has other parts to be scaled and padded than A and B of linear layers."""
+    for key in others:
+        if "lora_" in key and "lora_magnitude_vector" not in key:
+            raise AdapterError(
+                f"the LoRA adapts more than the weights of linear layers ({key}), and can only be "
+                "copied: export it at its own rank, without patterns"
+            )
+
+
 def _base_name(config: Mapping[str, Any]) -> str | None:
     name = config.get("base_model_name_or_path")
-    return None if name is None else str(name).removeprefix(RESIDUAL_OF)
+    return None if name is None else str(name).removeprefix(RESIDUAL_OF) or None
 
 
 def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:

@@ -27,14 +27,13 @@ from corda_kernels.files import (
     filled_folder,
     json_bytes,
     write_bytes,
-    write_json,
     write_tensors,
 )
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter, initial_checksum
 from corda_kernels.initialization.card import CARD_FILE, adapter_card
 from corda_kernels.initialization.factors import AdapterFactors, residual
 from corda_kernels.initialization.linear import attach_linears
-from corda_kernels.initialization.live import adapter_of, residual_marker
+from corda_kernels.initialization.live import adapter_of, record_of, residual_marker
 from corda_kernels.initialization.peft_model import RESIDUAL_OF, TRAINED, attach_peft, lora_config
 from corda_kernels.initialization.record import AdapterRecord, check_base
 from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight, unpack
@@ -63,12 +62,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from peft import PeftModel
 
-    adapter = adapter_of(model)
     if not isinstance(model, PeftModel):
-        write_adapter(adapter, path)
+        write_adapter(adapter_of(model), path)
         return
-    with _staged(path, adapter) as folder:
-        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+    with _staged(path, record_of(model), model.corda_initial) as folder:
+        # A residual has no name by which PEFT could look up whether embeddings were resized.
+        embeddings: Any = "auto" if model.corda_initial is None else False
+        model.save_pretrained(
+            str(folder), selected_adapters=[TRAINED], save_embedding_layers=embeddings
+        )
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -85,7 +87,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
                 f"an adapter with {option} is more than its factors: attach it (init_corda), and "
                 "save the model with save_adapter or save_pretrained"
             )
-    with _staged(path, adapter) as folder:
+    with _staged(path, adapter.record, adapter.initial) as folder:
         tensors = {}
         for name, layer in adapter.layers.items():
             tensors[factor_key(name, "A")] = layer.A
@@ -94,23 +96,27 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _staged(path: str | os.PathLike[str], adapter: Adapter) -> Iterator[Path]:
+def _staged(
+    path: str | os.PathLike[str],
+    record: AdapterRecord,
+    initial: Mapping[str, AdapterFactors] | None,
+) -> Iterator[Path]:
     """A folder to put a LoRA's files into; they go to `path` with what stands beside them."""
     target = check_adapter_folder(path)
     # First of all: a record that cannot be written must not cost the adapter that stands there.
-    record = json_bytes(adapter.record.to_json())
+    described = json_bytes(record.to_json())
     with filled_folder(target, last=CONFIG_FILE) as folder:
         yield folder
-        if adapter.initial is not None:
-            write_initial(folder, adapter.initial)
+        config = read_config(folder)
+        if initial is not None:
+            write_initial(folder, initial)
             # PEFT's own word for it, which it refuses to load on a base as it is.
-            config = read_config(folder)
-            write_json(folder / CONFIG_FILE, config | {"init_lora_weights": "corda"})
-        else:
+            config["init_lora_weights"] = "corda"
+        write_config(folder, config)
+        write_bytes(folder / CARD_FILE, adapter_card(record, config["r"]).encode())
+        write_bytes(folder / RECORD_FILE, described)
+        if initial is None:
             (target / INITIAL_FILE).unlink(missing_ok=True)
-        largest = max(layer.trained.rank for layer in adapter.layers.values())
-        write_bytes(folder / CARD_FILE, adapter_card(adapter.record, largest).encode())
-        write_bytes(folder / RECORD_FILE, record)
 
 
 def check_adapter_folder(path: str | os.PathLike[str]) -> Path:
@@ -135,13 +141,19 @@ def factor_key(name: str, factor: str) -> str:
 
 def write_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a LoRA in PEFT's layout."""
-    described = dict(config)
-    targets = described["target_modules"]
-    if not isinstance(targets, str):
-        described["target_modules"] = sorted(targets)
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS_FILE, contiguous, {"format": "pt"})
-    write_json(folder / CONFIG_FILE, described)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes a LoRA's configuration in one order, so that equal ones make equal files."""
+    described = dict(config)
+    if isinstance(config.get("target_modules"), list):
+        described["target_modules"] = sorted(config["target_modules"])
+    # PEFT holds some lists of names as sets.
+    text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False, default=sorted)
+    write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
 
 
 def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -165,11 +177,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds no LoRA, but {config.get('peft_type')!r}")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise AdapterError(f"{folder / CONFIG_FILE} was altered: {name} is {value!r}")
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else [targets or ""]
+    sound = {
+        "r": _is_positive(config.get("r")),
+        "lora_alpha": _is_positive(config.get("lora_alpha")),
+        "rank_pattern": _is_pattern(config.get("rank_pattern")),
+        "alpha_pattern": _is_pattern(config.get("alpha_pattern")),
+        "target_modules": all(isinstance(name, str) for name in names),
+    }
+    for name, as_it_must in sound.items():
+        if not as_it_must:
+            found = repr(config.get(name))[:60]
+            raise AdapterError(f"{folder / CONFIG_FILE} was altered: {name} is {found}")
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether a value says of layers, by regular expressions, how large something is."""
+    if value is None:
+        return True
+    try:
+        return all(re.compile(key) and _is_positive(size) for key, size in value.items())
+    except (AttributeError, TypeError, re.error):
+        return False
 
 
 def lora_layers(
@@ -187,7 +222,7 @@ def lora_layers(
         if match := _FACTOR.fullmatch(key):
             found.setdefault(match[1], {})[match[2]] = tensor
     layers = {}
-    alphas = config.get("alpha_pattern") or {}
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
     for name, pair in found.items():
         A, B = pair.get("A"), pair.get("B")
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
@@ -196,8 +231,15 @@ def lora_layers(
                 "its files belong to different adapters, or were altered"
             )
         alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
-        rank = A.shape[0] ** 0.5 if config.get("use_rslora") else A.shape[0]
-        layers[name] = AdapterFactors(A, B, alpha / rank)
+        rank = ranks.get(get_pattern_key(ranks, name), config["r"])
+        if A.shape[0] != rank:
+            raise AdapterError(
+                f"layer {name} in {folder} has rank {A.shape[0]}, but {CONFIG_FILE} says {rank}: "
+                "its files belong to different adapters, or were altered"
+            )
+        layers[name] = AdapterFactors(
+            A, B, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        )
     if not layers:
         raise AdapterError(f"{folder / WEIGHTS_FILE} holds no factors of a LoRA's linear layers")
     return layers
@@ -230,11 +272,38 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 f"{folder} lacks factors of {entry['rank']} components for layer {name}: its "
                 "files belong to different adapters, or were altered"
             )
-    found = {
-        name: LayerAdapter(layers[name], initial[name] if initial else None)
-        for name in record.layers
-    }
+    found = with_initial({name: layers[name] for name in record.layers}, initial, folder)
     return Adapter(found, record)
+
+
+def with_initial(
+    layers: Mapping[str, AdapterFactors],
+    initial: Mapping[str, AdapterFactors] | None,
+    folder: Path,
+) -> dict[str, LayerAdapter]:
+    """Each layer's trained factors beside its initial ones, if there are any.
+
+    Raises:
+        AdapterError: they are of different layers or sizes.
+    """
+    if initial is None:
+        return {name: LayerAdapter(own) for name, own in layers.items()}
+    for name in sorted(layers.keys() | initial.keys()):
+        own, part = layers.get(name), initial.get(name)
+        if (
+            own is None
+            or part is None
+            or (own.A.shape, own.B.shape)
+            != (
+                part.A.shape,
+                part.B.shape,
+            )
+        ):
+            raise AdapterError(
+                f"{folder / INITIAL_FILE} and {WEIGHTS_FILE} differ in layer {name}: they belong "
+                "to different adapters; copy the first from the folder of the fresh adapter"
+            )
+    return {name: LayerAdapter(own, initial[name]) for name, own in layers.items()}
 
 
 def write_initial(folder: Path, initial: Mapping[str, AdapterFactors]) -> None:
@@ -292,11 +361,16 @@ def load_for_training(
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     record, initial = _read_record(folder), read_initial(folder)
+    layers: dict[str, LayerAdapter] = {}
     if record is not None:
-        _check_fits(base_model, read_adapter(folder))
-    if initial is not None:
-        _take_out(base_model, initial)
-    wrapped = _from_pretrained(base_model, folder)
+        layers = read_adapter(folder).layers
+    elif initial is not None:
+        layers = with_initial(lora_layers(*read_lora(folder), folder), initial, folder)
+    _check_fits(base_model, layers, record)
+    _take_out(base_model, initial)
+    # PEFT would take A0 and B0 out itself, of a base that lacks them already.
+    changes = {} if initial is None else {"init_lora_weights": True}
+    wrapped = _from_pretrained(base_model, folder, changes)
     return _carry(wrapped, record, initial)
 
 
@@ -310,14 +384,14 @@ def _check_factors_only(folder: Path) -> None:
         )
 
 
-def _from_pretrained(base_model: nn.Module, folder: Path) -> PeftModel:
+def _from_pretrained(base_model: nn.Module, folder: Path, changes: Mapping[str, Any]) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
-    described = PeftConfig.from_json_file(str(folder / CONFIG_FILE))
-    config = PeftConfig.from_peft_type(**described | {"init_lora_weights": True})
     try:
+        described = PeftConfig.from_json_file(str(folder / CONFIG_FILE))
+        config = PeftConfig.from_peft_type(**described | changes)
         return PeftModel.from_pretrained(base_model, folder, is_trainable=True, config=config)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # an altered configuration may lead PEFT to any
         raise AdapterError(f"PEFT cannot load {folder}: {error}") from error
 
 
@@ -328,9 +402,8 @@ def attach(
 
     With `copy=False` the model may take over the adapter's tensors, which training then changes.
     """
-    _check_fits(base_model, adapter)
-    if adapter.initial is not None:
-        _take_out(base_model, adapter.initial)
+    _check_fits(base_model, adapter.layers, adapter.record)
+    _take_out(base_model, adapter.initial)
     attach_to = attach_peft if use_peft else attach_linears
     wrapped = attach_to(base_model, adapter, copy=copy)
     return _carry(wrapped, adapter.record, adapter.initial)
@@ -346,31 +419,36 @@ def _carry(
     return model
 
 
-def _check_fits(base_model: nn.Module, adapter: Adapter) -> None:
-    """Makes sure that the adapter belongs to this base, whose weights can be trained on.
+def _check_fits(
+    base_model: nn.Module, layers: Mapping[str, LayerAdapter], record: AdapterRecord | None
+) -> None:
+    """Makes sure that layers belong to this base, whose weights can be trained on.
+
+    Without a record it is only by their names and shapes.
 
     Raises:
-        AdapterError: it does not.
+        AdapterError: they do not.
     """
+    base = "its base" if record is None else record.base_name
     linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
-    missing = adapter.layers.keys() - linears.keys()
+    missing = layers.keys() - linears.keys()
     if missing:
         raise AdapterError(
             f"the model has no linear layer {min(missing)}, which the adapter is for: load the base"
-            f" it was made for, {adapter.record.base_name}, without another adapter"
+            f" it was made for, {base}, without another adapter"
         )
-    modules = {name: linears[name] for name in adapter.layers}
-    for name, layer in adapter.layers.items():
+    modules = {name: linears[name] for name in layers}
+    for name, layer in layers.items():
         shape = linear_shape(modules[name])
         if shape != (layer.B.shape[0], layer.A.shape[1]):
             raise AdapterError(
                 f"layer {name} is {shape[0]} × {shape[1]}, but the adapter is for "
-                f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {adapter.record.base_name}"
+                f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {base}"
             )
     check_at_hand(modules)
     unpack(modules)
-    if residual_marker(base_model) is None:
-        check_base(adapter.record, modules)
+    if record is not None and residual_marker(base_model) is None:
+        check_base(record, modules)
 
 
 def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
@@ -388,12 +466,17 @@ def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _take_out(base_model: nn.Module, initial: dict[str, AdapterFactors]) -> None:
-    """Makes a base the residual of an adapter, unless it is that already."""
+def _take_out(base_model: nn.Module, initial: dict[str, AdapterFactors] | None) -> None:
+    """Makes a base the residual of an adapter that has initial factors, unless it is that already.
+
+    Raises:
+        AdapterError: it is the residual of another one.
+    """
     marker = residual_marker(base_model)
     if marker is None:
-        subtract_initial(base_model, initial)
-    elif marker != initial_checksum(initial):
+        if initial is not None:
+            subtract_initial(base_model, initial)
+    elif initial is None or marker != initial_checksum(initial):
         raise AdapterError(
             "this model is the residual of another adapter: load the untouched base, or the base "
             "that was saved with this adapter"

@@ -66,16 +66,26 @@ def adapter_of(model: nn.Module) -> Adapter:
         AdapterError: there is none, or none with a record.
     """
     live = live_adapter(model)
-    if live.record is None:
-        raise AdapterError(
-            "the model's adapter has no record of how it was made: stock PEFT saves and loads it "
-            "all the same; load_for_training also reads the record, corda.json"
-        )
     layers = {
         name: LayerAdapter(layer.trained.detach(), layer.initial)
         for name, layer in live.layers.items()
     }
-    return Adapter(layers, live.record)
+    return Adapter(layers, record_of(model))
+
+
+def record_of(model: nn.Module) -> AdapterRecord:
+    """How the adapter in a model made by `init_corda` or `load_for_training` was made.
+
+    Raises:
+        AdapterError: the model has no record of it.
+    """
+    record: AdapterRecord | None = getattr(model, "corda_record", None)
+    if record is None:
+        raise AdapterError(
+            "the model's adapter has no record of how it was made: stock PEFT saves and loads it "
+            "all the same; load_for_training also reads the record, corda.json"
+        )
+    return record
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -123,12 +133,22 @@ def _check_start_is_known(model: Any, initial: dict[str, AdapterFactors]) -> Non
             f"adapter {active!r} is of kind {type(config).__name__}: only a LoRA changes its "
             "layers by B A"
         )
-    if config.init_lora_weights not in _FROM_ZERO and not initial:
+    if not initial:
+        check_start(config.init_lora_weights, f"adapter {active!r}")
+
+
+def check_start(init_lora_weights: Any, adapter: str) -> None:
+    """Makes sure that a LoRA began at B A = 0 and left its base as it was.
+
+    Raises:
+        AdapterError: it did not.
+    """
+    if init_lora_weights not in _FROM_ZERO:
         raise AdapterError(
-            f"adapter {active!r} was initialised by init_lora_weights="
-            f"{config.init_lora_weights!r}, which does not start at B A = 0, and PEFT does not "
-            "keep where it started: make it with init_corda, or save it by "
-            "corda_kernels.integrations.peft.save_adapter and take it up with load_for_training"
+            f"{adapter} was initialised by init_lora_weights={init_lora_weights!r}, which does not "
+            "start at B A = 0, and PEFT does not keep where it started: make it with init_corda, "
+            "or save it by corda_kernels.integrations.peft.save_adapter and take it up with "
+            "load_for_training"
         )
 
 

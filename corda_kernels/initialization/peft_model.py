@@ -72,7 +72,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
         alpha_pattern={names[name]: own for name, own in alphas.items() if own != alpha},
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
-        base_model_name_or_path=source if record.residual is None else f"{RESIDUAL_OF}{source}",
+        base_model_name_or_path=source if record.residual is None else RESIDUAL_OF + (source or ""),
         **record.lora,
     )
 

@@ -130,6 +130,9 @@ class AdapterRecord:
         if odd:
             raise AdapterError(f"corda.json was altered: field {odd[0]!r} is missing or unknown")
         _check_fields("the record", value, _RECORD_FIELDS)
+        for name, allowed in (("mode", ("kpm", "ipm")), ("residual", (None, "weight"))):
+            if value[name] not in allowed:
+                raise AdapterError(f"corda.json was altered: {name} is {value[name]!r}")
         _check_fields("base", value["base"], _BASE_FIELDS)
         for name, entry in value["layers"].items():
             _check_fields(name, entry, _LAYER_FIELDS)
@@ -234,4 +237,5 @@ def base_difference(base: Mapping[str, Any], modules: Mapping[str, nn.Module]) -
     found = torch.tensor(_sample(modules), dtype=torch.float64)
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     quantised = base.get("quantised", False) or any(map(is_quantised, modules.values()))
-    return difference if difference > (_SAME_BUT_QUANTISED if quantised else _SAME_BASE) else 0.0
+    # NaN is not the same.
+    return 0.0 if difference <= (_SAME_BUT_QUANTISED if quantised else _SAME_BASE) else difference

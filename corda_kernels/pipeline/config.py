@@ -136,7 +136,8 @@ class CordaConfig:
                 "min_rank, max_rank and rank_multiple bound the ranks under a budget: give one, "
                 'such as budget="r=32"'
             )
-
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save is a list of names, got {self.modules_to_save!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
         if self.residual is not None and (self.hold != 1 or self.use_dora):

@@ -187,8 +187,8 @@ class Report:
 
     def uniform_rank(self) -> float | None:
         """The rank that the same number of parameters would pay for in all layers."""
-        shapes = [layer.shape for layer in self.layers.values()]
-        known = [shape for shape in shapes if shape is not None]
-        if not known or len(known) < len(shapes) or not self.trainable:
+        sizes = {name: sum(layer.shape) for name, layer in self.layers.items() if layer.shape}
+        if not sizes or len(sizes) < len(self.layers) or not self.trainable:
             return None
-        return self.trainable / sum(map(sum, known))
+        spent = sum((self.layers[name].rank or 0) * size for name, size in sizes.items())
+        return spent / sum(sizes.values())

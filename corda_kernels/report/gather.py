@@ -128,7 +128,7 @@ def adapter_report(name: str, adapter: Adapter) -> Report:
     }
     if inputs:
         memory["covariances"] = _covariance_bytes(inputs)
-    memory["adapter"] = 4 * trainable
+    memory["adapter"] = 4 * trainable * (1 if adapter.initial is None else 2)
     return Report(
         name=name,
         model=record.base_name,

@@ -176,8 +176,8 @@ def _sections(report: Report) -> list[_Section]:
         _Section(
             "Time and memory",
             f"{'Stages of the run that made the adapter. ' if report.seconds else ''}"
-            "Covariances are those of all distinct inputs in float32; an adapter is its trained "
-            "and its initial factors.",
+            "Covariances are those of all distinct inputs in float32; an adapter is its factors, "
+            "and beside a residual its initial ones too.",
             figures.time_panels(report),
             "Neither is recorded here.",
         ),

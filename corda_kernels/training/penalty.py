@@ -23,7 +23,7 @@ from corda_kernels.initialization import (
     LiveAdapter,
     live_adapter,
 )
-from corda_kernels.linears import linear_weight
+from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
 
 _Frozen = TypeVar("_Frozen")
@@ -60,9 +60,10 @@ class DriftPenalty:
 
         Σ tr(ΔW C ΔWᵀ),   ΔW = s·B A
 
-    over the adapted layers (beside a residual ΔW = s·(B A − B0 A0)). With C = E[x xᵀ] each term is E‖ΔW x‖²: the mean over the tokens of the
-    calibration of the squared change of that layer's output, in the squared unit of its
-    activations. It is not divided by anything. Value and gradient are 0 at the start.
+    over the adapted layers (beside a residual ΔW = s·(B A − B0 A0)). With C = E[x xᵀ] each term is
+    E‖ΔW x‖²: the mean over the tokens of the calibration of the squared change of that layer's
+    output, in the squared unit of its activations. It is not divided by anything. Value and
+    gradient are 0 at the start.
 
     ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
     layers that read one input share one product with C.
@@ -277,19 +278,33 @@ def _initial(layer: LayerAdapter) -> AdapterFactors:
 
 def _largest_singular_values(live: LiveAdapter, covariances: CovarianceSet) -> dict[str, float]:
     """σmax(WC) of the adapted layers, C damped as in their decomposition, W without adapter."""
-    weights = {}
-    for name, module in live.modules.items():
-        base: Any = module.base if isinstance(module, CordaLinear) else module.get_base_layer()  # type: ignore[operator]
-        weight = linear_weight(base).detach()
-        weights[name] = weight + _initial(live.layers[name]).product().to(weight)
     found = co_svd_layers(
-        weights,
+        _WholeWeights(live),
         {name: covariances[name].matrix for name in live.layers},
         rank=1,
         which="largest",
         damping=live.record.damping if live.record is not None else None,
     )
     return {name: float(part.S[0]) for name, part in found}
+
+
+class _WholeWeights(LinearWeights):
+    """Weights with the part that their adapter has taken over, (out, in), at least float32."""
+
+    def __init__(self, live: LiveAdapter) -> None:
+        modules: dict[str, Any] = live.modules
+        super().__init__(
+            {
+                name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()
+                for name, module in modules.items()
+            }
+        )
+        self._layers = live.layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        residual = super().__getitem__(name)
+        wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return wide + _initial(self._layers[name]).product().to(residual.device)
 
 
 def _sum(

@@ -44,9 +44,9 @@ def test_a_strength_is_what_the_run_without_penalty_would_have_paid(
     experiment: Any, tmp_path: Path
 ) -> None:
     runs = [
-        penalty.Run("kpm-even", 3e-3),
-        penalty.Run("kpm-even", 3e-3, "drift", 1.0),
-        penalty.Run("kpm-even", 3e-3, "compactness", 1.0),
+        penalty.Run("kpm-published", 3e-4),
+        penalty.Run("kpm-published", 3e-4, "drift", 1.0),
+        penalty.Run("kpm-published", 3e-4, "compactness", 1.0),
     ]
     for run in runs:
         penalty.do(experiment, run)
@@ -63,9 +63,9 @@ def test_a_strength_is_what_the_run_without_penalty_would_have_paid(
     text = (tmp_path / "table.txt").read_text(encoding="utf-8")
     rows = [line.split()[:4] for line in text.splitlines()[4:]]
     assert rows[1:] == [
-        ["kpm-even", "0.003", "none", "1.500"],
-        ["kpm-even", "0.003", "compactness", "1"],
-        ["kpm-even", "0.003", "drift", "1"],
+        ["kpm-published", "0.0003", "none", "1.500"],
+        ["kpm-published", "0.0003", "compactness", "1"],
+        ["kpm-published", "0.0003", "drift", "1"],
     ]
     assert len(json.loads((tmp_path / "table.json").read_text())["runs"]) == 3
 

@@ -106,18 +106,19 @@ def test_ranks_share_blocks_too(
 
 
 def test_ranks_make_the_adapter_of_one_process(
-    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+    place: tuple[nn.Module, list[Any], Path],
+    worked: tuple[int, Path],
+    same_components: Callable[..., bool],
 ) -> None:
     model, batches, _ = place
     ranks, out = worked
     expected = corda_adapter(model, batches, CordaConfig("kpm", rank=4, progress=False))
-    adapters = [read_adapter(out / f"adapter-{rank}") for rank in range(ranks)]
-    assert len({adapter.record.initial_sha256 for adapter in adapters}) == 1
-    found = adapters[0]
+    files = [out / f"adapter-{rank}" / "adapter_model.safetensors" for rank in range(ranks)]
+    assert len({file.read_bytes() for file in files}) == 1
+    found = read_adapter(out / "adapter-0")
     assert list(found.layers) == list(expected.layers)
     for name, layer in found.layers.items():
-        product = expected.layers[name].initial_product()
-        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+        assert same_components(layer, expected.layers[name]), name
     assert found.record.stability["layers"].keys() == expected.record.stability["layers"].keys()
 
 
@@ -127,6 +128,7 @@ def test_ranks_make_the_adapter_of_one_process(
 def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
     place: tuple[nn.Module, list[Any], Path],
     worked: tuple[int, Path],
+    same_components: Callable[..., bool],
     name: str,
     options: dict[str, Any],
 ) -> None:
@@ -145,8 +147,7 @@ def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
     assert chosen.winners() == whole.winners()
     assert list(found.layers) == list(expected.layers)
     for layer, made in found.layers.items():
-        product = expected.layers[layer].initial_product()
-        assert (made.initial_product() - product).norm() < 1e-3 * product.norm(), layer
+        assert same_components(made, expected.layers[layer]), layer
 
 
 def test_a_rank_that_dies_ends_the_others_with_its_reason(
@@ -212,7 +213,10 @@ def test_ranks_go_on_from_where_each_of_them_was(
 
 
 def test_the_command_line_works_under_torchrun(
-    place: tuple[nn.Module, list[Any], Path], tmp_path: Path, save_tokenizer: Callable[[Path], None]
+    place: tuple[nn.Module, list[Any], Path],
+    tmp_path: Path,
+    save_tokenizer: Callable[[Path], None],
+    same_components: Callable[..., bool],
 ) -> None:
     folder = place[2] / "model"
     save_tokenizer(folder)
@@ -233,8 +237,7 @@ def test_the_command_line_works_under_torchrun(
     same(two, one)
     first, second = (read_adapter(tmp_path / f"{name}-init") for name in ("one", "two"))
     for name, layer in second.layers.items():
-        product = first.layers[name].initial_product()
-        assert (layer.initial_product() - product).norm() < 1e-3 * product.norm(), name
+        assert same_components(layer, first.layers[name]), name
 
     kept = tmp_path / "two-calibrate.checkpoint-1-rank-1-of-2"
     kept.touch()

@@ -99,7 +99,7 @@ def test_a_terminal_without_greek_letters_shows_what_it_can(
         main()
     sys.stdout.flush()
     assert ended.value.code == 0
-    assert b"A and B of even RMS, or ??" in b" ".join(shown.getvalue().split())
+    assert b"the published form, with W ? BA in the base" in b" ".join(shown.getvalue().split())
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,8 @@ def test_a_terminal_without_greek_letters_shows_what_it_can(
         (("init", "model", "out"), "--mode"),
         (("init", "model", "out", "--mode", "both"), "--mode"),
         (("init", "model", "out", "--mode", "ipm", "--rank", "x"), "--rank"),
+        (("init", "model", "out", "--mode", "ipm", "--residual", "pair"), "--residual"),
+        (("init", "model", "out", "--mode", "ipm", "--hold", "x"), "--hold"),
         (("calibrate", "model", "out"), "--data"),
         (("export", "adapter"), "OUT"),
         (("unknown",), "unknown"),

@@ -37,7 +37,31 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         "rank 17 is not possible for layer model.layers.0.self_attn.k_proj (16 × 32): choose one",
     ),
     "targets": ((*INIT, *TEXT, "--targets", "foo"), "no linear layer matches targets ['foo']"),
-    "no targets": ((*INIT, *TEXT, "--targets", ","), "--targets is empty: give all-linear"),
+    "no targets": (
+        (*INIT, *TEXT, "--targets", ","),
+        "--targets is empty: leave it out, or give en",
+    ),
+    "no exclusion": ((*INIT, *TEXT, "--exclude", ","), "--exclude is empty: leave it out, or give"),
+    "a misspelt exclusion": (
+        (*INIT, *TEXT, "--exclude", "q_proj,v_porj"),
+        "no linear layer matches exclude ['v_porj']",
+    ),
+    "an exclusion of everything": (
+        (*INIT, *TEXT, "--targets", "q_proj", "--exclude", "q_proj"),
+        "exclude ['q_proj'] leaves no layer of the targets",
+    ),
+    "hold": (
+        (*INIT, *TEXT, "--hold", 0),
+        "hold must be positive and finite, such as 1 or 8, got 0",
+    ),
+    "hold of the published form": (
+        (*INIT, *TEXT, "--residual", "weight", "--hold", 8),
+        'residual="weight" is the published form, which has a scale of its own (no hold)',
+    ),
+    "a base to store that stays as it is": (
+        (*INIT, *TEXT, "--save-base"),
+        "--save-base stores the base without the part that --residual weight takes out of it",
+    ),
     "damping": ((*INIT, *TEXT, "--damping", -1), "damping must be at least 0 and finite"),
     "dtype": ((*INIT, *TEXT, "--dtype", "int8"), "dtype 'int8' is not one of float32"),
     "device": ((*INIT, *TEXT, "--device", "nowhere"), "cannot move the model to device 'nowhere'"),
@@ -139,7 +163,14 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
     "inspect a model": (("inspect", "{place}/model"), "{place}/model has no corda.json"),
     "export nothing": (("export", "{tmp}/none", "{tmp}/out"), "{tmp}/none: no such adapter folder"),
-    "export a model": (("export", "{place}/model", "{tmp}/out"), "{place}/model has no corda.json"),
+    "export a model": (
+        ("export", "{place}/model", "{tmp}/out"),
+        "{place}/model/adapter_config.json is missing",
+    ),
+    "export at no rank": (
+        ("export", "{tmp}/none", "{tmp}/out", "--rank", 0),
+        "the rank of an export must be a whole number of at least 1, got 0",
+    ),
     "merge nothing": (("merge", "{tmp}/none", "{tmp}/out"), "{tmp}/none: no such adapter folder"),
 }
 

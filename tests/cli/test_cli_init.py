@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from small_text import SMALL
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -59,17 +60,52 @@ def test_init_writes_an_adapter_that_starts_at_the_base(
 def test_options_of_init_reach_the_adapter(
     invoke: Callable[..., str], place: Path, tmp_path: Path
 ) -> None:
-    options = "--mode kpm --balance paper --step lora --damping 0.1 --no-stability --rank 3"
+    options = "--mode kpm --hold 8 --damping 0.1 --no-stability --rank 3"
     targets = ("--targets", "q_proj, mlp.up_proj", "--dtype", "bfloat16", "--method", "exact")
+    targets += ("--exclude", "0.mlp.up_proj")
     data = ("--data", place / "text.txt", *SMALL, *options.split(), *targets)
     shown = invoke("init", place / "model", tmp_path / "out", *data)
     assert "calibration:" not in shown
     adapter = read_adapter(tmp_path / "out")
     record = adapter.record
-    assert (record.mode, record.rank, record.balance, record.step) == ("kpm", 3, "paper", "lora")
-    assert (record.residual, record.damping, record.stability) == ("pair", 0.1, {})
-    assert {name.rpartition(".")[2] for name in adapter.layers} == {"q_proj", "up_proj"}
-    assert all(layer.rank == 3 for layer in adapter.layers.values())
+    assert (record.mode, record.rank, record.hold, record.residual) == ("kpm", 3, 8.0, None)
+    assert (record.damping, record.stability) == (0.1, {})
+    endings = ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj")
+    assert list(adapter.layers) == [f"model.layers.{ending}" for ending in endings]
+    for layer in adapter.layers.values():
+        assert (layer.trained.rank, layer.scaling, layer.initial) == (6, 1 / 8, None)
+
+
+def test_the_published_form_is_an_option(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
+    shown = invoke("init", place / "model", out, *data, "--residual", "weight")
+    assert f"next: model = corda_kernels.load_for_training(base, '{out}')" in shown
+    adapter = read_adapter(out)
+    assert (adapter.record.hold, adapter.record.residual) == (None, "weight")
+    for layer in adapter.layers.values():
+        assert torch.equal(layer.A, layer.initial.A)
+        assert torch.equal(layer.B, layer.initial.B)
+        assert (layer.trained.rank, layer.scaling) == (4, 1.0)
+    shown = invoke("init", place / "model", out, *data, "--residual", "none")
+    loading = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"
+    assert f"next: model = {loading}, then train it" in shown
+    assert read_adapter(out).record.residual is None
+
+
+def test_what_init_says_loads_the_adapter_with_stock_peft(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, logits: Logits
+) -> None:
+    out = tmp_path / "out"
+    invoke("init", place / "model", out, "--mode", "ipm", "--data", place / "text.txt", *SMALL)
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    expected = logits(base)
+    model = PeftModel.from_pretrained(base, str(out), is_trainable=True)
+    assert torch.equal(logits(model), expected)
+    assert model.peft_config["default"].r == 8
+    assert len([p for p in model.parameters() if p.requires_grad]) == 28
 
 
 def lines_by_layer(shown: str) -> dict[str, list[str]]:
@@ -130,7 +166,8 @@ def test_a_mixture_of_two_files(invoke: Callable[..., str], place: Path, tmp_pat
     config = CordaConfig("kpm", rank=4, progress=False)
     expected = corda_adapter(load_model(model), mixed, config)
     for name, layer in expected.layers.items():
-        assert torch.equal(found.layers[name].A0, layer.A0)
+        assert torch.equal(found.layers[name].A, layer.A)
+        assert torch.equal(found.layers[name].B, layer.B)
     assert line in invoke("inspect", tmp_path / "out").splitlines()
 
 
@@ -154,6 +191,7 @@ def test_a_base_to_store_counts_as_needed_space(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 0, 60_000))
     data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
+    data += ("--residual", "weight")
     status, _, lines = command("init", place / "model", tmp_path / "out", *data, "--save-base")
     assert (status, len(lines)) == (2, 1)
     assert "needs about" in lines[0]

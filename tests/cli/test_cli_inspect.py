@@ -35,12 +35,31 @@ def test_calibrate_then_inspect_then_init(
     shown = invoke("init", place / "model", adapter, "--mode", "kpm", "--cov", file, "--rank", 4)
     assert "KPM adapter of rank 4" in shown
     shown = invoke("inspect", adapter)
-    assert f"{adapter}: KPM adapter of rank 4 for 14 layers of {place / 'model'}" in shown
+    assert shown.startswith(
+        f"{adapter}: KPM adapter of rank 4 for 14 layers of {place / 'model'} "
+        "(hold 1, damping 0.01)\n"
+    )
     table = {line.split()[0]: line.split() for line in shown.splitlines() if line}
     for name in covariances:
         assert table[name][1:3] == ["256", "4"]
     assert shown.splitlines()[-1].startswith("samples: ")
     assert "judged at rank" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [(("--hold", 8), "hold 8"), (("--residual", "weight"), "residual weight")],
+    ids=["hold", "weight"],
+)
+def test_the_form_of_an_adapter_is_shown(
+    invoke: Callable[..., str], place: Path, tmp_path: Path, options: Any, form: str
+) -> None:
+    out = tmp_path / "out"
+    data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm", "--damping", 0.1)
+    invoke("init", place / "model", out, *data, *options)
+    assert f"({form}, damping 0.1)" in invoke("inspect", out).splitlines()[0]
+    page = dict(adapter_report("adapter", read_adapter(out)).summary)
+    assert page["Options"] == f"{form}, damping 0.1"
 
 
 def test_samples_judged_at_another_rank_are_said_to_be(

@@ -15,14 +15,13 @@ from small_text import SMALL
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from corda_kernels import (
-    load_for_training,
-)
+from corda_kernels import load_for_training
+from corda_kernels.initialization import read_adapter
 
 Logits = Callable[[nn.Module], Tensor]
 
 
-@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.filterwarnings("ignore:Could not find a config file in residual of:UserWarning")
 def test_a_stored_base_goes_through_training_export_and_merge(
     invoke: Callable[..., str],
     place: Path,
@@ -30,10 +29,9 @@ def test_a_stored_base_goes_through_training_export_and_merge(
     train: Callable[..., nn.Module],
     logits: Logits,
     same_logits: Callable[..., bool],
-    residual: str,
 ) -> None:
     out, source = tmp_path / "out", place / "model"
-    data = ("--data", place / "text.txt", *SMALL, "--residual", residual, "--save-base")
+    data = ("--data", place / "text.txt", *SMALL, "--residual", "weight", "--save-base")
     shown = invoke("init", source, out, "--mode", "ipm", *data)
     assert f"{out / 'base'}: the base that it sits on" in shown
     untouched = AutoModelForCausalLM.from_pretrained(source)
@@ -42,7 +40,7 @@ def test_a_stored_base_goes_through_training_export_and_merge(
         torch.equal(value, untouched.state_dict()[name])
         for name, value in base.state_dict().items()
     ]
-    assert all(kept) == (residual == "pair")
+    assert kept.count(False) == 14
 
     model = load_for_training(base, out)
     assert same_logits(logits(model), untouched)
@@ -57,6 +55,72 @@ def test_a_stored_base_goes_through_training_export_and_merge(
         assert (tmp_path / name / "tokenizer.json").read_bytes() == (
             source / "tokenizer.json"
         ).read_bytes()
+
+
+def test_an_adapter_goes_through_training_export_and_merge(
+    invoke: Callable[..., str],
+    place: Path,
+    tmp_path: Path,
+    train: Callable[..., nn.Module],
+    logits: Logits,
+    same_logits: Callable[..., bool],
+) -> None:
+    out, source = tmp_path / "out", place / "model"
+    invoke("init", source, out, "--mode", "kpm", "--data", place / "text.txt", *SMALL)
+    base = AutoModelForCausalLM.from_pretrained(source)
+    model = train(PeftModel.from_pretrained(base, str(out), is_trainable=True))
+    trained = logits(model)
+    untouched = AutoModelForCausalLM.from_pretrained(source)
+    assert (trained - logits(untouched)).abs().max() > 0.1
+    model.save_pretrained(out)
+
+    shown = invoke("export", out, tmp_path / "lora")
+    lora = f"'{tmp_path / 'lora'}'"
+    assert shown == (
+        f"{tmp_path / 'lora'}: a plain LoRA of rank 8; load it with "
+        f"PeftModel.from_pretrained(base, {lora})\n"
+    )
+    assert torch.equal(logits(PeftModel.from_pretrained(untouched, tmp_path / "lora")), trained)
+    invoke("merge", out, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert same_logits(logits(merged), model)
+
+
+def test_export_cuts_a_lora_off_and_says_what_is_lost(
+    invoke: Callable[..., str],
+    place: Path,
+    tmp_path: Path,
+    train: Callable[..., nn.Module],
+) -> None:
+    out, source = tmp_path / "out", place / "model"
+    invoke("init", source, out, "--mode", "ipm", "--data", place / "text.txt", *SMALL)
+    base = AutoModelForCausalLM.from_pretrained(source)
+    train(PeftModel.from_pretrained(base, str(out), is_trainable=True)).save_pretrained(out)
+    errors = {}
+    for name, layer in read_adapter(out).layers.items():
+        S = torch.linalg.svdvals(layer.B.double() @ layer.A.double())
+        errors[name] = float(S[3:].norm() / S.norm())
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] > 0.01
+
+    shown = invoke("export", out, tmp_path / "short", "--rank", 3)
+    assert shown.startswith(
+        f"{tmp_path / 'short'}: a plain LoRA of rank 3, with {errors[worst]:.2%} of the change "
+        f"lost in {worst}, the worst layer; load it with PeftModel.from_pretrained(base, "
+    )
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(source), tmp_path / "short"
+    )
+    assert stock.peft_config["default"].r == 3
+    for name, error in errors.items():
+        lora = stock.get_base_model().get_submodule(name)
+        whole = read_adapter(out).layers[name].trained.product()
+        found = lora.get_delta_weight("default").detach()
+        assert (found - whole).norm() / whole.norm() == pytest.approx(error, rel=1e-3), name
+
+    for rank in (8, 20):  # nothing to cut off
+        shown = invoke("export", out, tmp_path / f"all-{rank}", "--rank", rank)
+        assert "a plain LoRA of rank 8; load it with" in shown
 
 
 def test_merge_says_how_to_find_a_base_that_moved(
@@ -97,7 +161,7 @@ def test_a_model_without_a_tokenizer_is_stored_and_merged_with_a_warning(
     invoke("calibrate", place / "model", tmp_path / "covariances", *data)
     source = ("--cov", tmp_path / "covariances", "--mode", "ipm", "--rank", 4)
     for written, arguments in (
-        (out / "base", ("init", model, out, *source, "--save-base")),
+        (out / "base", ("init", model, out, *source, "--residual", "weight", "--save-base")),
         (tmp_path / "merged", ("merge", out, tmp_path / "merged")),
     ):
         status, shown, lines = command(*arguments)
@@ -124,7 +188,8 @@ def test_a_disk_that_fills_up_leaves_no_half_model(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    more = () if arguments[0] == "merge" else (*options, "--save-base")
+    stored = (*options, "--residual", "weight", "--save-base")
+    more = () if arguments[0] == "merge" else stored
     status, _, lines = command(*(argument.format(**names) for argument in arguments), *more)
     assert (status, len(lines)) == (2, 1)
     assert lines[0].startswith(f"error: cannot write the model to {names['new']}")

@@ -79,17 +79,21 @@ def test_blocks_give_the_covariances_of_one_pass(tiny_model: Maker, dtype: torch
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
 def test_an_adapter_leaves_the_outputs_as_they_were(
-    tiny_model: Maker, mode: str, use_peft: bool, dtype: torch.dtype
+    tiny_model: Maker, mode: str, use_peft: bool, dtype: torch.dtype, form: dict[str, Any]
 ) -> None:
     model = tiny_model("llama", **SIZES).to("cuda", dtype)
     ids = batches("cuda")[0]
     with torch.no_grad():
         before = model(input_ids=ids).logits.float()
-    config = CordaConfig(mode, rank=8, progress=False)
+    config = CordaConfig(mode, rank=8, progress=False, **form)
     adapted = init_corda(model, batches("cuda"), config, use_peft=use_peft)
     with torch.no_grad():
         after = adapted(input_ids=ids).logits.float()
+    if "residual" not in form:
+        assert torch.equal(after, before)
+        return
     allowed = 1e-2 if dtype == torch.float32 else 1e-1
     assert float((after - before).norm() / before.norm()) <= allowed
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corda_kernels.errors import ConfigError, RankError
 from corda_kernels.planning import allocate_ranks, parse_budget, uniform_budget
+from corda_kernels.planning.ranks import check_guaranteed
 
 MODES = ("kpm", "ipm")
 
@@ -31,13 +32,14 @@ def literal_loop(
     shapes: dict[str, tuple[int, int]],
     budget: int,
     mode: str,
+    rows: int = 1,
 ) -> dict[str, int]:
     """CorDA++'s filtering, one component at a time."""
     left = {name: list(spectrum) for name, spectrum in spectra.items()}
     filtered = dict.fromkeys(spectra, 0)
 
     def cost(counts: dict[str, int]) -> int:
-        return sum(counts[name] * sum(shapes[name]) for name in counts)
+        return rows * total(counts, shapes)
 
     def remaining() -> dict[str, int]:
         return {name: len(spectrum) for name, spectrum in left.items()}
@@ -49,7 +51,7 @@ def literal_loop(
             (name for name in left if left[name]),  # min takes the first of equals
             key=lambda name: tail_score(left[name], factors[name]),
         )
-        if mode == "kpm" and cost(filtered) + sum(shapes[name]) > budget:
+        if mode == "kpm" and cost(filtered) + rows * sum(shapes[name]) > budget:
             break
         left[name].pop()
         filtered[name] += 1
@@ -92,7 +94,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     shapes = {
         name: (len(spectra[name]) + draw(st.integers(0, 6)), len(spectra[name])) for name in names
     }
-    everything = sum(len(spectra[name]) * sum(shapes[name]) for name in names)
+    rows = draw(st.sampled_from([1, 2, 3]))
+    everything = rows * sum(len(spectra[name]) * sum(shapes[name]) for name in names)
     budget = draw(st.sampled_from([0, everything, everything + 7, None]))
     return {
         "spectra": spectra,
@@ -100,6 +103,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "shapes": shapes,
         "budget": draw(st.integers(0, everything)) if budget is None else budget,
         "mode": draw(st.sampled_from(MODES)),
+        "rows": rows,
     }
 
 
@@ -138,6 +142,25 @@ def test_an_example_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_rows_are_paid_for_each_component(mode: str) -> None:
+    torch.manual_seed(0)
+    spectra = {name: torch.rand(8).double().sort(descending=True).values.tolist() for name in "abc"}
+    factors, shapes = {"a": 1.0, "b": 4.0, "c": 16.0}, {"a": (8, 9), "b": (8, 20), "c": (30, 8)}
+    everything = 8 * (17 + 28 + 38)
+    found = set()
+    for budget in range(0, everything, 5):
+        one = allocate(spectra, factors, shapes, budget, mode)
+        for left in (0, 1):
+            assert allocate(spectra, factors, shapes, 2 * budget + left, mode, rows=2) == one
+        found.add(tuple(one.values()))
+    assert len(found) > 10
+    floor = allocate(spectra, factors, shapes, 2 * 83, mode, rows=2, min_rank=1)
+    assert floor == dict.fromkeys("abc", 1)
+    with pytest.raises(RankError, match="needs 166 adapter parameters over 3 layers"):
+        allocate(spectra, factors, shapes, 2 * 83 - 1, mode, rows=2, min_rank=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_nothing_and_everything(mode: str) -> None:
     spectra, shapes = {"a": [3.0, 1.0], "b": [2.0, 0.0, 0.0]}, {"a": (2, 4), "b": (3, 3)}
     factors = {"a": 1.0, "b": 2.0}
@@ -152,7 +175,7 @@ def test_nothing_and_everything(mode: str) -> None:
 def test_bounds_keep_the_budget_and_never_take_rank_away(
     problem: dict[str, Any], least: int, most: int, multiple: int
 ) -> None:
-    shapes, budget = problem["shapes"], problem.pop("budget")
+    shapes, budget, rows = problem["shapes"], problem.pop("budget"), problem["rows"]
     options = {"min_rank": least, "max_rank": most, "rank_multiple": multiple}
     up = -(-least // multiple) * multiple
     if most < max(up, multiple):
@@ -162,18 +185,19 @@ def test_bounds_keep_the_budget_and_never_take_rank_away(
     sizes = {name: len(spectrum) for name, spectrum in problem["spectra"].items()}
     reach = {name: min(most, size) // multiple * multiple for name, size in sizes.items()}
     floor = {name: min(up, reach[name]) for name in sizes}
-    if total(floor, shapes) > budget:
+    if rows * total(floor, shapes) > budget:
         with pytest.raises(RankError, match="lower min_rank or raise the budget"):
             allocate(**problem, budget=budget, **options)
         return
     ranks = allocate(**problem, budget=budget, **options)
-    assert total(ranks, shapes) <= budget
+    assert rows * total(ranks, shapes) <= budget
     for name, rank in ranks.items():
         assert floor[name] <= rank <= reach[name]
         assert rank % multiple == 0
     # The first component that cannot be paid ends it: what is left is less than the dearest.
     if ranks != reach:
-        assert budget - total(ranks, shapes) < multiple * max(map(sum, shapes.values()))
+        dearest = rows * multiple * max(map(sum, shapes.values()))
+        assert budget - rows * total(ranks, shapes) < dearest
     more = allocate(**problem, budget=budget + 10, **options)
     assert all(more[name] >= rank for name, rank in ranks.items())
 
@@ -265,6 +289,39 @@ SHAPES = {"a": (10, 20), "b": (4, 6)}
 )
 def test_a_budget_is_read_as_it_is_written(written: Any, meant: int) -> None:
     assert parse_budget(written, SHAPES, 1000) == meant
+
+
+@pytest.mark.parametrize("written", ["7", "2_500_000", "29%", "1.0", "0.0015"])
+def test_parameters_and_shares_are_the_same_whatever_a_component_takes(written: str) -> None:
+    assert parse_budget(written, SHAPES, 1000, rows=2) == parse_budget(written, SHAPES, 1000)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_budget_of_a_rank_has_all_its_rows(rows: int) -> None:
+    assert parse_budget("r=3", SHAPES, 1000, rows) == rows * (3 * 30 + 3 * 10)
+    assert parse_budget("r=8", SHAPES, 1000, rows) == rows * (8 * 30 + 4 * 10)
+    assert uniform_budget(SHAPES, 8, rows) == rows * (8 * 30 + 4 * 10)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "needed"),
+    [
+        ((0, None, 1), 0),
+        ((3, None, 1), 3 * 30 + 3 * 10),
+        ((6, None, 1), 6 * 30 + 4 * 10),
+        ((3, 8, 4), 4 * 30 + 4 * 10),
+        ((3, None, 5), 5 * 30),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_guaranteed_is_paid_with_all_its_rows(
+    bounds: tuple[int, int | None, int], needed: int, rows: int
+) -> None:
+    check_guaranteed(SHAPES, rows * needed, *bounds, rows)
+    if needed:
+        with pytest.raises(RankError, match=f"needs {rows * needed} adapter parameters over 2 lay"):
+            check_guaranteed(SHAPES, rows * needed - 1, *bounds, rows)
 
 
 @pytest.mark.parametrize(

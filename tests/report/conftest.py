@@ -50,7 +50,7 @@ def large(blocks: int = 32, kinds: tuple[str, ...] = KINDS) -> Report:
         values = torch.logspace(3, -choose.uniform(2, 6), 4096, dtype=torch.float64)
         note = {"spectrum": sampled_spectrum(values, 0, 4096), "shape": (4096, 11008)}
         rank = choose.randrange(200)
-        layers[name] = Layer(rank=rank, scaling=1.0, sigma=(2.0, 1.0)).seen(note)
+        layers[name] = Layer(rank=rank, sigma=(2.0, 1.0)).seen(note)
         absmax = [choose.uniform(1, 9) for _ in range(63)] + [choose.uniform(1, 900)]
         spectrum = sampled_spectrum(values / values.mean(), 0, 4096)
         about = {"layers": [name], "tokens": 10**6, "channels": 11008, "absmax": absmax}
@@ -98,6 +98,7 @@ def run(
         "ipm": {"mode": "ipm", "rank": 4},
         "kpm": {"mode": "kpm", "budget": "r=3", "candidates": 3},
         "pool": {"mode": "kpm", "rank": 4, "candidates": 2, "selection": "pool"},
+        "published": {"mode": "kpm", "rank": 4, "residual": "weight"},
     }
     for name, options in made.items():
         config = CordaConfig(progress=False, **options)
@@ -121,7 +122,7 @@ def reports(
     spectra = measure_spectra(modules, covariances, damping=DAMPING, progress=False)
     found = {
         name: adapter_report(name, read_adapter(run / name))
-        for name in ("ipm", "kpm", "pool", "old")
+        for name in ("ipm", "kpm", "pool", "published", "old")
     }
     found["covariances"] = covariance_report("cov", covariances, inputs=inputs, spectra=spectra)
     return found

@@ -172,11 +172,24 @@ def test_the_uniform_rank_costs_what_was_spent(reports: dict[str, Report]) -> No
     shapes = [layer.shape for layer in report.layers.values()]
     rank = report.uniform_rank()
     assert rank is not None
-    assert rank * sum(map(sum, shapes)) == pytest.approx(report.allocation["spent"])
+    # A component has two rows in the LoRA.
+    assert 2 * rank * sum(map(sum, shapes)) == pytest.approx(report.allocation["spent"])
     assert 2 < rank <= 3
     assert reports["old"].uniform_rank() == pytest.approx(4)
+    assert reports["published"].uniform_rank() == pytest.approx(4)
     unknown = replace(report, layers=report.layers | {"x": Layer()})
     assert unknown.uniform_rank() is None
+
+
+def test_the_form_of_an_adapter_decides_its_size(reports: dict[str, Report]) -> None:
+    lora, published = reports["ipm"], reports["published"]
+    assert lora.trainable == 2 * published.trainable
+    # A LoRA is all that is kept; the published A and B have A0 and B0 beside them.
+    assert lora.memory["adapter"] == 4 * lora.trainable
+    assert published.memory["adapter"] == 2 * 4 * published.trainable
+    assert dict(lora.summary)["Options"] == "hold 1, damping 0.01"
+    assert dict(published.summary)["Options"] == "residual weight, damping 0.01"
+    assert {layer.rank for layer in (*lora.layers.values(), *published.layers.values())} == {4}
 
 
 def test_conditions_are_the_same_from_both_sources(reports: dict[str, Report]) -> None:

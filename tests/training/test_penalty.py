@@ -16,6 +16,7 @@ from corda_kernels import (
     Covariance,
     CovarianceSet,
     DriftPenalty,
+    calibrate,
     compactness_penalty,
     drift_penalty,
     load_for_training,
@@ -32,10 +33,25 @@ RANK = 16
 SOME = ["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj"]
 
 
+# Each penalty with the forms of the adapter that it is for.
+KINDS = pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (DriftPenalty, {}),
+        (DriftPenalty, {"residual": "weight"}),
+        (CompactnessPenalty, {"residual": "weight"}),
+    ],
+    ids=["drift", "drift-weight", "compactness"],
+)
+FORMS: list[dict[str, Any]] = [{}, {"hold": 8}, {"residual": "weight"}]
+
+
 def change(layer: LayerAdapter) -> Tensor:
     """ΔW in float64."""
-    A, B, A0, B0 = (factor.double() for factor in (layer.A, layer.B, layer.A0, layer.B0))
-    return layer.scaling * (B @ A - B0 @ A0)
+    delta = layer.scaling * layer.B.double() @ layer.A.double()
+    if layer.initial is not None:
+        delta -= layer.initial.B.double() @ layer.initial.A.double()
+    return delta
 
 
 def drift(model: nn.Module, covariances: CovarianceSet) -> float:
@@ -69,7 +85,7 @@ def plain_lora(calibrated: Calibrated) -> Callable[..., tuple[Any, CovarianceSet
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
-@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_drift_is_the_mean_squared_change_of_the_outputs(
@@ -77,14 +93,13 @@ def test_drift_is_the_mean_squared_change_of_the_outputs(
     adapt: Make,
     train: Make,
     mode: str,
-    residual: str,
+    form: dict[str, Any],
     use_peft: bool,
     architecture: str,
 ) -> None:
     start = calibrated(architecture)
     covariances = start[1]
-    options = {"mode": mode, "residual": residual, "step": "lora"}
-    model = train(adapt(start, use_peft=use_peft, **options))
+    model = train(adapt(start, use_peft=use_peft, mode=mode, **form))
     penalty = DriftPenalty(model, covariances)
     expected = drift(model, covariances)
     assert expected > 1e-2
@@ -97,24 +112,59 @@ def test_drift_is_the_mean_squared_change_of_the_outputs(
     assert penalty().item() != before
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("use_peft", [True, False])
 def test_drift_and_its_gradient_are_nothing_at_the_start(
-    calibrated: Calibrated, adapt: Make
+    calibrated: Calibrated, adapt: Make, form: dict[str, Any], use_peft: bool
 ) -> None:
     start = calibrated()
-    model = adapt(start)
+    model = adapt(start, use_peft=use_peft, **form)
     value = drift_penalty(model, start[1])
     value.backward()
     assert value.item() == 0
+    assert len(trained(model)) == 28
     assert all(not parameter.grad.any() for parameter in trained(model))
 
 
-def test_a_small_change_does_not_drown_in_rounding(calibrated: Calibrated, adapt: Make) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_small_change_does_not_drown_in_rounding(
+    calibrated: Calibrated, adapt: Make, form: dict[str, Any]
+) -> None:
     start = calibrated()
-    model = adapt(start)
+    model = adapt(start, **form)
     with torch.no_grad():
         for parameter in trained(model):
-            parameter.mul_(1 + 1e-5 * torch.randn_like(parameter))
-    assert drift_penalty(model, start[1]).item() == pytest.approx(drift(model, start[1]), rel=1e-3)
+            parameter.add_(1e-5 * parameter.abs().mean() * torch.randn_like(parameter))
+    expected = drift(model, start[1])
+    assert 0 < expected < 1e-6
+    assert drift_penalty(model, start[1]).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_drift_is_measured_on_what_was_calibrated(
+    calibrated: Calibrated, adapt: Make, train: Make, mode: str
+) -> None:
+    """On the text itself: the mean over tokens of ‖ΔW x‖², with the x of the untouched model."""
+    plain, _ = calibrated()
+    batches = [torch.randint(3, 64, (4, 16))]
+    covariances = calibrate(plain, batches, progress=False)
+    model = train(adapt((copy.deepcopy(plain), covariances), mode=mode))
+    layers = adapter_of(model).layers
+    found: dict[str, float] = {}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moved = args[0].double().flatten(0, 1) @ change(layers[name]).T
+            found[name] = float(moved.square().sum(1).mean())
+
+        return hook
+
+    for name in layers:
+        plain.get_submodule(name).register_forward_pre_hook(measure(name))
+    with torch.no_grad():
+        plain(input_ids=batches[0])
+    assert len(found) == 14
+    assert drift_penalty(model, covariances).item() == pytest.approx(sum(found.values()), rel=1e-4)
 
 
 def test_drift_of_a_plain_lora_counts_from_the_base(
@@ -132,11 +182,10 @@ def test_drift_of_a_plain_lora_counts_from_the_base(
     assert drift_penalty(model, covariances).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("residual", ["pair", "weight"])
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_compactness_is_at_the_start_what_the_adapter_holds_of_the_spectrum(
-    calibrated: Calibrated, adapt: Make, residual: str, use_peft: bool, architecture: str
+    calibrated: Calibrated, adapt: Make, use_peft: bool, architecture: str
 ) -> None:
     plain, covariances = calibrated(architecture)
     expected = 0.0
@@ -145,7 +194,7 @@ def test_compactness_is_at_the_start_what_the_adapter_holds_of_the_spectrum(
         S = torch.linalg.svdvals(W @ damped(covariance.matrix, 0.01))
         expected += float(S[-RANK:].sum() / S[0])
     # k_proj has no more components; the base is then left without any.
-    options = {"mode": "kpm", "rank": RANK, "residual": residual, "step": "lora"}
+    options = {"mode": "kpm", "rank": RANK, "residual": "weight"}
     model = adapt((plain, covariances), use_peft=use_peft, **options)
     assert compactness_penalty(model, covariances).item() == pytest.approx(expected, rel=1e-5)
 
@@ -154,7 +203,7 @@ def test_compactness_bounds_the_nuclear_norm(
     calibrated: Calibrated, adapt: Make, train: Make
 ) -> None:
     plain, covariances = calibrated()
-    model = adapt((copy.deepcopy(plain), covariances), mode="kpm")
+    model = adapt((copy.deepcopy(plain), covariances), mode="kpm", residual="weight")
     penalty = CompactnessPenalty(model, covariances)
     first = penalty().item()
     train(model)
@@ -168,13 +217,13 @@ def test_compactness_bounds_the_nuclear_norm(
     assert penalty().item() >= norm
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_gradients_are_those_of_the_value(
-    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, use_peft: bool
+    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, form: Any, use_peft: bool
 ) -> None:
     start = calibrated()
-    options = {"mode": "kpm", "rank": 2, "targets": SOME}
+    options = {"mode": "kpm", "rank": 2, "targets": SOME} | form
     model = train(adapt(start, use_peft=use_peft, **options)).double()
     penalty = kind(model, start[1])
     value = penalty()
@@ -182,13 +231,13 @@ def test_gradients_are_those_of_the_value(
     assert torch.autograd.gradcheck(lambda *_: penalty(), trained(model))
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_only_the_adapter_gets_gradients(
-    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, use_peft: bool
+    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, form: Any, use_peft: bool
 ) -> None:
     start = calibrated()
-    model = train(adapt(start, use_peft=use_peft, mode="kpm"))
+    model = train(adapt(start, use_peft=use_peft, mode="kpm", **form))
     expected = {name for name, value in model.named_parameters() if value.requires_grad}
     model.requires_grad_(True)
     model.zero_grad()
@@ -198,14 +247,14 @@ def test_only_the_adapter_gets_gradients(
     assert not any(covariance.matrix.requires_grad for covariance in start[1].values())
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_a_penalty_in_the_loss_holds_its_quantity_down(
-    calibrated: Calibrated, adapt: Make, kind: Any
+    calibrated: Calibrated, adapt: Make, kind: Any, form: Any
 ) -> None:
     found = {}
     for strength in (0.0, 10.0):
         start = calibrated()
-        model = adapt(start, mode="kpm")
+        model = adapt(start, mode="kpm", **form)
         penalty = kind(model, start[1])
         optimizer = torch.optim.Adam(trained(model), lr=1e-3)
         ids = torch.arange(3, 63).view(4, 15)
@@ -217,44 +266,44 @@ def test_a_penalty_in_the_loss_holds_its_quantity_down(
     assert found[10.0] < 0.9 * found[0.0]
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_autocast_changes_nothing(
-    calibrated: Calibrated, adapt: Make, train: Make, kind: Any
+    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, form: Any
 ) -> None:
     start = calibrated()
-    penalty = kind(train(adapt(start, mode="kpm")), start[1])
+    penalty = kind(train(adapt(start, mode="kpm", **form)), start[1])
     with torch.autocast("cpu", torch.bfloat16):
         inside = penalty()
     assert torch.equal(inside, penalty())
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_narrow_factors_are_computed_with_in_float32(
-    calibrated: Calibrated, adapt: Make, train: Make, kind: Any
+    calibrated: Calibrated, adapt: Make, train: Make, kind: Any, form: Any
 ) -> None:
     start = calibrated()
-    model = train(adapt(start, mode="kpm", targets=SOME)).bfloat16()
+    model = train(adapt(start, mode="kpm", targets=SOME, **form)).bfloat16()
     value = kind(model, start[1])()
     assert value.dtype == torch.float32
     wide = kind(model.float(), start[1])()
     assert value.item() == pytest.approx(wide.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_an_adapter_from_its_folder_is_penalised_alike(
-    calibrated: Calibrated, adapt: Make, train: Make, tmp_path: Path, kind: Any
+    calibrated: Calibrated, adapt: Make, train: Make, tmp_path: Path, kind: Any, form: Any
 ) -> None:
     start = calibrated()
-    model = train(adapt(start, mode="kpm"))
+    model = train(adapt(start, mode="kpm", **form))
     save_adapter(model, tmp_path)
     again = load_for_training(calibrated()[0], tmp_path, use_peft=False)
     expected = kind(model, start[1])().item()
     assert kind(again, start[1])().item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_layers_without_inputs_or_weights_give_finite_gradients(
-    calibrated: Calibrated, adapt: Make, kind: Any
+    calibrated: Calibrated, adapt: Make, kind: Any, form: Any
 ) -> None:
     plain, covariances = calibrated()
     dead, empty = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -264,7 +313,7 @@ def test_layers_without_inputs_or_weights_give_finite_gradients(
     )
     nn.init.zeros_(plain.get_submodule(empty).weight)
     start = plain, CovarianceSet(changed)
-    model = adapt(start, mode="kpm", damping=None)
+    model = adapt(start, mode="kpm", damping=None, **form)
     penalty = kind(model, start[1])
     with torch.no_grad():
         for parameter in trained(model):
@@ -275,12 +324,12 @@ def test_layers_without_inputs_or_weights_give_finite_gradients(
     assert all(parameter.grad.isfinite().all() for parameter in trained(model))
 
 
-@pytest.mark.parametrize("kind", [DriftPenalty, CompactnessPenalty])
+@KINDS
 def test_a_layer_without_covariance_is_named(
-    calibrated: Calibrated, adapt: Make, kind: Any
+    calibrated: Calibrated, adapt: Make, kind: Any, form: Any
 ) -> None:
     start = calibrated()
-    model = adapt(start, mode="kpm")
+    model = adapt(start, mode="kpm", **form)
     lacking = {name: entry for name, entry in start[1].items() if "down_proj" not in name}
     with pytest.raises(
         CovarianceError,
@@ -301,14 +350,16 @@ def test_a_covariance_of_another_size_is_refused(calibrated: Calibrated, adapt: 
 def test_compactness_of_an_ipm_adapter_is_refused(calibrated: Calibrated, adapt: Make) -> None:
     start = calibrated()
     with pytest.raises(ConfigError, match="says nothing in IPM"):
-        compactness_penalty(adapt(start, mode="ipm"), start[1])
+        compactness_penalty(adapt(start, mode="ipm", residual="weight"), start[1])
 
 
 def test_compactness_of_a_plain_lora_is_refused(
-    plain_lora: Callable[..., tuple[Any, CovarianceSet]],
+    plain_lora: Callable[..., tuple[Any, CovarianceSet]], calibrated: Calibrated, adapt: Make
 ) -> None:
-    with pytest.raises(AdapterError, match="a plain LoRA has none"):
-        compactness_penalty(*plain_lora())
+    start = calibrated()
+    for model, covariances in (plain_lora(), (adapt(start, mode="kpm"), start[1])):
+        with pytest.raises(AdapterError, match='make the adapter with residual="weight", or use d'):
+            compactness_penalty(model, covariances)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from corda_kernels import CovarianceSet, RankSchedule
+from corda_kernels import CovarianceSet, RankSchedule, save_adapter
 from corda_kernels.errors import AdapterError, ConfigError
-from corda_kernels.initialization import LayerAdapter
-from corda_kernels.training.live import live_adapter
+from corda_kernels.initialization import LayerAdapter, live_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
@@ -45,9 +45,15 @@ def scheduled(model: Any, schedule: RankSchedule, **options: Any) -> tuple[Any, 
 
 @torch.no_grad()
 def revert(layer: LayerAdapter, components: slice) -> None:
-    """Overwrites components by their initial values."""
-    layer.A[components] = layer.A0[components]
-    layer.B[:, components] = layer.B0[:, components]
+    """Puts components back where they started; of a LoRA that is to delete both their rows."""
+    if layer.initial is not None:
+        layer.A[components] = layer.initial.A[components]
+        layer.B[:, components] = layer.initial.B[:, components]
+        return
+    for half in layer.A.view(2, -1, layer.A.shape[1]):
+        half[components] = 0
+    for half in layer.B.view(layer.B.shape[0], 2, -1).unbind(1):
+        half[:, components] = 0
 
 
 def unused(mode: str, rank: int) -> slice:
@@ -90,13 +96,13 @@ def test_the_full_rank_changes_no_bit(adapted: Callable[..., Any], mode: str) ->
     assert ranks.average_rank == 4.0
 
 
-@pytest.mark.parametrize("residual", ["pair", "weight"])
+@pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_components_beyond_the_rank_are_as_they_were_at_the_start(
-    adapted: Callable[..., Any], mode: str, use_peft: bool, residual: str
+    adapted: Callable[..., Any], mode: str, use_peft: bool, form: dict[str, Any]
 ) -> None:
-    model = adapted(mode, residual=residual, use_peft=use_peft)
+    model = adapted(mode, use_peft=use_peft, **form)
     whole = generate(model).logits
     found, ranks = scheduled(model, HALF)
     assert ranks.average_rank == 2.0
@@ -106,6 +112,39 @@ def test_components_beyond_the_rank_are_as_they_were_at_the_start(
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.logits, expected.logits)
     assert (found.logits[0] - whole[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_component_is_its_two_rows_of_the_lora(
+    adapted: Callable[..., Any], mode: str, kept: int
+) -> None:
+    """By a LoRA that has no other rows, at the rank and the scaling that are left."""
+    model = adapted(mode)
+    found, _ = scheduled(model, RankSchedule("linear", first=kept / 4, last=kept / 4, over=1))
+    components = torch.arange(kept) if mode == "ipm" else torch.arange(4 - kept, 4)
+    rows = torch.cat([components, components + 4])
+    for name, layer in live_adapter(model).layers.items():
+        lora = model.get_base_model().get_submodule(name)
+        assert layer.trained.rank == 8
+        lora.lora_A["default"].weight = nn.Parameter(layer.A[rows].detach())
+        lora.lora_B["default"].weight = nn.Parameter(layer.B[:, rows].detach())
+    expected = generate(model)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+def test_what_stock_peft_has_loaded_is_cut_off_by_its_rows(
+    adapted: Callable[..., Any], calibrated: Calibrated, tmp_path: Path
+) -> None:
+    save_adapter(adapted("kpm"), tmp_path)
+    stock = PeftModel.from_pretrained(calibrated()[0], tmp_path)
+    found, ranks = scheduled(stock, HALF)
+    assert ranks.average_rank == 4
+    for layer in live_adapter(stock).layers.values():
+        with torch.no_grad():
+            layer.A[4:] = 0
+    torch.testing.assert_close(found.logits, generate(stock).logits)
 
 
 @pytest.mark.parametrize("mode", ["ipm", "lora"])
@@ -138,7 +177,7 @@ def test_each_step_has_its_rank_and_the_cache_keeps_earlier_ones(
 
 def test_ranks_differ_by_layer_and_are_averaged(calibrated: Calibrated, adapt: Make) -> None:
     model = adapt(calibrated(), mode="kpm", budget="r=4", rank_multiple=2)
-    full = [layer.rank for layer in live_adapter(model).layers.values()]
+    full = [layer.trained.rank // 2 for layer in live_adapter(model).layers.values()]
     assert len(set(full)) > 1
     _, ranks = scheduled(model, HALF)
     assert ranks.average_rank == pytest.approx(sum(full) / len(full) / 2)
