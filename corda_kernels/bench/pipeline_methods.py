@@ -25,7 +25,7 @@ class Task:
         model: folder of the model.
         batches: token ids (1, seq), for PEFT takes one sequence at a time.
         mode: "ipm" or "kpm", where a contestant has them.
-        rank: of every layer.
+        rank: of every layer, or its components, of which `init_corda` makes a LoRA of twice that.
         device: where the model is.
     """
 
