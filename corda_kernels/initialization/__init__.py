@@ -1,6 +1,12 @@
 """U, Σ and W → a LoRA; adapted models, their folders and the ways out of them."""
 
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter
+from corda_kernels.initialization.attaching import (
+    attach,
+    check_at_hand,
+    load_for_training,
+    subtract_initial,
+)
 from corda_kernels.initialization.export import LoraExport, export_lora, merge
 from corda_kernels.initialization.factors import (
     AdapterFactors,
@@ -9,13 +15,9 @@ from corda_kernels.initialization.factors import (
     residual,
 )
 from corda_kernels.initialization.folder import (
-    attach,
     check_adapter_folder,
-    check_at_hand,
-    load_for_training,
     read_adapter,
     save_adapter,
-    subtract_initial,
     write_adapter,
 )
 from corda_kernels.initialization.linear import CordaLinear

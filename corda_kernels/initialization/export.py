@@ -18,16 +18,11 @@ from corda_kernels.initialization.adapter import LayerAdapter
 from corda_kernels.initialization.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.folder import (
-    CONFIG_FILE,
     INITIAL_FILE,
     RECORD_FILE,
     check_adapter_folder,
-    factor_key,
-    lora_layers,
     read_initial,
-    read_lora,
     with_initial,
-    write_lora,
 )
 from corda_kernels.initialization.linear import CordaLinear, detach_linears
 from corda_kernels.initialization.live import (
@@ -35,6 +30,13 @@ from corda_kernels.initialization.live import (
     check_start,
     live_adapter,
     residual_marker,
+)
+from corda_kernels.initialization.lora_files import (
+    CONFIG_FILE,
+    factor_key,
+    lora_layers,
+    read_lora,
+    write_lora,
 )
 from corda_kernels.initialization.peft_model import RESIDUAL_OF, lora_config
 from corda_kernels.linears import check_writable, linear_weight

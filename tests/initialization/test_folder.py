@@ -364,12 +364,18 @@ def test_whole_modules_come_back_and_train_on(
     assert not torch.equal(loaded.get_base_model().lm_head.weight, before)
 
 
+@pytest.mark.parametrize("residual", [None, "weight"])
 def test_resized_embeddings_come_back(
-    calibrated: Calibrated, adapt: Make, train: Make, logits: Logits, tmp_path: Path
+    calibrated: Calibrated,
+    adapt: Make,
+    train: Make,
+    logits: Logits,
+    tmp_path: Path,
+    residual: str | None,
 ) -> None:
     base, covariances = calibrated()
     base.resize_token_embeddings(70)
-    model = train(adapt((base, covariances)))
+    model = train(adapt((base, covariances), residual=residual))
     with torch.no_grad():
         base.get_input_embeddings().weight[64:] = 7.0
     with pytest.warns(UserWarning, match="the embedding layer has been resized"):
