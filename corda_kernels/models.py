@@ -143,7 +143,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def save_model(
-    model: PreTrainedModel, path: str | os.PathLike[str], *, source: str | os.PathLike[str]
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str],
+    card: str | None = None,
 ) -> None:
     """Writes a model's folder with its tokenizer; config.json, which makes it one, comes last.
 
@@ -153,6 +157,7 @@ def save_model(
         model: any.
         path: the folder.
         source: where its tokenizer is. Without one there is a warning, and none is written.
+        card: the model card, README.md; None for none.
 
     Raises:
         OutputError: the folder cannot be written; what was there is as it was.
@@ -167,6 +172,8 @@ def save_model(
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # as in _loading_errors; this may be a full disk
             raise OutputError(
                 f"cannot write the model to {path}: {_first_line(error)}; free some space or choose"

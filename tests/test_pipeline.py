@@ -239,8 +239,8 @@ def test_an_impossible_rank_is_found_before_the_model_runs(
         module.register_forward_pre_hook(lambda module, _: calls.append(module))
     with pytest.raises(RankError, match=layer):
         init_corda(model, random_batches(), config(rank=rank))
-    with pytest.raises(RankError, match=r"min_rank 9 needs .* the budget holds"):
-        init_corda(model, random_batches(), config(budget="r=4", min_rank=9))
+    with pytest.raises(RankError, match=r"min_rank 5 needs .* the budget holds"):
+        init_corda(model, random_batches(), config(budget="r=4", min_rank=5))
     with pytest.raises(TargetError, match="no linear layer matches targets"):
         init_corda(model, random_batches(), config(targets=["nothing"]))
     assert not calls

@@ -32,7 +32,9 @@ def init(
             metavar="FILE=WEIGHT", help="Covariance files to mix, instead; once for each file."
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Components of each layer.")] = 32,
+    rank: Annotated[
+        int, typer.Option(help="Components of each layer; the LoRA has twice that rank.")
+    ] = 32,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +86,7 @@ def init(
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.initialization import (
         check_adapter_folder,
+        model_card,
         subtract_initial,
         write_adapter,
     )
@@ -172,9 +175,10 @@ def init(
     if covariances is None:
         adapter.record.calibration["data"] = text.provenance()
     write_adapter(adapter, out)
+    form = "" if residual == "weight" else f": a LoRA of rank {config.rows * adapter.record.rank}"
     typer.echo(
         f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "
-        f"{len(adapter.layers)} layers of {adapter.record.base_name}"
+        f"{len(adapter.layers)} layers of {adapter.record.base_name}{form}"
     )
     if mix:
         mixed = options.describe_mixture(adapter.record.calibration["mixture"])
@@ -183,7 +187,12 @@ def init(
     _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)
     if save_base and adapter.initial is not None:
         subtract_initial(network, adapter.initial)
-        save_model(network, out / "base", source=model)
+        made = (
+            "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "
+            "useful model. Load it with that adapter (corda_kernels.load_for_training)."
+        )
+        card = model_card(model, "Residual of a CorDA adapter", made)
+        save_model(network, out / "base", source=model, card=card)
         typer.echo(f"{out / 'base'}: the base that it sits on")
     load = "PeftModel.from_pretrained(base, OUT, is_trainable=True)"
     if residual == "weight":

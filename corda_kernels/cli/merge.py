@@ -22,13 +22,14 @@ def merge(
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels.errors import ModelError, OutputError
     from corda_kernels.files import check_output
-    from corda_kernels.initialization import load_for_training, read_adapter
+    from corda_kernels.initialization import load_for_training, model_card
     from corda_kernels.initialization import merge as merge_into_base
+    from corda_kernels.initialization.lora_files import base_name, read_lora
     from corda_kernels.models import save_model
 
-    loaded = read_adapter(adapter)
+    named = base_name(read_lora(adapter)[0])
     check_output(out, folder=True)
-    source = model or loaded.record.base["source"]
+    source = model or named
     if source is None:
         raise ModelError(f"{adapter} does not say where its base is: say so with --model")
     if any((out / name).exists() for name in ("adapter_config.json", "corda.json")):
@@ -47,5 +48,6 @@ def merge(
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     check_output(out, folder=True, needed_bytes=size)
     merged: Any = merge_into_base(load_for_training(network, adapter))
-    save_model(merged, out, source=source)
+    made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
+    save_model(merged, out, source=source, card=model_card(source, "Merged model", made))
     typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

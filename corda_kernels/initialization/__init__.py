@@ -7,6 +7,7 @@ from corda_kernels.initialization.attaching import (
     load_for_training,
     subtract_initial,
 )
+from corda_kernels.initialization.card import model_card
 from corda_kernels.initialization.export import LoraExport, export_lora, merge
 from corda_kernels.initialization.factors import (
     AdapterFactors,
@@ -49,6 +50,7 @@ __all__ = [
     "live_adapter",
     "load_for_training",
     "merge",
+    "model_card",
     "published_factors",
     "read_adapter",
     "residual",

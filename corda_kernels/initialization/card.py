@@ -74,6 +74,26 @@ def export_card(source: str | None, rank: int, note: str) -> str:
     )
 
 
+def model_card(source: str | None, title: str, made: str) -> str:
+    """The card of a whole model.
+
+    Args:
+        source: name of the base.
+        title: what it is.
+        made: how it came about, and what it is for.
+    """
+    return _card(
+        source,
+        title,
+        [made],
+        _python(
+            "from transformers import AutoModelForCausalLM",
+            "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        ),
+        library="transformers",
+    )
+
+
 def _serving(rank: int) -> str:
     allowed = [each for each in SERVED_RANKS if each >= rank]
     if not allowed:
@@ -90,10 +110,12 @@ def _python(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
 
 
-def _card(source: str | None, title: str, made: list[str], *uses: str) -> str:
+def _card(
+    source: str | None, title: str, made: list[str], *uses: str, library: str = "peft"
+) -> str:
     """Front matter as the hub reads it, then the text; JSON strings are YAML ones too."""
     base = [] if source is None else [f"base_model: {json.dumps(source)}"]
-    front = ["---", *base, "library_name: peft", "tags:", "- lora", "- corda", "---"]
+    front = ["---", *base, f"library_name: {library}", "tags:", "- lora", "- corda", "---"]
     named = "a model without a name" if source is None else f"`{source}`"
     body = (f"# {title}", f"Base model: {named}.", " ".join(made), *uses)
     return "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"

@@ -33,12 +33,13 @@ from corda_kernels.initialization.live import (
 )
 from corda_kernels.initialization.lora_files import (
     CONFIG_FILE,
+    base_name,
     factor_key,
     lora_layers,
     read_lora,
     write_lora,
 )
-from corda_kernels.initialization.peft_model import RESIDUAL_OF, lora_config
+from corda_kernels.initialization.peft_model import lora_config
 from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.precision import without_autocast
 
@@ -125,7 +126,7 @@ def export_lora(
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "base_model_name_or_path": _base_name(config),
+        "base_model_name_or_path": base_name(config),
     }
     tensors = dict(others)
     for name, change in changes.items():
@@ -189,11 +190,6 @@ def _check_only_factors(others: Mapping[str, Tensor]) -> None:
                 f"the LoRA adapts more than the weights of linear layers ({key}), and can only be "
                 "copied: export it at its own rank, without patterns"
             )
-
-
-def _base_name(config: Mapping[str, Any]) -> str | None:
-    name = config.get("base_model_name_or_path")
-    return None if name is None else str(name).removeprefix(RESIDUAL_OF) or None
 
 
 def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:

@@ -31,15 +31,17 @@ from corda_kernels.initialization.lora_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     factor_key,
+    fits_residual,
     lora_layers,
     read_config,
     read_json,
     read_lora,
     read_tensors,
+    residual_name,
     write_config,
     write_lora,
 )
-from corda_kernels.initialization.peft_model import RESIDUAL_OF, TRAINED, lora_config
+from corda_kernels.initialization.peft_model import TRAINED, lora_config
 from corda_kernels.initialization.record import AdapterRecord
 
 RECORD_FILE = "corda.json"
@@ -112,7 +114,7 @@ def _staged(
             write_initial(folder, initial)
             # PEFT's own word for it, which it refuses to load on a base as it is.
             config["init_lora_weights"] = "corda"
-            config["base_model_name_or_path"] = f"{RESIDUAL_OF}{record.base['source'] or ''}"
+            config["base_model_name_or_path"] = residual_name(record.base["source"])
         write_config(folder, config)
         write_bytes(folder / CARD_FILE, adapter_card(record, config["r"]).encode())
         write_bytes(folder / RECORD_FILE, described)
@@ -213,7 +215,7 @@ def read_initial(folder: Path) -> dict[str, AdapterFactors] | None:
     """
     file = folder / INITIAL_FILE
     if not file.is_file():
-        if str(read_config(folder).get("base_model_name_or_path")).startswith(RESIDUAL_OF):
+        if fits_residual(read_config(folder)):
             raise AdapterError(
                 f"{folder} lacks {INITIAL_FILE}, the part of the base that its adapter has taken "
                 "over: copy it from the folder of the fresh adapter"

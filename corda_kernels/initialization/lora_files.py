@@ -20,6 +20,9 @@ from corda_kernels.initialization.factors import AdapterFactors
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
+# What an adapter beside a residual fits is no model that could be loaded: this goes before the
+# base's name in its configuration.
+_RESIDUAL_OF = "residual of "
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -43,6 +46,22 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     # PEFT holds some lists of names as sets.
     text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False, default=sorted)
     write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
+
+
+def residual_name(source: str | None) -> str:
+    """What the configuration of an adapter beside a residual names as its base."""
+    return f"{_RESIDUAL_OF}{source or ''}"
+
+
+def fits_residual(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter fits the residual of its base alone."""
+    return str(config.get("base_model_name_or_path")).startswith(_RESIDUAL_OF)
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """The untouched base of a LoRA; None where its configuration names none."""
+    name = config.get("base_model_name_or_path")
+    return None if name is None else str(name).removeprefix(_RESIDUAL_OF) or None
 
 
 def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,10 +12,9 @@ from torch import nn
 
 from corda_kernels.errors import AdapterError
 from corda_kernels.initialization.adapter import Adapter
+from corda_kernels.initialization.lora_files import residual_name
 
 TRAINED = "default"
-# What such an adapter fits is no model that could be loaded, and its configuration says so.
-RESIDUAL_OF = "residual of "
 
 
 def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> PeftModel:
@@ -72,7 +71,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
         alpha_pattern={names[name]: own for name, own in alphas.items() if own != alpha},
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
-        base_model_name_or_path=source if record.residual is None else RESIDUAL_OF + (source or ""),
+        base_model_name_or_path=source if record.residual is None else residual_name(source),
         **record.lora,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from small_text import SMALL
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ def test_init_writes_an_adapter_that_starts_at_the_base(
     model, out = place / "model", tmp_path / "out"
     # Unpacked, the questions hold about 120 tokens: enough for every layer.
     shown = invoke("init", model, out, "--mode", "ipm", "--data", place / file, *SMALL, *options)
-    assert f"{out}: IPM adapter of rank 4 for 14 layers of {model}" in shown
+    assert f"{out}: IPM adapter of rank 4 for 14 layers of {model}: a LoRA of rank 8" in shown
     assert "calibration: " in shown
     assert "next: " in shown
     base = AutoModelForCausalLM.from_pretrained(model)
@@ -196,6 +197,30 @@ def test_a_base_to_store_counts_as_needed_space(
     assert (status, len(lines)) == (2, 1)
     assert "needs about" in lines[0]
     assert command("init", place / "model", tmp_path / "out", *data)[0] == 0
+
+
+@pytest.mark.parametrize("residual", ["none", "weight"])
+def test_all_factors_of_the_adapter_count_as_needed_space(
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    tmp_path: Path,
+    residual: str,
+) -> None:
+    # Four components in 14 layers with Σ(out + in) = 928, as 2 rows each or as A, A0, B and B0.
+    size = 4 * 2 * 4 * 928
+    usage = namedtuple("usage", "total used free")
+    data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm", "--residual", residual)
+    for free, expected in ((size - 1, 2), (2 * size, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(2**40, 0, free))
+        status, _, lines = command("init", place / "model", tmp_path / "out", *data)
+        assert (status, len(lines)) == (expected, 1 if expected else 0)
+    found = sum(
+        tensor.nbytes
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+    assert found == size
 
 
 def test_few_tokens_are_one_warning(

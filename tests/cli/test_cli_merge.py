@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from small_text import SMALL
@@ -34,6 +35,9 @@ def test_a_stored_base_goes_through_training_export_and_merge(
     data = ("--data", place / "text.txt", *SMALL, "--residual", "weight", "--save-base")
     shown = invoke("init", source, out, "--mode", "ipm", *data)
     assert f"{out / 'base'}: the base that it sits on" in shown
+    card = ModelCard.load(out / "base" / "README.md")
+    assert card.data.base_model == str(source)
+    assert "by itself it is no useful model" in card.text
     untouched = AutoModelForCausalLM.from_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(out / "base")
     kept = [
@@ -81,9 +85,13 @@ def test_an_adapter_goes_through_training_export_and_merge(
         f"PeftModel.from_pretrained(base, {lora})\n"
     )
     assert torch.equal(logits(PeftModel.from_pretrained(untouched, tmp_path / "lora")), trained)
+    (out / "corda.json").unlink()  # as in a checkpoint of Trainer
     invoke("merge", out, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert same_logits(logits(merged), model)
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (str(source), "transformers")
+    assert "with the LoRA of out folded into its weights" in card.text
 
 
 def test_export_cuts_a_lora_off_and_says_what_is_lost(
