@@ -76,7 +76,8 @@ def report(folder: Annotated[Path, typer.Argument(help="Where the results are.")
     else:
         text = f"{table(results)}\n\nAll learning rates:\n\n{grid(results)}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    draw(results, folder)
+    if results["settings"]["profile"] != "forms":  # which is measured at its end only
+        draw(results, folder)
     print(text)
 
 

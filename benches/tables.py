@@ -365,11 +365,12 @@ def selections(results: Results) -> str:
 
 def first_steps(results: Results) -> str:
     """How far the first step of the plain form is from the pair's."""
+    keys = ("all", "median", "worst")
     rows = [
-        [row["mode"].upper(), row["optimiser"], relative(row["median"]), relative(row["worst"])]
+        [row["mode"].upper(), row["optimiser"], *(f"{row[key]:.2%}" for key in keys)]
         for row in results["rows"]
     ]
-    header = ("", "optimiser", "median over the layers", "worst layer")
+    header = ("", "optimiser", "all layers", "median layer", "worst layer")
     return markdown(header, rows, text=2) + notes(measured_on(results))
 
 

@@ -303,8 +303,7 @@ class _WholeWeights(LinearWeights):
 
     def __getitem__(self, name: str) -> Tensor:
         residual = super().__getitem__(name)
-        wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        return wide + _initial(self._layers[name]).product().to(residual.device)
+        return residual + _initial(self._layers[name]).product().to(residual.device)
 
 
 def _sum(
