@@ -146,7 +146,7 @@ def cost(model: str, out: Path) -> None:
         for name, runs in found.items()
     ]
     shape = {"rank": PROFILE.rank, "sequences": SEQUENCES, "tokens": TOKENS}
-    described = {"model": model, **shape, "environment": environment(torch.device("cpu"))}
+    described = {"model": Path(model).name, **shape, "environment": environment(torch.device("cpu"))}
     write_json(out, {"rows": rows, **described})
 
 

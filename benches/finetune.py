@@ -8,8 +8,8 @@ github.com/openai/grade-school-math; fields question and answer), nq_open_dev.js
 nq_open_efficientqa_dev.jsonl (from github.com/google-research-datasets/natural-questions, nq_open;
 question and answer, a list).
 
-Adapters are trained on gsm8k_train, of equal size but for the published forms of half as many
-parameters: the same problems in the same order from each
+Adapters of equal size (the published form, the pair and lora-r have half as many parameters) are
+trained on gsm8k_train: the same problems in the same order from each
 method's start, with each learning rate of its grid; then each method with its best rate on other
 problems. Three things are measured on the way, as negative log-likelihood a token: answers of
 gsm8k_test, the task; answers of nq_open_efficientqa_dev after a few answered questions, what is

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, init_corda
-from corda_kernels.errors import ConfigError, ModelError
+from corda_kernels.errors import ConfigError, ModelError, TargetError
 from corda_kernels.initialization import CordaLinear, adapter_of
 from corda_kernels.pipeline import corda_adapter
 
@@ -69,8 +69,14 @@ def test_an_option_that_nobody_has_is_refused_as_python_does() -> None:
         ({"lora_dropout": float("nan")}, "lora_dropout must be from 0 to below 1, got nan"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is a list of names, got 'lm_head'"),
         ({"residual": "pair"}, "residual must be one of None, 'weight', got 'pair'"),
-        ({"residual": "weight", "hold": 8}, 'residual="weight" is the published form, which has'),
-        ({"residual": "weight", "use_dora": True}, "is no DoRA: leave residual at None"),
+        (
+            {"residual": "weight", "hold": 8},
+            'residual="weight" is the published form: it has a scale',
+        ),
+        (
+            {"residual": "weight", "use_dora": True},
+            "no DoRA, and dropout would drop pretrained weight: leave residual at None",
+        ),
         ({"hold": 0}, "hold must be positive and finite"),
     ],
 )
@@ -88,16 +94,17 @@ def test_nothing_is_passed_on_by_default(calibrated: Calibrated) -> None:
     assert corda_adapter(*calibrated(), config()).record.lora == {}
 
 
-@pytest.mark.parametrize("residual", [None, "weight"])
+@pytest.mark.parametrize(("residual", "dropout"), [(None, 0.5), ("weight", 0.0)])
 def test_options_are_passed_on_to_loraconfig_and_noted(
-    calibrated: Calibrated, residual: Any
+    calibrated: Calibrated, residual: Any, dropout: float
 ) -> None:
-    options = {"lora_dropout": 0.5, "modules_to_save": ("lm_head",)}
+    options = {"lora_dropout": dropout, "modules_to_save": ("lm_head",)}
     model = init_corda(*calibrated(), config(residual=residual, **options))
     found = model.peft_config["default"]
-    assert (found.lora_dropout, found.modules_to_save) == (0.5, ["lm_head"])
+    assert (found.lora_dropout, found.modules_to_save) == (dropout, ["lm_head"])
     assert not found.use_dora
-    assert model.corda_record.lora == {"lora_dropout": 0.5, "modules_to_save": ["lm_head"]}
+    noted = {"modules_to_save": ["lm_head"]} | ({"lora_dropout": 0.5} if dropout else {})
+    assert model.corda_record.lora == noted
     assert model.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
 
 
@@ -197,3 +204,35 @@ def test_a_wrapped_model_is_refused_before_anything_runs(
     assert not calls
     adapted = init_corda(getattr(wrapped, inside), covariances, config())
     assert torch.equal(logits(adapted), logits(calibrated()[0]))
+
+
+@pytest.mark.parametrize(
+    ("saved", "reason"),
+    [
+        ("nonsuch", "names 'nonsuch', which the model does not have"),
+        ("mlp", "names 'mlp', and layer model.layers.0.mlp.gate_proj in it is to be adapted"),
+        ("down_proj", "layer model.layers.0.mlp.down_proj in it is to be adapted"),
+    ],
+)
+def test_modules_to_save_are_checked_before_anything_runs(
+    calibrated: Calibrated, saved: str, reason: str
+) -> None:
+    model, _ = calibrated()
+
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError("the model was run")
+        yield
+
+    with pytest.raises(TargetError, match=reason):
+        init_corda(model, batches(), CordaConfig("ipm", rank=4, modules_to_save=[saved]))
+
+
+@pytest.mark.parametrize("dropout", ["x", None, -0.1, 1.0])
+def test_a_dropout_that_is_none_is_refused(dropout: Any) -> None:
+    with pytest.raises(ConfigError, match="lora_dropout must be from 0 to below 1"):
+        CordaConfig("ipm", lora_dropout=dropout)
+
+
+def test_the_published_form_takes_no_dropout() -> None:
+    with pytest.raises(ConfigError, match="dropout would drop pretrained weight"):
+        CordaConfig("ipm", residual="weight", lora_dropout=0.1)

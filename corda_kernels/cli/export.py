@@ -12,7 +12,8 @@ def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     rank: Annotated[
-        int | None, typer.Option(help="Rank to cut the LoRA off at; all of it if not given.")
+        int | None,
+        typer.Option(help="Rank to cut the LoRA off at; it has twice its components."),
     ] = None,
 ) -> None:
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""

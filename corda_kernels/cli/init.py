@@ -63,7 +63,7 @@ def init(
     ] = None,
     hold: Annotated[
         float,
-        typer.Option(help="How firmly training is held to the components: 1 least, 16 most."),
+        typer.Option(help="How firmly training is held to the components, such as 1 or 8."),
     ] = 1.0,
     residual: Annotated[
         Literal["none", "weight"],

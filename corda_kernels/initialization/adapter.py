@@ -52,10 +52,11 @@ class LayerAdapter:
         """
         if self.initial is None:
             return self.trained
-        A0, B0 = self.initial.A.to(self.A), self.initial.B.to(self.B)
-        A = torch.cat([self.A - A0, A0])
-        B = torch.cat([self.B, self.B - B0], 1)
-        return AdapterFactors(A, B, self.scaling)
+        # The weight lacks the initial product as it was, whatever the trained factors were cast to.
+        wide = torch.promote_types(self.A.dtype, self.initial.A.dtype)
+        A, B = self.A.to(wide), self.B.to(wide)
+        A0, B0 = self.initial.A.to(A), self.initial.B.to(B)
+        return AdapterFactors(torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1), self.scaling)
 
 
 @dataclass(frozen=True, eq=False)

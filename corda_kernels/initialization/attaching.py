@@ -36,8 +36,9 @@ def load_for_training(
     """Attaches an adapter from its folder, ready to train or to run.
 
     This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
-    check that it is the right base. What else PEFT finds in the folder, such as embeddings that
-    were trained too, it restores. Only an adapter with `residual="weight"` needs this function.
+    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
+    folder, such as embeddings that were trained too, it restores. Only an adapter with
+    `residual="weight"` needs this function.
 
     Args:
         base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,

@@ -28,7 +28,7 @@ from corda_kernels.initialization.linear import CordaLinear, detach_linears
 from corda_kernels.initialization.live import (
     adapter_of,
     check_start,
-    live_adapter,
+    check_start_is_known,
     residual_marker,
 )
 from corda_kernels.initialization.lora_files import (
@@ -87,7 +87,8 @@ def export_lora(
     Raises:
         AdapterError: the source is no LoRA, or a damaged one; or a rank is asked for with DoRA.
         RankError: the rank is not at least 1.
-        OutputError: the folder cannot be written, or holds an adapter or a model.
+        OutputError: the folder cannot be written, is the source itself, or holds a model or an
+            adapter with a record.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise RankError(f"the rank of an export must be a whole number of at least 1, got {rank!r}")
@@ -98,11 +99,18 @@ def export_lora(
             "be cut off alone: export it at its own rank"
         )
     folder = check_adapter_folder(out)
-    if any((folder / name).exists() for name in (RECORD_FILE, INITIAL_FILE)):
+    same = not isinstance(source, nn.Module) and folder.resolve() == Path(source).resolve()
+    if same or any((folder / name).exists() for name in (RECORD_FILE, INITIAL_FILE)):
         raise OutputError(
             f"{folder} holds an adapter, which the export would damage: choose another folder"
         )
     changes = {name: layer.change() for name, layer in layers.items()}
+    for name, change in changes.items():
+        if not (change.A.isfinite().all() and change.B.isfinite().all()):
+            raise AdapterError(
+                f"layer {name} has factors that are not finite: the training has diverged; take an "
+                "earlier checkpoint"
+            )
     widest = max(change.rank for change in changes.values())
     result = LoraExport(widest)
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
@@ -135,7 +143,7 @@ def export_lora(
     note = (
         f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
         if result.layer
-        else "It is exactly what was trained."
+        else "Nothing was cut off."
     )
     with filled_folder(folder, last=CONFIG_FILE) as staged:
         write_lora(staged, described, tensors)
@@ -161,7 +169,7 @@ def _source(
         folder = Path("the model")
         initial = getattr(source, "corda_initial", None)
         if initial is None:
-            _check_start_is_zero(source)
+            check_start_is_known(source, {})
         tensors = dict(get_peft_model_state_dict(source, adapter_name=source.active_adapter))
         config = source.peft_config[source.active_adapter].to_dict()
     else:
@@ -171,15 +179,6 @@ def _source(
     keys = {factor_key(name, factor) for name in layers for factor in "AB"}
     others = {key: tensor for key, tensor in tensors.items() if key not in keys}
     return config, others, layers
-
-
-def _check_start_is_zero(model: nn.Module) -> None:
-    """Refuses adapters of which stock PEFT does not keep what they began with."""
-    from peft.tuners.lora import LoraLayer
-
-    # DoRA computes more than W x + B A x, but is exported as it is.
-    if not any(isinstance(each, LoraLayer) and each.lora_variant for each in model.modules()):
-        live_adapter(model)
 
 
 def _check_only_factors(others: Mapping[str, Tensor]) -> None:
@@ -229,8 +228,8 @@ def _warn_if_too_wide(rank: int) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """Folds the adapter into the weights and takes it off; the model is plain again.
 
-    Each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and rounded once.
-    Of a PeftModel this is its own `merge_and_unload`.
+    Without PEFT each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and
+    rounded once. A PeftModel is merged by its own `merge_and_unload`.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.

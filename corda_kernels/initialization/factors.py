@@ -40,6 +40,11 @@ class AdapterFactors:
         """Rows of A."""
         return self.A.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Out, rows and in."""
+        return self.B.shape[0], self.A.shape[0], self.A.shape[1]
+
     def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
         """The same in another dtype or on another device."""
         A, B = self.A.to(where, copy=copy), self.B.to(where, copy=copy)
@@ -73,8 +78,8 @@ def adapter_factors(
     R is Pᵀ G as that of ΔA is B0ᵀ G, the gradient of Q is G Sᵀ as that of ΔB is G A0ᵀ, and P and S
     have none until R and Q have moved.
 
-    The columns of P and the rows of S all have the length hold/√3. Each factor then has `hold`
-    times the RMS of LoRA's own A, and the scaling is 1/hold, so that learning rates of LoRA suit.
+    The columns of P and the rows of S all have the length hold/√3, which for a hold of 1 is that of
+    the rows of LoRA's own A, and the scaling is 1/hold, so that learning rates of LoRA suit.
     The larger `hold` is, the smaller is the share by which an optimiser of Adam's kind turns P and
     S, and the closer the change stays to the tangent space {U X + Y Uᵀ W}.
 

@@ -29,6 +29,7 @@ from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.live import adapter_of, record_of
 from corda_kernels.initialization.lora_files import (
     CONFIG_FILE,
+    TRAINED,
     WEIGHTS_FILE,
     factor_key,
     fits_residual,
@@ -41,7 +42,7 @@ from corda_kernels.initialization.lora_files import (
     write_config,
     write_lora,
 )
-from corda_kernels.initialization.peft_model import TRAINED, lora_config
+from corda_kernels.initialization.peft_model import lora_config
 from corda_kernels.initialization.record import AdapterRecord
 
 RECORD_FILE = "corda.json"
@@ -150,7 +151,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     if record is None:
         raise AdapterError(
             f"{folder} has no {RECORD_FILE}: it was not written by this package, or the file was "
-            "left behind; copy it from the folder of the fresh adapter. PEFT needs it not: "
+            "left behind; copy it from the folder of the fresh adapter. PEFT does not need it: "
             "PeftModel.from_pretrained loads the folder as it is"
         )
     layers = lora_layers(*read_lora(folder), folder)
@@ -182,15 +183,7 @@ def with_initial(
         return {name: LayerAdapter(own) for name, own in layers.items()}
     for name in sorted(layers.keys() | initial.keys()):
         own, part = layers.get(name), initial.get(name)
-        if (
-            own is None
-            or part is None
-            or (own.A.shape, own.B.shape)
-            != (
-                part.A.shape,
-                part.B.shape,
-            )
-        ):
+        if own is None or part is None or own.shape != part.shape:
             raise AdapterError(
                 f"{folder / INITIAL_FILE} and {WEIGHTS_FILE} differ in layer {name}: they belong "
                 "to different adapters; copy the first from the folder of the fresh adapter"
@@ -213,15 +206,15 @@ def read_initial(folder: Path) -> dict[str, AdapterFactors] | None:
     Raises:
         AdapterError: it is missing or altered.
     """
-    file = folder / INITIAL_FILE
-    if not file.is_file():
-        if fits_residual(read_config(folder)):
-            raise AdapterError(
-                f"{folder} lacks {INITIAL_FILE}, the part of the base that its adapter has taken "
-                "over: copy it from the folder of the fresh adapter"
-            )
-        return None
-    return lora_layers(read_config(folder), read_tensors(file, "A0 and B0"), folder)
+    file, config = folder / INITIAL_FILE, read_config(folder)
+    if file.is_file() != fits_residual(config):
+        raise AdapterError(
+            f"{file} is left over from another adapter: delete it"
+            if file.is_file()
+            else f"{folder} lacks {INITIAL_FILE}, the part of the base that its adapter has taken "
+            "over: copy it from the folder of the fresh adapter"
+        )
+    return lora_layers(config, read_tensors(file, "A0 and B0"), folder) if file.is_file() else None
 
 
 def read_record(folder: Path) -> AdapterRecord | None:

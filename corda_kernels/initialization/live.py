@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from corda_kernels.errors import AdapterError
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.linear import CordaLinear
+from corda_kernels.initialization.lora_files import TRAINED, fits_residual
 from corda_kernels.initialization.record import AdapterRecord
 
 # Values of PEFT's init_lora_weights that start with B A = 0 and leave the base as it was.
@@ -45,8 +47,11 @@ def live_adapter(model: nn.Module) -> LiveAdapter:
     from peft import PeftModel
 
     initial: dict[str, AdapterFactors] = getattr(model, "corda_initial", None) or {}
+    record = getattr(model, "corda_record", None)
     if isinstance(model, PeftModel):
-        _check_start_is_known(model, initial)
+        if model.active_adapters != [TRAINED]:  # another one is not what these are of
+            initial, record = {}, None
+        check_start_is_known(model, initial)
         base, (trained, modules) = model.get_base_model(), _lora_layers(model)
     else:
         base, (trained, modules) = model, _corda_linears(model)
@@ -56,7 +61,7 @@ def live_adapter(model: nn.Module) -> LiveAdapter:
             "hand: attach the adapter with load_for_training, which reads it from its folder"
         )
     layers = {name: LayerAdapter(own, initial.get(name)) for name, own in trained.items()}
-    return LiveAdapter(layers, modules, getattr(model, "corda_record", None))
+    return LiveAdapter(layers, modules, record)
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -117,8 +122,12 @@ def _corda_linears(model: nn.Module) -> tuple[dict[str, AdapterFactors], dict[st
     return found, dict(modules)
 
 
-def _check_start_is_known(model: Any, initial: dict[str, AdapterFactors]) -> None:
-    """Makes sure that the one active adapter is a LoRA that began at B A = 0, or at `initial`."""
+def check_start_is_known(model: Any, initial: Mapping[str, AdapterFactors]) -> None:
+    """Makes sure that the one active adapter is a LoRA that began at B A = 0, or at `initial`.
+
+    Raises:
+        AdapterError: it is not.
+    """
     from peft import LoraConfig
 
     if len(model.active_adapters) != 1:
@@ -135,6 +144,11 @@ def _check_start_is_known(model: Any, initial: dict[str, AdapterFactors]) -> Non
         )
     if not initial:
         check_start(config.init_lora_weights, f"adapter {active!r}")
+        if fits_residual(config.to_dict()):
+            raise AdapterError(
+                f"adapter {active!r} fits the residual of its base, and what that has lost is not "
+                "at hand: attach the adapter with load_for_training, which reads it from its folder"
+            )
 
 
 def check_start(init_lora_weights: Any, adapter: str) -> None:

@@ -19,6 +19,8 @@ from corda_kernels.initialization.factors import AdapterFactors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# PEFT's name for a model's first adapter, whose files stand in the folder itself.
+TRAINED = "default"
 
 # What an adapter beside a residual fits is no model that could be loaded: this goes before the
 # base's name in its configuration.

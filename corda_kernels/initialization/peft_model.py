@@ -12,9 +12,7 @@ from torch import nn
 
 from corda_kernels.errors import AdapterError
 from corda_kernels.initialization.adapter import Adapter
-from corda_kernels.initialization.lora_files import residual_name
-
-TRAINED = "default"
+from corda_kernels.initialization.lora_files import TRAINED, residual_name
 
 
 def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> PeftModel:

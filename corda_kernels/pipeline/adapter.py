@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from corda_kernels.errors import (
     ModelError,
     RankDeficientWarning,
     RankError,
+    TargetError,
 )
 from corda_kernels.initialization import (
     Adapter,
@@ -202,8 +203,8 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     """The layers that `config` selects, after a check of its rank or budget.
 
     Raises:
-        TargetError: no layer matches, one shares its weight with another module, or one is
-            quantised and residual is "weight".
+        TargetError: no layer matches, one shares its weight with another module, one is quantised
+            and residual is "weight", or modules_to_save names what is not there or adapted.
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer, or the budget does not pay for the least.
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
@@ -220,6 +221,7 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
     check_unwrapped(model)
     modules = target_linears(model, config.targets, config.exclude_modules)
     check_unshared(model, modules)
+    _check_saved(model, modules, config.modules_to_save or ())
     if config.residual == "weight":
         check_writable(
             modules,
@@ -243,6 +245,24 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
                 f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"
             )
     return modules
+
+
+def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+    """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
+    for ending in saved:
+        whole = [
+            name
+            for name, _ in model.named_modules()
+            if name == ending or name.endswith(f".{ending}")
+        ]
+        if not whole:
+            raise TargetError(f"modules_to_save names {ending!r}, which the model does not have")
+        for name in modules:
+            if any(name == part or name.startswith(f"{part}.") for part in whole):
+                raise TargetError(
+                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
+                    "leave it out by exclude_modules, or do not name it"
+                )
 
 
 def _covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> dict[str, nn.Module]:

@@ -58,8 +58,8 @@ class CordaConfig:
         selection: "argmin" keeps for each layer the candidate with the lowest score, as CorDA++
             does; "pool" takes all of them together. See `select_covariance`.
         condition: π in the scores of selection and budget; see `corda_kernels.compactness`.
-        hold: how firmly training is held to what the components span; see `adapter_factors`. 1 lets
-            go most, 4 to 16 hold more than the published form does.
+        hold: how firmly training is held to what the components span; see `adapter_factors`. Twice
+            as much about quarters the share of the change that leaves them.
         residual: None for a plain LoRA that starts at zero on the untouched base; "weight" for the
             published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
@@ -138,12 +138,13 @@ class CordaConfig:
             )
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save is a list of names, got {self.modules_to_save!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
-        if self.residual is not None and (self.hold != 1 or self.use_dora):
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}")
+        if self.residual is not None and (self.hold != 1 or self.use_dora or self.lora_dropout):
             raise ConfigError(
-                'residual="weight" is the published form, which has a scale of its own (no hold) '
-                "and is no DoRA: leave residual at None for these"
+                'residual="weight" is the published form: it has a scale of its own (no hold), is '
+                "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
+                "these"
             )
 
     @property

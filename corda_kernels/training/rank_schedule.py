@@ -198,15 +198,14 @@ def _reverting(
             return None
         components = torch.arange(layer.trained.rank, device=layer.A.device) % full
         unused = components < full - rank if smallest_first else components >= rank
-        x = args[0].to(layer.A.dtype)
-        learnt = _low_rank(x, layer.A[unused], layer.B[:, unused])
+        learnt = _low_rank(args[0], layer.A[unused], layer.B[:, unused])
         if layer.initial is not None:
-            A0, B0 = layer.initial.A.to(layer.A), layer.initial.B.to(layer.B)
-            learnt = learnt - _low_rank(x, A0[unused], B0[:, unused])
+            initial = layer.initial.to(layer.A.device)
+            learnt = learnt - _low_rank(args[0], initial.A[unused], initial.B[:, unused])
         return (output - layer.scaling * learnt).to(output.dtype)
 
     return hook
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return functional.linear(functional.linear(x, A), B)
+    return functional.linear(functional.linear(x.to(A.dtype), A), B)

@@ -30,7 +30,7 @@ def record(source: str | None = "owner/base", **changes: Any) -> AdapterRecord:
     [
         lambda source: adapter_card(record(source), 8),
         lambda source: adapter_card(record(source, hold=None, residual="weight"), 4),
-        lambda source: export_card(source, 8, "It is exactly what was trained."),
+        lambda source: export_card(source, 8, "Nothing was cut off."),
     ],
     ids=["plain", "published", "export"],
 )

@@ -18,6 +18,7 @@ from corda_kernels.initialization import (
     LayerAdapter,
     LoraExport,
     adapter_of,
+    live_adapter,
     residual_marker,
     subtract_initial,
 )
@@ -399,7 +400,7 @@ def test_the_card_says_what_base_and_rank_and_how_to_load_it(
     for expected in (
         f"base_model: {json.dumps(name)}\n",
         f"Base model: `{name}`.",
-        "A plain LoRA of rank 8 for the untouched base. It is exactly what was trained.",
+        "A plain LoRA of rank 8 for the untouched base. Nothing was cut off.",
         "PeftModel.from_pretrained(base, FOLDER)",
         "--max-lora-rank 8`.",
     ):
@@ -538,3 +539,74 @@ def test_an_export_does_not_damage_an_adapter(
         (tmp_path / "corda.json").unlink()
         with pytest.raises(OutputError, match="holds an adapter"):
             export_lora(tmp_path, tmp_path)
+
+
+def test_the_change_is_exact_where_the_trained_factors_were_cast(
+    calibrated: Calibrated, adapt: Make, train: Make, tmp_path: Path
+) -> None:
+    model = train(adapt(calibrated(), residual="weight")).to(torch.bfloat16)
+    initial = model.corda_initial
+    export_lora(model, tmp_path)
+    for name, (A, B) in written(tmp_path).items():
+        layer = model.get_base_model().get_submodule(name)
+        trained = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        taken = initial[name].B.double() @ initial[name].A.double()
+        expected = trained - taken
+        assert (B.double() @ A.double() - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def test_an_adapter_of_a_residual_that_stock_peft_loaded_is_refused(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    adapt(calibrated(), residual="weight").save_pretrained(tmp_path / "checkpoint")
+    stock = PeftModel.from_pretrained(calibrated()[0], tmp_path / "checkpoint")
+    with pytest.raises(AdapterError, match="fits the residual of its base"):
+        export_lora(stock, tmp_path / "out")
+
+
+def test_dora_hides_no_foreign_start(calibrated: Calibrated, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=2, use_dora=True, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"]
+    )
+    with pytest.raises(AdapterError, match="init_lora_weights='pissa'"):
+        export_lora(get_peft_model(calibrated()[0], config), tmp_path)
+
+
+def test_an_export_does_not_replace_its_source(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    adapt(calibrated()).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="choose another folder"):
+        export_lora(tmp_path, tmp_path, rank=2)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_initial_factors_that_another_adapter_left_behind_are_named(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    save_adapter(adapt(calibrated(), residual="weight", rank=8), tmp_path)
+    (tmp_path / "corda.json").unlink()
+    adapt(calibrated(), rank=4).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"corda_initial\.safetensors is left over"):
+        export_lora(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_training_that_diverged_is_not_exported(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path, rank: int | None
+) -> None:
+    model = adapt(calibrated())
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        model.get_base_model().get_submodule(name).lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(AdapterError, match=rf"layer {name} .* not finite: .*diverged"):
+        export_lora(model, tmp_path / "out", rank=rank)
+
+
+def test_the_record_is_of_the_adapter_default_alone(calibrated: Calibrated, adapt: Make) -> None:
+    model = adapt(calibrated())
+    assert live_adapter(model).record is not None
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert live_adapter(model).record is None
