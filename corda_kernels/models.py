@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POSITIONS = re.compile(r"wpe|position")
+# Torch's wrappers of whole models, by name since importing them takes seconds, and where they keep
+# the model.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -309,20 +317,12 @@ def check_unwrapped(model: nn.Module) -> None:
     Raises:
         ModelError: it is wrapped.
     """
-    from torch._dynamo import OptimizedModule
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-    inside = None
-    if isinstance(model, OptimizedModule):
-        inside = "_orig_mod"
-    elif isinstance(model, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
-        inside = "module"
-    if inside is not None:
-        raise ModelError(
-            f"the model is wrapped in {type(model).__name__}: initialise the model inside "
-            f"(model.{inside}) first, and wrap what that returns"
-        )
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+            raise ModelError(
+                f"the model is wrapped in {kind.__name__}: initialise the model inside "
+                f"(model.{_WRAPPERS[kind.__name__]}) first, and wrap what that returns"
+            )
 
 
 def target_linears(
