@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,11 +155,11 @@ def test_a_copy_is_an_adapted_model_of_its_own(
 ) -> None:
     model = train(adapt(calibrated(), residual=residual))
     trained = logits(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(other), trained)
-        save_adapter(train(other), tmp_path)
-        assert not torch.allclose(logits(other), trained, atol=0.1)
-        assert torch.equal(logits(load_for_training(calibrated()[0], tmp_path)), logits(other))
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), trained)
+    save_adapter(train(other), tmp_path)
+    assert not torch.allclose(logits(other), trained, atol=0.1)
+    assert torch.equal(logits(load_for_training(calibrated()[0], tmp_path)), logits(other))
     assert torch.equal(logits(model), trained)
 
 
