@@ -405,7 +405,7 @@ def test_a_checkpoint_that_peft_wrote_alone_loads(
     assert loaded.corda_record is None
     with pytest.raises(AdapterError, match="no record of how it was made: stock PEFT saves"):
         save_adapter(loaded, tmp_path)
-    with pytest.raises(AdapterError, match=r"has no corda\.json: .*PEFT needs it not"):
+    with pytest.raises(AdapterError, match=r"has no corda\.json: .*PEFT does not need it"):
         read_adapter(tmp_path)
 
 
