@@ -286,7 +286,7 @@ def test_an_option_of_peft_that_has_no_place_is_refused_with_the_reason(name: st
 
 @pytest.mark.parametrize("options", [{"hold": 2}, {"use_dora": True}])
 def test_the_published_form_has_neither_hold_nor_dora(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is the published form, which has a scale of its own"):
+    with pytest.raises(ConfigError, match="is the published form: it has a scale of its own"):
         config(residual="weight", **options)
 
 

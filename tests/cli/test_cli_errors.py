@@ -56,7 +56,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "hold of the published form": (
         (*INIT, *TEXT, "--residual", "weight", "--hold", 8),
-        'residual="weight" is the published form, which has a scale of its own (no hold)',
+        'residual="weight" is the published form: it has a scale of its own (no hold)',
     ),
     "a base to store that stays as it is": (
         (*INIT, *TEXT, "--save-base"),
