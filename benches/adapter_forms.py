@@ -146,8 +146,8 @@ def cost(model: str, out: Path) -> None:
         for name, runs in found.items()
     ]
     shape = {"rank": PROFILE.rank, "sequences": SEQUENCES, "tokens": TOKENS}
-    described = {"model": Path(model).name, **shape, "environment": environment(torch.device("cpu"))}
-    write_json(out, {"rows": rows, **described})
+    machine = environment(torch.device("cpu"))
+    write_json(out, {"rows": rows, "model": Path(model).name, **shape, "environment": machine})
 
 
 def one(model: str, form: str, out: Path) -> None:
