@@ -31,8 +31,9 @@ from corda_kernels.bench.accuracy import (
 )
 from corda_kernels.bench.timing import environment
 from corda_kernels.decomposition import co_svd_layers, parallel_map
-from corda_kernels.files import check_output, write_json
+from corda_kernels.files import write_json
 from corda_kernels.linears import linear_weight
+from corda_kernels.outputs import check_output
 
 LEAST_GAP = 0.01
 WORST = 5

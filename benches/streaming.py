@@ -74,8 +74,8 @@ def measured(given: argparse.Namespace, way: str) -> tuple[int, float, float]:
 
 def main(given: argparse.Namespace) -> int:
     from corda_kernels.calibration.needs import calibration_needs
-    from corda_kernels.files import format_bytes
     from corda_kernels.models import load_skeleton
+    from corda_kernels.outputs import format_bytes
 
     needs = calibration_needs(load_skeleton(given.model), seq_len=given.seq_len)
     assert needs.block_bytes is not None

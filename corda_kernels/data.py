@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import ConfigError, CordaWarning, DataError
-from corda_kernels.files import atomic_path
+from corda_kernels.outputs import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
-from corda_kernels.files import filled_folder
 from corda_kernels.linears import is_linear
+from corda_kernels.outputs import staged_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,12 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "*.tiktoken",
 )
-_WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# What a model's folder is made of: none of it outlives the model.
+MODEL_FILES = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|(config|generation_config|special_tokens_map|added_tokens)\.json|chat_template\.\w+"
+    r"|(tokenizer(_config)?|vocab|merges|spiece|sentencepiece(\.bpe)?|tekken)\.\w+|\w+\.tiktoken"
+)
 
 
 def load_model(
@@ -157,7 +162,7 @@ def save_model(
     source: str | os.PathLike[str],
     card: str | None = None,
 ) -> None:
-    """Writes a model's folder with its tokenizer; config.json, which makes it one, comes last.
+    """Writes a model's folder with its tokenizer, whole or not at all.
 
     A model that the folder holds already is replaced, other files stay.
 
@@ -175,7 +180,7 @@ def save_model(
         tokenizer = load_tokenizer(source)
     except ModelError as error:
         warnings.warn(f"{path} gets no tokenizer: {error}", CordaWarning, stacklevel=2)
-    with filled_folder(path, last="config.json") as folder:
+    with staged_folder(path, replaced=MODEL_FILES) as folder:
         try:
             model.save_pretrained(folder)
             if tokenizer is not None:
@@ -187,9 +192,6 @@ def save_model(
                 f"cannot write the model to {path}: {_first_line(error)}; free some space or choose"
                 " another output path"
             ) from error
-        for old in Path(path).iterdir():
-            if _WEIGHTS_FILE.fullmatch(old.name) and not (folder / old.name).exists():
-                old.unlink()  # it would be read instead of the new weights, or with them
 
 
 def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ FILES = sorted(
 # A part of the package may import parts of earlier lines, and itself.
 LAYERS = [
     {"errors"},
+    {"outputs"},
     {"files", "linears", "memory", "precision", "progress", "usage", "versions"},
     {"kernels"},
     {"data", "models", "decomposition"},

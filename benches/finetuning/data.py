@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corda_kernels.data import read_texts
 from corda_kernels.errors import DataError
-from corda_kernels.files import atomic_path
+from corda_kernels.outputs import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from corda_kernels.files import atomic_path
+from corda_kernels.outputs import atomic_path
 
 from .comparison import Results, best, by_setting, trajectory
 from .methods import METHODS

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from corda_kernels.bench.timing import Timing, environment, measure
 from corda_kernels.errors import CordaError
-from corda_kernels.files import check_output, write_json
+from corda_kernels.files import write_json
 from corda_kernels.kernels import available_backends, batched_svd, reference, use_backend
+from corda_kernels.outputs import check_output
 
 # Largest of the errors below up to which a speed is worth printing. The Gram matrix squares: its
 # small singular values are only right to the root of eps, which is its own bound.

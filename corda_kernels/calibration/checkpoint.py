@@ -57,7 +57,14 @@ class CalibrationCheckpoint:
 
     def kept(self) -> list[Path]:
         """What there is of it: the file itself, or those of parts, blocks and ranks."""
-        return [file for file, _ in self._matching("{}")]
+        return [file for file, _ in self._matching()]
+
+    def longest_path(self) -> Path:
+        """A path as long as that of any of its files, to see beforehand whether the disk takes it.
+
+        It has room for thousands of blocks and ranks.
+        """
+        return Path(f"{os.fspath(self.path)}-block-0000-rank-0000-of-0000")
 
     def parts(self, count: int) -> list[CalibrationCheckpoint]:
         """One for each of the calibrations that make up a run; the file itself where there is one.
@@ -96,8 +103,8 @@ class CalibrationCheckpoint:
         return self._ending(f"-rank-{ranks.rank}-of-{ranks.size}")
 
     def discard(self) -> None:
-        """Deletes it and what a kill left half written, once the run's result is safe."""
-        for file, _ in self._matching("{}", r"\.{}\..*\.part"):
+        """Deletes it once the run's result is safe."""
+        for file, _ in self._matching():
             file.unlink(missing_ok=True)
 
     def interval(
@@ -128,19 +135,16 @@ class CalibrationCheckpoint:
 
     def _refuse(self, what: str, differs: Callable[[re.Match[str]], bool]) -> None:
         """Makes sure that no file to go on from is one of a run that went another way."""
-        for file, found in self._matching("{}") if self.resume else ():
+        for file, found in self._matching() if self.resume else ():
             if differs(found):
                 raise foreign(file, what)
 
-    def _matching(self, *patterns: str) -> list[tuple[Path, re.Match[str]]]:
-        """Files that are named like one of the patterns, in which {} stands for its name."""
+    def _matching(self) -> list[tuple[Path, re.Match[str]]]:
+        """The files that have its name, whatever their endings."""
         path = Path(self.path)
-        name = re.escape(path.name) + _ENDING
+        name = re.compile(re.escape(path.name) + _ENDING)
         return sorted(
-            (file, found)
-            for file in path.parent.glob("*")
-            for pattern in patterns
-            if (found := re.fullmatch(pattern.format(name), file.name))
+            (file, found) for file in path.parent.glob("*") if (found := name.fullmatch(file.name))
         )
 
 

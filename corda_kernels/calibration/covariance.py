@@ -14,7 +14,8 @@ from torch import Tensor
 
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
-from corda_kernels.files import atomic_path, read_checked, temporary_folder, write_checked
+from corda_kernels.files import read_checked, write_checked
+from corda_kernels.outputs import atomic_path, temporary_folder
 
 _FORMAT = "corda_kernels.covariances/1"
 _AS_COVARIANCES: Any = {
@@ -239,8 +240,9 @@ def save_pieces(
             piece.save(folder / str(number))
             notes.append(piece.provenance)
             del piece
-            # Mapped, not read: the system drops these pages when memory is short.
-            header, mapped = read_checked(folder / str(number), _FORMAT, **_AS_COVARIANCES)
+            header, mapped = read_checked(
+                folder / str(number), _FORMAT, **_AS_COVARIANCES, mapped=True
+            )
             first = len(whole["groups"])
             for name, tensor in mapped.items():
                 index, _, part = name.partition(".")

@@ -42,8 +42,8 @@ def covariance(
     """Time C += XᵀX with outlier statistics, and the calibration of a model around it."""
     from corda_kernels.bench.covariance import bench_syrk
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output
     from corda_kernels.models import parse_dtype
+    from corda_kernels.outputs import check_output
 
     if json is not None:
         check_output(json)
@@ -100,7 +100,7 @@ def pipeline(
     from corda_kernels.bench.pipeline import CONTESTANTS, STAGES, bench_pipeline
     from corda_kernels.bench.pipeline_methods import Task
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output
+    from corda_kernels.outputs import check_output
 
     if json is not None:
         check_output(json)
@@ -209,7 +209,7 @@ def svd(
     from corda_kernels.bench.svd_memory import bench_memory
     from corda_kernels.bench.svd_methods import published_missing
     from corda_kernels.bench.timing import environment
-    from corda_kernels.files import check_output
+    from corda_kernels.outputs import check_output
 
     if json is not None:
         check_output(json)

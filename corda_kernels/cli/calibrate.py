@@ -46,6 +46,7 @@ def calibrate(
             "By default so many that it takes about 1 % of the time.",
         ),
     ] = None,
+    overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -54,15 +55,16 @@ def calibrate(
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance import save_pieces
     from corda_kernels.calibration.distributed import Ranks
-    from corda_kernels.files import format_bytes
     from corda_kernels.linears import linear_shape
     from corda_kernels.models import load_tokenizer, target_linears
+    from corda_kernels.outputs import format_bytes
     from corda_kernels.pipeline import covariance_stages, united_provenance
 
     text = options.TextOptions(
         data, field, template, chat_template, samples, candidates, seq_len, batch_size, pack, seed
     )
     options.check_output(out)
+    options.check_unused(out, overwrite)
     limit = options.parse_size(memory_limit)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise ConfigError(f"--checkpoint-every must be at least 0, got {checkpoint_every}")
@@ -79,6 +81,8 @@ def calibrate(
             f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
             "delete the file"
         )
+    if checkpoint_every != 0:
+        options.check_output(checkpoint.longest_path())
     batches = text.batches(load_tokenizer(model))
     network = options.load(model, dtype, device)
     chosen = options.parse_targets(targets)

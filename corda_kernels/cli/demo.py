@@ -44,14 +44,14 @@ def demo(
     """
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.data import help_topics
-    from corda_kernels.files import check_output
     from corda_kernels.models import load_model, load_tokenizer, save_model
+    from corda_kernels.outputs import check_output
     from corda_kernels.usage import Stopwatch
 
     if steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {steps}")
     source = _gguf_file()
-    check_output(out, folder=True, needed_bytes=1 << 30)
+    check_output(out / "base", folder=True, needed_bytes=1 << 30)
     started = time.perf_counter()
     base = out / "base"
     if not (base / "config.json").is_file():

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from corda_kernels.cli import options
+
 
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
@@ -15,10 +17,13 @@ def export(
         int | None,
         typer.Option(help="Rank to cut the LoRA off at; it has twice its components."),
     ] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
-    from corda_kernels.initialization import export_lora
+    from corda_kernels.initialization import ADAPTER_FILES, export_lora
 
+    options.check_output(out, folder=True)
+    options.check_unused(out, overwrite, ADAPTER_FILES)
     written = export_lora(adapter, out, rank)
     lost = (
         f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"

@@ -76,6 +76,7 @@ def init(
     save_base: Annotated[
         bool, typer.Option("--save-base", help="Also store W − BA, with --residual weight.")
     ] = False,
+    overwrite: options.Overwrite = False,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
     seed: options.Seed = 0,
@@ -85,12 +86,13 @@ def init(
     """Make an adapter for MODEL from calibration text, in OUT."""
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.initialization import (
+        ADAPTER_FILES,
         check_adapter_folder,
         model_card,
         subtract_initial,
         write_adapter,
     )
-    from corda_kernels.models import load_tokenizer, save_model
+    from corda_kernels.models import MODEL_FILES, load_tokenizer, save_model
     from corda_kernels.pipeline import (
         CordaConfig,
         adapter_parameters,
@@ -135,6 +137,9 @@ def init(
     )
     if options.first_rank():
         check_adapter_folder(out)
+    options.check_unused(out, overwrite, ADAPTER_FILES)
+    if save_base:
+        options.check_unused(out / "base", overwrite, MODEL_FILES)
     covariances = None if cov is None else CovarianceSet.load(cov)
     if mix:
         mixture = options.parse_mixture(mix)

@@ -44,7 +44,7 @@ def inspect(
     if model is not None and cov is None and file.is_dir():
         raise ConfigError("the spectra of W·C take the covariances too: give --cov as well")
     if html is not None:
-        from corda_kernels.files import check_output
+        from corda_kernels.outputs import check_output
         from corda_kernels.report import check_matplotlib
 
         check_matplotlib()

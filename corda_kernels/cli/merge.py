@@ -18,14 +18,15 @@ def merge(
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels.errors import ModelError, OutputError
-    from corda_kernels.files import check_output
     from corda_kernels.initialization import load_for_training, model_card
     from corda_kernels.initialization import merge as merge_into_base
     from corda_kernels.initialization.lora_files import base_name, read_lora
-    from corda_kernels.models import save_model
+    from corda_kernels.models import MODEL_FILES, save_model
+    from corda_kernels.outputs import check_output
 
     named = base_name(read_lora(adapter)[0])
     check_output(out, folder=True)
@@ -39,6 +40,7 @@ def merge(
         )
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
+    options.check_unused(out, overwrite, MODEL_FILES)
     try:
         network = options.load(source, dtype, device)
     except ModelError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,10 @@ MemoryLimit = Annotated[
         metavar="SIZE",
         help="Of the covariances, such as 8GB; if all take more, the model runs block by block.",
     ),
+]
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a result that OUT holds already.")
 ]
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE | re.ASCII)
@@ -153,11 +157,33 @@ def first_rank() -> bool:
 
 
 def check_output(path: Path, *, needed_bytes: int = 0, folder: bool = False) -> None:
-    """See `corda_kernels.files.check_output`; on the rank that writes."""
-    from corda_kernels import files
+    """See `corda_kernels.outputs.check_output`; on the rank that writes."""
+    from corda_kernels import outputs
 
     if first_rank():
-        files.check_output(path, needed_bytes=needed_bytes, folder=folder)
+        outputs.check_output(path, needed_bytes=needed_bytes, folder=folder)
+
+
+def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = None) -> None:
+    """Refuses to replace a result that is there already, unless that is asked for.
+
+    Args:
+        path: a file, or the folder that `files` are in.
+        overwrite: whether it is.
+        files: names of files in a folder that would be replaced.
+    """
+    if overwrite or not first_rank():
+        return
+    if files is None:
+        taken = path.name if path.exists() else None
+    else:
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        taken = next(filter(files.fullmatch, names), None)
+    if taken is not None:
+        where = path if files is None else path / taken
+        raise OutputError(
+            f"{where} is there already: choose another path, or give --overwrite to replace it"
+        )
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ def plan(
 ) -> None:
     """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
     from corda_kernels.calibration.needs import calibration_needs
-    from corda_kernels.files import format_bytes
     from corda_kernels.models import load_skeleton
+    from corda_kernels.outputs import format_bytes
 
     for option, count in (("--samples", samples), ("--seq-len", seq_len)):
         if count < 1:

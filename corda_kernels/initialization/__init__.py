@@ -16,6 +16,7 @@ from corda_kernels.initialization.factors import (
     residual,
 )
 from corda_kernels.initialization.folder import (
+    ADAPTER_FILES,
     check_adapter_folder,
     read_adapter,
     save_adapter,
@@ -32,6 +33,7 @@ from corda_kernels.initialization.live import (
 from corda_kernels.initialization.record import AdapterRecord, describe_base
 
 __all__ = [
+    "ADAPTER_FILES",
     "Adapter",
     "AdapterFactors",
     "AdapterRecord",

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
-from corda_kernels.files import filled_folder, write_bytes
+from corda_kernels.files import write_bytes
 from corda_kernels.initialization.adapter import LayerAdapter
 from corda_kernels.initialization.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.folder import (
+    ADAPTER_FILES,
     INITIAL_FILE,
     RECORD_FILE,
     check_adapter_folder,
@@ -32,7 +33,6 @@ from corda_kernels.initialization.live import (
     residual_marker,
 )
 from corda_kernels.initialization.lora_files import (
-    CONFIG_FILE,
     base_name,
     factor_key,
     lora_layers,
@@ -41,6 +41,7 @@ from corda_kernels.initialization.lora_files import (
 )
 from corda_kernels.initialization.peft_model import lora_config
 from corda_kernels.linears import check_writable, linear_weight
+from corda_kernels.outputs import staged_folder
 from corda_kernels.precision import without_autocast
 
 _SERVED_RANK = SERVED_RANKS[-1]
@@ -145,7 +146,7 @@ def export_lora(
         if result.layer
         else "Nothing was cut off."
     )
-    with filled_folder(folder, last=CONFIG_FILE) as staged:
+    with staged_folder(folder, replaced=ADAPTER_FILES) as staged:
         write_lora(staged, described, tensors)
         card = export_card(described["base_model_name_or_path"], result.rank, note)
         write_bytes(staged / CARD_FILE, card.encode())

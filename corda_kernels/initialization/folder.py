@@ -9,6 +9,7 @@ corda_initial.safetensors                         A0 and B0, where W − B0 A0 s
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,12 @@ from pathlib import Path
 from torch import nn
 
 from corda_kernels.errors import AdapterError, OutputError
-from corda_kernels.files import (
-    check_output,
-    filled_folder,
-    json_bytes,
-    write_bytes,
-    write_tensors,
-)
+from corda_kernels.files import json_bytes, write_bytes, write_tensors
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter
 from corda_kernels.initialization.card import CARD_FILE, adapter_card
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.live import adapter_of, record_of
 from corda_kernels.initialization.lora_files import (
-    CONFIG_FILE,
     TRAINED,
     WEIGHTS_FILE,
     factor_key,
@@ -44,9 +38,15 @@ from corda_kernels.initialization.lora_files import (
 )
 from corda_kernels.initialization.peft_model import lora_config
 from corda_kernels.initialization.record import AdapterRecord
+from corda_kernels.outputs import check_output, staged_folder
 
 RECORD_FILE = "corda.json"
 INITIAL_FILE = "corda_initial.safetensors"
+# What an adapter's folder is made of, by whichever tool: none of it outlives the adapter.
+ADAPTER_FILES = re.compile(
+    r"adapter_config\.json|adapter_model\.(safetensors|bin)|corda\.json|README\.md"
+    r"|corda_initial\.safetensors"
+)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -54,7 +54,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without.
-        path: a folder; files of an adapter that it holds already are replaced.
+        path: a folder; an adapter that it holds already is replaced, other files stay.
 
     Raises:
         AdapterError: the model carries no adapter with a record.
@@ -108,7 +108,7 @@ def _staged(
     target = check_adapter_folder(path)
     # First of all: a record that cannot be written must not cost the adapter that stands there.
     described = json_bytes(record.to_json())
-    with filled_folder(target, last=CONFIG_FILE) as folder:
+    with staged_folder(target, replaced=ADAPTER_FILES) as folder:
         yield folder
         config = read_config(folder)
         if initial is not None:
@@ -119,8 +119,6 @@ def _staged(
         write_config(folder, config)
         write_bytes(folder / CARD_FILE, adapter_card(record, config["r"]).encode())
         write_bytes(folder / RECORD_FILE, described)
-        if initial is None:
-            (target / INITIAL_FILE).unlink(missing_ok=True)
 
 
 def check_adapter_folder(path: str | os.PathLike[str]) -> Path:

@@ -191,7 +191,8 @@ def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
             else f"{file} is missing: it holds {what}; copy it from where it was made"
         )
     try:
-        return load_file(str(file))
+        # Copies: what is loaded is mapped, and would change if somebody wrote over the file.
+        return {key: tensor.clone() for key, tensor in load_file(str(file)).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{file} is truncated or not a safetensors file ({error}): copy it again"

@@ -12,7 +12,7 @@ from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import ConfigError
-from corda_kernels.files import format_bytes
+from corda_kernels.outputs import format_bytes
 from corda_kernels.pipeline.candidates import (
     GIVEN,
     calibrate_candidates,

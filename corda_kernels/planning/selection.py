@@ -13,7 +13,7 @@ from torch import nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.files import check_output
+from corda_kernels.outputs import check_output
 from corda_kernels.planning.compactness import Condition, check_condition, layer_spectra
 
 Method = Literal["argmin", "pool"]

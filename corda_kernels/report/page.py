@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from corda_kernels.files import atomic_path
+from corda_kernels.outputs import atomic_path
 from corda_kernels.report import figures
 from corda_kernels.report.content import Report
 from corda_kernels.report.drawing import Panel, check_matplotlib

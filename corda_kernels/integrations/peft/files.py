@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import CacheError, CompatibilityWarning
-from corda_kernels.files import atomic_path, write_json
+from corda_kernels.files import write_json
 from corda_kernels.initialization import describe_base
 from corda_kernels.initialization.record import base_difference
 from corda_kernels.integrations.peft.eigens import CordaEigens
 from corda_kernels.integrations.peft.observe import Observed
 from corda_kernels.integrations.peft.targets import Target
 from corda_kernels.linears import is_linear
+from corda_kernels.outputs import atomic_path
 from corda_kernels.versions import library_versions
 
 StrPath = str | os.PathLike[str]

@@ -17,7 +17,6 @@ from corda_kernels.errors import (
     ConfigError,
     LeftOutWarning,
 )
-from corda_kernels.files import check_output
 from corda_kernels.integrations.peft.eigens import CordaEigens, corda_eigens
 from corda_kernels.integrations.peft.files import (
     is_written,
@@ -28,6 +27,7 @@ from corda_kernels.integrations.peft.files import (
 )
 from corda_kernels.integrations.peft.observe import Observed, Observer
 from corda_kernels.integrations.peft.targets import Target, corda_targets, exclude
+from corda_kernels.outputs import check_output
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
