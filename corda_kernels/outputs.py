@@ -155,7 +155,7 @@ def _output_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
             f"cannot write {os.fspath(path)}: {reason}; nothing that was there before has been "
-            "changed: mend that, or choose another output path"
+            "changed: choose another output path, or mend permissions or space there"
         ) from error
 
 
@@ -189,6 +189,8 @@ def _check_replaceable(folder: Path) -> None:
 @contextlib.contextmanager
 def _workspace(home: Path) -> Iterator[Path]:
     """An empty folder in `home` of this writer alone; those that kills have left are deleted."""
+    if home.exists() and not home.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     home.mkdir(parents=True, exist_ok=True)
     folder, lock = _claimed(home)
     try:

@@ -264,8 +264,8 @@ def test_halves_do_not_go_on_from_a_whole(tiny_model: ModelMaker, tmp_path: Path
         calibrate_halves(model, batches, rank=None, checkpoint=checkpoint(tmp_path), progress=False)
 
 
-def test_discarding_takes_what_a_kill_left_half_written(tmp_path: Path) -> None:
-    for name in ("run", "run-1", ".run.12.part", ".run-2.7.part", "run-other", "running"):
+def test_discarding_takes_the_files_of_the_run_alone(tmp_path: Path) -> None:
+    for name in ("run", "run-1", "run-block-3-rank-0-of-2", "run-other", "running"):
         (tmp_path / name).touch()
     checkpoint(tmp_path).discard()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run-other", "running"]

@@ -119,13 +119,13 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_old_file_and_the_checkpoints(
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "save_file", full)
-        status, _, lines = command("calibrate", place / "model", out, *arguments)
+        status, _, lines = command("calibrate", place / "model", out, *arguments, "--overwrite")
     assert (status, len(lines)) == (2, 1)
     assert "No space left on device" in lines[0]
     assert out.read_text() == "before"
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"whole", "out", "out.checkpoint-1", "out.checkpoint-2"}
-    invoke("calibrate", place / "model", out, *arguments, "--resume")
+    invoke("calibrate", place / "model", out, *arguments, "--resume", "--overwrite")
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -100,7 +100,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "no covariances": ((*INIT, "--cov", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "output below a file": (
         ("init", "{place}/model", "{place}/text.txt/out", "--mode", "ipm", *TEXT, *SMALL),
-        "cannot write to {place}/text.txt/out: Not a directory; choose another output path",
+        "cannot write {place}/text.txt/out: Not a directory; nothing that was there before has",
     ),
     "output is a file": (
         ("init", "{place}/model", "{place}/text.txt", "--mode", "ipm", *TEXT, *SMALL),
@@ -112,7 +112,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "calibrate below a file": (
         ("calibrate", "{place}/model", "{place}/text.txt/out", *TEXT),
-        "cannot write to {place}/text.txt: ",
+        "cannot write {place}/text.txt/out: Not a directory; ",
     ),
     "memory limit": (
         (*INIT, *TEXT, "--memory-limit", "much"),

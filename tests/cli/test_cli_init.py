@@ -90,6 +90,7 @@ def test_the_published_form_is_an_option(
         assert torch.equal(layer.A, layer.initial.A)
         assert torch.equal(layer.B, layer.initial.B)
         assert (layer.trained.rank, layer.scaling) == (4, 1.0)
+    out = tmp_path / "plain"
     shown = invoke("init", place / "model", out, *data, "--residual", "none")
     loading = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"
     assert f"next: model = {loading}, then train it" in shown
