@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from corda_kernels.errors import CordaError
+from corda_kernels.fields import parse_json
 from corda_kernels.outputs import atomic_path
 
 # The one entry of a checked file's metadata. There is only one because safetensors writes several
@@ -137,8 +138,8 @@ def read_checked(
             f"{remedy}"
         )
     try:
-        return json.loads(seal[2]), tensors
-    except (ValueError, RecursionError) as reason:
+        return parse_json(seal[2]), tensors
+    except ValueError as reason:
         raise error(f"{path}: the header is not JSON ({reason}): {remedy}") from reason
 
 

@@ -59,6 +59,7 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model for inference.
 
@@ -67,16 +68,18 @@ def load_model(
             can be saved).
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: where to put it.
+        trust_remote_code: whether to run Python code that comes with the model, if it does not
+            load otherwise.
 
     Raises:
-        ModelError: there is no such folder or file, it is not a model, or the hub cannot be
-            reached.
+        ModelError: there is no such folder or file, it is not a model, it needs code of its own
+            that is not trusted, or the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    where, options = _locate(source)
+    where, options = _locate(source, trust_remote_code)
     if "gguf_file" in options:
         from transformers import GgufConfig
 
@@ -98,13 +101,17 @@ def load_model(
 
 
 def load_skeleton(
-    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model on the meta device, of which only the config is read.
 
     Args:
         source: as in `load_model`.
         dtype: as in `load_model`.
+        trust_remote_code: as in `load_model`.
 
     Raises:
         ModelError: as in `load_model`.
@@ -113,11 +120,13 @@ def load_skeleton(
 
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    where, options = _locate(source)
+    where, options = _locate(source, trust_remote_code)
     with _loading_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(where, **options)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     return model.eval()
 
 
@@ -132,15 +141,18 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to a model; `source` as in `load_model`.
+def load_tokenizer(
+    source: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to a model; the arguments are as in `load_model`.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, or it cannot be read, or needs code of its own that is not
+            trusted.
     """
     from transformers import AutoTokenizer
 
-    where, options = _locate(source)
+    where, options = _locate(source, trust_remote_code)
     folder = Path(where)
     if (
         folder.is_dir()
@@ -161,6 +173,7 @@ def save_model(
     *,
     source: str | os.PathLike[str],
     card: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes a model's folder with its tokenizer, whole or not at all.
 
@@ -171,13 +184,14 @@ def save_model(
         path: the folder.
         source: where its tokenizer is. Without one there is a warning, and none is written.
         card: the model card, README.md; None for none.
+        trust_remote_code: of the tokenizer, as in `load_model`.
 
     Raises:
         OutputError: the folder cannot be written; what was there is as it was.
     """
     tokenizer = None
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     except ModelError as error:
         warnings.warn(f"{path} gets no tokenizer: {error}", CordaWarning, stacklevel=2)
     with staged_folder(path, replaced=MODEL_FILES) as folder:
@@ -194,16 +208,19 @@ def save_model(
             ) from error
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+def _locate(source: str | os.PathLike[str], trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model, and the options with which it is to load it from there."""
     text = os.fspath(source)
     path = Path(text)
+    # Said either way: transformers would ask on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{text} is a file, but not a GGUF file: give the model's folder, hub id or .gguf "
                 "file"
             )
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -211,7 +228,7 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
             )
     elif text.count("/") > 1 or text.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise ModelError(f"{text}: no such model folder or file")
-    return text, {}
+    return text, options
 
 
 @contextlib.contextmanager
@@ -219,6 +236,11 @@ def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, tokenizers and safetensors have no common base
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{os.fspath(source)} needs Python code that comes with it, which is not run "
+                "unasked: read that code, then pass trust_remote_code=True (--trust-remote-code)"
+            ) from error
         known = Path(source).exists()
         raise ModelError(
             f"cannot load {os.fspath(source)}: {'' if known else 'there is no such folder, and '}"

@@ -22,7 +22,7 @@ FILES = sorted(
 
 # A part of the package may import parts of earlier lines, and itself.
 LAYERS = [
-    {"errors"},
+    {"errors", "fields"},
     {"outputs"},
     {"files", "linears", "memory", "precision", "progress", "usage", "versions"},
     {"kernels"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import dynamic_module_utils
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.linears import is_linear, linear_weight
@@ -18,6 +19,7 @@ from corda_kernels.models import (
     check_unwrapped,
     decoder,
     load_model,
+    load_skeleton,
     load_tokenizer,
     output_head,
     save_model,
@@ -425,3 +427,44 @@ def test_fused_experts_come_first_among_the_weights_out_of_reach(
     ranks = [model.get_parameter(name).ndim for name in reasons]
     assert ranks == [3, 3, 3, 3, 2, 2]
     assert all("4 experts fused" in reason for reason in list(reasons.values())[:4])
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+open({mark!r}, "w").close()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("load", [load_model, load_skeleton, load_tokenizer])
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, mark = tmp_path / "model", tmp_path / "ran"
+    llama.save_pretrained(folder)
+    save_tokenizer(folder)
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    for name, changes in {
+        "config.json": {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+        },
+    }.items():
+        described = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(described))
+    with pytest.raises(ModelError, match=r"model needs Python code .*\(--trust-remote-code\)"):
+        load(folder)
+    assert not mark.exists()
+    assert type(load(folder, trust_remote_code=True)).__name__.startswith("Own")
+    assert mark.exists()

@@ -16,6 +16,7 @@ from torch import nn
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.checkpoint import (
     CalibrationCheckpoint,
+    check_distinct,
     fingerprint,
     foreign,
     read_sums,
@@ -23,6 +24,7 @@ from corda_kernels.calibration.checkpoint import (
 )
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.subject import Subject
+from corda_kernels.fields import is_text, is_whole
 
 
 class BlockJournal:
@@ -122,7 +124,10 @@ class BlockJournal:
             file,
             self._fingerprint,
             self._blocks[block],
-            {"text": str, "parts": lambda counts: [int(count) for count in counts]},
+            {
+                "text": is_text,
+                "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+            },
             device=_computing_device(self._blocks[block], self._device),
         )
         if values["text"] != self._text:
@@ -131,6 +136,7 @@ class BlockJournal:
         if len(counts) != len(captures) or sum(counts) != len(groups):
             raise foreign(file, "stability")
         for capture, count in zip(captures, counts, strict=True):
+            check_distinct(file, groups[:count])
             capture.restore(groups[:count])
             groups = groups[count:]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration.covariance import Group, read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError
+from corda_kernels.fields import Check, check_fields, is_object
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 
@@ -234,17 +235,17 @@ def read_sums(
     path: str | os.PathLike[str],
     expected: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
-    fields: Mapping[str, Callable[[Any], Any]],
+    fields: Mapping[str, Check],
     *,
     device: str | torch.device = "cpu",
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Reads what `write_sums` wrote: the header's `fields`, and the sums.
+    """Reads what `write_sums` wrote: the header, and the sums.
 
     Args:
         path: the file.
         expected: the run's fingerprint.
         modules: that the sums must fit.
-        fields: of the header, with what makes a value of each.
+        fields: of the header, besides the fingerprint and the groups, and what each may hold.
         device: where the sums go.
 
     Raises:
@@ -259,14 +260,14 @@ def read_sums(
         device=device,
     )
     try:
-        found = dict(header["fingerprint"])
-        values = {name: kind(header[name]) for name, kind in fields.items()}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        allowed = {"fingerprint": is_object, "groups": lambda _: True, **fields}
+        check_fields(header, allowed, "the header")
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: its header is not that of a calibration checkpoint file ({error!r}): "
-            f"{_REMEDY}"
+            f"{path}: its header is not that of a calibration checkpoint file ({error}): {_REMEDY}"
         ) from error
-    differing = [key for key, value in expected.items() if found.get(key) != value]
+    found = header["fingerprint"]
+    differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
     if differing:
         raise foreign(path, *differing)
     for part, names in groups:
@@ -274,4 +275,15 @@ def read_sums(
             module = modules.get(name)
             if module is None or linear_shape(module)[1] != part.matrix.shape[0]:
                 raise CheckpointError(f"{path} holds sums that do not fit layer {name}: {_REMEDY}")
-    return values, groups
+    return header, groups
+
+
+def check_distinct(path: str | os.PathLike[str], groups: Sequence[Group]) -> None:
+    """Makes sure that sums of one text hold each layer once.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    names = [name for _, members in groups for name in members]
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path} holds the sums of a layer twice: {_REMEDY}")

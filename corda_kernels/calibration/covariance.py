@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +14,16 @@ from torch import Tensor
 
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
+from corda_kernels.fields import (
+    Check,
+    check_fields,
+    is_names,
+    is_number,
+    is_object,
+    is_text,
+    is_texts,
+    is_whole,
+)
 from corda_kernels.files import read_checked, write_checked
 from corda_kernels.outputs import atomic_path, temporary_folder
 
@@ -26,6 +36,33 @@ _AS_COVARIANCES: Any = {
 _NORMALIZATIONS = ("tokens", "peft")
 # Notes on which text a set was taken from.
 _OF_TEXT = ("data", "domain", "mixture")
+
+# What the fields of a file may hold.
+_GROUP_FIELDS: dict[str, Check] = {
+    "modules": lambda value: is_names(value) and len(value) > 0,
+    "channels": lambda value: is_whole(value, 1),
+    "tokens": is_whole,
+    "calls": is_whole,
+    "outlier_threshold": lambda value: is_number(value) or value == math.inf,
+}
+_HEADER_FIELDS: dict[str, Check] = {
+    "groups": lambda value: isinstance(value, list),
+    "order": is_names,
+    "normalize": lambda value: value in _NORMALIZATIONS,
+    "left_out": is_texts,
+    "provenance": is_object,
+}
+# Of the notes on where the numbers come from, those that are read again.
+_PROVENANCE_FIELDS: dict[str, Check] = {
+    "model": is_text,
+    "tokens": is_whole,
+    "versions": is_texts,
+    "domain": is_text,
+    "data": is_object,
+    "mixture": is_object,
+    "selection": is_object,
+    "stability": lambda value: value is None or is_object(value),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,19 +234,25 @@ class CovarianceSet(Mapping[str, Covariance]):
             ConfigError: the device is not there, or too small.
         """
         header, groups = read_groups(path, _FORMAT, **_AS_COVARIANCES, device=device)
-        covariances = {name: covariance for covariance, names in groups for name in names}
         try:
-            return cls(
-                {name: covariances[name] for name in header["order"]},
-                normalize=header["normalize"],
-                left_out=header["left_out"],
-                provenance=header["provenance"],
-            )
-        except (KeyError, TypeError, ValueError, CovarianceError) as error:
+            check_fields(header, _HEADER_FIELDS, "the header")
+            for note, value in header["provenance"].items():
+                if not _PROVENANCE_FIELDS.get(note, lambda _: True)(value):
+                    raise ValueError(f"{note!r} of provenance cannot be {str(value)[:40]!r}")
+            names = [name for _, members in groups for name in members]
+            if sorted(names) != sorted(header["order"]):
+                raise ValueError("'order' does not name the layers of the groups, each once")
+        except ValueError as error:
             raise CovarianceFileError(
-                f"{path}: its header is not that of a covariance file ({error!r}): "
-                "calibrate it again"
+                f"{path}: its header is not that of a covariance file ({error}): calibrate it again"
             ) from error
+        covariances = {name: covariance for covariance, members in groups for name in members}
+        return cls(
+            {name: covariances[name] for name in header["order"]},
+            normalize=header["normalize"],
+            left_out=header["left_out"],
+            provenance=header["provenance"],
+        )
 
 
 def save_pieces(
@@ -305,33 +348,59 @@ def read_groups(
         ConfigError: the device is not there, or too small.
     """
     header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
-
-    @contextlib.contextmanager
-    def reading() -> Iterator[None]:
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as reason:
-            raise error(
-                f"{path}: its header is not that of a {what} file ({reason!r}): {remedy}"
-            ) from reason
-
     groups = []
-    with reading():
-        records = list(header["groups"])
-    for index, record in enumerate(records):
-        with reading():
-            channels = int(record["channels"])
-            covariance = Covariance(
-                unpack_symmetric(tensors.pop(f"{index}.matrix"), channels),
-                int(record["tokens"]),
-                int(record["calls"]),
-                tensors.pop(f"{index}.absmax").view(channels),
-                tensors.pop(f"{index}.outlier_count").view(channels),
-                float(record["outlier_threshold"]),
-            )
-            names = [str(name) for name in record["modules"]]
-        groups.append((_moved(covariance, device), names))
+    try:
+        if not is_object(header) or not _HEADER_FIELDS["groups"](header.get("groups")):
+            raise ValueError("it has no groups")
+        for index, record in enumerate(header["groups"]):
+            covariance, names = _group(record, f"{index}", tensors)
+            groups.append((_moved(covariance, device), names))
+        if tensors:
+            raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
+    except ValueError as reason:
+        raise error(
+            f"{path}: its header is not that of a {what} file ({reason}): {remedy}"
+        ) from reason
     return header, groups
+
+
+def _group(record: Any, index: str, tensors: dict[str, Tensor]) -> Group:
+    """One covariance, whose tensors are taken out of `tensors`.
+
+    Raises:
+        ValueError: the record or a tensor is not what it must be.
+    """
+    check_fields(record, _GROUP_FIELDS, f"group {index}")
+    channels = record["channels"]
+    size = channels * (channels + 1) // 2
+    packed = _taken(tensors, f"{index}.matrix", size, (torch.float32, torch.float64))
+    absmax = _taken(tensors, f"{index}.absmax", channels, (torch.float32,))
+    count = _taken(tensors, f"{index}.outlier_count", channels, (torch.int64,))
+    if bool((absmax < 0).any()) or bool((count < 0).any()):
+        raise ValueError(f"group {index} has negative statistics of channels")
+    return (
+        Covariance(
+            unpack_symmetric(packed, channels),
+            record["tokens"],
+            record["calls"],
+            absmax,
+            count,
+            float(record["outlier_threshold"]),
+        ),
+        record["modules"],
+    )
+
+
+def _taken(
+    tensors: dict[str, Tensor], name: str, size: int, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None or tensor.shape != (size,) or tensor.dtype not in dtypes:
+        kind = "missing" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
+        raise ValueError(f"the tensor {name!r} is {kind}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"the tensor {name!r} holds NaN or Inf")
+    return tensor
 
 
 def _moved(covariance: Covariance, device: str | torch.device) -> Covariance:

@@ -20,12 +20,14 @@ from corda_kernels.calibration.batches import batch_digest
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.checkpoint import (
     CalibrationCheckpoint,
+    check_distinct,
     fingerprint,
     foreign,
     read_sums,
     write_sums,
 )
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.fields import is_text, is_whole
 
 
 class Journal:
@@ -73,8 +75,10 @@ class Journal:
                 self._checkpoint.path,
                 self._fingerprint,
                 capture.modules,
-                {"batches": int, "text": str},
+                # Sums are of a batch at least, or those before the first one would count twice.
+                {"batches": lambda value: is_whole(value, 1), "text": is_text},
             )
+            check_distinct(self._checkpoint.path, groups)
             self._restored, self._restored_text = values["batches"], values["text"]
             capture.restore(groups)
 

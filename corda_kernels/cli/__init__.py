@@ -22,6 +22,7 @@ from corda_kernels.cli.init import init
 from corda_kernels.cli.inspect import inspect
 from corda_kernels.cli.merge import merge
 from corda_kernels.cli.plan import plan
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError, CordaError, CordaWarning
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ app.add_typer(bench)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"corda_kernels {__version__}")
+        echo(f"corda_kernels {__version__}")
         raise typer.Exit
 
 
@@ -74,7 +75,7 @@ def main() -> None:
                 f"unexpected {type(error).__name__}: {message}; run again with --debug to see "
                 "where it came from, and please report it"
             )
-        typer.echo(f"{_who()}error: {' '.join(message.split())}", err=True)
+        echo(f"{_who()}error: {' '.join(message.split())}", err=True)
         raise SystemExit(2) from error
 
 
@@ -95,6 +96,6 @@ def _quiet() -> None:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if options.first_rank():
-            typer.echo(f"warning: {message}", err=True)
+            echo(f"warning: {message}", err=True)
 
     warnings.showwarning = show

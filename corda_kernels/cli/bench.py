@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def covariance(
     _at_least_one("--tokens", tokens)
     types = [parse_dtype(dtype.strip()) for dtype in dtypes.split(",")]
     described = environment(where)
-    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
-    typer.echo(
+    echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    echo(
         f"{'backend':<10} {'tokens':>7} {'d':>6} {'dtype':>9} {'p20 ms':>9} {'p50 ms':>9} "
         f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} {'of peak':>8} "
         f"{'stats':>7} {'error':>8}"
@@ -62,13 +63,13 @@ def covariance(
     results: dict[str, Any] = {"environment": described, "syrk": []}
     for dtype, width in itertools.product(types, widths):
         for row in bench_syrk(tokens, width, dtype, where):
-            typer.echo(_line(row))
+            echo(_line(row))
             results["syrk"].append(row.to_json())
             _keep(results, json)
     if model is not None:
         timed = _calibration(model, str(where))
         results["calibration"] = timed.to_json()
-        typer.echo(
+        echo(
             f"calibration of {timed.model}, {timed.tokens} tokens: {timed.calibration.p50:.1f} s, "
             f"bare forward pass {timed.forward.p50:.1f} s, ratio {timed.ratio:.2f}"
         )
@@ -114,11 +115,11 @@ def pipeline(
     _at_least_one("--rounds", rounds)
     where = options.torch_device(device)
     described = environment(where)
-    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    echo(", ".join(f"{key} {value}" for key, value in described.items()))
     batches = _sequences(model, data, samples, seq_len)
     tokens = sum(ids.numel() for ids in batches)
-    typer.echo(f"{model}, {mode}, rank {rank}, {len(batches)} sequences, {tokens} tokens")
-    typer.echo(
+    echo(f"{model}, {mode}, rank {rank}, {len(batches)} sequences, {tokens} tokens")
+    echo(
         f"{'':<11} {'seconds':>9} {' '.join(f'{stage:>13}' for stage in STAGES)} {'beyond':>9} "
         f"{'growth':>10} {'× PEFT':>8} {'beyond':>8} {'growth':>8} {'overlap':>9}"
     )
@@ -131,7 +132,7 @@ def pipeline(
     peft: PipelineRow | None = None
     for row in bench_pipeline(task, names, rounds):
         peft = row if row.name == "peft" else peft
-        typer.echo(_contest(row, peft))
+        echo(_contest(row, peft))
         results["pipeline"].append(row.to_json())
         _keep(results, json)
 
@@ -225,11 +226,11 @@ def svd(
         if name != "batched":
             check_case(name, rank, model, file)
     described = environment(where)
-    typer.echo(", ".join(f"{key} {value}" for key, value in described.items()))
+    echo(", ".join(f"{key} {value}" for key, value in described.items()))
     missing = published_missing()
     if missing is not None:
-        typer.echo(f"without published: {missing}")
-    typer.echo(
+        echo(f"without published: {missing}")
+    echo(
         f"{'case':<13} {'layers':>6} {'r':>4} {'end':<8} {'method':<11} {'p50 s':>9} "
         f"{'× published':>11} {'error':>11}"
     )
@@ -243,12 +244,12 @@ def svd(
         case = make_case(name, where, rank, model, file)
         for row in bench_case(case, chosen, exact=exact):
             results["rows"].append(row.to_json())
-            typer.echo(_svd_line(row))
+            echo(_svd_line(row))
             _keep(results, json)
         if memory:
             for grown in bench_memory(case, where, model, file):
                 results["memory"].append(grown.to_json())
-                typer.echo(grown.line())
+                echo(grown.line())
                 _keep(results, json)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def calibrate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
     from corda_kernels.calibration import CalibrationCheckpoint
@@ -83,8 +85,8 @@ def calibrate(
         )
     if checkpoint_every != 0:
         options.check_output(checkpoint.longest_path())
-    batches = text.batches(load_tokenizer(model))
-    network = options.load(model, dtype, device)
+    batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
+    network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     chosen = options.parse_targets(targets)
     # Layers of one parent and width mostly share their input: a lower bound of what is written.
     widths = {
@@ -129,9 +131,9 @@ def calibrate(
     if not options.first_rank():
         return
     provenance = united_provenance(notes)
-    typer.echo(
+    echo(
         f"{out}: {layers} layers, {groups} distinct covariances, {provenance['tokens']} tokens, "
         f"{format_bytes(out.stat().st_size)}"
     )
     options.report_selection(provenance)
-    typer.echo(f"next: corda-kernels inspect {out}")
+    echo(f"next: corda-kernels inspect {out}")

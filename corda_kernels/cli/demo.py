@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import AdapterError, ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -55,15 +56,15 @@ def demo(
     started = time.perf_counter()
     base = out / "base"
     if not (base / "config.json").is_file():
-        typer.echo("1. unpacking SmolLM2-135M into a plain folder")
+        echo("1. unpacking SmolLM2-135M into a plain folder")
         save_model(options.load(str(source), None, "cpu"), base, source=source)
     else:
-        typer.echo("1. SmolLM2-135M is unpacked already")
+        echo("1. SmolLM2-135M is unpacked already")
     tokenizer = load_tokenizer(base)
     text = data or help_topics(out / "python-help.txt")
     calibration, training, held_out = _batches(text, tokenizer, samples, seq_len, steps, seed)
 
-    typer.echo(f"2. calibrating on {sum(b['input_ids'].numel() for b in calibration)} tokens")
+    echo(f"2. calibrating on {sum(b['input_ids'].numel() for b in calibration)} tokens")
     clock = Stopwatch()
     covariances = _calibrated(options.load(str(base), None, "cpu"), calibration, rank, clock)
     covariances.save(out / "covariances.safetensors")
@@ -71,16 +72,18 @@ def demo(
 
     modes: tuple[Literal["kpm", "ipm"], ...] = ("kpm", "ipm")
     for number, mode in enumerate(modes, 3):
-        typer.echo(f"{number}. {mode.upper()}: initialising, training {steps} steps, exporting")
+        echo(f"{number}. {mode.upper()}: initialising, training {steps} steps, exporting")
         model = load_model(base)
         report = _run(model, covariances, mode, rank, training, held_out, out, base)
-        typer.echo(report)
+        for line in report.splitlines():
+            echo(line)
     if importlib.util.find_spec("matplotlib") is None:
-        typer.echo('5. no pages: they need matplotlib, pip install "corda_kernels[report]"')
+        echo('5. no pages: they need matplotlib, pip install "corda_kernels[report]"')
     else:
-        typer.echo("5. writing pages with figures")
+        echo("5. writing pages with figures")
         _write_pages(out, modes, load_model(base), covariances, clock)
-    typer.echo(_summary(out, base, time.perf_counter() - started))
+    for line in _summary(out, base, time.perf_counter() - started):
+        echo(line)
 
 
 def _gguf_file() -> Path:
@@ -238,21 +241,19 @@ def _write_pages(
         write_page(report, out / f"{mode}.html")
 
 
-def _summary(out: Path, base: Path, seconds: float) -> str:
+def _summary(out: Path, base: Path, seconds: float) -> list[str]:
     names = [out / "kpm.html", out / "ipm.html"]
     written = [str(name) for name in names if name.is_file()]
     pages = [f"  {', '.join(written)}  pages with figures, to open in a browser"] if written else []
-    return "\n".join(
-        (
-            f"done in {seconds:.0f} s. What is where:",
-            f"  {base}  the model, as a plain folder",
-            f"  {out / 'covariances.safetensors'}  covariances of every layer's inputs",
-            f"  {out / 'kpm'}, {out / 'ipm'}  trained adapters, to train on or to merge",
-            f"  {out / 'kpm-lora'}, {out / 'ipm-lora'}  plain LoRAs for the untouched base",
-            *pages,
-            "next:",
-            f"  corda-kernels inspect {out / 'covariances.safetensors'}",
-            f"  corda-kernels merge {out / 'ipm'} {out / 'ipm-merged'} --model {base}",
-            f"  corda-kernels init {base} my-adapter --mode ipm --data my-task.jsonl --field text",
-        )
-    )
+    return [
+        f"done in {seconds:.0f} s. What is where:",
+        f"  {base}  the model, as a plain folder",
+        f"  {out / 'covariances.safetensors'}  covariances of every layer's inputs",
+        f"  {out / 'kpm'}, {out / 'ipm'}  trained adapters, to train on or to merge",
+        f"  {out / 'kpm-lora'}, {out / 'ipm-lora'}  plain LoRAs for the untouched base",
+        *pages,
+        "next:",
+        f"  corda-kernels inspect {out / 'covariances.safetensors'}",
+        f"  corda-kernels merge {out / 'ipm'} {out / 'ipm-merged'} --model {base}",
+        f"  corda-kernels init {base} my-adapter --mode ipm --data my-task.jsonl --field text",
+    ]

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 
-import typer
+from corda_kernels.cli.printing import echo
 
 _LIBRARIES = (
     "torch",
@@ -41,7 +41,7 @@ def doctor() -> None:
         rows.append((f"backend {backend}", "ready" if reason is None else f"no: {reason}"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def _version(library: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 
 
 def export(
@@ -30,7 +31,7 @@ def export(
         if written.layer
         else ""
     )
-    typer.echo(
+    echo(
         f"{out}: a plain LoRA of rank {written.rank}{lost}; load it with "
         f"PeftModel.from_pretrained(base, '{out}')"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def init(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT."""
     from corda_kernels.calibration import CovarianceSet
@@ -161,8 +163,8 @@ def init(
             pack,
             seed,
         )
-        batches = text.batches(load_tokenizer(model))
-    network = options.load(model, dtype, device)
+        batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
+    network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     modules = check_targets(network, config)
     # In float32; with a residual the initial factors too.
     needed = (4 if residual == "none" else 8) * adapter_parameters(network, modules, config)
@@ -181,13 +183,13 @@ def init(
         adapter.record.calibration["data"] = text.provenance()
     write_adapter(adapter, out)
     form = "" if residual == "weight" else f": a LoRA of rank {config.rows * adapter.record.rank}"
-    typer.echo(
+    echo(
         f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "
         f"{len(adapter.layers)} layers of {adapter.record.base_name}{form}"
     )
     if mix:
         mixed = options.describe_mixture(adapter.record.calibration["mixture"])
-        typer.echo(f"mixture: {mixed}")
+        echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
     _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)
     if save_base and adapter.initial is not None:
@@ -197,21 +199,27 @@ def init(
             "useful model. Load it with that adapter (corda_kernels.load_for_training)."
         )
         card = model_card(model, "Residual of a CorDA adapter", made)
-        save_model(network, out / "base", source=model, card=card)
-        typer.echo(f"{out / 'base'}: the base that it sits on")
+        save_model(
+            network,
+            out / "base",
+            source=model,
+            card=card,
+            trust_remote_code=trust_remote_code,
+        )
+        echo(f"{out / 'base'}: the base that it sits on")
     load = "PeftModel.from_pretrained(base, OUT, is_trainable=True)"
     if residual == "weight":
         load = "corda_kernels.load_for_training(base, OUT)"
-    typer.echo(f"next: model = {load.replace('OUT', repr(str(out)))}, then train it")
+    echo(f"next: model = {load.replace('OUT', repr(str(out)))}, then train it")
 
 
 def _report_stability(record: AdapterRecord, *, asked: bool) -> None:
     from corda_kernels.planning import Stability
 
     if record.stability:
-        typer.echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")
+        echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")
     elif asked:
-        typer.echo(
+        echo(
             "calibration: whether the text was enough is not known, for it fills one batch: use "
             "more text or a smaller --batch-size"
         )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.planning import Selection, Stability
+
+    _Load = Callable[[], PreTrainedModel]
 
 _STABILITY_COLUMNS = ("top", "bottom", "verdict")
 _SELECTION_COLUMNS = ("chosen", "score min", "max", "spread")
@@ -35,6 +41,7 @@ def inspect(
         str | None,
         typer.Option(help="On the page also show whole spectra of W·C, of this model's layers."),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
     if html is None and (cov or model):
@@ -49,13 +56,16 @@ def inspect(
 
         check_matplotlib()
         check_output(html)
+    load = None
+    if model is not None:
+        load = partial(options.load, model, None, "auto", trust_remote_code=trust_remote_code)
     if file.is_dir():
-        _inspect_adapter(file, html, cov, model)
+        _inspect_adapter(file, html, cov, load)
     else:
-        _inspect_covariances(file, html, model)
+        _inspect_covariances(file, html, load)
 
 
-def _inspect_covariances(file: Path, html: Path | None, model: str | None) -> None:
+def _inspect_covariances(file: Path, html: Path | None, load: _Load | None) -> None:
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.report import measure_inputs
 
@@ -65,7 +75,7 @@ def _inspect_covariances(file: Path, html: Path | None, model: str | None) -> No
     selection = _selection(provenance.pop("selection", None))
     inputs = measure_inputs(covariances)
     cells = {name: _describe(entry) for entry in inputs for name in entry["layers"]}
-    typer.echo(f"{file}: {len(covariances)} layers, {len(inputs)} covariances")
+    echo(f"{file}: {len(covariances)} layers, {len(inputs)} covariances")
     _print_notes(provenance)
     _print_table(
         ("layer", "tokens", "in", "condition", "eff. rank", "head", "tail", "outliers"),
@@ -73,31 +83,31 @@ def _inspect_covariances(file: Path, html: Path | None, model: str | None) -> No
         stability,
         selection,
     )
-    typer.echo(
+    echo(
         "head, tail: largest and smallest eigenvalue over their mean; eff. rank: (Σλ)²/Σλ²; "
         "outliers: channels with |x| above the threshold"
     )
     for name, reason in covariances.left_out.items():
-        typer.echo(f"left out: {name}: {reason}")
+        echo(f"left out: {name}: {reason}")
     _print_verdict(stability, selection)
     if html is not None:
         from corda_kernels.report import DAMPING, covariance_report, write_page
 
-        spectra = _spectra(model, covariances, DAMPING)
+        spectra = _spectra(load, covariances, DAMPING)
         write_page(covariance_report(file.name, covariances, inputs=inputs, spectra=spectra), html)
-        typer.echo(f"{html}: the same with figures")
+        echo(f"{html}: the same with figures")
 
 
 def _spectra(
-    model: str | None, covariances: CovarianceSet, damping: float
+    load: _Load | None, covariances: CovarianceSet, damping: float
 ) -> dict[str, dict[str, Any]] | None:
     """Those of W·C of a model's layers, computed on a GPU if there is one."""
     from corda_kernels.models import target_linears
     from corda_kernels.report import measure_spectra
 
-    if model is None:
+    if load is None:
         return None
-    modules = target_linears(options.load(model, None, "auto"))
+    modules = target_linears(load())
     return measure_spectra(modules, covariances, damping=damping)
 
 
@@ -111,14 +121,14 @@ def _describe(entry: Mapping[str, Any]) -> list[str]:
     return [str(entry["tokens"]), str(entry["channels"]), *spectrum, str(entry["outliers"])]
 
 
-def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, model: str | None) -> None:
+def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, load: _Load | None) -> None:
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.initialization import read_adapter
 
     adapter = read_adapter(folder)
     record = adapter.record
     covariances = None if cov is None else CovarianceSet.load(cov)
-    typer.echo(
+    echo(
         f"{folder}: {record.mode.upper()} adapter of {options.describe_ranks(record)} for "
         f"{len(record.layers)} layers of {record.base_name} "
         f"({'residual weight' if record.hold is None else f'hold {record.hold:g}'}, "
@@ -148,10 +158,10 @@ def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, model: s
         with _unaltered("the run"):
             report = adapter_report(folder.resolve().name, adapter)
         if covariances is not None:
-            spectra = _spectra(model, covariances, report.damping)
+            spectra = _spectra(load, covariances, report.damping)
             report = with_covariances(report, measure_inputs(covariances), spectra)
         write_page(report, html)
-        typer.echo(f"{html}: the same with figures")
+        echo(f"{html}: the same with figures")
 
 
 def _layer_row(layer: Mapping[str, Any]) -> list[str]:
@@ -211,7 +221,7 @@ def _print_notes(notes: Mapping[str, Any]) -> None:
                 value = options.describe_mixture(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
-        typer.echo(f"{name}: {value}")
+        echo(f"{name}: {value}")
 
 
 def _print_table(
@@ -229,7 +239,7 @@ def _print_table(
     for row in table:
         first, *rest = row
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
-        typer.echo("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+        echo("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
 def _add_columns(
@@ -271,17 +281,17 @@ def _print_verdict(
     stability: Stability | None, selection: Selection | None, rank: int | None = None
 ) -> None:
     if selection is not None:
-        typer.echo(
+        echo(
             "chosen: the candidate with the lowest score, summed over the layers that read one "
             "input; score: log π(C)·Σσ/σmax of the layer; spread: standard deviation over mean"
         )
-        typer.echo(f"selection: {selection.summary()}")
+        echo(f"selection: {selection.summary()}")
     if stability is None:
-        typer.echo("samples: their stability was not measured")
+        echo("samples: their stability was not measured")
         return
-    typer.echo(
+    echo(
         f"top: overlap of the {stability.rank} largest components between the two halves of the "
         "text; bottom: how quiet the smallest of one half are in the other, from random directions "
         "(0) to the quietest there (1, on a logarithmic scale)"
     )
-    typer.echo(f"samples: {stability.summary(rank)}")
+    echo(f"samples: {stability.summary(rank)}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 
 
 def merge(
@@ -19,6 +20,7 @@ def merge(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels.errors import ModelError, OutputError
@@ -42,7 +44,7 @@ def merge(
         raise OutputError(f"{out} is the base itself: choose another folder")
     options.check_unused(out, overwrite, MODEL_FILES)
     try:
-        network = options.load(source, dtype, device)
+        network = options.load(source, dtype, device, trust_remote_code=trust_remote_code)
     except ModelError as error:
         if model is not None:
             raise
@@ -51,5 +53,11 @@ def merge(
     check_output(out, folder=True, needed_bytes=size)
     merged: Any = merge_into_base(load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    save_model(merged, out, source=source, card=model_card(source, "Merged model", made))
-    typer.echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")
+    save_model(
+        merged,
+        out,
+        source=source,
+        card=model_card(source, "Merged model", made),
+        trust_remote_code=trust_remote_code,
+    )
+    echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

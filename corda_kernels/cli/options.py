@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ Seed = Annotated[int, typer.Option(help="Of the choice of texts and of random st
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own if not given.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with MODEL; read it first."
+    ),
 ]
 Stability = Annotated[
     bool, typer.Option(help="Find out whether there are enough samples; takes longer.")
@@ -211,14 +218,21 @@ def ranks(device: str) -> Iterator[bool]:
     torch.distributed.destroy_process_group()
 
 
-def load(model: str, dtype: str | None, device: str) -> PreTrainedModel:
+def load(
+    model: str, dtype: str | None, device: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model on its device, without a bar for reading it that errors would have to follow."""
     from transformers.utils import logging
 
     from corda_kernels.models import load_model
 
     logging.disable_progress_bar()
-    return load_model(model, dtype=dtype, device=resolve_device(device))
+    return load_model(
+        model,
+        dtype=dtype,
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def resolve_device(device: str) -> str:
@@ -307,7 +321,7 @@ def report_selection(provenance: Mapping[str, Any]) -> None:
     from corda_kernels.planning import Selection
 
     if "selection" in provenance:
-        typer.echo(f"selection: {Selection.from_json(provenance['selection']).summary()}")
+        echo(f"selection: {Selection.from_json(provenance['selection']).summary()}")
 
 
 def describe_ranks(record: AdapterRecord) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from corda_kernels.cli import options
+from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ def plan(
     targets: options.Targets = "all-linear",
     stability: options.Stability = True,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
     from corda_kernels.calibration.needs import calibration_needs
@@ -29,11 +29,11 @@ def plan(
     for option, count in (("--samples", samples), ("--seq-len", seq_len)):
         if count < 1:
             raise ConfigError(f"{option} must be at least 1, got {count}")
-    skeleton = load_skeleton(model, dtype=dtype)
+    skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, options.parse_targets(targets), seq_len=seq_len)
     layers = sum(len(names) for _, names in needs.groups)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    typer.echo(
+    echo(
         f"{model}: {parameters / 1e9:.2f} billion parameters in {str(skeleton.dtype)[6:]}, "
         f"{layers} layers, {len(needs.groups)} distinct covariances"
     )
@@ -49,8 +49,8 @@ def plan(
         shown = f"{flops * samples * seq_len:.1e}"
         rows.append((f"FLOPs: {what}", shown, shown))
     for what, whole, blocks in rows:
-        typer.echo(f"{what:24}{whole:>16}{blocks:>16}")
-    typer.echo(
+        echo(f"{what:24}{whole:>16}{blocks:>16}")
+    echo(
         f"for {samples} sequences of {seq_len} tokens"
         + (
             ", with covariances of both halves and their mean (--no-stability needs a third)"
@@ -60,14 +60,14 @@ def plan(
         + "; activations of one forward pass and the decomposition's workspace come on top"
     )
     if needs.positions is not None and seq_len > needs.positions:
-        typer.echo(
+        echo(
             f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
             f"--seq-len to {needs.positions}"
         )
     if needs.block_bytes is None:
-        typer.echo(f"block by block: not possible, since {needs.obstacle}")
+        echo(f"block by block: not possible, since {needs.obstacle}")
     else:
-        typer.echo("next: corda-kernels init, with --memory-limit to go block by block")
+        echo("next: corda-kernels init, with --memory-limit to go block by block")
 
 
 def _memory(needs: CalibrationNeeds, tokens: int, sets: int) -> dict[str, tuple[int, int | None]]:

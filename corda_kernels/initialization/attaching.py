@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corda_kernels.errors import AdapterError
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter, initial_checksum
@@ -21,9 +22,17 @@ from corda_kernels.initialization.folder import (
 )
 from corda_kernels.initialization.linear import attach_linears
 from corda_kernels.initialization.live import residual_marker
-from corda_kernels.initialization.lora_files import CONFIG_FILE, FACTOR, lora_layers, read_lora
-from corda_kernels.initialization.peft_model import attach_peft
-from corda_kernels.initialization.record import AdapterRecord, check_base
+from corda_kernels.initialization.lora_files import (
+    FACTOR,
+    WEIGHTS_FILE,
+    check_tensors,
+    layer_of,
+    lora_layers,
+    read_config,
+    read_lora,
+)
+from corda_kernels.initialization.peft_model import attach_peft, check_wrapped, lora_config
+from corda_kernels.initialization.record import AdapterRecord, check_base, target_modules
 from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight, unpack
 
 if TYPE_CHECKING:
@@ -62,14 +71,20 @@ def load_for_training(
     record, initial = read_record(folder), read_initial(folder)
     layers: dict[str, LayerAdapter] = {}
     if record is not None:
-        layers = read_adapter(folder).layers
-    elif initial is not None:
-        layers = with_initial(lora_layers(*read_lora(folder), folder), initial, folder)
+        adapter = read_adapter(folder)
+        layers, described = adapter.layers, lora_config(adapter).to_dict()
+    else:
+        if initial is not None:
+            layers = with_initial(lora_layers(*read_lora(folder), folder), initial, folder)
+        described = _described(base_model, folder)
     _check_fits(base_model, layers, record)
     _take_out(base_model, initial)
-    # PEFT would take A0 and B0 out itself, of a base that lacks them already.
-    changes = {} if initial is None else {"init_lora_weights": True}
-    wrapped = _from_pretrained(base_model, folder, changes)
+    if initial is not None:
+        # PEFT would take A0 and B0 out itself, of a base that lacks them already.
+        described["init_lora_weights"] = True
+    wrapped = _from_pretrained(base_model, folder, described)
+    if record is not None:
+        check_wrapped(base_model, layers)
     return _carry(wrapped, record, initial)
 
 
@@ -83,13 +98,51 @@ def _check_factors_only(folder: Path) -> None:
         )
 
 
-def _from_pretrained(base_model: nn.Module, folder: Path, changes: Mapping[str, Any]) -> PeftModel:
+def _described(base_model: nn.Module, folder: Path) -> dict[str, Any]:
+    """What a LoRA's folder says to PEFT, with names in place of any regular expression.
+
+    Raises:
+        AdapterError: the folder is damaged, or was made for layers that the model does not have.
+    """
+    config = read_config(folder)
+    config.pop("runtime_config", None)  # PEFT ignores it too
+    tensors: Mapping[str, Tensor] = {}
+    if (folder / WEIGHTS_FILE).is_file():  # PEFT also reads adapter_model.bin
+        tensors = read_lora(folder)[1]
+        check_tensors(config, tensors, folder)
+    selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
+    if not config.get("layers_pattern") and not any(
+        isinstance(selection, str) and selection != "all-linear" for selection in selections
+    ):
+        return config
+    modules = dict(base_model.named_modules())
+    adapted = {layer_of(key) for key in tensors if ".lora_" in key}
+    names = [name for name in adapted if hasattr(modules.get(name), "weight")]
+    if len(names) < len(adapted) or not names:
+        raise AdapterError(
+            f"{folder} selects its layers by a regular expression, which is not run when it stands "
+            "in a file, and not all of its tensors are of layers of this model "
+            f"({min(adapted.difference(names), default='there are none')}): load it with "
+            "PeftModel.from_pretrained if you trust it"
+        )
+    return config | {
+        "target_modules": target_modules(base_model, names),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _from_pretrained(
+    base_model: nn.Module, folder: Path, described: Mapping[str, Any]
+) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
     try:
-        described = PeftConfig.from_json_file(str(folder / CONFIG_FILE))
-        config = PeftConfig.from_peft_type(**described | changes)
-        return PeftModel.from_pretrained(base_model, folder, is_trainable=True, config=config)
+        config = PeftConfig.from_peft_type(**described)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # they would start at random
+            return PeftModel.from_pretrained(base_model, folder, is_trainable=True, config=config)
     except Exception as error:  # an altered configuration may lead PEFT to any
         raise AdapterError(f"PEFT cannot load {folder}: {error}") from error
 

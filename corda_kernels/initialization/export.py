@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from corda_kernels.initialization.live import (
 )
 from corda_kernels.initialization.lora_files import (
     base_name,
+    check_finite,
     factor_key,
     lora_layers,
     read_lora,
@@ -86,7 +88,8 @@ def export_lora(
         The rank that was written, and how much was lost.
 
     Raises:
-        AdapterError: the source is no LoRA, or a damaged one; or a rank is asked for with DoRA.
+        AdapterError: the source is no LoRA, or a damaged or diverged one; or a rank is asked for
+            with DoRA.
         RankError: the rank is not at least 1.
         OutputError: the folder cannot be written, is the source itself, or holds a model or an
             adapter with a record.
@@ -107,11 +110,7 @@ def export_lora(
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        if not (change.A.isfinite().all() and change.B.isfinite().all()):
-            raise AdapterError(
-                f"layer {name} has factors that are not finite: the training has diverged; take an "
-                "earlier checkpoint"
-            )
+        check_finite(name, change.A, change.B)
     widest = max(change.rank for change in changes.values())
     result = LoraExport(widest)
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
@@ -172,7 +171,7 @@ def _source(
         if initial is None:
             check_start_is_known(source, {})
         tensors = dict(get_peft_model_state_dict(source, adapter_name=source.active_adapter))
-        config = source.peft_config[source.active_adapter].to_dict()
+        config = _with_names(source)
     else:
         adapter = adapter_of(source)
         return lora_config(adapter).to_dict(), {}, adapter.layers
@@ -180,6 +179,23 @@ def _source(
     keys = {factor_key(name, factor) for name in layers for factor in "AB"}
     others = {key: tensor for key, tensor in tensors.items() if key not in keys}
     return config, others, layers
+
+
+def _with_names(model: Any) -> dict[str, Any]:
+    """The active LoRA's configuration, with full names in place of patterns: those were code."""
+    from peft.tuners.lora import LoraLayer
+
+    active = model.active_adapter
+    config: dict[str, Any] = model.peft_config[active].to_dict()
+    if config["rank_pattern"] or config["alpha_pattern"]:
+        layers: dict[str, Any] = {
+            f"^{re.escape(name)}": module
+            for name, module in model.get_base_model().named_modules()
+            if isinstance(module, LoraLayer) and active in module.r
+        }
+        config["rank_pattern"] = {name: layer.r[active] for name, layer in layers.items()}
+        config["alpha_pattern"] = {name: layer.lora_alpha[active] for name, layer in layers.items()}
+    return config
 
 
 def _check_only_factors(others: Mapping[str, Tensor]) -> None:
@@ -239,7 +255,7 @@ def merge(model: nn.Module) -> nn.Module:
         The base model, with merged weights.
 
     Raises:
-        AdapterError: the model carries no adapter.
+        AdapterError: the model carries no adapter, or a diverged one.
         TargetError: a layer is quantised.
     """
     from peft import PeftModel
@@ -252,6 +268,13 @@ def merge(model: nn.Module) -> nn.Module:
     }
     if not wrapped:
         raise AdapterError("the model carries no adapter to merge")
+    for name, module in wrapped.items():
+        adapter = [
+            weight
+            for own, weight in module.named_parameters()
+            if own.partition(".")[0] not in ("base", "base_layer")
+        ]
+        check_finite(name, *adapter)
     check_writable(
         {
             name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()

@@ -23,6 +23,7 @@ from corda_kernels.initialization.card import CARD_FILE, adapter_card
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.live import adapter_of, record_of
 from corda_kernels.initialization.lora_files import (
+    FACTOR,
     TRAINED,
     WEIGHTS_FILE,
     factor_key,
@@ -157,6 +158,12 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     if (initial is None) != (record.residual is None):
         raise AdapterError(f"{folder / RECORD_FILE} belongs to another adapter: copy it again")
     rows = 1 if initial else 2
+    others = sorted(layers.keys() - record.layers.keys())
+    if others:
+        raise AdapterError(
+            f"{folder} has factors of layer {others[0]}, of which {RECORD_FILE} does not tell: its "
+            "files belong to different adapters, or were altered"
+        )
     for name, entry in record.layers.items():
         if name not in layers or layers[name].rank != rows * entry["rank"]:
             raise AdapterError(
@@ -212,7 +219,13 @@ def read_initial(folder: Path) -> dict[str, AdapterFactors] | None:
             else f"{folder} lacks {INITIAL_FILE}, the part of the base that its adapter has taken "
             "over: copy it from the folder of the fresh adapter"
         )
-    return lora_layers(config, read_tensors(file, "A0 and B0"), folder) if file.is_file() else None
+    if not file.is_file():
+        return None
+    tensors = read_tensors(file, "A0 and B0")
+    others = sorted(key for key in tensors if not FACTOR.fullmatch(key))
+    if others:
+        raise AdapterError(f"{file} was altered: it holds {others[0]}; copy it again")
+    return lora_layers(config, tensors, folder)
 
 
 def read_record(folder: Path) -> AdapterRecord | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from corda_kernels.errors import AdapterError
-from corda_kernels.initialization.adapter import Adapter
-from corda_kernels.initialization.lora_files import TRAINED, residual_name
+from corda_kernels.initialization.adapter import Adapter, LayerAdapter
+from corda_kernels.initialization.lora_files import TRAINED, is_plain, residual_name
 
 
 def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> PeftModel:
@@ -26,7 +26,7 @@ def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> Pef
         model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived
     )
     config.base_model_name_or_path = source
-    _check_wrapped(model, adapter)
+    check_wrapped(model, adapter.layers)
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
         device = lora.get_base_layer().weight.device
@@ -36,12 +36,16 @@ def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> Pef
     return wrapped
 
 
-def _check_wrapped(model: nn.Module, adapter: Adapter) -> None:
-    """Makes sure that PEFT, which finds layers by the ends of their names, found no others."""
+def check_wrapped(model: nn.Module, layers: Mapping[str, LayerAdapter]) -> None:
+    """Makes sure that PEFT, which finds layers by the ends of their names, found no others.
+
+    Raises:
+        AdapterError: it did.
+    """
     found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if found != adapter.layers.keys():
+    if found != layers.keys():
         raise AdapterError(
-            f"PEFT and the adapter disagree on {min(found ^ adapter.layers.keys())}: PEFT finds "
+            f"PEFT and the adapter disagree on {min(found ^ layers.keys())}: PEFT finds "
             "layers by the ends of their names; load the base that the adapter was made for, or "
             "attach with use_peft=False"
         )
@@ -81,5 +85,7 @@ def _whole(alpha: float) -> float:
 
 
 def _pattern(name: str, names: Iterable[str]) -> str:
-    """What PEFT takes for this layer only: it compares the ends of names."""
-    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
+    """What PEFT takes for this layer only: it compares the ends of names, as expressions."""
+    if any(other.endswith(f".{name}") for other in names):
+        return f"^{re.escape(name)}"
+    return name if is_plain(name) else re.escape(name)

@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from corda_kernels.errors import AdapterError
+from corda_kernels.fields import (
+    Check,
+    check_fields,
+    is_names,
+    is_number,
+    is_object,
+    is_positive,
+    is_text,
+    is_texts,
+    is_whole,
+)
+from corda_kernels.initialization.lora_files import is_saved
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/4"
-
-# What the fields of corda.json may hold.
-_RECORD_FIELDS: dict[str, tuple[type, ...]] = {
-    "mode": (str,),
-    "rank": (int,),
-    "hold": (float, int, NoneType),
-    "residual": (str, NoneType),
-    "damping": (float, int, NoneType),
-    "base": (dict,),
-    "calibration": (dict,),
-    "layers": (dict,),
-    "allocation": (dict,),
-    "stability": (dict,),
-    "measured": (dict,),
-    "versions": (dict,),
-    "lora": (dict,),
-    "format": (str,),
-}
-_BASE_FIELDS: dict[str, tuple[type, ...]] = {
-    "source": (str, NoneType),
-    "sample": (list,),
-    "target_modules": (list, str),
-    "fan_in_fan_out": (bool,),
-    "task_type": (str, NoneType),
-}
-_ALLOCATION_FIELDS: dict[str, tuple[type, ...]] = {
-    "budget": (int,),
-    "spent": (int,),
-    "condition": (str,),
-    "ranks": (dict,),
-}
-_LAYER_FIELDS: dict[str, tuple[type, ...]] = {
-    "rank": (int,),
-    "tokens": (int,),
-    "sigma_max": (float, int),
-    "sigma_min": (float, int),
-    "residual": (float, int),
-}
 
 # Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
@@ -61,6 +34,53 @@ _SAME_BASE = 5e-3
 # Four bits move Gaussian weights by a tenth, and a base's relatives are no further from it; the
 # weights of a model that has nothing to do with it are (1.4).
 _SAME_BUT_QUANTISED = 0.15
+
+# What the fields of corda.json may hold.
+_RECORD_FIELDS: dict[str, Check] = {
+    "mode": lambda value: value in ("kpm", "ipm"),
+    "rank": lambda value: is_whole(value, 1),
+    "hold": lambda value: value is None or is_positive(value),
+    "residual": lambda value: value in (None, "weight"),
+    "damping": lambda value: value is None or is_number(value, 0),
+    "base": is_object,
+    "calibration": is_object,
+    "layers": lambda value: is_object(value) and len(value) > 0,
+    "allocation": is_object,
+    "stability": is_object,
+    "measured": is_object,
+    "versions": is_texts,
+    "lora": is_object,
+    "format": is_text,
+}
+_BASE_FIELDS: dict[str, Check] = {
+    "source": lambda value: value is None or is_text(value),
+    "sample": lambda value: (
+        isinstance(value, list) and len(value) == _SAMPLES and all(map(is_number, value))
+    ),
+    "quantised": lambda value: isinstance(value, bool),
+    "target_modules": lambda value: is_text(value) or is_names(value),
+    "fan_in_fan_out": lambda value: isinstance(value, bool),
+    "task_type": lambda value: value in (None, "CAUSAL_LM"),
+}
+_ALLOCATION_FIELDS: dict[str, Check] = {
+    "budget": is_whole,
+    "spent": is_whole,
+    "condition": is_text,
+    "ranks": lambda value: is_object(value) and all(map(is_whole, value.values())),
+}
+_LAYER_FIELDS: dict[str, Check] = {
+    "rank": lambda value: is_whole(value, 1),
+    "tokens": is_whole,
+    "sigma_max": lambda value: is_number(value, 0),
+    "sigma_min": lambda value: is_number(value, 0),
+    "residual": is_number,
+}
+# Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
+_LORA_FIELDS: dict[str, Check] = {
+    "modules_to_save": is_saved,
+    "lora_dropout": lambda value: is_number(value, 0) and value < 1,
+    "use_dora": lambda value: isinstance(value, bool),
+}
 
 
 @dataclass
@@ -117,7 +137,8 @@ class AdapterRecord:
         """Reads what `to_json` gave.
 
         Raises:
-            AdapterError: fields are missing, or the format is another one.
+            AdapterError: a field is missing, unknown or of another kind, fields contradict each
+                other, or the format is another one.
         """
         if not isinstance(value, dict):
             raise AdapterError("corda.json was altered: it holds no object")
@@ -126,43 +147,67 @@ class AdapterRecord:
                 f"corda.json has format {value.get('format')!r}, this version reads {FORMAT!r}: "
                 "update corda_kernels, or make the adapter again"
             )
-        odd = sorted(_RECORD_FIELDS.keys() ^ value.keys())
-        if odd:
-            raise AdapterError(f"corda.json was altered: field {odd[0]!r} is missing or unknown")
-        _check_fields("the record", value, _RECORD_FIELDS)
-        for name, allowed in (("mode", ("kpm", "ipm")), ("residual", (None, "weight"))):
-            if value[name] not in allowed:
-                raise AdapterError(f"corda.json was altered: {name} is {value[name]!r}")
-        _check_fields("base", value["base"], _BASE_FIELDS)
-        for name, entry in value["layers"].items():
-            _check_fields(name, entry, _LAYER_FIELDS)
-        if value["allocation"]:
-            _check_fields("the allocation", value["allocation"], _ALLOCATION_FIELDS)
-            ranks = value["allocation"]["ranks"]
-            adapted = {name: entry["rank"] for name, entry in value["layers"].items()}
-            if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
-                raise AdapterError(
-                    "corda.json was altered: the ranks of the allocation are not the layers' ranks"
-                )
-        sample, targets = value["base"]["sample"], value["base"]["target_modules"]
-        if len(sample) != _SAMPLES or not all(isinstance(entry, float | int) for entry in sample):
-            raise AdapterError("corda.json was altered: the base's sample is not made of numbers")
-        if not all(isinstance(entry, str) for entry in targets):
-            raise AdapterError("corda.json was altered: target_modules are not names")
+        try:
+            _check_record(value)
+        except ValueError as error:
+            raise AdapterError(
+                f"corda.json was altered: {error}; copy it from the folder of the fresh adapter"
+            ) from error
         return cls(**value)
 
 
-def _check_fields(where: str, entry: Any, allowed: Mapping[str, tuple[type, ...]]) -> None:
-    if not isinstance(entry, dict):
-        raise AdapterError(f"corda.json was altered: {where} is no object")
-    missing = allowed.keys() - entry.keys()
-    if missing:
-        raise AdapterError(f"corda.json was altered: {where} lacks {min(missing)!r}")
-    for name, types in allowed.items():
-        if not isinstance(entry[name], types):
-            raise AdapterError(
-                f"corda.json was altered: {name!r} of {where} cannot be {str(entry[name])[:40]!r}"
-            )
+def _check_record(value: Any) -> None:
+    """Makes sure of all fields of a record.
+
+    Raises:
+        ValueError: it says which is wrong.
+    """
+    check_fields(value, _RECORD_FIELDS, "the record")
+    check_base_fields(value["base"])
+    check_fields(value["lora"], _LORA_FIELDS, "lora", may_lack=_LORA_FIELDS)
+    layers = value["layers"]
+    for name, entry in layers.items():
+        check_fields(entry, _LAYER_FIELDS, name)
+    if (value["hold"] is None) != (value["residual"] is not None):
+        raise ValueError("hold and residual exclude each other")
+    targets = value["base"]["target_modules"]
+    if not (
+        targets == exact_targets(layers) if is_text(targets) else _selects_only(targets, layers)
+    ):
+        raise ValueError("target_modules are not the names of the layers")
+    if value["allocation"]:
+        check_fields(value["allocation"], _ALLOCATION_FIELDS, "the allocation")
+        ranks = value["allocation"]["ranks"]
+        adapted = {name: entry["rank"] for name, entry in layers.items()}
+        if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
+            raise ValueError("the ranks of the allocation are not the layers' ranks")
+
+
+def check_base_fields(value: Any) -> None:
+    """Makes sure of what a file says of a base; see `describe_base`.
+
+    Raises:
+        ValueError: it says what is wrong.
+    """
+    check_fields(value, _BASE_FIELDS, "base", may_lack=("quantised",))
+
+
+def exact_targets(names: Collection[str]) -> str:
+    """The regular expression that selects modules of these full names, and no others."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _selects_only(endings: Collection[str], names: Collection[str]) -> bool:
+    """Whether each name has one of the endings, and each ending is one of some name."""
+    used = {
+        ending
+        for name in names
+        for ending in endings
+        if name == ending or name.endswith(f".{ending}")
+    }
+    return used == set(endings) and all(
+        any(name == ending or name.endswith(f".{ending}") for ending in used) for name in names
+    )
 
 
 def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -177,26 +222,31 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         `check_base`), whether any layer is `quantised`, and what PEFT's LoraConfig asks for:
         `target_modules`, `fan_in_fan_out`, `task_type`.
     """
-    endings = {name.rpartition(".")[2] for name in modules}
-    # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
-    others = {name for name, _ in model.named_modules()} - modules.keys()
-    if not any(name.rpartition(".")[2] in endings for name in others):
-        targets: list[str] | str = sorted(endings)
-    elif not any(other.endswith(f".{name}") for other in others for name in modules):
-        targets = sorted(modules)
-    else:
-        targets = "|".join(map(re.escape, sorted(modules)))
     causal = hasattr(model, "prepare_inputs_for_generation")
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(modules),
         "quantised": any(map(is_quantised, modules.values())),
-        # Short names, as PEFT and serving engines like them, if they select just the same; a
-        # regular expression only where full names would select more.
-        "target_modules": targets,
+        "target_modules": target_modules(model, modules),
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
         "task_type": "CAUSAL_LM" if causal else None,
     }
+
+
+def target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """What PEFT's LoraConfig has to select to find modules of these full names, and no others.
+
+    Short names, as PEFT and serving engines like them, if they select just the same; a regular
+    expression only where full names would select more.
+    """
+    endings = {name.rpartition(".")[2] for name in names}
+    # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
+    others = {name for name, _ in model.named_modules()}.difference(names)
+    if not any(name.rpartition(".")[2] in endings for name in others):
+        return sorted(endings)
+    if not any(other.endswith(f".{name}") for other in others for name in names):
+        return sorted(names)
+    return exact_targets(names)
 
 
 def _sample(modules: Mapping[str, nn.Module]) -> list[float]:

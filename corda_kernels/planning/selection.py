@@ -13,12 +13,31 @@ from torch import nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.fields import (
+    Check,
+    check_fields,
+    is_names,
+    is_number,
+    is_object,
+    is_text,
+    is_whole,
+)
 from corda_kernels.outputs import check_output
-from corda_kernels.planning.compactness import Condition, check_condition, layer_spectra
+from corda_kernels.planning.compactness import CONDITIONS, Condition, check_condition, layer_spectra
 
 Method = Literal["argmin", "pool"]
 
 METHODS = ("argmin", "pool")
+
+_FIELDS: dict[str, Check] = {
+    "method": lambda value: value in METHODS,
+    "damping": lambda value: is_number(value, 0),
+    "condition": lambda value: value in CONDITIONS,
+    "tokens": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+    "domains": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "scores": is_object,
+    "groups": lambda value: isinstance(value, list) and all(map(is_names, value)),
+}
 
 # From how many times the deviation within one domain on scores are said to differ.
 _BEYOND_NOISE = 2
@@ -145,12 +164,14 @@ class Selection:
             CovarianceError: it is something else.
         """
         try:
-            return cls(**value)
-        except TypeError as error:
+            check_fields(value, _FIELDS)
+            _check_scores(value)
+        except ValueError as error:
             raise CovarianceError(
                 f"the covariances' note on their selection cannot be read ({error}): "
                 "calibrate again"
             ) from error
+        return cls(**value)
 
     def after(self, candidate: CovarianceSet, scores: Mapping[str, float]) -> Selection:
         """With one more candidate and its scores by layer."""
@@ -230,6 +251,22 @@ class Selection:
         )
 
 
+def _check_scores(value: Mapping[str, Any]) -> None:
+    """Makes sure that every layer of the groups has a score under every candidate.
+
+    Raises:
+        ValueError: one has not, or fields are of different numbers of candidates.
+    """
+    rounds = len(value["tokens"])
+    if not rounds or len(value["domains"]) != rounds:
+        raise ValueError("'domains' and 'tokens' are not of the same candidates")
+    if sorted(name for names in value["groups"] for name in names) != sorted(value["scores"]):
+        raise ValueError("'groups' and 'scores' are not of the same layers")
+    for name, scores in value["scores"].items():
+        if not (isinstance(scores, list) and len(scores) == rounds and all(map(is_number, scores))):
+            raise ValueError(f"the scores of {name} are not one number for each candidate")
+
+
 def _deviation(kinds: Sequence[Sequence[float]]) -> float:
     """Standard deviation within kinds, pooled over them, over the mean of all."""
     mean = statistics.fmean(value for kind in kinds for value in kind)
@@ -247,6 +284,7 @@ def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[st
             f"{path} holds covariances, but no selection to go on with: choose another file"
         )
     found = Selection.from_json(chosen.provenance["selection"])
+    _check_alike(chosen, chosen.normalize, found.groups)
     for option in ("method", "damping", "condition"):
         before, now = getattr(found, option), getattr(asked, option)
         if before != now:

@@ -18,10 +18,23 @@ from torch import Tensor, nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.fields import Check, check_fields, is_number, is_object, is_whole
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
 
 End = Literal["largest", "smallest"]
+
+_FIELDS: dict[str, Check] = {
+    "rank": lambda value: is_whole(value, 1),
+    "damping": lambda value: value is None or is_number(value, 0),
+    "tokens": lambda value: (
+        isinstance(value, list | tuple) and len(value) == 2 and all(map(is_whole, value))
+    ),
+    "layers": is_object,
+}
+_LAYER_FIELDS: dict[str, Check] = dict.fromkeys(
+    ("top", "bottom"), lambda value: value is None or is_number(value)
+)
 
 # Bounds of the verdicts "stable" and "fair".
 _TOP = (0.9, 0.75)
@@ -73,14 +86,19 @@ class Stability:
             CovarianceError: it is something else.
         """
         try:
-            layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
-            first, second = value["tokens"]
-            return cls(value["rank"], value["damping"], (first, second), layers)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            check_fields(value, _FIELDS)
+            for name, entry in value["layers"].items():
+                check_fields(entry, _LAYER_FIELDS, name)
+                if entry["top"] is None and entry["bottom"] is None:
+                    raise ValueError(f"{name} has neither 'top' nor 'bottom'")
+        except ValueError as error:
             raise CovarianceError(
-                f"the covariances' note on their stability cannot be read ({error!r}): calibrate "
+                f"the covariances' note on their stability cannot be read ({error}): calibrate "
                 "again"
             ) from error
+        layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
+        first, second = value["tokens"]
+        return cls(value["rank"], value["damping"], (first, second), layers)
 
     def at(self, end: End, names: Iterable[str]) -> Stability | None:
         """What it says of some layers at one end alone; None if that was measured in none of them.

@@ -604,6 +604,34 @@ def test_a_training_that_diverged_is_not_exported(
         export_lora(model, tmp_path / "out", rank=rank)
 
 
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_training_that_diverged_is_not_merged(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path, use_peft: bool
+) -> None:
+    model = adapt(calibrated(), use_peft=use_peft)
+    name = "model.layers.1.mlp.up_proj"
+    trained = [p for n, p in model.named_parameters() if name in n and p.requires_grad]
+    trained[0].data[0, 0] = torch.inf
+    save_adapter(model, tmp_path / "saved")  # nothing is lost
+    for use in (
+        lambda: merge(model),
+        lambda: export_lora(tmp_path / "saved", tmp_path / "out"),
+        lambda: load_for_training(calibrated()[0], tmp_path / "saved"),
+    ):
+        with pytest.raises(AdapterError, match=rf"layer {name} .* not finite: .*diverged"):
+            use()
+
+
+def test_patterns_of_a_model_are_expressions(
+    calibrated: Calibrated, train: Make, logits: Logits, tmp_path: Path
+) -> None:
+    pattern = {r"layers\.[1-9]\..*": 2}
+    model = stock_lora(calibrated, train, rank_pattern=pattern, alpha_pattern=pattern)
+    export_lora(model, tmp_path)
+    stock = PeftModel.from_pretrained(calibrated()[0], tmp_path)
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_the_record_is_of_the_adapter_default_alone(calibrated: Calibrated, adapt: Make) -> None:
     model = adapt(calibrated())
     assert live_adapter(model).record is not None

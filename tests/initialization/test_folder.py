@@ -488,9 +488,9 @@ RECORD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "layer without fields": (
         lambda f: edit(f, lambda v: v["layers"].update({FIRST: {}})),
-        f"{FIRST} lacks 'rank'",
+        f"field 'rank' is missing or unknown in {FIRST}",
     ),
-    "base without fields": (lambda f: edit(f, lambda v: v["base"].clear()), "base lacks"),
+    "base without fields": (lambda f: edit(f, lambda v: v["base"].clear()), "unknown in base"),
 }
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such adapter folder"),

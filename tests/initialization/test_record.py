@@ -21,7 +21,7 @@ KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}
 def record(model: nn.Module, **changes: Any) -> AdapterRecord:
     entry = {"rank": 2, "tokens": 9, "sigma_max": 2.0, "sigma_min": 1.0, "residual": 0.0}
     values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": entry}}
-    base = describe_base(model, target_linears(model))
+    base = describe_base(model, target_linears(model)) | {"target_modules": ["a"]}
     return AdapterRecord(**(KEPT | values | {"base": base} | changes))
 
 

@@ -8,9 +8,7 @@ and hold its checksum.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import pickle  # for the error that torch.load raises; nothing is unpickled
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import CacheError, CompatibilityWarning
+from corda_kernels.fields import (
+    Check,
+    check_fields,
+    is_names,
+    is_number,
+    is_object,
+    is_text,
+    is_texts,
+    is_whole,
+    parse_json,
+)
 from corda_kernels.files import write_json
 from corda_kernels.initialization import describe_base
-from corda_kernels.initialization.record import base_difference
+from corda_kernels.initialization.record import base_difference, check_base_fields
 from corda_kernels.integrations.peft.eigens import CordaEigens
 from corda_kernels.integrations.peft.observe import Observed
 from corda_kernels.integrations.peft.targets import Target
@@ -34,6 +43,24 @@ StrPath = str | os.PathLike[str]
 
 _FORMAT = "corda_kernels.peft/1"
 _PARTS = ("S_WC", "U_WC", "V_WC")
+# PEFT keeps covariances in float16 if it is asked to.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# What the notes on a cache and on covariances may say.
+_NOTES: dict[str, Check] = {
+    "format": is_text,
+    "sha256": is_text,
+    "layers": lambda value: is_names(value) and len(value) > 0,
+    "base": is_object,
+    "versions": is_texts,
+    "normalize": lambda value: value in ("tokens", "peft"),
+}
+_OF_CACHE: dict[str, Check] = _NOTES | {
+    "corda_method": lambda value: value in ("ipm", "kpm"),
+    "damping": lambda value: value is None or is_number(value, 0),
+}
+_OF_COVARIANCES: dict[str, Check] = _NOTES | {"counts": is_object}
+_COUNTS: dict[str, Check] = {"tokens": is_whole, "calls": is_whole}
 
 
 def is_written(path: StrPath | None) -> bool:
@@ -82,27 +109,44 @@ def read_cache(
         CacheError: the file is damaged, was made for another base or with other options than
             `recipe`, or holds components of another shape or rank.
     """
-    tensors, _ = _read(path, model, recipe)
+    tensors, _ = _read(path, model, recipe, _OF_CACHE)
     eigens = {}
     for name, target in targets.items():
         if not all(_key(name, part) in tensors for part in _PARTS):
             continue
         outputs, inputs = target.weight.shape
         shapes = ((target.rank,), (outputs, target.rank), (inputs, target.rank))
-        found = [tensors[_key(name, part)] for part in _PARTS]
-        for part, tensor, shape in zip(_PARTS, found, shapes, strict=True):
+        for part, shape in zip(_PARTS, shapes, strict=True):
+            tensor = tensors[_key(name, part)]
             if tensor.shape != shape:
                 raise CacheError(
                     f"{path} holds {part} of layer {name} in shape {tuple(tensor.shape)}, but rank "
                     f"{target.rank} of this model asks for {shape}: delete it or choose another "
                     "path"
                 )
-            _check_finite(path, name, tensor)
-        # Copies, for the file is mapped and corda_init writes into S.
-        eigens[name] = CordaEigens(
-            *(tensor.to(target.weight.device, torch.float32, copy=True) for tensor in found)
-        )
+        eigens[name] = _components(path, name, tensors, target.weight.device)
     return eigens
+
+
+def _components(
+    path: StrPath, name: str, tensors: Mapping[str, Tensor], device: torch.device | str
+) -> CordaEigens:
+    """A layer's components, in copies: the file is mapped, and corda_init writes into S."""
+    found = [tensors[_key(name, part)] for part in _PARTS]
+    for tensor in found:
+        _check_finite(path, name, tensor)
+    S, U, V = found
+    if S.ndim != 1 or U.ndim != 2 or V.ndim != 2 or not len(S) == U.shape[1] == V.shape[1] > 0:
+        raise CacheError(
+            f"{path} holds parts of layer {name} that do not fit each other: delete it, and it is "
+            "made again"
+        )
+    if bool((S < 0).any()):
+        raise CacheError(
+            f"{path} holds negative singular values of layer {name}: delete it, and it is made "
+            "again"
+        )
+    return CordaEigens(*(tensor.to(device, torch.float32, copy=True) for tensor in found))
 
 
 def read_components(path: StrPath) -> tuple[dict[str, CordaEigens], dict[str, Any]]:
@@ -111,14 +155,12 @@ def read_components(path: StrPath) -> tuple[dict[str, CordaEigens], dict[str, An
     Raises:
         CacheError: the file is damaged, or is no cache.
     """
-    tensors, notes = _load(path)
+    tensors, notes = _load(path, _OF_CACHE)
     suffix = _key("", _PARTS[0])
     names = [key.removesuffix(suffix) for key in tensors if key.endswith(suffix)]
     if {_key(name, part) for name in names for part in _PARTS} != tensors.keys():
         raise CacheError(f"{path} is no cache of components: choose another path")
-    return {
-        name: CordaEigens(*(tensors[_key(name, part)].float() for part in _PARTS)) for name in names
-    }, notes
+    return {name: _components(path, name, tensors, "cpu") for name in names}, notes
 
 
 def write_covariances(
@@ -152,7 +194,7 @@ def read_covariances(
         CacheError: the file is damaged, was made for another base or with another `normalize`, or
             holds matrices of another size.
     """
-    tensors, notes = _read(path, model, {"normalize": normalize})
+    tensors, notes = _read(path, model, {"normalize": normalize}, _OF_COVARIANCES)
     counts = notes.get("counts", {})
     shared: dict[int, Observed] = {}
     covariances = {}
@@ -208,10 +250,10 @@ def _write(
 
 
 def _read(
-    path: StrPath, model: nn.Module, wanted: Mapping[str, Any]
+    path: StrPath, model: nn.Module, wanted: Mapping[str, Any], fields: Mapping[str, Check]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As `_load`, after a check that the file was made for this model with what is wanted."""
-    tensors, notes = _load(path)
+    tensors, notes = _load(path, fields)
     if notes:
         _check_notes(path, notes, wanted, model)
     else:
@@ -225,19 +267,39 @@ def _read(
     return tensors, notes
 
 
-def _load(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file's tensors, on the CPU, and its notes, which are empty where PEFT wrote it."""
-    notes = _read_notes(path)
+def _load(path: StrPath, fields: Mapping[str, Check]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The file's tensors, on the CPU, and its notes, which are empty where PEFT wrote it.
+
+    Args:
+        path: the file.
+        fields: what its notes may say.
+    """
+    notes = _read_notes(path, fields)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damage may lead the unpickler to any
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CacheError(
-            f"{path} is truncated or was not written by PEFT or this package "
-            f"({str(error).splitlines()[0]}): delete it, and it is made again"
+            f"{path} is truncated or was not written by PEFT or this package ({reason}): delete "
+            "it, and it is made again"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CacheError(f"{path} does not hold tensors by name: choose another path")
-    return tensors, notes
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in tensors.items()
+    ):
+        raise CacheError(
+            f"{path} does not hold floating-point tensors by name: choose another path"
+        )
+    return {name: tensor.detach() for name, tensor in tensors.items()}, notes
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a value is a tensor of numbers, in memory as it should be."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+    )
 
 
 def _check_notes(
@@ -265,26 +327,31 @@ def _check_notes(
         )
 
 
-def _read_notes(path: StrPath) -> dict[str, Any]:
+def _read_notes(path: StrPath, fields: Mapping[str, Check]) -> dict[str, Any]:
     beside = notes_path(path)
     if not beside.is_file():
         return {}
     try:
-        notes = json.loads(beside.read_text(encoding="utf-8"))
+        notes = parse_json(beside.read_text(encoding="utf-8"))
+        if not isinstance(notes, dict) or notes.get("format") != _FORMAT:
+            raise ValueError(f"it is not of this version's format {_FORMAT!r}")
+        check_fields(notes, fields)
+        check_base_fields(notes["base"])
+        for name, counts in notes.get("counts", {}).items():
+            check_fields(counts, _COUNTS, name)
+        if "counts" in notes and notes["counts"].keys() != set(notes["layers"]):
+            raise ValueError("its counts are of other layers")
     except ValueError as error:
         raise CacheError(
             f"{beside} is damaged ({error}): delete it together with {path}"
         ) from error
-    if not isinstance(notes, dict) or notes.get("format") != _FORMAT:
-        raise CacheError(
-            f"{beside} is not of this version's format {_FORMAT!r}: delete it together with {path}"
-        )
-    if notes.get("sha256") != _checksum(path):
+    if notes["sha256"] != _checksum(path):
         raise CacheError(
             f"{path} does not match the checksum in {beside}: one of them was altered, damaged or "
             "replaced; delete both, and they are made again"
         )
-    return notes
+    found: dict[str, Any] = notes
+    return found
 
 
 def _checksum(path: StrPath) -> str:

@@ -17,6 +17,7 @@ from corda_kernels.initialization import (
     LayerAdapter,
     write_adapter,
 )
+from corda_kernels.initialization.record import target_modules
 from corda_kernels.integrations.peft.files import is_written, read_components
 from corda_kernels.versions import library_versions
 
@@ -84,11 +85,11 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
         }
     record = AdapterRecord(
         mode=notes["corda_method"],
-        rank=config.r,
+        rank=max(entry["rank"] for entry in entries.values()),
         hold=None,
         residual="weight",
         damping=notes["damping"],
-        base=notes["base"],
+        base=notes["base"] | {"target_modules": target_modules(model.get_base_model(), entries)},
         calibration={},
         layers=entries,
         versions=library_versions(),
