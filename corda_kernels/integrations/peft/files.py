@@ -211,7 +211,8 @@ def read_covariances(
         if place not in shared:
             _check_finite(path, name, matrix)
             seen = counts.get(name, {"tokens": 0, "calls": 0})
-            shared[place] = Observed(matrix.float(), seen["tokens"], seen["calls"])
+            copied = matrix.to(torch.float32, copy=True)  # the file is mapped
+            shared[place] = Observed(copied, seen["tokens"], seen["calls"])
         covariances[name] = shared[place]
     return covariances
 
