@@ -73,18 +73,18 @@ def load_for_training(
     if record is not None:
         adapter = read_adapter(folder)
         layers, described = adapter.layers, lora_config(adapter).to_dict()
+        adapted = set(layers)
     else:
         if initial is not None:
             layers = with_initial(lora_layers(*read_lora(folder), folder), initial, folder)
-        described = _described(base_model, folder)
+        described, adapted = _described(base_model, folder)
     _check_fits(base_model, layers, record)
     _take_out(base_model, initial)
     if initial is not None:
         # PEFT would take A0 and B0 out itself, of a base that lacks them already.
         described["init_lora_weights"] = True
     wrapped = _from_pretrained(base_model, folder, described)
-    if record is not None:
-        check_wrapped(base_model, layers)
+    check_wrapped(base_model, adapted, alone=record is not None)
     return _carry(wrapped, record, initial)
 
 
@@ -98,8 +98,10 @@ def _check_factors_only(folder: Path) -> None:
         )
 
 
-def _described(base_model: nn.Module, folder: Path) -> dict[str, Any]:
-    """What a LoRA's folder says to PEFT, with names in place of any regular expression.
+def _described(base_model: nn.Module, folder: Path) -> tuple[dict[str, Any], set[str]]:
+    """What a LoRA's folder says to PEFT, and the model's layers that it has tensors of.
+
+    Names stand in place of any regular expression that selects layers.
 
     Raises:
         AdapterError: the folder is damaged, or was made for layers that the model does not have.
@@ -110,27 +112,28 @@ def _described(base_model: nn.Module, folder: Path) -> dict[str, Any]:
     if (folder / WEIGHTS_FILE).is_file():  # PEFT also reads adapter_model.bin
         tensors = read_lora(folder)[1]
         check_tensors(config, tensors, folder)
+    modules = dict(base_model.named_modules())
+    named = {layer_of(key) for key in tensors if ".lora_" in key}
+    adapted = {name for name in named if hasattr(modules.get(name), "weight")}
     selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
     if not config.get("layers_pattern") and not any(
         isinstance(selection, str) and selection != "all-linear" for selection in selections
     ):
-        return config
-    modules = dict(base_model.named_modules())
-    adapted = {layer_of(key) for key in tensors if ".lora_" in key}
-    names = [name for name in adapted if hasattr(modules.get(name), "weight")]
-    if len(names) < len(adapted) or not names:
+        return config, adapted
+    if adapted != named or not adapted:
         raise AdapterError(
             f"{folder} selects its layers by a regular expression, which is not run when it stands "
             "in a file, and not all of its tensors are of layers of this model "
-            f"({min(adapted.difference(names), default='there are none')}): load it with "
+            f"({min(named - adapted, default='there are none')}): load it with "
             "PeftModel.from_pretrained if you trust it"
         )
-    return config | {
-        "target_modules": target_modules(base_model, names),
+    names = {
+        "target_modules": target_modules(base_model, adapted),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+    return config | names, adapted
 
 
 def _from_pretrained(

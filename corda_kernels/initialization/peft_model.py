@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Set
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from corda_kernels.errors import AdapterError
-from corda_kernels.initialization.adapter import Adapter, LayerAdapter
+from corda_kernels.initialization.adapter import Adapter
 from corda_kernels.initialization.lora_files import TRAINED, is_plain, residual_name
 
 
@@ -26,7 +26,7 @@ def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> Pef
         model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived
     )
     config.base_model_name_or_path = source
-    check_wrapped(model, adapter.layers)
+    check_wrapped(model, adapter.layers.keys())
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
         device = lora.get_base_layer().weight.device
@@ -36,16 +36,22 @@ def attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> Pef
     return wrapped
 
 
-def check_wrapped(model: nn.Module, layers: Mapping[str, LayerAdapter]) -> None:
-    """Makes sure that PEFT, which finds layers by the ends of their names, found no others.
+def check_wrapped(model: nn.Module, names: Set[str], *, alone: bool = True) -> None:
+    """Makes sure that PEFT, which finds layers by the ends of their names, found certain layers.
+
+    Args:
+        model: the base.
+        names: of the layers that it must have found.
+        alone: whether it must have found no others.
 
     Raises:
-        AdapterError: it did.
+        AdapterError: it did not.
     """
     found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if found != layers.keys():
+    odd = found ^ names if alone else names - found
+    if odd:
         raise AdapterError(
-            f"PEFT and the adapter disagree on {min(found ^ layers.keys())}: PEFT finds "
+            f"PEFT and the adapter disagree on {min(odd)}: PEFT finds "
             "layers by the ends of their names; load the base that the adapter was made for, or "
             "attach with use_peft=False"
         )
