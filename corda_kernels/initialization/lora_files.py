@@ -240,7 +240,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fold
     """
     factors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     largest = max((size for tensor in factors.values() for size in tensor.shape), default=0)
-    rank = max(config["r"], *(config.get("rank_pattern") or {}).values())
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     magnitudes = any("lora_magnitude_vector" in key for key in factors)
     if factors and (rank > largest or magnitudes != bool(config.get("use_dora"))):
         raise AdapterError(

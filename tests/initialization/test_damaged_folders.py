@@ -25,13 +25,13 @@ from corda_kernels.initialization.record import check_base
 
 WEIGHTS, INITIAL = "adapter_model.safetensors", "corda_initial.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"lora_dropout": 0.1},
-    "planned": {"budget": "r=4", "max_rank": 6},
+    "planned": {"budget": "r=4", "max_rank": 6, "lora_dropout": 0.1},
     "published": {"residual": "weight"},
 }
 # Fields of the record by which nothing is computed. Any value of the right kind will do.
+NOTES = ("calibration", "stability", "measured", "versions")
 DESCRIPTIVE = (
-    *("rank", "hold", "damping", "lora", "calibration", "stability", "measured", "versions"),
+    *("rank", "hold", "damping", "lora"),
     *("base.source", "base.quantised", "base.fan_in_fan_out", "base.task_type", "base.sample"),
     *("allocation.budget", "allocation.spent", "allocation.condition"),
     *(f"self_attn.{name}_proj.{field}" for name in "qk" for field in ("tokens", "residual")),
@@ -87,6 +87,7 @@ def same_adapter(found: Adapter, expected: Adapter) -> bool:
     return same(found.layers, expected.layers) and same(*initial) and targets[0] == targets[1]
 
 
+@pytest.mark.parametrize("kind", ["planned", "published"], indirect=True)
 def test_a_field_of_the_record(calibrated: Callable[..., Any], folder: Path) -> None:
     model = calibrated()[0]
     expected = read_adapter(folder)
@@ -96,18 +97,23 @@ def test_a_field_of_the_record(calibrated: Callable[..., Any], folder: Path) -> 
         file.write_text(text)
         try:
             record = read_record(folder)
+            assert record is not None
+            if path.startswith(NOTES):
+                continue
+            found = read_adapter(folder)
         except AdapterError:
             continue
-        assert record is not None
-        assert any(f".{path}.".find(f".{name}.") >= 0 for name in DESCRIPTIVE), (path, text)
+        # Without an allocation there was no budget.
+        assert path == "allocation" or any(f".{n}." in f".{path}." for n in DESCRIPTIVE), path
         if path == "base.sample.0":
             with pytest.raises(AdapterError, match="weights differ"):
                 check_base(record, modules)
             continue
         check_base(record, modules)
-        assert same_adapter(read_adapter(folder), expected), (path, text)
+        assert same_adapter(found, expected), (path, text)
 
 
+@pytest.mark.parametrize("kind", ["planned"], indirect=True)
 def test_a_field_of_the_configuration(folder: Path) -> None:
     expected = lora_layers(*read_lora(folder), folder)
     file = folder / "adapter_config.json"
@@ -122,7 +128,7 @@ def test_a_field_of_the_configuration(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, INITIAL])
-def test_a_tensor(folder: Path, name: str) -> None:
+def test_a_tensor(calibrated: Callable[..., Any], folder: Path, name: str) -> None:
     file = folder / name
     if not file.exists():
         return
@@ -136,7 +142,9 @@ def test_a_tensor(folder: Path, name: str) -> None:
             read_adapter(folder)
         except AdapterError:
             continue
-        pytest.fail(damage)
+        assert damage.endswith("shorter"), damage  # which the base alone can tell
+        with pytest.raises(AdapterError, match="but the adapter is for"):
+            load_for_training(calibrated()[0], folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, INITIAL, "corda.json", "adapter_config.json"])

@@ -211,8 +211,9 @@ def read_covariances(
         if place not in shared:
             _check_finite(path, name, matrix)
             seen = counts.get(name, {"tokens": 0, "calls": 0})
-            copied = matrix.to(torch.float32, copy=True)  # the file is mapped
-            shared[place] = Observed(copied, seen["tokens"], seen["calls"])
+            # A copy, for the file is mapped, and may be written again.
+            copy = matrix.to(torch.float32, copy=True)
+            shared[place] = Observed(copy, seen["tokens"], seen["calls"])
         covariances[name] = shared[place]
     return covariances
 

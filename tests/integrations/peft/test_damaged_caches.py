@@ -28,7 +28,10 @@ from corda_kernels.integrations.peft.targets import corda_targets
 
 RECIPE = {"corda_method": "ipm", "damping": 0.01, "normalize": "tokens"}
 # Notes by which nothing is computed.
-DESCRIPTIVE = ("versions", "base.source", "base.quantised", "base.task_type", "base.fan_in_fan_out")
+DESCRIPTIVE = (
+    *("versions", "base.source", "base.quantised", "base.task_type", "base.fan_in_fan_out"),
+    *("base.target_modules", "counts."),
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_a_field_of_the_notes(path: Path, model: nn.Module) -> None:
             found = read(path, model)
         except CacheError:
             continue
-        assert field.startswith(DESCRIPTIVE) or field.startswith("counts."), (field, text)
+        assert field.startswith(DESCRIPTIVE), (field, text)
         assert same(found, expected), (field, text)
 
 
@@ -123,6 +126,9 @@ def test_a_tensor(path: Path, model: nn.Module, noted: bool) -> None:
         except CacheError:
             continue
         # Rounded, absent, or beside the point; what is absent the caller reports.
+        if damage.endswith("turned"):  # a symmetric matrix is the same
+            assert same(found, expected), damage
+            continue
         assert damage.endswith(("float16", "float64", "gone", "elsewhere", "extra", "none")), damage
         if damage.endswith(("float64", "extra")):
             assert same(found, expected), damage
