@@ -59,7 +59,7 @@ def contest(benchmark: Any) -> Contest[Any]:
         def finished() -> Result:
             result = call()
             if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(DEVICE)
             return result
 
         benchmark.group = group

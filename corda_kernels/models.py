@@ -299,6 +299,12 @@ def input_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def devices(model: nn.Module) -> set[torch.device]:
+    """Where a model computes: the devices that hold its weights or take its inputs."""
+    found = {parameter.device for parameter in model.parameters()}
+    return found | {input_device(model)} if found else found
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids have an embedding; None where the model does not say."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()

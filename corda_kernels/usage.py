@@ -15,11 +15,16 @@ T = TypeVar("T")
 class Stopwatch:
     """Adds up how long each stage took; what a stage spends in another counts for that one only.
 
+    Args:
+        devices: that the work is on. GPUs among them are waited for wherever a stage begins or
+            ends, for they are still at work when a call returns; no other one is.
+
     Attributes:
         seconds: by stage, in the order in which they first began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._gpus = {device for device in devices if device.type == "cuda"}
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
@@ -49,9 +54,8 @@ class Stopwatch:
             del item  # before the next one is made
 
     def _count(self) -> None:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(device)  # a GPU is still at work when a call returns
+        for device in self._gpus:
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from corda_kernels.usage import Stopwatch
 
@@ -47,3 +48,17 @@ def test_the_making_of_items_is_timed_and_their_use_is_not(clock: list[float]) -
         found.append(item)
     assert found == [0, 1, 2]
     assert watch.seconds == {"blocks": 3}
+
+
+def test_only_the_gpus_that_work_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    host, gpu = torch.device("cpu"), torch.device("cuda:1")
+    with Stopwatch([host]).stage("calibration"):
+        pass
+    assert not waited
+    with Stopwatch([gpu, host, gpu]).stage("calibration"):
+        pass
+    assert waited == [gpu, gpu]

@@ -195,7 +195,7 @@ def run(name: str, task: Task, folder: Path) -> PipelineRow:
     forget_peak(device)
     forward(model, task.batches[:1])
     before = peak_bytes(device)
-    stages = Stages(passes=len(own.batches))
+    stages = Stages(len(own.batches), [device])
     METHODS[name](Subject(own, model, as_given, folder), stages)
     growth = max(0, peak_bytes(device) - before)
     repeated = stages.passes / len(own.batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,8 @@ class Stages(Stopwatch):
         passes: forward passes over one batch each.
     """
 
-    def __init__(self, passes: int) -> None:
-        super().__init__()
+    def __init__(self, passes: int, devices: Iterable[torch.device] = ()) -> None:
+        super().__init__(devices)
         self.passes = passes
 
 

@@ -31,7 +31,7 @@ from corda_kernels.initialization import (
     residual_marker,
 )
 from corda_kernels.linears import check_writable, linear_shape, unpack
-from corda_kernels.models import check_unshared, check_unwrapped, target_linears
+from corda_kernels.models import check_unshared, check_unwrapped, devices, target_linears
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
@@ -115,7 +115,7 @@ def corda_adapter(
     short: dict[str, tuple[int, int]] = {}
     measured: dict[str, dict[str, Any]] = {}
     inputs: list[dict[str, Any]] = []
-    clock = Stopwatch()
+    clock = Stopwatch(devices(model))
     for covariances in _stages(model, modules, data, config, domain, clock):
         covered = _covered(modules, covariances)
         short |= _rank_deficient(covered, covariances)

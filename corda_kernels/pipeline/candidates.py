@@ -13,6 +13,7 @@ from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.errors import ConfigError
 from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.planning import select_covariance
+from corda_kernels.models import devices
 from corda_kernels.planning.compactness import SCORING_DAMPING, Condition
 from corda_kernels.planning.selection import Method
 from corda_kernels.usage import Stopwatch
@@ -61,7 +62,7 @@ def calibrate_candidates(
     batches = list(batches)
     check_candidates(batches, candidates)
     kept = [None] * candidates if checkpoint is None else checkpoint.parts(candidates)
-    clock = clock or Stopwatch()
+    clock = clock or Stopwatch(devices(model))
 
     def candidate(index: int) -> CovarianceSet:
         with clock.stage("calibration"):

@@ -17,6 +17,7 @@ from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.linears import weights_at_hand
 from corda_kernels.pipeline.parts import calibrate_part
+from corda_kernels.models import devices
 from corda_kernels.planning import LayerStability, subspace_stability
 from corda_kernels.usage import Stopwatch
 
@@ -61,7 +62,7 @@ def calibrate_halves(
         "distributed": distributed,
         "progress": progress,
     }
-    clock = clock or Stopwatch()
+    clock = clock or Stopwatch(devices(model))
     with clock.stage("calibration"):
         halves = [
             calibrate_part(model, batches, half, count, checkpoint=kept[half], **options)

@@ -15,6 +15,7 @@ from corda_kernels.errors import ConfigError
 from corda_kernels.outputs import format_bytes
 from corda_kernels.pipeline.candidates import (
     GIVEN,
+from corda_kernels.models import devices
     calibrate_candidates,
     check_candidates,
     selected,
@@ -80,7 +81,7 @@ def covariance_stages(
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
     """
     batches = list(batches)
-    clock = clock or Stopwatch()
+    clock = clock or Stopwatch(devices(model))
     if candidates > 1:
         check_candidates(batches, candidates)
         parts, sets = candidates, 2
