@@ -7,7 +7,6 @@ index or mask of d² entries is needed, as gathering the triangle would.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -20,23 +19,30 @@ def _split(d: int) -> tuple[int, int, int, int]:
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
     """The d(d+1)/2 numbers of the lower triangle of a (d, d) matrix, flat, in its dtype."""
-    large, small, row, column = _split(matrix.shape[0])
-    block = matrix.new_zeros((large + row, large))
+    d = matrix.shape[0]
+    large, small, row, column = _split(d)
+    size = (large + row) * large
+    packed = matrix.new_empty(d * (d + 1) // 2)
+    block = packed[:size].view(large + row, large)
+    block[:row] = 0
     block[row:] = matrix[:large, :large].tril()
     block[:small, column:] += matrix[large:, large:].mT.triu()
-    return torch.cat([block.flatten(), matrix[large:, :large].flatten()])
+    packed[size:].view(small, large).copy_(matrix[large:, :large])
+    return packed
 
 
-def unpack_symmetric(packed: Tensor, d: int) -> Tensor:
-    """The symmetric (d, d) matrix that `pack_symmetric` packed."""
+def unpack_symmetric(packed: Tensor, d: int, *, out: Tensor | None = None) -> Tensor:
+    """The symmetric (d, d) matrix that `pack_symmetric` packed; in `out` if there is one."""
     large, small, row, column = _split(d)
     size = (large + row) * large
     block = packed[:size].view(large + row, large)
-    matrix = packed.new_empty((d, d))
-    first = block[row:].tril()
-    matrix[:large, :large] = first + first.tril(-1).mT
-    second = block[:small, column:].triu()
-    matrix[large:, large:] = second + second.triu(1).mT
+    matrix = packed.new_empty((d, d)) if out is None else out
+    first = matrix[:large, :large]
+    first.copy_(block[row:]).tril_()
+    first += first.tril(-1).mT
+    second = matrix[large:, large:]
+    second.copy_(block[:small, column:]).triu_()
+    second += second.triu(1).mT
     matrix[large:, :large] = packed[size:].view(small, large)
     matrix[:large, large:] = matrix[large:, :large].mT
     return matrix

@@ -32,6 +32,14 @@ def test_a_matrix_of_any_strides_can_be_packed(d: int) -> None:
     assert torch.equal(pack_symmetric(matrix), pack_symmetric(matrix.contiguous()))
 
 
+@pytest.mark.parametrize("d", [1, 6, 7])
+def test_a_matrix_can_be_unpacked_into_another(d: int) -> None:
+    packed = pack_symmetric(torch.randn(d, d))
+    into = torch.full((d, d), torch.nan)
+    assert unpack_symmetric(packed, d, out=into) is into
+    assert torch.equal(into, unpack_symmetric(packed, d))
+
+
 def test_packing_leaves_the_matrix_alone() -> None:
     matrix = torch.randn(7, 7)
     before = matrix.clone()
