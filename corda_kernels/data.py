@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corda_kernels.errors import ConfigError, CordaWarning, DataError
+from corda_kernels.errors import ConfigError, DataError, DataWarning
 from corda_kernels.outputs import atomic_path
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def token_batches(
 
     Returns:
         Batches with `input_ids` (batch, seq) int64 and, where `pack` is off, `attention_mask`
-        (batch, seq) int64. Fewer samples than asked for, with a CordaWarning, if the text runs
+        (batch, seq) int64. Fewer samples than asked for, with a DataWarning, if the text runs
         out: its last short piece is left out when packing, unless there is nothing else.
 
     Raises:
@@ -110,7 +110,7 @@ def token_batches(
             f"{path} is used up after {complete} of {samples} sequences of {seq_len} tokens "
             f"({sum(map(len, sequences))} tokens in all): give more text, or lower "
             "--samples or --seq-len",
-            CordaWarning,
+            DataWarning,
             stacklevel=2,
         )
     size = batch_size(len(sequences)) if callable(batch_size) else batch_size

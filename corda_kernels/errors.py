@@ -128,6 +128,10 @@ class RankDeficientWarning(CordaWarning):
     """A covariance was taken from fewer tokens than it has channels and is singular."""
 
 
+class DataWarning(CordaWarning):
+    """There is less calibration text than was asked for."""
+
+
 class PaddingWarning(CordaWarning):
     """A batch looks padded but carries no attention mask."""
 

@@ -23,7 +23,14 @@ from corda_kernels.cli.inspect import inspect
 from corda_kernels.cli.merge import merge
 from corda_kernels.cli.plan import plan
 from corda_kernels.cli.printing import echo
-from corda_kernels.errors import ConfigError, CordaError, CordaWarning
+from corda_kernels.errors import (
+    ConfigError,
+    CordaError,
+    CordaWarning,
+    DataWarning,
+    LeftOutWarning,
+    RankDeficientWarning,
+)
 
 app = typer.Typer(
     name="corda-kernels",
@@ -36,6 +43,10 @@ app = typer.Typer(
 for command in (demo, plan, init, calibrate, inspect, export, merge, doctor):
     app.command()(command)
 app.add_typer(bench)
+
+
+# About the model or the whole text, and not about one rank's share of the work.
+_COMMON = (DataWarning, LeftOutWarning, RankDeficientWarning)
 
 
 def _print_version(asked: bool) -> None:
@@ -88,14 +99,17 @@ def _who() -> str:
 
 
 def _quiet() -> None:
-    """Shows this package's own warnings, each as one line, and no other library's."""
+    """Shows this package's own warnings, each as one line, and no other library's.
+
+    Those that every rank has alike only the first rank shows.
+    """
     for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(library, "error")
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", CordaWarning)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        if options.first_rank():
-            echo(f"warning: {message}", err=True)
+        if options.first_rank() or not isinstance(message, _COMMON):
+            echo(f"{_who()}warning: {message}", err=True)
 
     warnings.showwarning = show

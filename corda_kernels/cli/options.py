@@ -60,7 +60,13 @@ Damping = Annotated[
     typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the choice of texts and of random starts.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1; auto takes a GPU if there is one. Under torchrun cuda is each "
+        "rank's own."
+    ),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own if not given.")
 ]
@@ -204,11 +210,11 @@ def ranks(device: str) -> Iterator[bool]:
 
     from corda_kernels.errors import DistributedError
 
-    on_gpu = torch.device(resolve_device(device)).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(resolve_device(device))
+    where = torch_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
     try:
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"the ranks cannot be joined ({error}): start the program with torchrun"
@@ -236,14 +242,31 @@ def load(
 
 
 def resolve_device(device: str) -> str:
-    """The device's name, with "auto" decided: under torchrun, each rank has a GPU of its own."""
+    """The device's name, with "auto" decided: under torchrun, each rank has a GPU of its own.
+
+    Raises:
+        ConfigError: several ranks of this machine are given the same GPU; or torchrun did not start
+            them, so that which GPU is whose is not known.
+    """
     import torch
 
-    if device != "auto":
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (device.startswith("cuda") and under_torchrun()):
         return device
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if under_torchrun() else "cuda"
+    if device == "cuda":
+        if not (rank := os.environ.get("LOCAL_RANK", "")).isdecimal():
+            raise ConfigError(
+                f"the environment has a WORLD_SIZE, but its LOCAL_RANK is {rank!r}: start the "
+                "program with torchrun, which sets both, or name the GPU (--device cuda:0)"
+            )
+        return f"cuda:{rank}"
+    if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"--device {device} puts all {ranks} ranks of this machine on one GPU: give --device "
+            "cuda, by which each takes its own"
+        )
+    return device
 
 
 def torch_device(device: str) -> torch.device:

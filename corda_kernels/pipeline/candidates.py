@@ -11,9 +11,9 @@ from torch import nn
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.errors import ConfigError
+from corda_kernels.models import devices
 from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.planning import select_covariance
-from corda_kernels.models import devices
 from corda_kernels.planning.compactness import SCORING_DAMPING, Condition
 from corda_kernels.planning.selection import Method
 from corda_kernels.usage import Stopwatch

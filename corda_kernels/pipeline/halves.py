@@ -16,8 +16,8 @@ from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.linears import weights_at_hand
-from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.models import devices
+from corda_kernels.pipeline.parts import calibrate_part
 from corda_kernels.planning import LayerStability, subspace_stability
 from corda_kernels.usage import Stopwatch
 
