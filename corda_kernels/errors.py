@@ -81,7 +81,7 @@ class CheckpointError(CordaError):
 
 
 class DistributedError(CordaError):
-    """Another rank of a distributed run has ended, or cannot be reached."""
+    """Another rank of a distributed run has ended or is out of reach, or was given other things."""
 
 
 class DecompositionError(CordaError):

@@ -89,7 +89,7 @@ class BlockJournal:
                 not blocks[self.finished] or self._file(self.finished).exists()
             ):
                 self.finished += 1
-            self.finished = min(ranks.gather(self.finished))
+            self.finished = min(ranks.gather(self.finished, "finished blocks"))
 
     def _file(self, block: int) -> Path:
         assert self._checkpoint is not None

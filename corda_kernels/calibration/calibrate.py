@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.calibration.agreement import TextSum, run_given
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
@@ -59,8 +60,9 @@ def calibrate(
         checkpoint: where to keep what has been summed up so far, and whether to go on from it after
             a kill. The result is the same to the last bit, interrupted or not. Each of several
             ranks keeps a file of its own, and must find it where as many ranks go on.
-        distributed: whether the ranks of torch.distributed, which must all be given the same
-            batches, run a share of them each; all get the same result.
+        distributed: whether the ranks of torch.distributed, which must all be given the same, run
+            a share of the batches each; all get the same result. They compare model, batches and
+            options before the first forward pass, batches that can be read but once at their end.
         progress: whether to show a progress bar with tokens per second.
 
     Returns:
@@ -71,13 +73,24 @@ def calibrate(
         CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
-        DistributedError: another rank has ended.
+        DistributedError: another rank has ended, or was given something else.
         ConfigError: `distributed` without a process group.
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
     ranks = Ranks.of(distributed)
     subject = Subject.of(model, targets)
+    ranks.agree(
+        "calibrate",
+        lambda: run_given(
+            subject,
+            batches,
+            checkpoint,
+            outlier_threshold=outlier_threshold,
+            normalize=normalize,
+            on_unseen=on_unseen,
+        ),
+    )
     thrift = Thrift(batches, subject.device)
     while True:
         capture = InputCapture(
@@ -88,12 +101,13 @@ def calibrate(
             on_host=thrift.on_host,
         )
         try:
-            tokens = _accumulate(
+            tokens, text = _accumulate(
                 subject, batches, capture, checkpoint, ranks, thrift.max_rows, progress
             )
             break
         except torch.OutOfMemoryError as error:
             thrift.tighten(error, again="starting again", last_resort=_ONE_PASS_REMEDY)
+    ranks.agree("the end of the text", text.given)
     ranks.add_up(capture, subject.device)
     return subject.result(
         capture.covariances(),
@@ -112,15 +126,18 @@ def _accumulate(
     ranks: Ranks,
     max_rows: int | None,
     progress: bool,
-) -> int:
-    """Runs this rank's batches, `max_rows` sequences at a time; tokens of all batches."""
+) -> tuple[int, TextSum]:
+    """Runs this rank's batches, `max_rows` sequences at a time; tokens and sum of all batches."""
     journal = Journal(checkpoint, capture, subject.model, subject.device, ranks)
+    text = TextSum()
     batch_count = tokens = 0
     shown = progress and ranks.rank == 0
     with evaluating(subject.model), capture, token_bar(batches, shown) as bar:
         for index, batch in enumerate(batches):
             before, batch_count = tokens, index + 1
             tokens += token_count(batch)
+            if ranks.size > 1:
+                text.add(batch)
             if ranks.owns(index):
                 journal.read(batch)
                 if not journal.covers(index):
@@ -132,7 +149,7 @@ def _accumulate(
             bar.update(tokens - before)
             journal.end_batch(index, tokens)
         journal.end(batch_count)
-    return tokens
+    return tokens, text
 
 
 def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -169,8 +168,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What a run depends on besides its text, by the name under which it is reported."""
     found: dict[str, Any] = {
-        "model": _weights_digest(model),
-        "targets": hashlib.sha256("\n".join(targets).encode()).hexdigest(),
+        "model": weights_digest({"": model}),
+        "targets": digest({}, "\n".join(targets)),
         "outlier_threshold": outlier_threshold,
         "normalize": normalize,
         "device": device.type,
@@ -180,11 +179,20 @@ def fingerprint(
     return found
 
 
-def _weights_digest(model: nn.Module) -> str:
-    """A checksum over the names, sizes and dtypes of all weights, and over entries of each."""
+def weights_digest(modules: Mapping[str, nn.Module]) -> str:
+    """A checksum over the names, sizes and dtypes of all weights, and over entries of each.
+
+    Args:
+        modules: by their names in the model; the model itself has the name "".
+    """
     samples = {}
     sizes = []
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    named = (
+        weights
+        for prefix, module in modules.items()
+        for weights in (module.named_parameters(prefix), module.named_buffers(prefix))
+    )
+    for name, tensor in itertools.chain.from_iterable(named):
         sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
         for part, values in _plain_parts(tensor.detach()).items():
             if values.device.type != "meta":  # offloaded: its values are elsewhere

@@ -2,13 +2,15 @@
 
 Every rank has the whole model and all batches, runs those that are its own, and keeps sums. At the
 end one reduction adds the sums up, so that every rank holds the covariances of the whole text.
+Before that the ranks compare what they were given: sums of different layers or texts would add up
+without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,10 +21,17 @@ from torch import Tensor, nn
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import ConfigError, DistributedError
+from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.linears import linear_shape
+from corda_kernels.versions import library_versions
 
 T = TypeVar("T")
+
+# Within which numbers of two ranks are the same: a GPU and a CPU round differently.
+_ALIKE = 1e-4
+# What a message has room for: letters of a value, of which a checksum has more, and ranks.
+_SHOWN = 40
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -74,21 +83,60 @@ class Ranks:
         costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
         return {name: modules[name] for name in self.share(costs)}
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, step: str) -> list[T]:
         """The value of every rank, in their order. Tensors in it should be on the CPU.
 
+        Args:
+            value: of this rank.
+            step: what it is gathered for, by which ranks that have parted ways find out.
+
         Raises:
-            DistributedError: a rank has ended.
+            DistributedError: a rank has ended, or has come to another step.
         """
         if self.size == 1:
             return [value]
-        values: list[T | None] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with _peers_needed():
-            torch.distributed.all_gather_object(values, value)
-        return [entry for entry in values if entry is not None]
+            torch.distributed.all_gather_object(values, (step, value))
+        if difference := _difference([found for found, _ in values]):
+            raise DistributedError(
+                f"the ranks have come to different steps ({difference}): make the same calls with "
+                "the same arguments on every rank"
+            )
+        return [entry for _, entry in values]
+
+    def agree(self, step: str, given: Callable[[], Mapping[str, object]]) -> None:
+        """Makes sure that every rank has come to the same step, and was given the same for it.
+
+        Args:
+            step: the call, or what it is about to do.
+            given: makes what is compared, by the names that a message gives it: tensors of float64
+                on the CPU within 1e-4, all else by its text. Only called where there are ranks.
+
+        Raises:
+            DistributedError: something differs, or a rank has ended.
+        """
+        if self.size == 1:
+            return
+        mine: dict[str, str | Tensor] = {
+            f"version of {name}": version for name, version in library_versions().items()
+        }
+        for name, value in given().items():
+            mine[name] = value if isinstance(value, Tensor) else str(value)
+        every = self.gather(mine, step)
+        names = dict.fromkeys(name for found in every for name in found)
+        differing = [
+            f"{name} ({difference})"
+            for name in names
+            if (difference := _difference([found.get(name) for found in every]))
+        ]
+        if differing:
+            raise DistributedError(
+                f"at {step} the ranks differ in {', '.join(differing)}: give every rank the same"
+            )
 
     def add_up(self, capture: InputCapture, device: torch.device) -> None:
-        """Replaces the capture's sums by those over all ranks.
+        """Replaces the capture's sums by those over all ranks, one after the other in its place.
 
         Layers share a covariance if they do so on every rank.
 
@@ -99,6 +147,7 @@ class Ranks:
 
         Raises:
             DistributedError: a rank has ended.
+            CalibrationError: the device has no memory for a single packed sum.
         """
         if self.size == 1:
             return
@@ -107,24 +156,38 @@ class Ranks:
         numbers = {name: number for number, (_, names) in enumerate(groups) for name in names}
         # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
         places = self.gather(
-            {name: (numbers[name], mine[name].matrix.dtype == torch.float64) for name in numbers}
+            {name: (numbers[name], mine[name].matrix.dtype == torch.float64) for name in numbers},
+            "adding up the sums",
         )
         together: dict[tuple[int | None, ...], list[str]] = {}
         for name in capture.modules:
             key = tuple(place.get(name, (None, False))[0] for place in places)
             if any(number is not None for number in key):
                 together.setdefault(key, []).append(name)
+        # Layers that share a sum here may not on another rank: only the last can have its place.
+        last = {key[self.rank]: key for key in together}
         summed: list[Group] = []
-        for names in together.values():
-            wide = any(place.get(names[0], (None, False))[1] for place in places)
+        for key, names in together.items():
             part = mine.get(names[0])
             if part is None:
+                wide = any(place.get(names[0], (None, False))[1] for place in places)
                 part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-            summed.append((self._added(part, device), names))
+                into = part.matrix
+            else:
+                final = last[key[self.rank]] == key
+                into = part.matrix if final else torch.empty_like(part.matrix)
+            try:
+                summed.append((self._added(part, into, device), names))
+            except torch.OutOfMemoryError as error:
+                raise CalibrationError(
+                    f"{device} has too little memory to add up the ranks' covariances, at layer "
+                    f"{names[0]}: go block by block (--memory-limit), or run on the CPU "
+                    "(--device cpu)"
+                ) from error
         capture.restore(summed)
 
-    def _added(self, part: Covariance, device: torch.device) -> Covariance:
-        """The sum of every rank's part, of which only the lower triangle is filled."""
+    def _added(self, part: Covariance, into: Tensor, device: torch.device) -> Covariance:
+        """The sum of every rank's part, its matrix written to `into`."""
         channels, home = part.matrix.shape[0], part.matrix.device
         where = home if home.type == device.type else device
         triangle = pack_symmetric(part.matrix).to(where)
@@ -136,7 +199,7 @@ class Ranks:
             torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
             torch.distributed.all_reduce(counts)
         return Covariance(
-            unpack_symmetric(triangle.to(home), channels),
+            unpack_symmetric(triangle.to(home), channels, out=into),
             int(counts[-2]),
             int(counts[-1]),
             absmax.to(home),
@@ -159,11 +222,38 @@ def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:
     return Covariance(matrix, 0, 0, absmax, zeros(channels, dtype=torch.int64), threshold)
 
 
+def _difference(values: list[Any]) -> str:
+    """Which ranks have another value than rank 0, and which; "" where none has."""
+    others = [rank for rank, value in enumerate(values) if not _alike(value, values[0])]
+    if not others:
+        return ""
+    named = [f"{_shown(values[rank])}on rank {rank}" for rank in [0, *others[:_NAMED]]]
+    return ", ".join([*named, "…"] if others[_NAMED:] else named)
+
+
+def _alike(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.shape == other.shape and torch.allclose(
+            value, other, rtol=_ALIKE, atol=0, equal_nan=True
+        )
+    return type(value) is type(other) and bool(value == other)
+
+
+def _shown(value: Any) -> str:
+    """What a message says of a value; nothing of numbers, the start of a checksum."""
+    if isinstance(value, Tensor):
+        return ""
+    text = str(value)
+    return f"{text if len(text) <= _SHOWN else text[:8]} "
+
+
 @contextlib.contextmanager
 def _peers_needed() -> Iterator[None]:
     """Turns the many errors of a lost connection into one that says what has happened."""
     try:
         yield
+    except torch.OutOfMemoryError:  # this rank's own, though a RuntimeError too
+        raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise DistributedError(

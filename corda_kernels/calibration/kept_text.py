@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.calibration.agreement import TextSum
 from corda_kernels.calibration.batches import batch_digest, token_count, unpadded
 from corda_kernels.calibration.calibrate import Batch, token_bar
 from corda_kernels.calibration.capture import InputCapture
@@ -35,6 +36,7 @@ class KeptText:
         sequences: those of the batches that are `owned`, in their order.
         counts: number of tokens in every batch.
         checksum: of the batches that are `owned`.
+        whole: the sum of all batches.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class KeptText:
         self.sequences: list[Sequences] = []
         self.counts: list[int] = []
         self.checksum = hashlib.sha256()
+        self.whole = TextSum()
 
     def record(self) -> None:
         """Runs the model with blocks that pass on what they get, and notes how each was called."""
@@ -68,12 +71,14 @@ class KeptText:
     def _record(self) -> None:
         subject = self._subject
         self.sequences, self.counts, self.checksum = [], [], hashlib.sha256()
+        self.whole = TextSum()
         recorder = Recorder(self._blocks)
         with recorder.in_place_of_blocks(), token_bar(self._batches, self._shown) as bar:
             for index, batch in enumerate(self._batches):
                 before = sum(self.counts)
                 self.counts.append(token_count(batch))
                 bar.update(self.counts[-1])
+                self.whole.add(batch)
                 if not self._owned(index):
                     continue
                 self.checksum.update(batch_digest(batch).encode())

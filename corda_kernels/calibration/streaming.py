@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
+from corda_kernels.calibration.agreement import run_given
 from corda_kernels.calibration.block_resume import BlockJournal
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.capture import InputCapture
@@ -60,7 +61,7 @@ def calibrate_blocks(
         targets: all of them must lie in the decoder's blocks.
         checkpoint: where to keep the sums of every finished block, and whether to go on from those
             after a kill: finished blocks then only run, and the one that was cut off starts again.
-        distributed: each rank keeps the hidden states of its own batches.
+        distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
 
     Returns:
         An iterator over the blocks that hold targets, in their order.
@@ -70,6 +71,7 @@ def calibrate_blocks(
         CalibrationError: there were no tokens, a batch is malformed, a target lies outside of the
             blocks or was never called, or the model does more than run its blocks in order.
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
+        DistributedError: another rank has ended, or was given something else.
     """
     found = calibrate_block_parts(
         model,
@@ -113,11 +115,24 @@ def calibrate_block_parts(
     subject = Subject.of(model, targets)
     blocks = decoder_blocks(model)
     chosen = _by_block(subject, blocks)
+    ranks.agree(
+        "calibrate_blocks",
+        lambda: run_given(
+            subject,
+            batches,
+            checkpoint,
+            parts=parts,
+            outlier_threshold=outlier_threshold,
+            normalize=normalize,
+            on_unseen=on_unseen,
+        ),
+    )
     shown = progress and ranks.rank == 0
     text = KeptText(
         subject, list(blocks.values()), batches, lambda batch: ranks.owns(batch // parts), shown
     )
     text.record()
+    ranks.agree("the end of the text", text.whole.given)
     tokens = [sum(text.counts[part::parts]) for part in range(parts)]
     empty = [part for part in range(parts) if not tokens[part]]
     if empty and sum(tokens):

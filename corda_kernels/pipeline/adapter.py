@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.agreement import covariances_given, layers_given
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import (
@@ -77,12 +79,14 @@ def init_corda(
         CovarianceError: given covariances do not cover the layers, or have other sizes.
         CalibrationError: the forward passes gave no usable covariance for a layer.
         AdapterError: weights are offloaded, found before anything runs.
+        DistributedError: another rank has ended, or was given something else.
 
     Source: CorDA (arXiv:2406.05223), algorithm 1.
     """
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
     check_at_hand(check_targets(model, config))
+    Ranks.of(config.distributed).agree("init_corda", lambda: {"use_peft": use_peft})
     adapter = corda_adapter(model, data, config)
     return attach(model, adapter, use_peft=use_peft, copy=False)
 
@@ -108,6 +112,7 @@ def corda_adapter(
     modules = check_targets(model, config)
     unpack(modules)
     ranks = Ranks.of(config.distributed)
+    ranks.agree("corda_adapter", lambda: _given(model, modules, data, config, domain))
     layers: dict[str, LayerAdapter] = {}
     notes: dict[str, dict[str, Any]] = {}
     allocation: dict[str, Any] = {}
@@ -133,7 +138,7 @@ def corda_adapter(
                     for name, (layer, note, part) in found.items()
                 }
             parts: dict[str, dict[str, Any]] = {}
-            for made in ranks.gather(found):
+            for made in ranks.gather(found, "decompositions"):
                 layers |= {name: layer for name, (layer, _, _) in made.items()}
                 notes |= {name: note for name, (_, note, _) in made.items()}
                 parts |= {name: part for name, (_, _, part) in made.items()}
@@ -165,6 +170,24 @@ def corda_adapter(
         lora=config.lora,
     )
     return Adapter(layers, record)
+
+
+def _given(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    domain: str,
+) -> dict[str, object]:
+    """What all ranks must be given alike; batches are compared where they are run."""
+    options = asdict(config)
+    for name in ("targets", "exclude_modules", "progress"):
+        del options[name]
+    if isinstance(data, CovarianceSet):
+        about = {"data": "covariances", **covariances_given(data)}
+    else:
+        about = {"data": "batches", "domain": domain}
+    return {**layers_given({"": model}, modules), **about, **options}
 
 
 def _stages(

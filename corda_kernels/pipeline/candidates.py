@@ -9,7 +9,9 @@ from functools import partial
 from torch import nn
 
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
+from corda_kernels.calibration.agreement import text_given
 from corda_kernels.calibration.calibrate import Batch
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import ConfigError
 from corda_kernels.models import devices
 from corda_kernels.pipeline.parts import calibrate_part
@@ -61,6 +63,10 @@ def calibrate_candidates(
     """
     batches = list(batches)
     check_candidates(batches, candidates)
+    Ranks.of(distributed).agree(
+        "calibrate_candidates",
+        lambda: {**text_given(batches), "candidates": candidates, "domain": domain},
+    )
     kept = [None] * candidates if checkpoint is None else checkpoint.parts(candidates)
     clock = clock or Stopwatch(devices(model))
 

@@ -76,8 +76,9 @@ class CordaConfig:
         memory_limit: of the covariances, in bytes; if all of them take more, the model is
             calibrated and decomposed block by block, which no budget can be shared out in. None
             for no limit.
-        distributed: whether the ranks of torch.distributed share the work; all of them are given
-            the same model and batches, and end up with the same adapter.
+        distributed: whether the ranks of torch.distributed share the work; all of them must be
+            given the same model, batches and options, which they compare before they begin, and
+            end up with the same adapter.
         progress: whether to show progress bars.
     """
 

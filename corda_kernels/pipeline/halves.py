@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
+from corda_kernels.calibration.agreement import text_given
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
@@ -55,6 +56,10 @@ def calibrate_halves(
     """
     batches = list(batches)
     count = half_count(batches, rank, damping)
+    Ranks.of(distributed).agree(
+        "calibrate_halves",
+        lambda: {**text_given(batches), "rank": rank, "ends": list(ends), "damping": damping},
+    )
     kept = [None] * count if checkpoint is None else checkpoint.parts(count)
     options: Any = {
         "targets": targets,
@@ -140,7 +145,9 @@ def with_stability(
             progress=progress and ranks.rank == 0,
         )
     agreement = {
-        name: layer for part in ranks.gather(stability.layers) for name, layer in part.items()
+        name: layer
+        for part in ranks.gather(stability.layers, "stability")
+        for name, layer in part.items()
     }
     none = LayerStability(*(0.0 if end in ends else None for end in ("largest", "smallest")))
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}

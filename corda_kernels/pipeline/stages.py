@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
+from corda_kernels.calibration.agreement import text_given
 from corda_kernels.calibration.calibrate import Batch
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import ConfigError
+from corda_kernels.models import devices
 from corda_kernels.outputs import format_bytes
 from corda_kernels.pipeline.candidates import (
     GIVEN,
-from corda_kernels.models import devices
     calibrate_candidates,
     check_candidates,
     selected,
@@ -79,6 +81,7 @@ def covariance_stages(
         ConfigError: there are fewer batches than candidates; or all covariances are needed at once
             but do not fit.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
+        DistributedError: another rank has ended, or was given something else.
     """
     batches = list(batches)
     clock = clock or Stopwatch(devices(model))
@@ -96,6 +99,17 @@ def covariance_stages(
         "domain": domain,
         "distributed": distributed,
     }
+    Ranks.of(distributed).agree(
+        "covariance_stages",
+        lambda: {
+            **text_given(batches),
+            **judging,
+            **choosing,
+            "candidates": candidates,
+            "memory_limit": memory_limit,
+            "all_at_once": all_at_once,
+        },
+    )
     needed = 0 if memory_limit is None else sets * covariance_bytes(model, targets)
     if memory_limit is None or needed <= memory_limit:
         options: Any = {

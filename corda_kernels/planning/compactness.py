@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.agreement import covariances_given, layers_given
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
 from corda_kernels.decomposition.damping import check_damping
@@ -176,9 +177,20 @@ def layer_spectra(
         ConfigError: damping or condition is not possible; or `distributed` without a process group.
         DecompositionError: a covariance does not fit its layer, is not finite, or singular although
             damped; the message names the layer.
+        DistributedError: another rank has ended, or was given something else.
     """
     check_condition(damping, condition)
     ranks = Ranks.of(distributed)
+    ranks.agree(
+        "layer_spectra",
+        lambda: {
+            **layers_given(modules, modules),
+            **covariances_given(covariances),
+            "damping": damping,
+            "condition": condition,
+            "tail": tail,
+        },
+    )
     share = ranks.share_layers(modules)
     members = [
         (covariance.matrix, [name for name in names if name in share])
@@ -199,7 +211,9 @@ def layer_spectra(
         for part in itertools.chain(parallel_map(score, small), map(score, large)):
             found.update(part)
             bar.update(len(part))
-    found = {name: spectrum for part in ranks.gather(found) for name, spectrum in part.items()}
+    found = {
+        name: spectrum for part in ranks.gather(found, "spectra") for name, spectrum in part.items()
+    }
     return {name: found[name] for name in modules}
 
 

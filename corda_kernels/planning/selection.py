@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import ConfigError, CovarianceError
 from corda_kernels.fields import (
     Check,
@@ -86,6 +87,7 @@ def select_covariance(
             differently or are normalised differently.
         CovarianceFileError: `state` is damaged.
         DecompositionError: a candidate does not fit the model, or is not finite.
+        DistributedError: another rank has ended, or was given something else.
 
     Source: CorDA++, dynamic covariance selection.
     """
@@ -94,6 +96,11 @@ def select_covariance(
     check_condition(damping, condition)
     if distributed and state is not None:
         raise ConfigError("a distributed selection keeps no state: leave one of them out")
+    ranks = Ranks.of(distributed)
+    ranks.agree(
+        "select_covariance",
+        lambda: {"selection": selection, "damping": damping, "condition": condition},
+    )
     report = Selection(selection, damping, condition, [], [], {}, [])
     kept: dict[str, Covariance] = {}
     about: CovarianceSet | None = None
@@ -127,6 +134,7 @@ def select_covariance(
             _result(kept, about, report).save(state)
     if about is None:
         raise CovarianceError("there are no candidates to select from: give at least one")
+    ranks.gather(None, "the end of the candidates")
     return _result(kept, about, report)
 
 

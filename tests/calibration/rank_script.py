@@ -1,27 +1,54 @@
 """What test_distributed.py runs on every rank; started by torchrun, or alone with its variables.
 
-rank_script.py work|die|kept|resumed MODEL OUT
+rank_script.py work|die|differ|kept|resumed MODEL OUT
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 
-from corda_kernels import CalibrationCheckpoint, CordaConfig, calibrate, load_model
+from corda_kernels import (
+    CalibrationCheckpoint,
+    CordaConfig,
+    calibrate,
+    calibrate_blocks,
+    init_corda,
+    load_model,
+    select_covariance,
+)
 from corda_kernels.calibration.streaming import calibrate_block_parts
-from corda_kernels.errors import CordaError
+from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.initialization import write_adapter
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.pipeline import (
+    calibrate_candidates,
+    calibrate_halves,
+    corda_adapter,
+    covariance_stages,
+)
+from corda_kernels.planning import layer_spectra
 
 OPTIONS: dict[str, Any] = {"distributed": True, "progress": False}
+# Values of the two ranks for fields of CordaConfig.
+CONFIG: dict[str, tuple[Any, Any]] = {
+    "mode": ("kpm", "ipm"),
+    "rank": (4, 5),
+    "damping": (0.01, 0.02),
+    "candidates": (1, 2),
+    "memory_limit": (None, 0),
+    "budget": (None, "r=4"),
+}
 
 
 def five_batches() -> list[Any]:
@@ -42,7 +69,12 @@ def keep_or_resume(model: Any, batches: list[Any], out: Path, *, resume: bool) -
     one_pass = CalibrationCheckpoint(out / "pass", every=1, resume=resume)
     blocks = CalibrationCheckpoint(out / "blocks", every=1, resume=resume)
     if not resume:
-        calibrate(model, batches[: 4 - 2 * rank], checkpoint=one_pass, **OPTIONS)
+        file = out / f"pass-rank-{rank}-of-2"
+        calibrate(model, batches[:2], checkpoint=one_pass, **OPTIONS)
+        early = file.read_bytes()
+        calibrate(model, batches[:4], checkpoint=one_pass, **OPTIONS)
+        if rank == 1:
+            file.write_bytes(early)
         # Rank 1 is a block ahead of the other.
         found = calibrate_block_parts(model, batches, parts=2, checkpoint=blocks, **OPTIONS)
         for _ in range(2):
@@ -55,6 +87,73 @@ def keep_or_resume(model: Any, batches: list[Any], out: Path, *, resume: bool) -
     for block, parts in enumerate(found):
         for part, covariances in enumerate(parts):
             covariances.save(out / f"part-{rank}-{block}-{part}")
+
+
+def differing(model: Any, batches: list[Any], out: Path) -> dict[str, Callable[[int], object]]:
+    """Calls that the two ranks make in different ways, by what differs."""
+    texts = batches, [*batches[:4], batches[4].flip(1)]
+    changed = copy.deepcopy(model)
+    changed.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+    models = model, changed
+    dtypes = model, copy.deepcopy(model).bfloat16()
+    kept = CalibrationCheckpoint(out / "differing", every=1)
+    sets = [calibrate(model, part, progress=False) for part in (batches[:2], batches[2:])]
+    few = {name: model.get_submodule(name) for name in list(sets[0])[:2]}
+    run = partial(calibrate, **OPTIONS)
+    blocks = partial(calibrate_blocks, **OPTIONS)
+    config = CordaConfig("kpm", rank=4, **OPTIONS)
+    calls: dict[str, Callable[[int], object]] = {
+        "targets": lambda rank: run(model, batches, targets=["k_proj", "v_proj"][: 2 - rank]),
+        "data": lambda rank: run(model, texts[rank]),
+        "data that is read once": lambda rank: run(model, iter(texts[rank])),
+        "data of blocks": lambda rank: blocks(model, iter(texts[rank])),
+        "batches": lambda rank: run(model, batches[: 5 - rank]),
+        "batches that are read once": lambda rank: run(model, iter(batches[: 5 - rank])),
+        "weights": lambda rank: run(models[rank], batches),
+        "dtype": lambda rank: run(dtypes[rank], batches),
+        "outlier_threshold": lambda rank: run(model, batches, outlier_threshold=6.0 + rank),
+        "normalize": lambda rank: run(model, batches, normalize=("tokens", "peft")[rank]),
+        "on_unseen": lambda rank: run(model, batches, on_unseen=("error", "skip")[rank]),
+        "checkpoint": lambda rank: run(model, batches, checkpoint=(None, kept)[rank]),
+        "resume": lambda rank: run(model, batches, checkpoint=replace(kept, resume=rank == 1)),
+        "entry": lambda rank: (run, blocks)[rank](model, batches),
+        "parts": lambda rank: calibrate_block_parts(model, batches, parts=1 + rank, **OPTIONS),
+        "halves": lambda rank: calibrate_halves(model, texts[rank], **OPTIONS),
+        "rank of halves": lambda rank: calibrate_halves(model, batches, rank=4 + rank, **OPTIONS),
+        "number of candidates": lambda rank: calibrate_candidates(
+            model, batches, candidates=2 + rank, **OPTIONS
+        ),
+        "limit": lambda rank: list(
+            covariance_stages(model, batches, memory_limit=(None, 0)[rank], **OPTIONS)
+        ),
+        "selection": lambda rank: select_covariance(
+            model, sets, selection=("argmin", "pool")[rank], **OPTIONS
+        ),
+        "candidates of a selection": lambda rank: select_covariance(
+            model, sets[: 2 - rank], **OPTIONS
+        ),
+        "covariances scored": lambda rank: layer_spectra(few, sets[rank], **OPTIONS),
+        "covariances": lambda rank: corda_adapter(model, sets[rank], config),
+        "kind of data": lambda rank: corda_adapter(model, (batches, sets[0])[rank], config),
+        "use_peft": lambda rank: init_corda(model, batches, config, use_peft=rank == 0),
+        "init or calibrate": lambda rank: (
+            init_corda(model, batches, config) if rank else run(model, batches)
+        ),
+    }
+
+    def configured(name: str, rank: int) -> object:
+        return init_corda(model, batches, replace(config, **{name: CONFIG[name][rank]}))
+
+    return calls | {name: partial(configured, name) for name in CONFIG}
+
+
+def outcome(call: Callable[[int], object], rank: int) -> str:
+    """What a rank is told."""
+    try:
+        call(rank)
+    except DistributedError as error:
+        return str(error)
+    return "went on"
 
 
 def main(what: str, folder: Path, out: Path) -> None:
@@ -73,6 +172,11 @@ def main(what: str, folder: Path, out: Path) -> None:
         write_adapter(corda_adapter(model, batches, planned), out / f"planned-{rank}")
         blocks = replace(config, candidates=2, memory_limit=0)
         write_adapter(corda_adapter(model, batches, blocks), out / f"blocks-{rank}")
+    elif what == "differ":
+        calls = differing(model, batches, out)
+        calls["nothing"] = lambda _: calibrate(model, batches, **OPTIONS)
+        told = {name: outcome(call, rank) for name, call in calls.items()}
+        (out / f"told-{rank}.json").write_text(json.dumps(told))
     elif what in ("kept", "resumed"):
         keep_or_resume(model, batches, out, resume=what == "resumed")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import socket
@@ -14,19 +15,55 @@ from typing import Any
 
 import pytest
 import torch
-from rank_script import five_batches
+from rank_script import CONFIG, five_batches
 from torch import nn
 from typer.testing import CliRunner
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.cli import app
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.initialization import read_adapter
 from corda_kernels.pipeline import corda_adapter
 from corda_kernels.planning import Selection
 
 SCRIPT = str(Path(__file__).with_name("rank_script.py"))
+
+# What both ranks are told where something differs between them.
+TOLD = {
+    "targets": "at calibrate the ranks differ in targets (",
+    "data": "at calibrate the ranks differ in data (",
+    "data that is read once": "at the end of the text the ranks differ in data (",
+    "data of blocks": "at the end of the text the ranks differ in data (",
+    "batches": "number of batches (5 on rank 0, 4 on rank 1), data (",
+    "batches that are read once": "at the end of the text the ranks differ in number of batches (5",
+    "weights": "at calibrate the ranks differ in weights (",
+    "dtype": "dtype (float32 on rank 0, bfloat16 on rank 1), weights (",
+    "outlier_threshold": "differ in outlier_threshold (6.0 on rank 0, 7.0 on rank 1): give every",
+    "normalize": "at calibrate the ranks differ in normalize (tokens on rank 0, peft on rank 1): ",
+    "on_unseen": "differ in on_unseen (error on rank 0, skip on rank 1): give every rank the same",
+    "checkpoint": "differ in checkpoint (none on rank 0, kept on rank 1): give every rank the same",
+    "resume": "differ in checkpoint (kept on rank 0, resumed on rank 1): give every rank the same",
+    "entry": "different steps (calibrate on rank 0, calibrate_blocks on rank 1): make the same ",
+    "parts": "at calibrate_blocks the ranks differ in parts (1 on rank 0, 2 on rank 1): give every",
+    "halves": "at calibrate_halves the ranks differ in data (",
+    "rank of halves": "at calibrate_halves the ranks differ in rank (4 on rank 0, 5 on rank 1): ",
+    "number of candidates": "differ in candidates (2 on rank 0, 3 on rank 1): give every rank the ",
+    "limit": "the ranks differ in memory_limit (None on rank 0, 0 on rank 1): give every rank the ",
+    "selection": "differ in selection (argmin on rank 0, pool on rank 1): give every rank the same",
+    "candidates of a selection": "(layer_spectra on rank 0, the end of the candidates on rank 1)",
+    "covariances scored": "covariances (on rank 0, on rank 1): give every rank the same",
+    "covariances": "covariances (on rank 0, on rank 1): give every rank the same",
+    "kind of data": "differ in data (batches on rank 0, covariances on rank 1), ",
+    "use_peft": "at init_corda the ranks differ in use_peft (True on rank 0, False on rank 1): ",
+    "init or calibrate": "different steps (calibrate on rank 0, init_corda on rank 1): make the ",
+    "nothing": "went on",
+    **{
+        name: f"at corda_adapter the ranks differ in {name} ({first} on rank 0, {second} on rank 1)"
+        for name, (first, second) in CONFIG.items()
+    },
+}
 
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -267,6 +304,99 @@ def test_an_error_on_a_rank_is_one_line_and_ends_all(
     assert ended.returncode != 0
     assert "rank 0: error: layer model.layers.0.self_attn.o_proj received NaN" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def told(
+    place: tuple[nn.Module, list[Any], Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    """What each of two ranks was told of each difference, all by one pair of processes."""
+    out = tmp_path_factory.mktemp("told")
+    ended = torchrun(2, SCRIPT, "differ", place[2] / "model", out)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads((out / f"told-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_ranks_that_were_given_different_things_are_all_told_which(
+    told: list[dict[str, str]], what: str
+) -> None:
+    assert TOLD[what] in told[0][what]
+    assert told[0] == told[1]
+    assert told[0].keys() == TOLD.keys()
+
+
+def test_only_so_many_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight ranks six have another rank's seed."""
+
+    def gathered(values: list[Any], value: tuple[str, dict[str, str]]) -> None:
+        values[:] = [(value[0], value[1] | {"seed": str(rank // 2)}) for rank in range(8)]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    named = r"seed \(0 on rank 0, 1 on rank 2, 1 on rank 3, 2 on rank 4, …\): give every"
+    with pytest.raises(DistributedError, match=named):
+        Ranks(0, 8).agree("start", lambda: {"seed": 0})
+
+
+@pytest.fixture
+def captured() -> InputCapture:
+    """Sums of one input that two layers share, and of another."""
+    layers = nn.ModuleDict({name: nn.Linear(5, 3) for name in "abc"})
+    first, second = torch.randn(2, 7, 5)
+    with InputCapture(dict(layers.items())) as capture:
+        for name, x in zip("abc", (first, first, second), strict=True):
+            layers[name](x)
+    return capture
+
+
+def sums_of(capture: InputCapture) -> dict[str, torch.Tensor]:
+    return {name: part.matrix for part, names in capture.sums() for name in names}
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+def test_sums_are_added_up_where_they_are(
+    captured: InputCapture, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """The other rank has the same sums, of which layers a and b may not share theirs."""
+
+    def gathered(values: list[Any], value: tuple[str, dict[str, Any]]) -> None:
+        step, places = value
+        values[:] = [value, (step, places | ({} if shared else {"b": (7, False)}))]
+
+    def reduced(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        if op == torch.distributed.ReduceOp.SUM:
+            tensor *= 2
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    before = sums_of(captured)
+    expected = {name: 2 * matrix.clone() for name, matrix in before.items()}
+    Ranks(0, 2).add_up(captured, torch.device("cpu"))
+    after = sums_of(captured)
+    for name, matrix in after.items():
+        assert torch.equal(matrix.tril(), expected[name].tril()), name
+    places = {matrix.data_ptr() for matrix in after.values()}
+    assert places >= {matrix.data_ptr() for matrix in before.values()}
+    assert len(places) == (2 if shared else 3)
+    assert [part.tokens for part, _ in captured.sums()] == [14] * len(captured.sums())
+
+
+def test_a_rank_that_runs_out_of_memory_does_not_blame_another(
+    captured: InputCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def gathered(values: list[Any], value: object) -> None:
+        values[:] = [value, value]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    with pytest.raises(CalibrationError, match=r"too little memory to add up .* at layer a: go bl"):
+        Ranks(0, 2).add_up(captured, torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Ranks(0, 2).gather(0, "a step")
 
 
 def test_work_is_shared_out_evenly() -> None:
