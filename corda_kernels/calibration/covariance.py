@@ -58,7 +58,6 @@ _PROVENANCE_FIELDS: dict[str, Check] = {
     "tokens": is_whole,
     "versions": is_texts,
     "domain": is_text,
-    "data": is_object,
     "mixture": is_object,
     "selection": is_object,
     "stability": lambda value: value is None or is_object(value),

@@ -58,7 +58,7 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
             "to: make it again with this package's preprocess_corda"
         )
     layers = {}
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, module in model.get_base_model().named_modules():
         lora: Any = module
         if active not in getattr(module, "lora_A", {}):
