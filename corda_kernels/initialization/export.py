@@ -274,7 +274,7 @@ def merge(model: nn.Module) -> nn.Module:
             for own, weight in module.named_parameters()
             if own.partition(".")[0] not in ("base", "base_layer")
         ]
-        check_finite(name, *adapter)
+        check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
         {
             name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()

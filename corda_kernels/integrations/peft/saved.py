@@ -85,7 +85,7 @@ def save_adapter(model: PeftModel, path: str | os.PathLike[str]) -> None:
         }
     record = AdapterRecord(
         mode=notes["corda_method"],
-        rank=max(entry["rank"] for entry in entries.values()),
+        rank=max(layer.trained.rank for layer in layers.values()),
         hold=None,
         residual="weight",
         damping=notes["damping"],
