@@ -92,7 +92,7 @@ class RankError(CordaError):
     """A rank is not possible for a layer."""
 
 
-class ConfigError(CordaError):
+class ConfigError(CordaError, ValueError):
     """An option has a value that is not allowed, or that contradicts another."""
 
 

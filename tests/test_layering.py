@@ -23,7 +23,7 @@ FILES = sorted(
 # A part of the package may import parts of earlier lines, and itself.
 LAYERS = [
     {"errors", "fields"},
-    {"outputs"},
+    {"arguments", "outputs"},
     {"files", "linears", "memory", "precision", "progress", "usage", "versions"},
     {"kernels"},
     {"data", "models", "decomposition"},

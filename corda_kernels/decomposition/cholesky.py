@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import real_number, real_tensor
 from corda_kernels.decomposition.damping import check_damping
-from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.errors import DecompositionError
 from corda_kernels.kernels.reference import CHOLESKY_ATTEMPTS
 from corda_kernels.precision import without_autocast
 
@@ -57,12 +58,12 @@ def regularized_inverse(
 
     Raises:
         ConfigError: damping or max_condition is out of range.
-        DecompositionError: a matrix holds NaN or Inf, or cannot be inverted within 12 attempts, or
-            with the fixed damping.
+        DecompositionError: the matrices have another shape or dtype; or one holds NaN or Inf, or
+            cannot be inverted within 12 attempts, or with the fixed damping.
     """
     check_damping(damping)
-    if max_condition is not None and not max_condition >= 1:
-        raise ConfigError(f"max_condition must be at least 1, got {max_condition}")
+    if max_condition is not None:
+        real_number("max_condition", max_condition, "at least 1", lambda x: x >= 1)
     _check_square(matrix)
     eps = torch.finfo(matrix.dtype).eps
     limit = 0.1 / eps if max_condition is None else max_condition
@@ -72,7 +73,7 @@ def regularized_inverse(
         raise _not_invertible(int(broken[0]), damping or 0.0, flat[int(broken[0])])
     mean_diagonal = flat.diagonal(dim1=-2, dim2=-1).mean(-1)
 
-    share = torch.full_like(mean_diagonal, damping or 0.0)
+    share = torch.full_like(mean_diagonal, float(damping or 0.0))
     attempts = torch.zeros_like(share, dtype=torch.int64)
     factor = torch.zeros_like(flat)
     pending = torch.arange(flat.shape[0], device=flat.device)
@@ -118,7 +119,8 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
         (largest, smallest), each (*batch).
 
     Raises:
-        DecompositionError: a matrix is not positive definite to working precision.
+        DecompositionError: the matrices have another shape or dtype; or one is not positive
+            definite to working precision.
     """
     _check_square(matrix)
     flat = matrix.reshape(-1, *matrix.shape[-2:])
@@ -141,12 +143,14 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_square(matrix: Tensor) -> None:
+    real_tensor("matrix", matrix, DecompositionError)
     if (
         matrix.ndim < 2
         or matrix.shape[-1] != matrix.shape[-2]
+        or not matrix.shape[-1]
         or matrix.dtype not in (torch.float32, torch.float64)
     ):
-        raise ValueError(
+        raise DecompositionError(
             f"matrix must be (*batch, d, d) in float32 or float64, "
             f"got {tuple(matrix.shape)} in {matrix.dtype}"
         )

@@ -9,22 +9,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import instance_of, one_of, real_tensor, shown, whole_number
 from corda_kernels.decomposition.damping import check_damping, damped
 from corda_kernels.decomposition.exact import End, exact, null_share
 from corda_kernels.decomposition.iterated import TOLERANCE, block_size, bottom, top
-from corda_kernels.decomposition.operand import Operand
+from corda_kernels.decomposition.operand import Operand, check_entries
 from corda_kernels.decomposition.two_sided import (
     check_two_sided,
     input_root,
     oblique,
     output_root,
 )
-from corda_kernels.errors import (
-    ConfigError,
-    ConvergenceWarning,
-    DecompositionError,
-    RankError,
-)
+from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError
 from corda_kernels.precision import without_autocast
 
 Method = Literal["auto", "exact", "randomized"]
@@ -105,13 +101,16 @@ def co_svd(
     Raises:
         ConfigError: an option has an unknown value.
         RankError: the rank is not possible for this shape.
-        DecompositionError: shapes do not fit, an input holds NaN or Inf, D is singular, or C at
-            power 0.5 has negative eigenvalues.
+        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, an
+            input holds NaN or Inf or leaves the range of float64, D is singular, or C at power 0.5
+            has negative eigenvalues.
 
     Source: CorDA (arXiv:2406.05223), equation 2; for D and power, `decomposition/two_sided.py`.
     """
     check(weight, covariance, rank, which, method, damping)
     check_two_sided(weight, output_covariance, power)
+    instance_of("generator", generator, (torch.Generator, type(None)))
+    rank = int(rank)
     C, share = damped(covariance.to(weight.device), damping)
     right = C if power == 1.0 else Operand(input_root(C.double()))
     if output_covariance is None:
@@ -145,11 +144,35 @@ def check(
     damping: float | None,
 ) -> None:
     """Refuses what `co_svd` cannot decompose; see there. The devices may differ."""
-    if which not in ("largest", "smallest"):
-        raise ConfigError(f'which must be "largest" or "smallest", got {which!r}')
-    if method not in ("auto", "exact", "randomized"):
-        raise ConfigError(f'method must be "auto", "exact" or "randomized", got {method!r}')
+    one_of("which", which, ("largest", "smallest"))
+    one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
+    check_shapes(weight, covariance)
+    outputs, inputs = weight.shape[-2:]
+    if not 1 <= whole_number("rank", rank, error=RankError) <= min(outputs, inputs):
+        raise RankError(
+            f"rank {shown(rank)} is not possible for a weight of {outputs} × {inputs}: "
+            f"it must be between 1 and {min(outputs, inputs)}"
+        )
+    if not _symmetric(covariance):
+        raise DecompositionError(
+            "the covariance is not symmetric: if only a triangle of it is filled, fill the other"
+        )
+    check_entries("weight", weight, "check the model's weights")
+    check_entries(
+        "covariance", covariance, "calibrate again, in a wider dtype if activations overflowed"
+    )
+
+
+def check_shapes(weight: Tensor, covariance: Tensor) -> None:
+    """Refuses what is no weight (*batch, out, in) with a covariance (*batch, in, in).
+
+    Raises:
+        DecompositionError: one is no dense tensor of floating numbers, they do not go together, or
+            the weight is empty.
+    """
+    real_tensor("the weight", weight, DecompositionError)
+    real_tensor("the covariance", covariance, DecompositionError)
     if weight.ndim < 2 or covariance.shape != (
         *weight.shape[:-2],
         weight.shape[-1],
@@ -159,23 +182,8 @@ def check(
             f"a weight {tuple(weight.shape)} needs a covariance (*batch, in, in), "
             f"got {tuple(covariance.shape)}"
         )
-    if not _symmetric(covariance):
-        raise DecompositionError(
-            "the covariance is not symmetric: if only a triangle of it is filled, fill the other"
-        )
-    if not 1 <= rank <= min(weight.shape[-2:]):
-        raise RankError(
-            f"rank {rank} is not possible for a weight of {weight.shape[-2]} × {weight.shape[-1]}: "
-            f"it must be between 1 and {min(weight.shape[-2:])}"
-        )
-    for name, tensor in (("weight", weight), ("covariance", covariance)):
-        # A finite sum is quick to see; only an infinite one can be an overflow.
-        if not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
-            remedy = {
-                "weight": "check the model's weights",
-                "covariance": "calibrate again, in a wider dtype if activations overflowed",
-            }[name]
-            raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
+    if 0 in weight.shape[-2:]:
+        raise DecompositionError(f"a weight {tuple(weight.shape)} has nothing to decompose")
 
 
 def _symmetric(covariance: Tensor) -> bool:

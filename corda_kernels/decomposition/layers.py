@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import instance_of, seed_number, whole_number
 from corda_kernels.decomposition.co_svd import (
     CoSVD,
     Method,
@@ -69,9 +70,14 @@ def co_svd_layers(
     Raises:
         ConfigError: see `co_svd`.
         RankError: see `co_svd`; the message begins with the layer's name, as in the next.
-        DecompositionError: see `co_svd`.
+        DecompositionError: see `co_svd`; or a layer has no covariance.
     """
-    ranks = {name: rank[name] if isinstance(rank, Mapping) else int(rank) for name in weights}
+    instance_of("weights", weights, Mapping)
+    instance_of("covariances", covariances, Mapping)
+    seed_number("seed", seed)
+    if memory_limit is not None:
+        whole_number("memory_limit", memory_limit, 0)
+    ranks = {name: _rank_of(name, rank) for name in weights}
     _check(weights, covariances, ranks, which, method, damping)
 
     def on_cpu(names: list[str]) -> list[Entry]:
@@ -161,9 +167,23 @@ def _check(
 ) -> None:
     for name, weight in weights.items():
         try:
-            check(weight, covariances[name], ranks[name], which, method, damping)
+            C = covariances[name]
+        except KeyError as error:
+            raise DecompositionError(
+                f"layer {name} has no covariance: give the covariances of all these layers"
+            ) from error
+        try:
+            check(weight, C, ranks[name], which, method, damping)
         except (RankError, DecompositionError) as error:
             raise type(error)(f"layer {name}: {error}") from error
+
+
+def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
+    if not isinstance(rank, Mapping):
+        return whole_number("rank", rank, error=RankError)
+    if name not in rank:
+        raise RankError(f"layer {name} is given no rank: name it, or give one rank for all layers")
+    return whole_number(f"rank of layer {name}", rank[name], error=RankError)
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:

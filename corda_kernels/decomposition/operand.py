@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from corda_kernels.errors import DecompositionError
+
 # Rows converted at a time: at 256 to 512 of 1536 or 4096 columns, conversion and product together
 # take what the product alone takes (2 cores), where a whole copy adds a third or more. On a GPU all
 # are, and once: there is memory for it, and launches are what costs.
@@ -17,6 +19,8 @@ _PANEL = 384
 _SMALL = 2048
 # With the largest entries between these, products of four such matrices are within float32's range.
 _MODERATE = (1e-6, 1e6)
+# With the largest entries between these, squares of W·C are within float64's, whatever the damping.
+_RANGE = (1e-60, 1e60)
 
 
 @dataclass(eq=False)
@@ -69,9 +73,7 @@ class Operand:
 
     def single(self) -> Operand:
         """G in float32, scaled where products of it could overflow or vanish."""
-        largest = torch.maximum(
-            self.matrix.amax((-2, -1), keepdim=True), -self.matrix.amin((-2, -1), keepdim=True)
-        ).double()
+        largest = largest_entry(self.matrix)
         if self.shift is not None:
             largest = largest + self.shift
         least, most = _MODERATE
@@ -101,6 +103,46 @@ class Operand:
                 rows,
                 panel if known and len(taken) == 1 else panel.copy_(self.matrix[..., rows, :]),
             )
+
+
+def largest_entry(matrix: Tensor) -> Tensor:
+    """The largest |entry| of each matrix (*batch, rows, columns), (*batch, 1, 1) float64."""
+    most, least = matrix.amax((-2, -1), keepdim=True), matrix.amin((-2, -1), keepdim=True)
+    return torch.maximum(most, -least).double()
+
+
+def near_one(matrix: Tensor) -> Tensor:
+    """A copy in float64 of matrices (*batch, rows, columns), each by a power of two of its own.
+
+    The largest entry comes to lie between 1 and 2; that changes exponents only.
+    """
+    largest = largest_entry(matrix)
+    scale = largest / (2 * torch.frexp(largest).mantissa)
+    return matrix.double() / torch.where(largest > 0, scale, 1.0)
+
+
+def check_entries(name: str, matrix: Tensor, remedy: str) -> None:
+    """Refuses matrices (*batch, rows, columns) of which no decomposition could be right.
+
+    Args:
+        name: what they are called.
+        matrix: the matrices.
+        remedy: what to do about entries that are not finite.
+
+    Raises:
+        DecompositionError: an entry is NaN or Inf, or a matrix so large or small that squares
+            overflow or vanish.
+    """
+    largest = largest_entry(matrix)
+    least, most = _RANGE
+    if bool((((largest >= least) & (largest <= most)) | (largest == 0)).all()):
+        return
+    if not bool(largest.isfinite().all()):
+        raise DecompositionError(f"the {name} holds NaN or Inf: {remedy}")
+    raise DecompositionError(
+        f"the largest entry of the {name} is not between {least:.0e} and {most:.0e}, and W·C "
+        f"leaves the range of float64: scale the {name} to sizes near 1"
+    )
 
 
 def _transposed_product(matrix: Tensor, X: Tensor) -> Tensor:

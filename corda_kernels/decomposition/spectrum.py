@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import flag
 from corda_kernels.decomposition.co_svd import check
 from corda_kernels.decomposition.damping import damped
 from corda_kernels.decomposition.triangle import lower_gram, lower_triangle, orthogonal_factor
@@ -35,9 +36,11 @@ def singular_values(
 
     Raises:
         ConfigError: the damping is out of range.
-        DecompositionError: shapes do not fit, or an input holds NaN or Inf.
+        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, or
+            an input holds NaN or Inf or leaves the range of float64.
     """
     check(weight, covariance, 1, "largest", "exact", damping)
+    flag("tail", tail)
     C = damped(covariance.to(weight.device), damping)[0].double()
     W = weight.double()
     if not tail:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.arguments import real_number, real_tensor
+from corda_kernels.decomposition.operand import check_entries
+from corda_kernels.errors import DecompositionError
 
 # The diagonal of a Cholesky factor understates the condition by up to 400 (measured on covariances
 # of SmolLM2-135M): below this many times d·eps a matrix may be singular to working precision.
@@ -20,18 +22,17 @@ _DOUBTFUL = 1e3
 
 def check_two_sided(weight: Tensor, output_covariance: Tensor | None, power: float) -> None:
     """Refuses what `co_svd` cannot decompose; see there."""
-    if power not in (0.5, 1.0):
-        raise ConfigError(f"power must be 0.5 or 1.0, got {power}")
+    real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
+    if output_covariance is None:
+        return
+    real_tensor("the output covariance", output_covariance, DecompositionError)
     outputs = weight.shape[-2]
-    if output_covariance is not None and output_covariance.shape != (
-        *weight.shape[:-2],
-        outputs,
-        outputs,
-    ):
+    if output_covariance.shape != (*weight.shape[:-2], outputs, outputs):
         raise DecompositionError(
             f"a weight {tuple(weight.shape)} needs an output covariance (*batch, out, out), "
             f"got {tuple(output_covariance.shape)}"
         )
+    check_entries("output covariance", output_covariance, "check the model's weights")
 
 
 def output_root(D: Tensor) -> Tensor:
@@ -44,15 +45,9 @@ def output_root(D: Tensor) -> Tensor:
     P, ratio = _cholesky(D)
     sound = ratio > D.shape[-1] * torch.finfo(D.dtype).eps
     if not bool(sound.all()):
-        finite = bool(torch.isfinite(D.tril()).all())
         raise DecompositionError(
-            f"an output covariance ({D.shape[-1]} outputs) "
-            + (
-                "is singular or indefinite, from too few tokens or with dead outputs: "
-                "use a damping, such as 0.01"
-                if finite
-                else "holds NaN or Inf: check the model's weights"
-            )
+            f"an output covariance ({D.shape[-1]} outputs) is singular or indefinite, from too few "
+            "tokens or with dead outputs: use a damping, such as 0.01"
         )
     return P
 

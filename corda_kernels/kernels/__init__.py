@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from corda_kernels.errors import BackendError
+from corda_kernels.arguments import flag, holds_numbers, one_of, real_number, real_tensor, shown
+from corda_kernels.errors import BackendError, ConfigError
 from corda_kernels.kernels import cpu, reference
 
 __all__ = [
@@ -79,7 +80,11 @@ def available_backends(operation: str | None = None) -> dict[str, str | None]:
 
     Args:
         operation: names a function of this module; only backends that have it are then listed.
+
+    Raises:
+        BackendError: there is no such function.
     """
+    one_of("operation", operation, (None, *dict.fromkeys(name for name, _ in _TABLE)), BackendError)
     return {
         backend: why_not()
         for backend, why_not in _WHY_NOT.items()
@@ -127,8 +132,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         backends = available_backends()
-        if name not in backends:
-            raise BackendError(f"there is no backend {name!r}; known: {', '.join(backends)}")
+        if not isinstance(name, str) or name not in backends:
+            raise BackendError(f"there is no backend {shown(name)}; known: {', '.join(backends)}")
         reason = backends[name]
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot run here: {reason}")
@@ -186,10 +191,12 @@ def syrk_(
         c.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit.
+        ConfigError: a shape, dtype, device or option does not fit.
     """
-    if precision not in ("default", "high"):
-        raise ValueError(f'precision must be "default" or "high", got {precision!r}')
+    one_of("precision", precision, ("default", "high"))
+    flag("deterministic", deterministic)
+    alpha = real_number("alpha", alpha, "a finite number", math.isfinite)
+    outlier_threshold = check_threshold(outlier_threshold)
     total = _tensor(c)
     inputs = [_tensor(rows) for rows in x] if isinstance(x, list | tuple) else [_tensor(x)]
     largest = None if absmax is None else _tensor(absmax)
@@ -206,22 +213,39 @@ def syrk_(
     return c
 
 
+def check_threshold(outlier_threshold: float) -> float:
+    """The threshold as a float; infinity counts no outliers.
+
+    Raises:
+        ConfigError: it is no number of at least 0.
+    """
+    return real_number("outlier_threshold", outlier_threshold, "at least 0", lambda x: x >= 0)
+
+
 def _tensor(array: Array) -> Tensor:
     """The same memory as a tensor."""
     if isinstance(array, Tensor):
         return array
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(array)
-    if hasattr(array, "__dlpack__"):
-        return from_dlpack(array)
-    raise ValueError(f"expected an array of torch, NumPy or CuPy, got {type(array).__name__}")
+    try:
+        if isinstance(array, np.ndarray):
+            return torch.from_numpy(array)
+        if hasattr(array, "__dlpack__"):
+            return from_dlpack(array)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise ConfigError(f"an array cannot be used as it is ({error}): copy it first") from error
+    raise ConfigError(f"expected an array of torch, NumPy or CuPy, got {type(array).__name__}")
 
 
 @torch.no_grad()
 def symmetrize_(c: Tensor) -> Tensor:
-    """Copies the lower triangle of `c` (*batch, d, d) onto the upper, in place; returns `c`."""
+    """Copies the lower triangle of `c` (*batch, d, d) onto the upper, in place; returns `c`.
+
+    Raises:
+        ConfigError: c is no dense tensor of floating numbers, or not square.
+    """
+    real_tensor("c", c, ConfigError)
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
-        raise ValueError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
+        raise ConfigError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
     result: Tensor = _implementation("symmetrize_", c.device)(c)
     return result
 
@@ -252,9 +276,10 @@ def batched_svd(t: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
         wait for the device.
 
     Raises:
-        ValueError: the shape or dtype does not fit.
+        ConfigError: the shape or dtype does not fit.
         BackendError: the backend in force cannot run on t's device.
     """
+    flag("exact", exact)
     flat = _small_matrices("t", t)
     U, S = _implementation("batched_svd", t.device)(flat, exact)
     return U.reshape(t.shape), S.reshape(t.shape[:-1])
@@ -278,7 +303,7 @@ def batched_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         NaN for a factor.
 
     Raises:
-        ValueError: the shape or dtype does not fit.
+        ConfigError: the shape or dtype does not fit.
         BackendError: the backend in force cannot run on the matrix's device.
     """
     flat = _small_matrices("matrix", matrix)
@@ -289,12 +314,13 @@ def batched_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _small_matrices(name: str, tensor: Tensor) -> Tensor:
     """The batch as one dimension, (b, l, l)."""
+    real_tensor(name, tensor, ConfigError)
     if (
         tensor.ndim < 2
         or tensor.shape[-1] != tensor.shape[-2]
         or tensor.dtype not in (torch.float32, torch.float64)
     ):
-        raise ValueError(
+        raise ConfigError(
             f"{name} must be (*batch, l, l) in float32 or float64, "
             f"got {tuple(tensor.shape)} in {tensor.dtype}"
         )
@@ -308,8 +334,11 @@ def _check_syrk(
     outlier_count: Tensor | None,
     row_mask: Tensor | None,
 ) -> None:
+    for name, array in (("c", c), ("absmax", absmax), ("outlier_count", outlier_count)):
+        if array is not None and not holds_numbers(array):
+            raise ConfigError(f"{name} must be a dense array with its numbers at hand")
     if c.ndim != 2 or c.shape[0] != c.shape[1] or c.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
+        raise ConfigError(
             f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}"
         )
     d = c.shape[0]
@@ -318,10 +347,12 @@ def _check_syrk(
             rows.ndim != 2
             or rows.shape[1] != d
             or not rows.is_floating_point()
+            or rows.itemsize < 2
+            or rows.layout != torch.strided
             or rows.device != c.device
         ):
-            raise ValueError(
-                f"x must be (n, {d}) in a floating dtype on {c.device}, "
+            raise ConfigError(
+                f"x must be (n, {d}), dense, in a floating dtype of 16 bits or more on {c.device}, "
                 f"got {tuple(rows.shape)} in {rows.dtype} on {rows.device}"
             )
     for name, statistic, dtype in (
@@ -331,15 +362,19 @@ def _check_syrk(
         if statistic is not None and (
             statistic.shape != (d,) or statistic.dtype != dtype or statistic.device != c.device
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"{name} must be ({d},) in {dtype} on {c.device}, "
                 f"got {tuple(statistic.shape)} in {statistic.dtype} on {statistic.device}"
             )
     if row_mask is not None:
         if len(inputs) != 1:
-            raise ValueError("row_mask goes with a single x")
-        if row_mask.shape != inputs[0].shape[:1] or row_mask.dtype != torch.bool:
-            raise ValueError(
+            raise ConfigError("row_mask goes with a single x")
+        if (
+            row_mask.shape != inputs[0].shape[:1]
+            or row_mask.dtype != torch.bool
+            or not holds_numbers(row_mask)
+        ):
+            raise ConfigError(
                 f"row_mask must be ({inputs[0].shape[0]},) bool, "
                 f"got {tuple(row_mask.shape)} {row_mask.dtype}"
             )

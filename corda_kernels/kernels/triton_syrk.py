@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from corda_kernels.errors import BackendError
+from corda_kernels.errors import BackendError, ConfigError
 
 # They change from call to call: for every kind of them Triton would compile anew.
 _UNSPECIALIZED = ("tiles", "whole", "pieces")
@@ -288,7 +288,7 @@ def syrk_(
     if not (c.is_cuda or _interpreted()):
         raise BackendError(f"the backend triton needs tensors on a GPU, these are on {c.device}")
     if c.stride(1) != 1:
-        raise ValueError("the columns of c must be contiguous for the backend triton")
+        raise ConfigError("the columns of c must be contiguous for the backend triton")
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) <= 0):
         x = x.contiguous()
     n, d = x.shape

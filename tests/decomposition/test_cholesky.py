@@ -177,7 +177,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_what_is_not_a_square_of_floats_is_refused(
     function: Callable[[Tensor], Any], matrix: Tensor
 ) -> None:
-    with pytest.raises(ValueError, match=r"matrix must be \(\*batch, d, d\)"):
+    with pytest.raises(DecompositionError, match="matrix must "):
         function(matrix)
 
 
