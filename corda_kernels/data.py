@@ -21,6 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import (
+    flag,
+    instance_of,
+    readable_path,
+    seed_number,
+    shown,
+    whole_number,
+)
 from corda_kernels.errors import ConfigError, DataError, DataWarning
 from corda_kernels.outputs import atomic_path
 
@@ -80,12 +88,19 @@ def token_batches(
         out: its last short piece is left out when packing, unless there is nothing else.
 
     Raises:
-        ConfigError: a count is not positive, or both `field` and `template` are given.
+        ConfigError: a count is not positive, another option is none, or both `field` and `template`
+            are given.
         DataError: the file cannot be read, holds no text, or does not fit what was asked.
     """
     _check_positive(samples=samples, seq_len=seq_len)
     if not callable(batch_size):
         _check_positive(batch_size=batch_size)
+    flag("chat_template", chat_template)
+    flag("pack", pack)
+    if not callable(tokenizer):
+        raise DataError(
+            f"a tokenizer is needed, got {shown(tokenizer)}: load_tokenizer gives a model's own"
+        )
     texts = read_texts(
         path,
         field=field,
@@ -169,11 +184,13 @@ def read_texts(
         seed: of the random order of the documents; None keeps the file's.
 
     Raises:
-        ConfigError: both `field` and `template` are given, or `min_chars` is not positive.
+        ConfigError: both `field` and `template` are given, or an option is not possible.
         DataError: the file, the template or the tokenizer is not usable; while iterating, that a
             line is not a JSON object or does not fit, with its line number.
     """
     _check_positive(min_chars=min_chars)
+    if seed is not None:
+        seed_number("seed", seed)
     parts = _parts(field, template)
     if chat_tokenizer is not None and not chat_tokenizer.chat_template:
         raise DataError(
@@ -221,11 +238,12 @@ def decode_escapes(template: str) -> str:
 
 def _check_positive(**counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} must be at least 1, not {count}")
+        whole_number(name, count, 1)
 
 
 def _parts(field: str | None, template: str | None) -> Sequence[_Part] | None:
+    for name, given in (("field", field), ("template", template)):
+        instance_of(name, given, (str, type(None)))
     if field is not None and template is not None:
         raise ConfigError("field and template exclude each other: a template names its own fields")
     if field is not None:
@@ -259,7 +277,7 @@ def _parse_template(template: str) -> list[_Part]:
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = readable_path(path, DataError).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such data file; check the path") from error
     except IsADirectoryError as error:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from corda_kernels.arguments import readable_path
 from corda_kernels.errors import CordaError
 from corda_kernels.fields import parse_json
 from corda_kernels.outputs import atomic_path
@@ -113,7 +114,7 @@ def read_checked(
     Raises:
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
     """
-    path = Path(path)
+    path = readable_path(path, error)
     if not path.is_file():
         raise error(f"{path}: no such {what} file")
     try:

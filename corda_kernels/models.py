@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
+from corda_kernels.arguments import (
+    instance_of,
+    name_list,
+    readable_path,
+    shown,
+    usable_device,
+)
+from corda_kernels.errors import CordaError, CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.linears import is_linear
 from corda_kernels.outputs import staged_folder
 
@@ -73,12 +80,13 @@ def load_model(
 
     Raises:
         ModelError: there is no such folder or file, it is not a model, it needs code of its own
-            that is not trusted, or the hub cannot be reached.
+            that is not trusted, or the hub cannot be reached; or the dtype or device is none.
     """
     from transformers import AutoModelForCausalLM
 
-    if isinstance(dtype, str):
+    if dtype is not None:
         dtype = parse_dtype(dtype)
+    place = usable_device(device, ModelError)
     where, options = _locate(source, trust_remote_code)
     if "gguf_file" in options:
         from transformers import GgufConfig
@@ -91,9 +99,7 @@ def load_model(
         model.name_or_path = model.config._name_or_path = os.fspath(source)
     model.eval()
     try:
-        if torch.device(device).type == "meta":
-            raise ModelError("device meta holds no numbers: choose cpu or cuda")
-        return model.to(device)
+        return model.to(place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"cannot move the model to device {device!r}: {_first_line(error)}"
@@ -118,7 +124,7 @@ def load_skeleton(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if isinstance(dtype, str):
+    if dtype is not None:
         dtype = parse_dtype(dtype)
     where, options = _locate(source, trust_remote_code)
     with _loading_errors(source), torch.device("meta"):
@@ -130,15 +136,16 @@ def load_skeleton(
     return model.eval()
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of that name: float32, bfloat16, float16 or float64.
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype, by its name or itself: float32, bfloat16, float16 or float64.
 
     Raises:
-        ModelError: there is no such one.
+        ModelError: it is another one.
     """
-    if name not in _DTYPES:
-        raise ModelError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    for name, known in _DTYPES.items():
+        if isinstance(dtype, str | torch.dtype) and dtype in (name, known):
+            return known
+    raise ModelError(f"dtype {shown(dtype)} is not one of {', '.join(_DTYPES)}")
 
 
 def load_tokenizer(
@@ -214,6 +221,9 @@ def _locate(source: str | os.PathLike[str], trust_remote_code: bool) -> tuple[st
     path = Path(text)
     # Said either way: transformers would ask on the terminal.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    path = readable_path(source, ModelError)
+    text = os.fspath(source)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(
@@ -372,7 +382,12 @@ def target_linears(
     Raises:
         TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
             leaves nothing; or the output head is asked for although it is tied to the embeddings.
+        ModelError: the model is none.
     """
+    instance_of("the model", model, nn.Module, ModelError)
+    check_selection("targets", targets, TargetError)
+    if exclude is not None:
+        check_selection("exclude", exclude, TargetError)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = output_head(model)
     if targets == "all-linear":
@@ -389,6 +404,16 @@ def target_linears(
     if head is not None:
         check_unshared(model, {name: module for name, module in chosen.items() if module is head})
     return chosen
+
+
+def check_selection(option: str, given: object, error: type[CordaError]) -> None:
+    """Refuses what is neither a regular expression nor a list of names.
+
+    Raises:
+        CordaError: of type `error`.
+    """
+    if not isinstance(given, str):
+        name_list(option, given, error)
 
 
 def _check_matched(
@@ -429,7 +454,7 @@ def _selected(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, name) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise TargetError(f"{targets!r} is not a regular expression: {error}") from error
     return any(name == target or name.endswith(f".{target}") for target in targets)
 

@@ -467,11 +467,11 @@ class TestRefused:
     @pytest.mark.parametrize("value", [0, -1])
     def test_counts_that_are_not_positive(self, tmp_path, tokenizer, name, value):
         path = write_records(tmp_path, {"text": "one"})
-        with pytest.raises(ConfigError, match=f"{name} must be at least 1, not {value}"):
+        with pytest.raises(ConfigError, match=f"{name} must be a whole .* 1, got {value}"):
             token_batches(path, tokenizer, **{name: value})
 
     def test_a_document_length_that_is_not_positive(self, tmp_path):
-        with pytest.raises(ConfigError, match="min_chars must be at least 1"):
+        with pytest.raises(ConfigError, match="min_chars must be a whole number of at least 1"):
             read_texts(write(tmp_path, "one", "a.txt"), min_chars=0)
 
     def test_messages_are_one_line(self, tmp_path, tokenizer):
@@ -508,10 +508,10 @@ def test_a_batch_size_may_follow_from_what_is_found(tokenizer, tmp_path) -> None
     sized = token_batches(path, tokenizer, samples=5, seq_len=8, batch_size=np.int64(2))
     assert [len(batch["input_ids"]) for batch in sized] == [2, 2, 1]
     for wrong in (0, lambda found: 0, lambda found: -1):
-        with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
             token_batches(path, tokenizer, samples=5, seq_len=8, batch_size=wrong)
 
 
 def test_no_batch_fits_no_samples() -> None:
-    with pytest.raises(ConfigError, match="samples must be at least 1"):
+    with pytest.raises(ConfigError, match="samples must be a whole number of at least 1"):
         fitting_batch_size(0, 512)

@@ -230,7 +230,7 @@ def test_an_unknown_dtype_or_device_is_refused(llama: nn.Module, tmp_path: Path)
     with pytest.raises(ModelError, match="dtype 'int4' is not one of float32, bfloat16"):
         load_model(tmp_path, dtype="int4")
     for device in ("cuda:99", "abacus"):
-        with pytest.raises(ModelError, match=f"cannot move the model to device '{device}'"):
+        with pytest.raises(ModelError, match=f"device '{device}'"):
             load_model(tmp_path, device=device)
 
 

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import holds_numbers
 from corda_kernels.errors import BatchError, PaddingWarning
 from corda_kernels.files import digest
 
 # Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
 # sequence itself.
 _DROPPED = ("labels", "position_ids", "attention_mask")
+ODD_MASK = (
+    "an attention_mask of other values than 1 (a token) and 0 (padding): turn an additive mask "
+    "into one by (mask == 0)"
+)
 
 
 def token_count(batch: Tensor | Mapping[str, Any]) -> int:
@@ -31,14 +36,20 @@ def token_count(batch: Tensor | Mapping[str, Any]) -> int:
     inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
     if isinstance(mask, Tensor):
-        return int(mask.sum())
+        return int(mask.count_nonzero()) if holds_numbers(mask) else 0
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def batch_digest(batch: Tensor | Mapping[str, Any]) -> str:
     """A checksum over all tensors of a batch, by their names."""
     inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    return digest({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
+    return digest(
+        {
+            name: value
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and holds_numbers(value)
+        }
+    )
 
 
 def unpadded(
@@ -59,7 +70,8 @@ def unpadded(
         max_rows: the most sequences that run together; None for as many as there are.
 
     Raises:
-        BatchError: the batch has no token ids, or its mask does not fit them.
+        BatchError: the batch has no token ids, or they are of a dtype that no embedding takes; or
+            its mask does not fit them, or holds something else than ones and zeros.
     """
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = inputs.get("input_ids")
@@ -68,12 +80,20 @@ def unpadded(
             index,
             "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids",
         )
+    if ids.dtype not in (torch.int32, torch.int64) or not holds_numbers(ids):
+        raise BatchError(
+            index,
+            f"has token ids of {ids.dtype} ({ids.layout}, on {ids.device}): give dense int64 ones, "
+            "by .long()",
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise BatchError(
             index,
             f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}",
         )
+    if mask is not None and not ones_and_zeros(mask):
+        raise BatchError(index, f"has {ODD_MASK}")
     fields = {
         name: value if value.ndim == 2 else value[None]
         for name, value in inputs.items()
@@ -93,6 +113,11 @@ def unpadded(
                 name: value[rows][kept[rows]].view(-1, length) for name, value in fields.items()
             }
             yield from _split(alike, max_rows)
+
+
+def ones_and_zeros(mask: Tensor) -> bool:
+    """Whether a mask says of each token that it counts or that it does not; read on its device."""
+    return holds_numbers(mask) and bool(((mask == 0) | (mask == 1)).all())
 
 
 def _split(fields: dict[str, Tensor], max_rows: int | None) -> Iterator[dict[str, Tensor]]:

@@ -15,7 +15,13 @@ from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.resume import Journal
-from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, evaluating
+from corda_kernels.calibration.subject import (
+    Normalize,
+    OnUnseen,
+    Subject,
+    check_options,
+    evaluating,
+)
 from corda_kernels.calibration.thrift import Thrift
 from corda_kernels.progress import progress_bar
 
@@ -69,15 +75,20 @@ def calibrate(
         Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.
 
     Raises:
+        ModelError: the model is none.
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
         DistributedError: another rank has ended, or was given something else.
-        ConfigError: `distributed` without a process group.
+        ConfigError: an option has a value that is not allowed; or `distributed` without a process
+            group.
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
+    check_options(
+        batches, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    )
     ranks = Ranks.of(distributed)
     subject = Subject.of(model, targets)
     ranks.agree(

@@ -215,6 +215,8 @@ class InputCapture:
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
+            if not math.isfinite(scale):
+                scale = 1.0  # the sums then show which channels are not
             if scale == 0.0:
                 raise CalibrationError(
                     f"layer {group.modules[0]} received an input whose largest entry is 0, "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import flag, readable_path, whole_number
 from corda_kernels.calibration.covariance import Group, read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError
@@ -49,11 +50,22 @@ class CalibrationCheckpoint:
             the time. Sums are kept at the end of the batch in which the count is reached; block by
             block those of a finished block, if the text has that many tokens.
         resume: whether to go on from what the file holds, if it is there.
+
+    Raises:
+        CheckpointError: the path is none.
+        ConfigError: another value is not possible.
     """
 
     path: str | os.PathLike[str]
     every: int | None = None
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible."""
+        readable_path(self.path, CheckpointError)
+        if self.every is not None:
+            whole_number("every", self.every, 0)
+        flag("resume", self.resume)
 
     def kept(self) -> list[Path]:
         """What there is of it: the file itself, or those of parts, blocks and ranks."""

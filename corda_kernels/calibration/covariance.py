@@ -12,6 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import (
+    instance_of,
+    one_of,
+    real_number,
+    real_tensor,
+    usable_device,
+    whole_number,
+)
 from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
 from corda_kernels.fields import (
@@ -76,6 +84,9 @@ class Covariance:
         absmax: (in,) float32, the largest |x| of each channel.
         outlier_count: (in,) int64, how many |x| of each channel exceeded the threshold.
         outlier_threshold: in units of x.
+
+    Raises:
+        CovarianceError: a value is not what it must be. Entries are not read.
     """
 
     matrix: Tensor
@@ -85,12 +96,40 @@ class Covariance:
     outlier_count: Tensor
     outlier_threshold: float
 
+    def __post_init__(self) -> None:
+        """Refuses values of another kind or shape."""
+        real_tensor("a covariance's matrix", self.matrix, CovarianceError)
+        channels = self.matrix.shape[-1:]
+        if self.matrix.ndim != 2 or len(self.matrix) != channels[0]:
+            raise CovarianceError(
+                f"a covariance's matrix must be (in, in), got {tuple(self.matrix.shape)}"
+            )
+        for name in ("absmax", "outlier_count"):
+            statistic = getattr(self, name)
+            instance_of(name, statistic, Tensor, CovarianceError)
+            if statistic.shape != channels:
+                raise CovarianceError(
+                    f"{name} must be ({channels[0]},) as the matrix has channels, "
+                    f"got {tuple(statistic.shape)}"
+                )
+        for name in ("tokens", "calls"):
+            whole_number(name, getattr(self, name), 0, error=CovarianceError)
+        real_number(
+            "outlier_threshold",
+            self.outlier_threshold,
+            "at least 0",
+            lambda x: x >= 0,
+            error=CovarianceError,
+        )
+
     def merge(self, other: Covariance, *, normalize: str = "tokens") -> Covariance:
         """The covariance of both samples: the mean weighted by tokens, or by calls for "peft".
 
         Raises:
-            CovarianceError: sizes or outlier thresholds differ.
+            CovarianceError: sizes or outlier thresholds differ, or `normalize` is not possible.
         """
+        instance_of("other", other, Covariance, CovarianceError)
+        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
         if (
             self.matrix.shape != other.matrix.shape
             or self.outlier_threshold != other.outlier_threshold
@@ -124,6 +163,9 @@ class CovarianceSet(Mapping[str, Covariance]):
         left_out: weights of the model that calibration could not reach, by name, with the reason.
         provenance: JSON-like notes on where the numbers come from (model, data, versions,
             stability).
+
+    Raises:
+        CovarianceError: a value is not what it must be.
     """
 
     def __init__(
@@ -134,8 +176,16 @@ class CovarianceSet(Mapping[str, Covariance]):
         left_out: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        if normalize not in _NORMALIZATIONS:
-            raise CovarianceError(f'normalize must be "tokens" or "peft", got {normalize!r}')
+        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
+        for what, given in (
+            ("covariances", covariances),
+            ("left_out", left_out or {}),
+            ("provenance", provenance or {}),
+        ):
+            instance_of(what, given, Mapping, CovarianceError)
+        for name, covariance in covariances.items():
+            instance_of("a layer's name", name, str, CovarianceError)
+            instance_of(f"what is given for {name}", covariance, Covariance, CovarianceError)
         self._covariances = dict(covariances)
         self.normalize = normalize
         self.left_out = dict(left_out or {})
@@ -171,6 +221,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
         """
+        instance_of("other", other, CovarianceSet, CovarianceError)
         if self.normalize != other.normalize:
             raise CovarianceError(
                 f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
@@ -346,6 +397,7 @@ def read_groups(
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
         ConfigError: the device is not there, or too small.
     """
+    usable_device(device, ConfigError)
     header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
     groups = []
     try:

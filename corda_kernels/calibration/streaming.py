@@ -24,7 +24,7 @@ from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.kept_text import KeptText
 from corda_kernels.calibration.recorder import unsuitable
-from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject
+from corda_kernels.calibration.subject import Normalize, OnUnseen, Subject, check_options
 from corda_kernels.errors import CalibrationError
 from corda_kernels.models import decoder_blocks
 from corda_kernels.progress import progress_bar
@@ -67,6 +67,7 @@ def calibrate_blocks(
         An iterator over the blocks that hold targets, in their order.
 
     Raises:
+        ConfigError: see `calibrate`, as for ModelError.
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, a target lies outside of the
             blocks or was never called, or the model does more than run its blocks in order.
@@ -111,6 +112,9 @@ def calibrate_block_parts(
     Raises:
         CalibrationError: a part has no text; see also `calibrate_blocks`.
     """
+    check_options(
+        batches, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    )
     ranks = Ranks.of(distributed)
     subject = Subject.of(model, targets)
     blocks = decoder_blocks(model)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import flag, instance_of, one_of
+from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import Covariance, CovarianceSet
 from corda_kernels.errors import BatchError, CalibrationError, LeftOutWarning
+from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
 from corda_kernels.models import (
     decoder,
@@ -180,6 +183,32 @@ def _warn_left_out(left_out: Mapping[str, str]) -> None:
             LeftOutWarning,
             stacklevel=5,  # the caller of calibrate, which no_grad wraps
         )
+
+
+def check_options(
+    batches: object,
+    outlier_threshold: float,
+    normalize: str,
+    on_unseen: str,
+    checkpoint: CalibrationCheckpoint | None,
+    distributed: bool,
+    progress: bool,
+) -> None:
+    """Refuses arguments of a calibration that are not possible, before anything runs.
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+        CalibrationError: the batches are none.
+    """
+    instance_of(
+        "batches", batches, Iterable, CalibrationError, remedy="give a list of (batch, seq) tensors"
+    )
+    check_threshold(outlier_threshold)
+    one_of("normalize", normalize, ("tokens", "peft"))
+    one_of("on_unseen", on_unseen, ("error", "skip"))
+    instance_of("checkpoint", checkpoint, (CalibrationCheckpoint, type(None)))
+    flag("distributed", distributed)
+    flag("progress", progress)
 
 
 @contextlib.contextmanager

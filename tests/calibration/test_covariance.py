@@ -223,7 +223,7 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, kept: float) -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_not_the_files_fault(tmp_path: Path, device: str) -> None:
     random_set().save(tmp_path / "c.safetensors")
-    with pytest.raises(ConfigError, match=f"covariances cannot be moved to device '{device}'"):
+    with pytest.raises(ConfigError, match=f"device '{device}'"):
         CovarianceSet.load(tmp_path / "c.safetensors", device=device)
 
 

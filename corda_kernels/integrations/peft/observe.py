@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.batches import looks_padded
+from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning
@@ -72,8 +72,9 @@ class Observer:
 
         Raises:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
-            CalibrationError: a layer's input cannot be matched with the attention mask, or a second
-                call of `run_model` ran less than the first.
+            CalibrationError: a layer's input cannot be matched with the attention mask, or that
+                holds something else than ones and zeros; or a second call of `run_model` ran less
+                than the first.
         """
         seen = 0
         passes = self._passes(model, modules)
@@ -158,6 +159,10 @@ class _Passes:
         mask = arguments.get("attention_mask")
         rows = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and shape is not None and len(shape) == 2:
+            if not ones_and_zeros(mask):
+                raise CalibrationError(
+                    f"call {self.count} of the model (counted from 0) was given {ODD_MASK}"
+                )
             # With a cache the mask covers earlier tokens too, which are not run again.
             kept = mask[:, -shape[1] :].to(torch.bool)
             rows = None if bool(kept.all()) else kept
