@@ -217,13 +217,10 @@ def save_model(
 
 def _locate(source: str | os.PathLike[str], trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model, and the options with which it is to load it from there."""
-    text = os.fspath(source)
-    path = Path(text)
-    # Said either way: transformers would ask on the terminal.
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-def _locate(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     path = readable_path(source, ModelError)
     text = os.fspath(source)
+    # Said either way: transformers would ask on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(

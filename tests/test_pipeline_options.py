@@ -67,8 +67,8 @@ def test_an_option_that_nobody_has_is_refused_as_python_does() -> None:
         ({"lora_dropout": -0.1}, "lora_dropout must be from 0 to below 1, got -0.1"),
         ({"lora_dropout": 1.0}, "lora_dropout must be from 0 to below 1, got 1.0"),
         ({"lora_dropout": float("nan")}, "lora_dropout must be from 0 to below 1, got nan"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save is a list of names, got 'lm_head'"),
-        ({"residual": "pair"}, "residual must be one of None, 'weight', got 'pair'"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"residual": "pair"}, "residual must be None or \"weight\", got 'pair'"),
         (
             {"residual": "weight", "hold": 8},
             'residual="weight" is the published form: it has a scale',

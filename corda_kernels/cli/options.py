@@ -91,6 +91,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a result that OUT holds already.")
 ]
 
+_DIGITS = 99  # of a size: more than any that is meant, and fewer than a float has room for
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE | re.ASCII)
 
 
@@ -290,7 +291,7 @@ def parse_size(size: str | None) -> int | None:
     if size is None:
         return None
     match = _SIZE.fullmatch(size.strip())
-    if match is None:
+    if match is None or len(size) > _DIGITS:
         raise ConfigError(
             f"{size!r} is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB "
             "or TiB"

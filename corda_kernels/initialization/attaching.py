@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.errors import AdapterError
+from corda_kernels.arguments import flag, instance_of, readable_path
+from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter, initial_checksum
 from corda_kernels.initialization.factors import AdapterFactors, residual
 from corda_kernels.initialization.folder import (
@@ -60,9 +61,12 @@ def load_for_training(
 
     Raises:
         AdapterError: the folder is incomplete or altered, or belongs to another base.
+        ModelError: the base is no model.
         TargetError: the adapter has taken a part of the weights over, and the base is quantised.
     """
-    folder = Path(path)
+    instance_of("the base", base_model, nn.Module, ModelError)
+    flag("use_peft", use_peft)
+    folder = readable_path(path, AdapterError)
     if not use_peft:
         _check_factors_only(folder)
         return attach(base_model, read_adapter(folder), use_peft=False, copy=False)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
+from corda_kernels.arguments import instance_of, readable_path, whole_number
+from corda_kernels.errors import AdapterError, CordaWarning, ModelError, OutputError, RankError
 from corda_kernels.files import write_bytes
 from corda_kernels.initialization.adapter import LayerAdapter
 from corda_kernels.initialization.card import CARD_FILE, SERVED_RANKS, export_card
@@ -94,8 +95,8 @@ def export_lora(
         OutputError: the folder cannot be written, is the source itself, or holds a model or an
             adapter with a record.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise RankError(f"the rank of an export must be a whole number of at least 1, got {rank!r}")
+    if rank is not None:
+        rank = whole_number("the rank of an export", rank, 1, error=RankError)
     config, others, layers = _source(source)
     if rank is not None and config.get("use_dora"):
         raise AdapterError(
@@ -159,8 +160,8 @@ def _source(
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(source, nn.Module):
-        config, tensors = read_lora(source)
-        folder = Path(source)
+        folder = readable_path(source, AdapterError)
+        config, tensors = read_lora(folder)
         initial: Mapping[str, AdapterFactors] | None = read_initial(folder)
         if initial is None:
             # False starts elsewhere than at zero, but on the untouched base.
@@ -256,11 +257,13 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         AdapterError: the model carries no adapter, or a diverged one.
+        ModelError: what is given is no model.
         TargetError: a layer is quantised.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    instance_of("the model", model, nn.Module, ModelError)
     wrapped: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()

@@ -8,14 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import instance_of, one_of, real_number, real_tensor
 from corda_kernels.decomposition import CoSVD, regularized_inverse
 from corda_kernels.decomposition.operand import panels
-from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.errors import ConfigError, CordaError, DecompositionError
 from corda_kernels.precision import without_autocast
 
 Reconstruction = Literal["projection", "inverse"]
 
 RECONSTRUCTIONS = ("projection", "inverse")
+# Beyond it, and below one over it, factors in float32 overflow or vanish.
+_MOST_HOLD = 1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +98,11 @@ def adapter_factors(
 
     Raises:
         ConfigError: hold is not positive and finite.
+        DecompositionError: the weight is no dense tensor of floating numbers, or the decomposition
+            is not that of one of its shape.
     """
     hold = check_hold(hold)
+    _check_fits(weight, co_svd)
     U = co_svd.U
     rows, noise = _rows(weight, co_svd)
     length = hold / 3**0.5
@@ -114,9 +120,35 @@ def check_hold(hold: float) -> float:
     Raises:
         ConfigError: it is not a positive finite number.
     """
-    if isinstance(hold, bool) or not isinstance(hold, int | float) or not 0 < hold < float("inf"):
-        raise ConfigError(f"hold must be positive and finite, such as 1 or 8, got {hold!r}")
-    return float(hold)
+    rule = "positive and finite, such as 1 or 8"
+    return real_number("hold", hold, rule, lambda x: 1 / _MOST_HOLD <= x <= _MOST_HOLD)
+
+
+def check_factors(factors: object, shape: tuple[int, ...], error: type[CordaError]) -> None:
+    """Refuses what are no factors for a weight of `shape`.
+
+    Raises:
+        CordaError: of type `error`.
+    """
+    instance_of("factors", factors, AdapterFactors, error)
+    A, B = factors.A, factors.B  # type: ignore[attr-defined]
+    for name, factor in (("A", A), ("B", B)):
+        real_tensor(f"factor {name}", factor, error)
+    if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or shape != (len(B), A.shape[1]):
+        raise error(
+            f"factors A {tuple(A.shape)} and B {tuple(B.shape)} are not those of a weight {shape}: "
+            "give those of this layer"
+        )
+
+
+def _check_fits(weight: Tensor, co_svd: CoSVD) -> None:
+    instance_of("co_svd", co_svd, CoSVD, DecompositionError)
+    real_tensor("the weight", weight, DecompositionError)
+    if weight.ndim != 2 or co_svd.U.ndim != 2 or len(weight) != len(co_svd.U):
+        raise DecompositionError(
+            f"a weight {tuple(weight.shape)} and a decomposition with U {tuple(co_svd.U.shape)} do "
+            "not go together: give the weight (out, in) that was decomposed"
+        )
 
 
 @without_autocast()
@@ -152,14 +184,13 @@ def published_factors(
 
     Raises:
         ConfigError: reconstruction is unknown, or the covariance is missing or out of place.
-        DecompositionError: the covariance has another size or cannot be inverted.
+        DecompositionError: an input is no dense tensor of floating numbers, the decomposition or
+            the covariance is of another size, or the covariance cannot be inverted.
 
     Source: CorDA (arXiv:2406.05223), equations 3 to 5.
     """
-    if reconstruction not in RECONSTRUCTIONS:
-        raise ConfigError(
-            f'reconstruction must be "projection" or "inverse", got {reconstruction!r}'
-        )
+    one_of("reconstruction", reconstruction, RECONSTRUCTIONS)
+    _check_fits(weight, co_svd)
     if (covariance is not None) != (reconstruction == "inverse"):
         raise ConfigError('reconstruction="inverse", and no other, needs the covariance')
     rows, noise = _rows(weight, co_svd)
@@ -196,6 +227,7 @@ def _through_inverse(
     is 0 and C cannot be inverted as it is.
     """
     inputs = projected.shape[1]
+    real_tensor("the covariance", covariance, DecompositionError)
     if covariance.shape != (inputs, inputs):
         raise DecompositionError(
             f"a weight of {inputs} inputs needs a covariance ({inputs}, {inputs}), "
@@ -210,7 +242,14 @@ def _through_inverse(
 @without_autocast()
 @torch.no_grad()
 def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
-    """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype."""
+    """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype.
+
+    Raises:
+        DecompositionError: the weight is no dense tensor of floating numbers, or the factors are
+            none, or of another layer's size.
+    """
+    real_tensor("the weight", weight, DecompositionError)
+    check_factors(factors, tuple(weight.shape), DecompositionError)
     A, B = (factor.to(weight.device, torch.float64) for factor in (factors.A, factors.B))
     left = torch.empty_like(weight)
     for rows in panels(weight.shape[0], weight.device):

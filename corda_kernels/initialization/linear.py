@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from corda_kernels.arguments import instance_of
+from corda_kernels.errors import AdapterError, TargetError
 from corda_kernels.initialization.adapter import Adapter
-from corda_kernels.initialization.factors import AdapterFactors
+from corda_kernels.initialization.factors import AdapterFactors, check_factors
+from corda_kernels.linears import is_linear, linear_shape
 
 
 class CordaLinear(nn.Module):
@@ -17,10 +20,18 @@ class CordaLinear(nn.Module):
         A: (rows, in) parameter; see `adapter_factors`.
         B: (out, rows) parameter.
         scaling: s.
+
+    Raises:
+        TargetError: the base is no linear layer.
+        AdapterError: the factors are none, or of another layer's size.
     """
 
     def __init__(self, base: nn.Module, factors: AdapterFactors, *, copy: bool = True) -> None:
         super().__init__()
+        instance_of("the base", base, nn.Module, TargetError)
+        if not is_linear(base):
+            raise TargetError(f"a {type(base).__name__} is no linear layer, and takes no adapter")
+        check_factors(factors, linear_shape(base), AdapterError)
         self.base = base.requires_grad_(False)
         device = next(base.parameters()).device
         self.A = nn.Parameter(factors.A.to(device, copy=copy))

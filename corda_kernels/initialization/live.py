@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from corda_kernels.errors import AdapterError
+from corda_kernels.arguments import instance_of
+from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.initialization.adapter import Adapter, LayerAdapter
 from corda_kernels.initialization.factors import AdapterFactors
 from corda_kernels.initialization.linear import CordaLinear
@@ -43,9 +44,11 @@ def live_adapter(model: nn.Module) -> LiveAdapter:
 
     Raises:
         AdapterError: there is none, or one whose change against its start is not known.
+        ModelError: what is given is no model.
     """
     from peft import PeftModel
 
+    instance_of("the model", model, nn.Module, ModelError)
     initial: dict[str, AdapterFactors] = getattr(model, "corda_initial", None) or {}
     record = getattr(model, "corda_record", None)
     if isinstance(model, PeftModel):
@@ -94,9 +97,14 @@ def record_of(model: nn.Module) -> AdapterRecord:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether layers of the model are wrapped by an adapter, this package's or PEFT's."""
+    """Whether layers of the model are wrapped by an adapter, this package's or PEFT's.
+
+    Raises:
+        ModelError: what is given is no model.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    instance_of("the model", model, nn.Module, ModelError)
     return any(isinstance(module, CordaLinear | BaseTunerLayer) for module in model.modules())
 
 

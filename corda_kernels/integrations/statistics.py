@@ -13,8 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import instance_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError, RankError
+from corda_kernels.decomposition.damping import check_damping
+from corda_kernels.errors import CovarianceError, DecompositionError, ModelError, RankError
 from corda_kernels.linears import linear_weight
 
 T = TypeVar("T")
@@ -62,10 +64,13 @@ def svd_llm_whitening(
         damping: added to each covariance, times its mean diagonal; None for none.
 
     Raises:
+        ConfigError: the damping is not possible.
         DecompositionError: a covariance is singular; a damping mends it.
 
     Source: SVD-LLM (arXiv:2403.07378), section 3.1.
     """
+
+    check_damping(damping)
 
     def whiten(covariance: Covariance, layer: str) -> Tensor:
         total = covariance.matrix.double() * covariance.tokens
@@ -111,13 +116,14 @@ def smoothquant_scales(
 
     Raises:
         ConfigError: alpha is out of range.
+        ModelError: the model is none.
         CovarianceError: the model lacks a layer, or has it in another size.
 
     Source: SmoothQuant (arXiv:2211.10438), equation 4.
     """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha must be between 0 and 1, got {alpha}")
+    real_number("alpha", alpha, "between 0 and 1", lambda x: 0 <= x <= 1)
     _check_tokens(covariances)
+    instance_of("the model", model, nn.Module, ModelError)
     modules = dict(model.named_modules())
     scales: dict[str, Tensor] = {}
     for covariance, names in covariances.groups():
@@ -138,15 +144,19 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
     here nothing is subtracted.
 
     Raises:
-        RankError: the rank is larger than a layer's number of inputs.
+        RankError: the rank is none, or larger than a layer's number of inputs.
 
     Source: EVA (arXiv:2410.07170), section 3.2.
     """
 
+    whole_number("rank", rank, 1, error=RankError)
+
     def decompose(covariance: Covariance, layer: str) -> InputComponents:
         channels = covariance.matrix.shape[0]
-        if not 1 <= rank <= channels:
-            raise RankError(f"rank {rank} is not possible for layer {layer} of {channels} inputs")
+        if rank > channels:
+            raise RankError(
+                f"rank {shown(rank)} is not possible for layer {layer} of {channels} inputs"
+            )
         values, vectors = torch.linalg.eigh(covariance.matrix.double())
         values = values.clamp_min(0).flip(0)
         return InputComponents(
@@ -168,6 +178,7 @@ def _by_group(covariances: CovarianceSet, compute: Callable[[Covariance, str], T
 
 
 def _check_tokens(covariances: CovarianceSet) -> None:
+    instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     if covariances.normalize != "tokens":
         raise CovarianceError(
             f'these covariances were taken with normalize="{covariances.normalize}", which divides '

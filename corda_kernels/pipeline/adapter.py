@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.agreement import covariances_given, layers_given
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import (
+    CalibrationError,
     ConfigError,
     CovarianceError,
     ModelError,
@@ -83,6 +85,8 @@ def init_corda(
 
     Source: CorDA (arXiv:2406.05223), algorithm 1.
     """
+    _check_kinds(data, config)
+    flag("use_peft", use_peft)
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
     check_at_hand(check_targets(model, config))
@@ -109,6 +113,7 @@ def corda_adapter(
     Raises:
         CordaError: see `init_corda`.
     """
+    _check_kinds(data, config)
     modules = check_targets(model, config)
     unpack(modules)
     ranks = Ranks.of(config.distributed)
@@ -188,6 +193,13 @@ def _given(
     else:
         about = {"data": "batches", "domain": domain}
     return {**layers_given({"": model}, modules), **about, **options}
+
+
+def _check_kinds(data: object, config: object) -> None:
+    instance_of("config", config, CordaConfig)
+    instance_of(
+        "data", data, Iterable, CalibrationError, remedy="give batches of token ids or covariances"
+    )
 
 
 def _stages(

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from corda_kernels.arguments import (
+    flag,
+    name_list,
+    one_of,
+    real_number,
+    seed_number,
+    whole_number,
+)
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import ConfigError
 from corda_kernels.initialization.factors import check_hold
+from corda_kernels.models import check_selection
 from corda_kernels.planning.compactness import CONDITIONS, Condition
-from corda_kernels.planning.ranks import check_bounds, whole_number
+from corda_kernels.planning.ranks import check_bounds, parse_budget
 from corda_kernels.planning.selection import METHODS, Method
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
@@ -34,8 +43,6 @@ _OF_PEFT = {
     "layer_replication": "replicated layers share one weight",
     "use_qalora": "it pools the inputs that the covariances are of",
 }
-# What torch.Generator takes.
-_SEEDS = (-(2**63), 2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -121,15 +128,23 @@ class CordaConfig:
             ("residual", (None, "weight")),
             ("method", ("auto", "exact", "randomized")),
         ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(map(repr, allowed))
-                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        check_hold(self.hold)
+            one_of(name, getattr(self, name), allowed)
+        for name in ("use_dora", "stability", "distributed", "progress"):
+            flag(name, getattr(self, name))
         check_damping(self.damping)
-        whole_number("candidates", self.candidates, 1)
-        whole_number("rank", self.rank, 1)
-        if not _SEEDS[0] <= self.seed <= _SEEDS[1]:
-            raise ConfigError(f"seed must be within 64 bits, got {self.seed}")
+        # Kept as Python's own numbers, which can be written into the adapter's record.
+        for name, value in (
+            ("hold", check_hold(self.hold)),
+            ("damping", None if self.damping is None else float(self.damping)),
+            ("candidates", whole_number("candidates", self.candidates, 1)),
+            ("rank", whole_number("rank", self.rank, 1)),
+            ("seed", seed_number("seed", self.seed)),
+        ):
+            object.__setattr__(self, name, value)
+        if self.memory_limit is not None:
+            whole_number("memory_limit", self.memory_limit, 0)
+        if self.budget is not None:
+            parse_budget(self.budget, {}, 1)
         check_bounds(self.min_rank, self.max_rank, self.rank_multiple)
         bounds = (self.min_rank, self.max_rank, self.rank_multiple)
         if self.budget is None and bounds != (0, None, 1):
@@ -137,10 +152,12 @@ class CordaConfig:
                 "min_rank, max_rank and rank_multiple bound the ranks under a budget: give one, "
                 'such as budget="r=32"'
             )
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save is a list of names, got {self.modules_to_save!r}")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}")
+        check_selection("targets", self.targets, ConfigError)
+        if self.exclude_modules is not None:
+            check_selection("exclude_modules", self.exclude_modules, ConfigError)
+        if self.modules_to_save is not None:
+            name_list("modules_to_save", self.modules_to_save)
+        real_number("lora_dropout", self.lora_dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
         if self.residual is not None and (self.hold != 1 or self.use_dora or self.lora_dropout):
             raise ConfigError(
                 'residual="weight" is the published form: it has a scale of its own (no hold), is '

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from corda_kernels.arguments import whole_number
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
 from corda_kernels.calibration.agreement import text_given
 from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
 from corda_kernels.decomposition.damping import check_damping
-from corda_kernels.errors import ConfigError
 from corda_kernels.linears import weights_at_hand
 from corda_kernels.models import devices
 from corda_kernels.pipeline.parts import calibrate_part
@@ -92,8 +92,8 @@ def half_count(batches: Sequence[Batch], rank: int | None, damping: float | None
         ConfigError: the rank is below 1, or the damping is out of range.
     """
     check_damping(damping)
-    if rank is not None and rank < 1:
-        raise ConfigError(f"the rank at which stability is judged must be at least 1, got {rank}")
+    if rank is not None:
+        whole_number("the rank at which stability is judged", rank, 1)
     return 1 if rank is None or len(batches) < 2 else 2
 
 

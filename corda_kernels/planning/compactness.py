@@ -15,12 +15,15 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import instance_of, one_of, real_tensor, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.agreement import covariances_given, layers_given
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.decomposition import extreme_eigenvalues, parallel_map, singular_values
+from corda_kernels.decomposition.co_svd import check_shapes
 from corda_kernels.decomposition.damping import check_damping
-from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.decomposition.operand import near_one
+from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
 from corda_kernels.linears import linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
@@ -54,7 +57,7 @@ def compactness(
 
     with C damped, see `log_condition` for π. The sum, nuclear over spectral norm, is an effective
     rank between 1 and min(out, in). Real covariances are singular to working precision: only with
-    one damping for all can candidates be compared. C → aC changes nothing.
+    one damping for all can candidates be compared. W → aW and C → aC change nothing.
 
     Args:
         weight: (*batch, out, in), any floating dtype.
@@ -67,14 +70,15 @@ def compactness(
 
     Raises:
         ConfigError: damping or condition is not possible.
-        DecompositionError: shapes do not fit, an input holds NaN or Inf, or C is singular although
-            damped.
+        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, an
+            input holds NaN or Inf, or C is singular although damped.
 
     Source: CorDA++, dynamic covariance selection.
     """
     check_condition(damping, condition)
-    rank = _effective_rank(singular_values(weight, covariance, damping=damping, tail=False))
-    C = covariance.to(weight.device)
+    check_shapes(weight, covariance)
+    W, C = near_one(weight), near_one(covariance.to(weight.device))
+    rank = _effective_rank(singular_values(W, C, damping=damping, tail=False))
     return rank * log_condition(C, weight.shape[-2], damping=damping, condition=condition)
 
 
@@ -104,18 +108,28 @@ def log_condition(
         (*batch) float64. λmax and λmin come from Lanczos steps (`extreme_eigenvalues`).
 
     Raises:
-        ConfigError: damping or condition is not possible.
-        DecompositionError: C is zero, not square, or not positive definite although damped.
+        ConfigError: damping, condition or outputs is not possible.
+        DecompositionError: C is no dense tensor of floating numbers, zero, not square, or not
+            positive definite although damped.
     """
     check_condition(damping, condition)
-    C = covariance.double()
-    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)
+    whole_number("outputs", outputs, 1)
+    real_tensor("the covariance", covariance, DecompositionError)
+    if (
+        covariance.ndim < 2
+        or covariance.shape[-2] != covariance.shape[-1]
+        or not covariance.numel()
+    ):
+        raise DecompositionError(
+            f"a covariance must be (*batch, in, in), got {tuple(covariance.shape)}"
+        )
+    damped = near_one(covariance)
+    mean = damped.diagonal(dim1=-2, dim2=-1).mean(-1)
     if bool((mean == 0).any()):
         raise DecompositionError(
             "all its inputs are zero on this text, so that there is nothing to score: leave it out "
             "of the targets, or use other text"
         )
-    damped = C.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean[..., None])
     largest, smallest = extreme_eigenvalues(damped)
     mean = mean * (1 + damping)
@@ -175,11 +189,13 @@ def layer_spectra(
 
     Raises:
         ConfigError: damping or condition is not possible; or `distributed` without a process group.
+        CovarianceError: what is given is no CovarianceSet.
         DecompositionError: a covariance does not fit its layer, is not finite, or singular although
             damped; the message names the layer.
         DistributedError: another rank has ended, or was given something else.
     """
     check_condition(damping, condition)
+    instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     ranks = Ranks.of(distributed)
     ranks.agree(
         "layer_spectra",
@@ -246,10 +262,9 @@ def check_condition(damping: float, condition: str) -> None:
     """Refuses options by which covariances cannot be scored.
 
     Raises:
-        ConfigError: damping is negative, infinite or NaN; or there is no such condition.
+        ConfigError: the damping is none; or there is no such condition.
     """
+    if damping is None:
+        raise ConfigError("scores need a damping, got None: give 0 for none")
     check_damping(damping)
-    if condition not in CONDITIONS:
-        raise ConfigError(
-            f"condition must be one of {', '.join(map(repr, CONDITIONS))}, got {condition!r}"
-        )
+    one_of("condition", condition, CONDITIONS)

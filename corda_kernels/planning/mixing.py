@@ -10,14 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import instance_of, one_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.decomposition import co_svd
-from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.errors import ConfigError, CovarianceError, ModelError
 from corda_kernels.linears import linear_weight
+from corda_kernels.planning.selection import model_layer
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
+
+_MOST_WEIGHT = 1e100  # sums of such are finite
+_MOST_STEPS = 10_000
 
 
 @torch.no_grad()
@@ -54,16 +59,15 @@ def mix_covariances(
 
     Raises:
         ConfigError: the weights do not fit the sets, or an option is not possible.
-        CovarianceError: the sets cover different layers, or are normalised differently.
+        CovarianceError: the sets are none, cover different layers, or are normalised differently.
 
     Source: context mixtures of CorDA++; the trace normalisation and drift are additions.
     """
-    if normalize not in ("trace", "tokens"):
-        raise ConfigError(f'normalize must be "trace" or "tokens", got {normalize!r}')
+    one_of("normalize", normalize, ("trace", "tokens"))
     _check_sets(sets)
     if isinstance(weights, str):
         if weights != "drift":
-            raise ConfigError(f'weights must be numbers or "drift", got {weights!r}')
+            raise ConfigError(f'weights must be numbers or "drift", got {shown(weights)}')
         if model is None or held_out is None:
             raise ConfigError('weights="drift" needs the model and held-out covariances as well')
         weights = drift_weights(
@@ -126,11 +130,15 @@ def drift_weights(
 
     Raises:
         ConfigError: an option is not possible.
-        CovarianceError: the sets do not go together.
+        ModelError: the model is none.
+        CovarianceError: the sets do not go together, or the model lacks a layer of theirs.
     """
-    if rank < 1 or steps < 1:
-        raise ConfigError(f"rank and steps must be at least 1, got {rank} and {steps}")
+    one_of("normalize", normalize, ("trace", "tokens"))
+    whole_number("rank", rank, 1)
+    whole_number("steps", steps, 1, _MOST_STEPS)
+    instance_of("model", model, nn.Module, ModelError)
     _check_sets(sets)
+    instance_of("held_out", held_out, Sequence, CovarianceError)
     _check_sets([*sets, *held_out])
     if len(held_out) != len(sets):
         raise ConfigError(f"{len(sets)} domains need as many held-out sets, got {len(held_out)}")
@@ -144,7 +152,7 @@ def drift_weights(
     for names in progress_bar(
         _shared_by_all([*sets, *held_out]), description="drift", unit="inputs", shown=progress
     ):
-        layers = [linear_weight(model.get_submodule(name)).detach() for name in names]
+        layers = [linear_weight(model_layer(model, name)).detach() for name in names]
         parts = [part[names[0]] for part in sets]
         outside = [part[names[0]].matrix for part in held_out]
         mixtures = (_mixture(parts, shares, normalize, names[0]).matrix for shares in grid)
@@ -180,6 +188,9 @@ def _drift(
 
 
 def _check_sets(sets: Sequence[CovarianceSet]) -> None:
+    instance_of("sets", sets, Sequence, CovarianceError)
+    for part in sets:
+        instance_of("each set", part, CovarianceSet, CovarianceError)
     if not sets:
         raise CovarianceError("there are no covariances to mix: give at least one set")
     for index, part in enumerate(sets[1:], 1):
@@ -217,13 +228,20 @@ def _shares(weights: Weights, sets: Sequence[CovarianceSet]) -> dict[str, tuple[
 
 
 def _normalized(weights: Sequence[float], count: int, whose: str) -> tuple[float, ...]:
-    total = math.fsum(weights)
-    if len(weights) != count or not 0 < total < math.inf or min(weights) < 0:
-        raise ConfigError(
-            f"{whose}: {count} sets need {count} weights of at least 0, not all of them 0, got "
-            f"{list(weights)}"
-        )
-    return tuple(float(weight) / total for weight in weights)
+    rule = (
+        f"{count} sets need {count} weights of at least 0, not all of them 0, and below "
+        f"{_MOST_WEIGHT:.0e}"
+    )
+    if not isinstance(weights, Sequence) or len(weights) != count:
+        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
+    each = [
+        real_number(whose, weight, f"numbers: {rule}", lambda x: 0 <= x < _MOST_WEIGHT)
+        for weight in weights
+    ]
+    total = math.fsum(each)
+    if not total:
+        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
+    return tuple(weight / total for weight in each)
 
 
 def _mixture(

@@ -7,18 +7,29 @@ that can best do without it. Over a million of them that is one sort.
 from __future__ import annotations
 
 import contextlib
-import operator
+import math
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from typing import Literal, SupportsIndex
+from decimal import Decimal, DecimalException
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import (
+    instance_of,
+    one_of,
+    real_number,
+    real_tensor,
+    shown,
+    whole_number,
+)
 from corda_kernels.errors import ConfigError, RankError
 
 Shapes = Mapping[str, tuple[int, int]]
+
+_MOST = 2**40  # of a rank or a size: more than any layer has, and products fit into int64
+_DIGITS = 99  # of a budget: more than any that is meant, and fewer than Python refuses to read
 
 
 @torch.no_grad()
@@ -82,18 +93,20 @@ def allocate_ranks(
 
     Source: dynamic rank allocation of CorDA++; multiples and bounds are additions.
     """
-    if mode not in ("kpm", "ipm"):
-        raise ConfigError(f'mode must be "kpm" or "ipm", got {mode!r}')
+    one_of("mode", mode, ("kpm", "ipm"))
     budget = whole_number("budget", budget, 0)
+    rows = whole_number("rows", rows, 1, 1024)
     check_bounds(min_rank, max_rank, rank_multiple)
     _check_names(spectra, log_condition, shapes)
+    for name, shape in shapes.items():
+        _check_shape(name, shape)
     values = [_checked_spectrum(name, spectra[name], shapes[name]) for name in spectra]
     factors = [_checked_log_condition(name, log_condition[name]) for name in spectra]
     if not values:
         return {}
 
     sizes = torch.tensor([len(value) for value in values])
-    multiple = operator.index(rank_multiple)
+    multiple = int(rank_multiple)
     costs = rows * multiple * torch.tensor([sum(shapes[name]) for name in spectra])
     most, guaranteed = _bounds(sizes, min_rank, max_rank, multiple)
     _check_paid(guaranteed // multiple * costs, budget, min_rank)
@@ -124,9 +137,9 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
     Raises:
         ConfigError: they do, or are no whole numbers.
     """
-    multiple = whole_number("rank_multiple", rank_multiple, 1)
-    first = max(-(-whole_number("min_rank", min_rank, 0) // multiple), 1) * multiple
-    if max_rank is not None and whole_number("max_rank", max_rank, 0) < first:
+    multiple = whole_number("rank_multiple", rank_multiple, 1, _MOST)
+    first = max(-(-whole_number("min_rank", min_rank, 0, _MOST) // multiple), 1) * multiple
+    if max_rank is not None and whole_number("max_rank", max_rank, 0, _MOST) < first:
         raise ConfigError(
             f"no multiple of rank_multiple {multiple} lies between min_rank {min_rank} and "
             f"max_rank {max_rank}: raise max_rank to {first} or lower the others"
@@ -201,21 +214,22 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows
     Raises:
         ConfigError: the value is none of these.
     """
-    text = str(value).strip()
-    if match := re.fullmatch(r"r\s*=\s*(\d+)", text):
-        return uniform_budget(shapes, int(match[1]), rows)
-    if re.fullmatch(r"\d+(_\d+)*", text) and int(text) >= 1:
-        return int(text)
-    # Decimal, for 29 % of 100 is not 28.
-    share = Decimal(0)
-    if not re.fullmatch(r"[+-]?\d+", text):
-        with contextlib.suppress(InvalidOperation):
-            share = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if share.is_finite() and 0 < share <= 1:
-        return int(share * total_parameters)
+    text = shown(value) if isinstance(value, int) else str(value).strip()
+    if len(text) <= _DIGITS:
+        if match := re.fullmatch(r"r\s*=\s*(\d+)", text, re.ASCII):
+            return uniform_budget(shapes, int(match[1]), rows)
+        if re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) and int(text) >= 1:
+            return int(text)
+        # Decimal, for 29 % of 100 is not 28.
+        share = Decimal(0)
+        if not re.fullmatch(r"[+-]?\d+", text):
+            with contextlib.suppress(DecimalException):
+                share = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if share.is_finite() and 0 < share <= 1:
+            return int(share * total_parameters)
     raise ConfigError(
-        f"{text!r} is not a budget: write a whole number of parameters (2500000), a share of the "
-        "model (0.01 or 1%, above 0 and at most all of it), or the rank it would hold in all "
+        f"{shown(value)} is not a budget: write a whole number of parameters (2500000), a share of "
+        "the model (0.01 or 1%, above 0 and at most all of it), or the rank it would hold in all "
         "layers (r=128)"
     )
 
@@ -244,7 +258,9 @@ def _scores(spectrum: Tensor, factor: float) -> Tensor:
 def _check_names(
     spectra: Mapping[str, Tensor], log_condition: Mapping[str, float], shapes: Shapes
 ) -> None:
+    instance_of("spectra", spectra, Mapping)
     for what, given in (("log_condition", log_condition), ("shapes", shapes)):
+        instance_of(what, given, Mapping)
         odd = sorted(spectra.keys() ^ given.keys())
         if odd:
             there, absent = ("spectra", what) if odd[0] in spectra else (what, "spectra")
@@ -254,8 +270,18 @@ def _check_names(
             )
 
 
+def _check_shape(name: str, shape: tuple[int, int]) -> None:
+    what = f"layer {name}: its shape"
+    instance_of(what, shape, (tuple, list))
+    if len(shape) != 2:
+        raise ConfigError(f"{what} must be (out, in), got {shown(shape)}")
+    for size in shape:
+        whole_number(f"each size in {what}", size, 1, _MOST)
+
+
 def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
     """The spectrum in float64 on the CPU."""
+    real_tensor(f"layer {name}: its spectrum", spectrum, ConfigError)
     spectrum = spectrum.detach().cpu().double()
     if spectrum.ndim != 1 or not len(spectrum):
         raise ConfigError(
@@ -266,10 +292,10 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
             f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[0]} × "
             f"{shape[1]} has {min(shape)}: the spectrum belongs to another layer"
         )
-    if not bool(spectrum.isfinite().all()):
+    if not bool(spectrum.sum().isfinite()):
         raise ConfigError(
-            f"layer {name}: its spectrum holds NaN or Inf: check its weight and covariance, or "
-            "compute the spectrum in a wider dtype"
+            f"layer {name}: its spectrum holds NaN or Inf, or sums up to Inf: check its weight and "
+            "covariance, or compute the spectrum in a wider dtype"
         )
     if bool(spectrum[-1] < 0) or bool((spectrum.diff() > 0).any()):
         raise ConfigError(
@@ -280,26 +306,8 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
 
 
 def _checked_log_condition(name: str, value: float) -> float:
-    value = float(value)
-    if not 0 <= value < float("inf"):
-        raise ConfigError(
-            f"layer {name}: its log condition must be finite and at least 0, got {value}: damp a "
-            "singular covariance, and divide one by its mean diagonal where the condition depends "
-            "on its scale"
-        )
-    return value
-
-
-def whole_number(name: str, value: SupportsIndex, least: int) -> int:
-    """The value as an int.
-
-    Raises:
-        ConfigError: it is no whole number of at least `least`; `name` is what it is called.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number
+    rule = (
+        "finite and at least 0 (damp a singular covariance, and divide one by its mean diagonal "
+        "where the condition depends on its scale)"
+    )
+    return real_number(f"layer {name}: its log condition", value, rule, lambda x: 0 <= x < math.inf)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.errors import ConfigError, CovarianceError
+from corda_kernels.errors import ConfigError, CovarianceError, ModelError
 from corda_kernels.fields import (
     Check,
     check_fields,
@@ -83,6 +84,7 @@ def select_covariance(
 
     Raises:
         ConfigError: an option has an impossible value, or contradicts `state`.
+        ModelError: the model is none.
         CovarianceError: there are no candidates, or they cover different layers, share inputs
             differently or are normalised differently.
         CovarianceFileError: `state` is damaged.
@@ -91,9 +93,10 @@ def select_covariance(
 
     Source: CorDA++, dynamic covariance selection.
     """
-    if selection not in METHODS:
-        raise ConfigError(f'selection must be "argmin" or "pool", got {selection!r}')
+    one_of("selection", selection, METHODS)
     check_condition(damping, condition)
+    instance_of("model", model, nn.Module, ModelError)
+    instance_of("candidates", candidates, Iterable, CovarianceError)
     if distributed and state is not None:
         raise ConfigError("a distributed selection keeps no state: leave one of them out")
     ranks = Ranks.of(distributed)
@@ -117,7 +120,7 @@ def select_covariance(
             about = _without_covariances(candidate)
         else:
             _check_alike(candidate, about.normalize, report.groups)
-        modules = {name: _module(model, name) for name in candidate}
+        modules = {name: model_layer(model, name) for name in candidate}
         spectra = layer_spectra(
             modules,
             candidate,
@@ -308,7 +311,12 @@ def _produced(
 ) -> CovarianceSet | None:
     """The next candidate, made if it has to be; None after the last."""
     entry = next(pending, None)
-    return entry if entry is None or isinstance(entry, CovarianceSet) else entry()
+    if callable(entry):
+        entry = entry()
+    elif entry is None:
+        return None
+    instance_of("each candidate", entry, CovarianceSet, CovarianceError)
+    return entry
 
 
 def _check_alike(candidate: CovarianceSet, normalize: str, groups: Sequence[list[str]]) -> None:
@@ -365,11 +373,16 @@ def _result(
     return CovarianceSet(kept, normalize=about.normalize, left_out=about.left_out, provenance=notes)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def model_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, of which there is a covariance.
+
+    Raises:
+        CovarianceError: the model has none.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError as error:
         raise CovarianceError(
-            f"the model has no layer {name}, of which a candidate has a covariance: calibrate the "
-            "model that the adapter is for"
+            f"the model has no layer {name}, of which there is a covariance: calibrate the model "
+            "that the adapter is for"
         ) from error

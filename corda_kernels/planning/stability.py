@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import instance_of, one_of, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import CoSVD, co_svd_layers
 from corda_kernels.errors import ConfigError, CovarianceError
@@ -106,7 +107,11 @@ class Stability:
         Args:
             end: of the spectrum.
             names: of the layers; those that it knows nothing of are left out.
+
+        Raises:
+            ConfigError: there is no such end.
         """
+        one_of("end", end, ("largest", "smallest"))
         known = {name: self.layers[name] for name in names if name in self.layers}
         layers = {
             name: replace(layer, bottom=None) if end == "largest" else replace(layer, top=None)
@@ -116,12 +121,19 @@ class Stability:
         return replace(self, layers=layers) if layers else None
 
     def verdict(self, layer: LayerStability) -> str:
-        """One word for a layer: "stable", "fair" or "unstable"."""
+        """One word for a layer: "stable", "fair" or "unstable".
+
+        Raises:
+            ConfigError: the layer was measured at neither end.
+        """
+        instance_of("layer", layer, LayerStability)
         grades = []
         if layer.top is not None:
             grades.append(sum(layer.top < bound for bound in _TOP))
         if layer.bottom is not None:
             grades.append(sum(layer.bottom < bound for bound in _BOTTOM))
+        if not grades:
+            raise ConfigError("the layer's stability was measured at neither end: measure one")
         return ("stable", "fair", "unstable")[max(grades)]
 
     def summary(self, rank: int | None = None) -> str:
@@ -170,9 +182,19 @@ def subspace_stability(
         progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: neither end is asked for.
+        ConfigError: neither end is asked for, or an option is not possible.
+        CovarianceError: a half is no CovarianceSet, or does not cover a layer.
         DecompositionError: a covariance does not fit its layer.
     """
+    rank = whole_number("rank", rank, 1)
+    instance_of("modules", modules, Mapping)
+    for half in (first, second):
+        instance_of("each half", half, CovarianceSet, CovarianceError)
+        missing = [name for name in modules if name not in half]
+        if missing:
+            raise CovarianceError(
+                f"a half has no covariance of layer {missing[0]}: calibrate it with that target"
+            )
     asked: tuple[tuple[End, bool], ...] = (("largest", top), ("smallest", bottom))
     ends = [end for end, wanted in asked if wanted]
     if not ends:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from corda_kernels.arguments import instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
@@ -84,6 +85,7 @@ class DriftPenalty:
         Raises:
             AdapterError: the model carries no adapter, or one of another kind.
             CovarianceError: a layer has no covariance, or one of another size.
+            ModelError: what is given is no model.
         """
         inputs = _shared_inputs(live_adapter(model), covariances)
         self.layers = tuple(name for shared in inputs for name in shared.layers)
@@ -127,6 +129,7 @@ class CompactnessPenalty:
             ConfigError: the adapter is an IPM one.
             AdapterError: the model carries no adapter in the published form.
             CovarianceError: a layer has no covariance, or one of another size.
+            ModelError: what is given is no model.
         """
         live = live_adapter(model)
         if live.record is None or live.record.residual is None:
@@ -198,6 +201,7 @@ def _shared_inputs(live: LiveAdapter, covariances: CovarianceSet) -> list[_Share
     Raises:
         CovarianceError: a layer has no covariance, or one of another size.
     """
+    instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     missing = [name for name in live.layers if name not in covariances]
     if missing:
         raise CovarianceError(

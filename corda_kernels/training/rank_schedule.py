@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessor
 
+from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
 from corda_kernels.initialization import LayerAdapter, live_adapter
 
@@ -55,18 +56,19 @@ class RankSchedule:
 
     def __post_init__(self) -> None:
         """Refuses values that are not possible."""
-        if self.kind not in KINDS:
-            choices = ", ".join(map(repr, KINDS))
-            raise ConfigError(f"kind must be one of {choices}, got {self.kind!r}")
-        if not (0 <= self.first <= 1 and 0 <= self.last <= 1):
-            raise ConfigError(
-                f"first and last are shares from 0 to 1, got {self.first} and {self.last}"
-            )
-        if not 0 < self.over < math.inf:
-            raise ConfigError(f"over must be positive and finite, got {self.over}")
+        one_of("kind", self.kind, KINDS)
+        for name in ("first", "last"):
+            real_number(name, getattr(self, name), "a share from 0 to 1", lambda x: 0 <= x <= 1)
+        real_number("over", self.over, "positive and finite", lambda x: 0 < x < math.inf)
 
     def share(self, at: float) -> float:
-        """The share of the rank at a step, or at an entropy in nats."""
+        """The share of the rank at a step, or at an entropy in nats.
+
+        Raises:
+            ConfigError: it is no number, as where a model's scores are NaN.
+        """
+        what = "a step, or the entropy of a step's scores,"
+        at = real_number(what, at, "a number", lambda x: not math.isnan(x))
         position = min(max(at / self.over, 0.0), 1.0)
         if self.kind == "cosine":
             position = (1 - math.cos(math.pi * position)) / 2

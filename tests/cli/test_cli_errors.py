@@ -31,7 +31,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         (*INIT, "--data", "{place}/rows.jsonl", "--template", r"\q{{question}}"),
         "is not an escape; write a backslash as two",
     ),
-    "no samples": ((*INIT, *TEXT, "--samples", 0), "samples must be at least 1, not 0"),
+    "no samples": (
+        (*INIT, *TEXT, "--samples", 0),
+        "samples must be a whole number of at least 1, got 0",
+    ),
     "rank": (
         (*INIT, *TEXT, "--rank", 17),
         "rank 17 is not possible for layer model.layers.0.self_attn.k_proj (16 × 32): choose one",
@@ -64,7 +67,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "damping": ((*INIT, *TEXT, "--damping", -1), "damping must be at least 0 and finite"),
     "dtype": ((*INIT, *TEXT, "--dtype", "int8"), "dtype 'int8' is not one of float32"),
-    "device": ((*INIT, *TEXT, "--device", "nowhere"), "cannot move the model to device 'nowhere'"),
+    "device": (
+        (*INIT, *TEXT, "--device", "nowhere"),
+        "there is no device 'nowhere': choose cpu or cuda",
+    ),
     "NaN in the weights": (
         ("init", "{place}/nan", "{tmp}/out", "--mode", "ipm", *TEXT, *SMALL),
         "layer model.layers.0.self_attn.o_proj received NaN or Inf in 2 of 32 channels in batch 0",
@@ -128,11 +134,11 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "rank of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
-        "the rank at which stability is judged must be at least 1, got 0",
+        "the rank at which stability is judged must be a whole number of at least 1, got 0",
     ),
     "damping of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--damping", -1),
-        "damping must be at least 0 and finite, got -1",
+        "damping must be at least 0 and finite, and no larger than 4.5e15, got -1",
     ),
     "training in no steps": (
         ("demo", "--out", "{tmp}/out", "--steps", 0),

@@ -101,7 +101,7 @@ def test_impossible_options_are_refused(damping: float) -> None:
     weight, C = layer((4, 4))
     with pytest.raises(ConfigError, match="damping"):
         compactness(weight, C, damping=damping)
-    with pytest.raises(ConfigError, match="'ratio', 'bound', 'tight'"):
+    with pytest.raises(ConfigError, match='"ratio", "bound" or "tight"'):
         compactness(weight, C, condition="other")  # type: ignore[arg-type]
     with pytest.raises(DecompositionError, match="all its inputs are zero"):
         compactness(weight, 0 * C)

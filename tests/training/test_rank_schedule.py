@@ -275,9 +275,9 @@ def test_a_model_without_adapter_is_refused(calibrated: Calibrated) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "stepwise"}, "kind must be one of"),
-        ({"first": 1.5}, "shares from 0 to 1"),
-        ({"last": math.nan}, "shares from 0 to 1"),
+        ({"kind": "stepwise"}, "kind must be "),
+        ({"first": 1.5}, "a share from 0 to 1"),
+        ({"last": math.nan}, "a share from 0 to 1"),
         ({"over": 0}, "over must be positive"),
         ({"over": math.inf}, "over must be positive"),
     ],

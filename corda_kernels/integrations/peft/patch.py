@@ -16,7 +16,7 @@ from torch import nn
 
 from corda_kernels.errors import CompatibilityError, CompatibilityWarning
 from corda_kernels.integrations.peft.eigens import CordaEigens
-from corda_kernels.integrations.peft.preprocess import preprocess_corda
+from corda_kernels.integrations.peft.preprocess import check_choices, preprocess_corda
 
 # Versions of PEFT under which the tests of this integration have passed.
 TRIED_VERSIONS = ("0.19.1", "0.20.0", "0.21.2")
@@ -114,10 +114,12 @@ def patch_peft(**options: Any) -> PeftPatch:
         options: keyword-only options of `preprocess_corda`, as defaults for every call.
 
     Raises:
+        ConfigError: an option has a value that is not allowed.
         CompatibilityError: the installed PEFT has no such function, or one of other arguments. With
             a version that is not in `TRIED_VERSIONS` there is a CompatibilityWarning.
     """
     inspect.signature(preprocess_corda).bind_partial(**options)
+    check_choices(**options)
     if _installed() not in TRIED_VERSIONS:
         warnings.warn(
             f"peft {_installed()} is installed; this integration was tried with "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from corda_kernels.arguments import instance_of, one_of, readable_path, shown, whole_number
 from corda_kernels.decomposition import co_svd_layers
 from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import (
@@ -16,6 +17,7 @@ from corda_kernels.errors import (
     CompatibilityWarning,
     ConfigError,
     LeftOutWarning,
+    ModelError,
 )
 from corda_kernels.integrations.peft.eigens import CordaEigens, corda_eigens
 from corda_kernels.integrations.peft.files import (
@@ -34,11 +36,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "normalize": ("tokens", "peft"),
-    "method": ("auto", "exact", "randomized"),
-    "on_unseen": ("error", "skip"),
-}
 # What PEFT hangs on a layer beside its result.
 _TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
@@ -84,6 +81,7 @@ def preprocess_corda(
 
     Raises:
         ConfigError: an option is not allowed, or contradicts another.
+        ModelError: the model is none.
         TargetError, RankError: a layer cannot be adapted as asked; found before anything runs.
         CalibrationError: a target was never called, or received NaN or Inf.
         CacheError: a file is damaged, stale, or does not cover the layers.
@@ -91,10 +89,18 @@ def preprocess_corda(
 
     Source: CorDA (arXiv:2406.05223), algorithm 1; PEFT's peft/tuners/lora/corda.py for the form.
     """
-    options = lora_config.corda_config
-    _check_options(
-        options, damping, memory_limit, normalize=normalize, method=method, on_unseen=on_unseen
+    check_choices(
+        damping=damping,
+        memory_limit=memory_limit,
+        normalize=normalize,
+        method=method,
+        on_unseen=on_unseen,
     )
+    instance_of("the model", model, nn.Module, ModelError)
+    instance_of("hooked_model", hooked_model, (nn.Module, type(None)), ModelError)
+    if run_model is not None and not callable(run_model):
+        raise ConfigError(f"run_model must be a function, got {shown(run_model)}")
+    options = _checked_options(getattr(lora_config, "corda_config", None), memory_limit)
     targets = corda_targets(model, lora_config)
     recipe = {"corda_method": options.corda_method, "damping": damping, "normalize": normalize}
     cache_file, covariance_file = options.cache_file, options.covariance_file
@@ -139,18 +145,36 @@ def preprocess_corda(
     _attach(targets, eigens, observed, options)
 
 
-def _check_options(
-    options: CordaConfig | None, damping: float | None, memory_limit: int | None, **chosen: str
+def check_choices(
+    *,
+    normalize: str = "tokens",
+    damping: float | None = None,
+    method: str = "auto",
+    on_unseen: str = "error",
+    memory_limit: int | None = None,
 ) -> None:
-    for name, value in chosen.items():
-        if value not in _CHOICES[name]:
-            raise ConfigError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+    """Refuses options of `preprocess_corda` that are not allowed.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    one_of("normalize", normalize, ("tokens", "peft"))
+    one_of("method", method, ("auto", "exact", "randomized"))
+    one_of("on_unseen", on_unseen, ("error", "skip"))
     check_damping(damping)
+    if memory_limit is not None:
+        whole_number("memory_limit", memory_limit, 0)
+
+
+def _checked_options(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
     if options is None or options.corda_method not in ("ipm", "kpm"):
         raise ConfigError(
             'corda_config.corda_method must be "ipm" or "kpm": set LoraConfig(init_lora_weights='
             '"corda", corda_config=CordaConfig(corda_method=…))'
         )
+    for path in (options.cache_file, options.covariance_file):
+        if path is not None:
+            readable_path(path, ConfigError)
     if options.use_float16_for_covariance:
         warnings.warn(
             "use_float16_for_covariance is not followed: a float16 sum overflows; covariances that "
@@ -164,6 +188,7 @@ def _check_options(
             "memory_limit frees covariances as it goes: it cannot be combined with covariance_file "
             "or prune_temporary_fields=False"
         )
+    return options
 
 
 def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[dict[str, Target]]:

@@ -448,9 +448,9 @@ def test_text_that_is_used_up_when_memory_runs_out_is_missed(
 @pytest.mark.parametrize(
     ("options", "corda", "message"),
     [
-        ({"normalize": "mean"}, {}, "normalize must be one of"),
-        ({"method": "best"}, {}, "method must be one of"),
-        ({"on_unseen": "warn"}, {}, "on_unseen must be one of"),
+        ({"normalize": "mean"}, {}, 'normalize must be "'),
+        ({"method": "best"}, {}, 'method must be "'),
+        ({"on_unseen": "warn"}, {}, 'on_unseen must be "'),
         ({"damping": -1.0}, {}, "damping must be at least 0"),
         ({"memory_limit": 100}, {}, "alone takes 4096 bytes, more than memory_limit=100"),
         ({"memory_limit": 10**9}, {"covariance_file": "c.pt"}, "cannot be combined with"),
