@@ -114,9 +114,9 @@ def damaged_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[s
 
 def damaged_bytes(contents: bytes, header: int) -> Iterator[tuple[str, bytes]]:
     """The file cut off at some places, and with a bit flipped at some places of its header."""
-    for place in range(0, len(contents), max(1, len(contents) // 20)):
+    for place in range(0, len(contents), max(1, len(contents) // 10)):
         yield f"cut at {place}", contents[:place]
-    for place in range(0, header, max(1, header // 100)):
+    for place in range(0, header, max(1, header // 40)):
         flipped = bytearray(contents)
         flipped[place] ^= 1 << (place % 8)
         yield f"flipped at {place}", bytes(flipped)
