@@ -210,8 +210,8 @@ def test_a_budget_for_nothing_is_refused(calibrated: Calibrated) -> None:
         ({"budget": None, "min_rank": 1}, "bound the ranks under a budget"),
         ({"budget": None, "rank_multiple": 8}, "bound the ranks under a budget"),
         ({"candidates": 0}, "candidates must be a whole number of at least 1"),
-        ({"selection": "best"}, "selection must be one of"),
-        ({"condition": "other"}, "condition must be one of"),
+        ({"selection": "best"}, 'selection must be "argmin" or "pool"'),
+        ({"condition": "other"}, 'condition must be "ratio"'),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], says: str) -> None:

@@ -51,7 +51,7 @@ _GROUP_FIELDS: dict[str, Check] = {
     "channels": lambda value: is_whole(value, 1),
     "tokens": is_whole,
     "calls": is_whole,
-    "outlier_threshold": lambda value: is_number(value) or value == math.inf,
+    "outlier_threshold": lambda value: is_number(value, 0) or value == math.inf,
 }
 _HEADER_FIELDS: dict[str, Check] = {
     "groups": lambda value: isinstance(value, list),
@@ -408,6 +408,8 @@ def read_groups(
             groups.append((_moved(covariance, device), names))
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
+    except ConfigError:  # about the device
+        raise
     except ValueError as reason:
         raise error(
             f"{path}: its header is not that of a {what} file ({reason}): {remedy}"

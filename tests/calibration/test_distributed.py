@@ -278,7 +278,7 @@ def test_the_command_line_works_under_torchrun(
 
     kept = tmp_path / "two-calibrate.checkpoint-1-rank-1-of-2"
     kept.touch()
-    arguments = ["calibrate", folder, tmp_path / "two-calibrate", *options]
+    arguments = ["calibrate", folder, tmp_path / "two-calibrate", *options, "--overwrite"]
     ended = torchrun(2, *command, *arguments)
     assert ended.returncode != 0
     assert f"error: {kept} was left by an interrupted run" in ended.stderr
