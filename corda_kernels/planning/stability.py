@@ -89,8 +89,8 @@ class Stability:
         try:
             check_fields(value, _FIELDS)
             for name, entry in value["layers"].items():
-                check_fields(entry, _LAYER_FIELDS, name)
-                if entry["top"] is None and entry["bottom"] is None:
+                check_fields(entry, _LAYER_FIELDS, name, may_lack=_LAYER_FIELDS)
+                if entry.get("top") is None and entry.get("bottom") is None:
                     raise ValueError(f"{name} has neither 'top' nor 'bottom'")
         except ValueError as error:
             raise CovarianceError(
