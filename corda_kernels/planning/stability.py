@@ -27,7 +27,7 @@ End = Literal["largest", "smallest"]
 
 _FIELDS: dict[str, Check] = {
     "rank": lambda value: is_whole(value, 1),
-    "damping": lambda value: value is None or is_number(value, 0),
+    "damping": lambda _: True,  # see check_damping
     "tokens": lambda value: (
         isinstance(value, list | tuple) and len(value) == 2 and all(map(is_whole, value))
     ),
@@ -88,6 +88,7 @@ class Stability:
         """
         try:
             check_fields(value, _FIELDS)
+            check_damping(value["damping"])
             for name, entry in value["layers"].items():
                 check_fields(entry, _LAYER_FIELDS, name, may_lack=_LAYER_FIELDS)
                 if entry.get("top") is None and entry.get("bottom") is None:
