@@ -89,7 +89,7 @@ def main() -> None:
     shape = (given.samples, 1, given.seq_len)
     batches = list(torch.randint(0, 32000, shape, generator=generator).to(device))
     limit = free_bytes(device) // 2 if given.memory_limit is None else given.memory_limit
-    needed = covariance_bytes(model)
+    needed, _ = covariance_bytes(model)
     results: dict[str, Any] = {
         "environment": environment(device),
         "layers": given.layers,

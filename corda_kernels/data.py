@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -35,14 +36,19 @@ from corda_kernels.outputs import atomic_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # Tokens of prose average four to five characters: at six a document seldom falls short.
 _CHARS_PER_TOKEN = 6
+# What is behind so many characters for each token that is asked for need not be read: a tokenizer
+# takes minutes for a document of many megabytes.
+_CHARS_OF_LONG_TOKENS = 100
 _ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8})?")
 _PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
 
 
-_TOKENS_AT_A_TIME = 2_048
+_TOKENS_AT_A_TIME = {"cpu": 2_048}
+_TOKENS_AT_A_TIME_ELSEWHERE = 8_192
 
 # What a document is put together from: literal text, and the keys that lead to a value.
 _Part = str | tuple[str, ...]
@@ -109,7 +115,10 @@ def token_batches(
         min_chars=_CHARS_PER_TOKEN * seq_len,
         seed=seed,
     )
-    documents = _tokenized(texts, tokenizer, special_tokens=not chat_template, close=pack)
+    most = _CHARS_OF_LONG_TOKENS * seq_len * (samples if pack else 1)
+    documents = _tokenized(
+        (text[:most] for text in texts), tokenizer, special_tokens=not chat_template, close=pack
+    )
     if pack:
         sequences = _packed(documents, samples, seq_len)
         complete = sum(len(ids) == seq_len for ids in sequences)
@@ -138,22 +147,30 @@ def token_batches(
     return [_padded(group, pad) for group in groups]
 
 
-def fitting_batch_size(samples: int, seq_len: int) -> int:
-    """How many sequences to run at a time on a CPU: so many that they make about 2,048 tokens.
+def fitting_batch_size(samples: int, seq_len: int, device: str = "cpu") -> int:
+    """How many sequences to run at a time: on a CPU so many that they make about 2,048 tokens.
 
     With fewer, every product reads all of its weight, and every covariance is read and written, for
     a few hundred tokens: on 2 CPU cores SmolLM2-135M is calibrated in 20.6 s with 512 tokens at a
-    time, in 19 s with 1,024, and in 18.6 s with 2,048 or 4,096.
+    time, in 19 s with 1,024, and in 18.6 s with 2,048 or 4,096. A GPU takes 8,192, by a model of
+    its kernels alone.
 
-    It divides `samples`, and half of them, so that halves of the text are of equal size.
+    There are an even number of batches, all of this size but the last, so that the halves of the
+    text differ by a few sequences at most.
+
+    Args:
+        samples: number of sequences.
+        seq_len: tokens in each.
+        device: type of the device that they run on.
 
     Raises:
         ConfigError: a count is not positive.
     """
     _check_positive(samples=samples, seq_len=seq_len)
-    half = samples // 2 if samples % 2 == 0 else 1
-    most = max(1, min(half, _TOKENS_AT_A_TIME // seq_len))
-    return max(size for size in range(1, most + 1) if half % size == 0)
+    tokens = _TOKENS_AT_A_TIME.get(device, _TOKENS_AT_A_TIME_ELSEWHERE)
+    most = max(1, tokens // seq_len)
+    count = 2 * math.ceil(samples / (2 * most))
+    return math.ceil(samples / count)
 
 
 def read_texts(
@@ -196,6 +213,11 @@ def read_texts(
         raise DataError(
             "the tokenizer has no chat template: leave --chat-template out, or take the "
             "tokenizer of an instruction-tuned model"
+        )
+    if readable_path(path, DataError).suffix.lower() in _TABLE_SUFFIXES:
+        raise DataError(
+            f"{path} is a table, whose lines are no prose: turn it into JSON lines, one object a "
+            f"row, in a file that ends in {_JSON_SUFFIXES[0]}"
         )
     content = _read(path)
     records: Iterator[tuple[str, dict[str, Any]]]
@@ -328,6 +350,11 @@ def _rendered(
     for where, record in records:
         if chat_tokenizer is not None and parts is None and "messages" in record:
             text = _conversation(record["messages"], where, chat_tokenizer)
+        elif parts is None and "text" not in record and "messages" in record:
+            raise DataError(
+                f"{where} holds a conversation, 'messages': give --chat-template "
+                "(chat_template=True), by which the tokenizer lays it out"
+            )
         else:
             text = "".join(
                 part if isinstance(part, str) else _value(record, part, where)
@@ -351,6 +378,11 @@ def _value(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
                 "there is with --field or --template"
             ) from error
     name = _written(keys)
+    if keys[0] == "messages" and isinstance(record["messages"], list):
+        raise DataError(
+            f"{where}: 'messages' is a conversation, of which one field is no text to calibrate "
+            "on: give --chat-template in place of --field or --template"
+        )
     if value is None:
         raise DataError(f"{where}: '{name}' is null; choose another field or leave the line out")
     if isinstance(value, list | dict):

@@ -94,7 +94,16 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = dtype or torch.float32
     with _loading_errors(source):
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"{os.fspath(source)} lacks {len(missing)} weights of {type(model).__name__}, which "
+            f"would start at random ({', '.join(missing[:3])}): copy its files again, or take the "
+            "checkpoint of a causal language model"
+        )
     if "gguf_file" in options:
         model.name_or_path = model.config._name_or_path = os.fspath(source)
     model.eval()
@@ -339,6 +348,13 @@ def position_count(model: nn.Module) -> int | None:
     return next((count for count in asked if count in looked_up), None)
 
 
+def trained_positions(model: nn.Module) -> int | None:
+    """How many tokens at a time the model was trained on; None if its config does not say."""
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    count = getattr(find(), "max_position_embeddings", None) if callable(find) else None
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that computes the logits, if the model says which it is."""
     find = getattr(model, "get_output_embeddings", None)
@@ -471,7 +487,7 @@ def unreached_weights(model: nn.Module) -> dict[str, str]:
             continue
         kind = type(module).__name__
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and min(parameter.shape) > 1:  # a class token is 1 × 1 × width
                 count = parameter.shape[0]
                 fused[name] = f"{count} experts fused in one 3-D parameter of {kind}"
             elif parameter.ndim == 2 and min(parameter.shape) > 1:

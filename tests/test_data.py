@@ -232,12 +232,45 @@ class TestEscapes:
             decode_escapes(f"A: {escape}")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "TSV", "parquet"])
+def test_a_table_is_no_prose(tmp_path, suffix):
+    path = write(tmp_path, "question,answer\nhi,ho\n", f"a.{suffix}")
+    with pytest.raises(DataError, match=r"is a table, .* turn it into JSON lines"):
+        list(read_texts(path))
+
+
+def test_what_a_long_document_has_beyond_the_need_is_not_read(tmp_path, tokenizer):
+    path = write_records(tmp_path, {"text": "0123456789" * 100_000})
+    lengths = []
+
+    def counted(text, **options):
+        lengths.append(len(text))
+        return tokenizer(text, **options)
+
+    for name in ("eos_token_id", "eos_token", "pad_token_id"):
+        setattr(counted, name, getattr(tokenizer, name))
+    for pack, most in ((True, 2 * 8 * 100), (False, 8 * 100)):
+        batches = token_batches(path, counted, samples=2 - (not pack), seq_len=8, pack=pack)
+        assert sum(batch["input_ids"].numel() for batch in batches) == 16 - 8 * (not pack)
+        assert lengths.pop() == most
+
+
 class TestChat:
     def test_messages_are_laid_out_and_not_closed_twice(self, tmp_path, chat_tokenizer):
         messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
         path = write_records(tmp_path, {"messages": messages})
         text = all_tokens(path, chat_tokenizer, chat_template=True)
         assert text == "[user]hi<eos>\n[assistant]ho<eos>\n"
+
+    @pytest.mark.parametrize("options", [{}, {"field": "messages"}, {"template": "{messages[0]}"}])
+    @pytest.mark.parametrize("inner", ["", "[role]"])
+    def test_conversations_lead_to_the_chat_template(self, tmp_path, options, inner):
+        if "template" in options:
+            options = {"template": f"{{messages[0]{inner}}}"}
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+        path = write_records(tmp_path, {"messages": messages})
+        with pytest.raises(DataError, match=r"conversation.* give --chat-template"):
+            list(read_texts(path, **options))
 
     def test_rendered_text_is_a_users_message(self, tmp_path, chat_tokenizer):
         path = write_records(tmp_path, {"q": "hi", "messages": []})
@@ -484,7 +517,10 @@ class TestRefused:
 
 @pytest.mark.parametrize(
     ("samples", "seq_len", "size"),
-    [(16, 512, 4), (64, 512, 4), (4, 512, 2), (6, 512, 3), (5, 64, 1), (1, 64, 1), (8, 4096, 1)],
+    [
+        *((16, 512, 4), (64, 512, 4), (4, 512, 2), (6, 512, 3), (5, 64, 3), (1, 64, 1)),
+        *((8, 4096, 1), (255, 64, 32), (254, 128, 16), (127, 128, 16), (31, 2048, 1)),
+    ],
 )
 def test_a_batch_is_as_large_as_products_are_quick_at(
     samples: int, seq_len: int, size: int

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import dynamic_module_utils
 
@@ -112,6 +113,16 @@ def test_a_saved_model_is_loaded_as_it_was(
         found = load_model(source)
         assert same_weights(found, model)
         assert not any(module.training for module in found.modules())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(llama: nn.Module, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lacking = r"lacks 1 weights of LlamaForCausalLM, .* \(model\.layers\.1\.mlp\.up_proj\.weight\)"
+    with pytest.raises(ModelError, match=lacking):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +427,14 @@ def test_dense_models_have_no_weight_out_of_reach(
     tiny_model: ModelMaker, architecture: str
 ) -> None:
     assert unreached_weights(tiny_model(architecture)) == {}
+
+
+def test_a_class_token_is_no_expert() -> None:
+    model = nn.Module()
+    model.token = nn.Parameter(torch.zeros(1, 1, 8))
+    model.place = nn.Parameter(torch.zeros(1, 5, 8))
+    model.linear = nn.Linear(8, 8)
+    assert unreached_weights(model) == {}
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])

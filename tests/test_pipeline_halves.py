@@ -18,7 +18,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 
 def config(mode: Any = "ipm", **options: Any) -> CordaConfig:
-    return CordaConfig(mode, **({"rank": 4, "progress": False} | options))
+    return CordaConfig(mode, **({"rank": 4, "stability": True, "progress": False} | options))
 
 
 def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet
-from corda_kernels.errors import OutOfMemoryWarning
+from corda_kernels.calibration.needs import covariance_bytes
+from corda_kernels.errors import ConfigError, OutOfMemoryWarning
 from corda_kernels.pipeline import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -16,7 +17,7 @@ OUTPUT = "model.layers.0.self_attn.o_proj"
 
 
 def config(mode: Any = "ipm", **options: Any) -> CordaConfig:
-    return CordaConfig(mode, **({"rank": 4, "progress": False} | options))
+    return CordaConfig(mode, **({"rank": 4, "stability": True, "progress": False} | options))
 
 
 def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tensor]:
@@ -64,6 +65,21 @@ def blockwise(adapter: Any, whole: Any, same_components: Callable[..., bool]) ->
     assert adapter.record.calibration == whole.record.calibration
 
 
+def one_block(model: nn.Module) -> int:
+    """The least limit that can be kept: both halves of a block and their mean."""
+    return 3 * covariance_bytes(model)[1]
+
+
+def test_a_limit_below_one_block_is_refused_before_the_work(calibrated: Calibrated) -> None:
+    model, _ = calibrated()
+    least = one_block(model)
+    calls: list[object] = []
+    model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *a: calls.append(a))
+    with pytest.raises(ConfigError, match=rf"one decoder block take {least} bytes .* stability"):
+        corda_adapter(model, random_batches(rows=16), config(memory_limit=least - 1))
+    assert len(calls) == 1  # the two tokens by which sizes are found
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_a_memory_limit_changes_the_way_but_not_the_adapter(
     calibrated: Calibrated,
@@ -107,7 +123,7 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
 
     monkeypatch.setattr(CovarianceSet, "__init__", noted)
     monkeypatch.setattr(kept_text.KeptText, "advance", watched)
-    corda_adapter(model, random_batches(rows=16), config(memory_limit=0))
+    corda_adapter(model, random_batches(rows=16), config(memory_limit=one_block(model)))
     # Two halves and their mean in each of three blocks.
     assert (len(made), left) == (9, [0, 0, 0])
 
@@ -121,6 +137,6 @@ def test_an_offloaded_model_gets_its_adapter_block_by_block(
     batches = random_batches(rows=16)
     whole = corda_adapter(model, batches, config("kpm"))
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    found = corda_adapter(model, batches, config("kpm", memory_limit=0))
+    found = corda_adapter(model, batches, config("kpm", memory_limit=one_block(model)))
     blockwise(found, whole, same_components)
     assert found.record.base["sample"] == whole.record.base["sample"]

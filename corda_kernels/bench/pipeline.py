@@ -30,7 +30,7 @@ CONTESTANTS = tuple(METHODS)
 STAGES = ("forward", "covariance", "decomposition", "attaching")
 
 # Contestants that compute no logits, unless the model looks at them itself (as Gemma 2 does).
-_WITHOUT_LOGITS = ("patch_peft", "init_corda")
+_WITHOUT_LOGITS = ("init_corda",)
 
 # Least overlap (smallest cosine between subspaces, median over the layers) at which the same was
 # computed. For the smallest components PEFT's float32 leaves no such agreement to test.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,25 +112,20 @@ def _patch_peft(subject: Subject, stages: Stages) -> nn.Module:
     """The function that `patch_peft` puts in its place, with its numbers."""
     from corda_kernels.integrations.peft import preprocess_corda
 
-    same = partial(preprocess_corda, normalize="peft", damping=0.01)
-    return _corda("patch_peft", same, subject, stages)
+    return _corda("patch_peft", preprocess_corda, subject, stages)
 
 
 def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
-    """What `init_corda` does, call by call."""
-    from corda_kernels.calibration import calibrate
-    from corda_kernels.initialization import attach
-    from corda_kernels.pipeline import CordaConfig, corda_adapter
+    """`init_corda` at its defaults; what its record has not timed is attaching."""
+    from corda_kernels.pipeline import CordaConfig, init_corda
 
-    task = subject.task
-    config = CordaConfig(task.mode, rank=task.rank, stability=False, progress=False)
-    with stages.stage("calibration"):
-        covariances = calibrate(subject.model, task.batches, progress=False)
-    with stages.stage("decomposition"):
-        adapter = corda_adapter(subject.model, covariances, config)
-        del covariances  # as init_corda does
+    config = CordaConfig(subject.task.mode, rank=subject.task.rank, progress=False)
     with stages.stage("attaching"):
-        return attach(subject.model, adapter, copy=False)
+        adapted: Any = init_corda(subject.model, subject.task.batches, config)
+    for stage, seconds in adapted.corda_record.measured["seconds"].items():
+        stages.seconds[stage] = seconds
+        stages.seconds["attaching"] -= seconds
+    return adapted  # type: ignore[no-any-return]
 
 
 def larger_batches(batches: list[Tensor]) -> list[Tensor]:

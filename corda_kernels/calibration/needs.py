@@ -104,12 +104,27 @@ def calibration_needs(
     )
 
 
-def covariance_bytes(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> int:
-    """Size of all covariances of the target layers, in float32, by a run over two tokens."""
+def covariance_bytes(
+    model: nn.Module, targets: str | Sequence[str] = "all-linear"
+) -> tuple[int, int]:
+    """Sizes of the target layers' covariances, in float32, by a run over two tokens.
+
+    Returns:
+        Of all together, and of those of the largest decoder block, 0 in a model without blocks.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         subject = Subject.of(model, targets)
-    return sum(4 * channels**2 for channels, _ in _input_groups(subject, _fitting_mask(subject)))
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(ModelError):
+        sizes = dict.fromkeys(decoder_blocks(model), 0)
+    total = 0
+    for channels, names in _input_groups(subject, _fitting_mask(subject)):
+        total += 4 * channels**2
+        block = _block_of(names[0], sizes)
+        if block is not None:
+            sizes[block] += 4 * channels**2
+    return total, max(sizes.values(), default=0)
 
 
 def _input_groups(subject: Subject, mask: _Mask) -> list[tuple[int, list[str]]]:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from corda_kernels.arguments import flag, instance_of, one_of
 from corda_kernels.calibration.checkpoint import CalibrationCheckpoint
 from corda_kernels.calibration.covariance import Covariance, CovarianceSet
-from corda_kernels.errors import BatchError, CalibrationError, LeftOutWarning
+from corda_kernels.errors import BatchError, CalibrationError, CordaWarning, LeftOutWarning
 from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
 from corda_kernels.models import (
@@ -24,6 +24,7 @@ from corda_kernels.models import (
     output_head,
     position_count,
     target_linears,
+    trained_positions,
     unreached_weights,
     vocabulary_size,
 )
@@ -49,6 +50,8 @@ class Subject:
         pad_token_id: of the model's config, if it has one.
         vocabulary: how many token ids there are; None where the model does not say.
         positions: the most tokens of a sequence; None where nothing bounds them.
+        trained: the most tokens that the model was trained on at a time; None if it does not say.
+        told: what has been warned of already.
     """
 
     model: nn.Module
@@ -60,6 +63,8 @@ class Subject:
     pad_token_id: int | None
     vocabulary: int | None
     positions: int | None
+    trained: int | None
+    told: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: nn.Module, targets: str | Sequence[str]) -> Subject:
@@ -91,6 +96,7 @@ class Subject:
             getattr(getattr(model, "config", None), "pad_token_id", None),
             vocabulary_size(model),
             position_count(model),
+            trained_positions(model),
         )
 
     def run(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
@@ -115,6 +121,15 @@ class Subject:
                 batch,
                 f"has sequences of {ids.shape[1]} tokens, but the model has {self.positions} "
                 f"positions: lower --seq-len to {self.positions}, or cut the sequences",
+            )
+        if self.trained is not None and ids.shape[1] > self.trained and "length" not in self.told:
+            self.told.add("length")
+            warnings.warn(
+                f"batch {batch} (counted from 0) has sequences of {ids.shape[1]} tokens, and the "
+                f"model's max_position_embeddings is {self.trained}: beyond that its activations "
+                f"are not those of text that it knows; lower --seq-len to {self.trained}",
+                CordaWarning,
+                stacklevel=5,
             )
         # On a GPU this would wait for it; ids that are read from a file are on the host.
         if self.vocabulary is not None and ids.device.type == "cpu":

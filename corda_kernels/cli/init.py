@@ -78,7 +78,7 @@ def init(
         bool, typer.Option("--save-base", help="Also store W − BA, with --residual weight.")
     ] = False,
     overwrite: options.Overwrite = False,
-    stability: options.Stability = True,
+    stability: options.Stability = False,
     memory_limit: options.MemoryLimit = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -162,6 +162,7 @@ def init(
             batch_size,
             pack,
             seed,
+            device,
         )
         batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)

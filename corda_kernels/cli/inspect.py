@@ -124,7 +124,12 @@ def _describe(entry: Mapping[str, Any]) -> list[str]:
 def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, load: _Load | None) -> None:
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.initialization import read_adapter
+    from corda_kernels.initialization.folder import RECORD_FILE
+    from corda_kernels.initialization.lora_files import CONFIG_FILE
 
+    if (folder / CONFIG_FILE).is_file() and not (folder / RECORD_FILE).is_file():
+        _inspect_lora(folder)
+        return
     adapter = read_adapter(folder)
     record = adapter.record
     covariances = None if cov is None else CovarianceSet.load(cov)
@@ -162,6 +167,21 @@ def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, load: _L
             report = with_covariances(report, measure_inputs(covariances), spectra)
         write_page(report, html)
         echo(f"{html}: the same with figures")
+
+
+def _inspect_lora(folder: Path) -> None:
+    """What there is to say of a LoRA without a record, such as an exported one."""
+    from corda_kernels.initialization.lora_files import base_name, lora_layers, read_lora
+
+    config, tensors = read_lora(folder)
+    layers = lora_layers(config, tensors, folder)
+    ranks = sorted({layer.rank for layer in layers.values()})
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    echo(
+        f"{folder}: a LoRA of {shown} for {len(layers)} layers of "
+        f"{base_name(config) or 'a model without a name'}; it has no corda.json, which would say "
+        "how it was made (an exported LoRA has none: inspect the adapter that it came from)"
+    )
 
 
 def _layer_row(layer: Mapping[str, Any]) -> list[str]:

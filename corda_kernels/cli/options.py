@@ -39,7 +39,8 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in each sequence.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        help="Sequences in each forward pass.", show_default="so many that they make 2048 tokens"
+        help="Sequences in each forward pass.",
+        show_default="so many that they make 2048 tokens, 8192 on a GPU",
     ),
 ]
 Pack = Annotated[bool, typer.Option(help="Pack texts into full sequences.")]
@@ -112,13 +113,16 @@ class TextOptions:
     batch_size: int | None
     pack: bool
     seed: int
+    device: str = "cpu"
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
         """Token batches."""
         from corda_kernels.data import decode_escapes, fitting_batch_size, token_batches
 
+        kind = resolve_device(self.device).partition(":")[0]
+
         def fitting(found: int) -> int:
-            return fitting_batch_size(max(1, found // self.candidates), self.seq_len)
+            return fitting_batch_size(max(1, found // self.candidates), self.seq_len, kind)
 
         return token_batches(
             self.data,

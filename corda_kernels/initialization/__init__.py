@@ -30,6 +30,7 @@ from corda_kernels.initialization.live import (
     live_adapter,
     residual_marker,
 )
+from corda_kernels.initialization.peft_model import not_selectable
 from corda_kernels.initialization.record import AdapterRecord, describe_base
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "load_for_training",
     "merge",
     "model_card",
+    "not_selectable",
     "published_factors",
     "read_adapter",
     "residual",

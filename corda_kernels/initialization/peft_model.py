@@ -7,7 +7,8 @@ from collections.abc import Iterable, Set
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from corda_kernels.errors import AdapterError
@@ -55,6 +56,26 @@ def check_wrapped(model: nn.Module, names: Set[str], *, alone: bool = True) -> N
             "layers by the ends of their names; load the base that the adapter was made for, or "
             "attach with use_peft=False"
         )
+
+
+def not_selectable(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The layers that PEFT adapts in no LoRA of this model, each with the reason.
+
+    It takes the ends of some names for parameters of fused experts, in models that have such, and
+    refuses some layers of others. It is asked itself, one end of a name at a time.
+    """
+    reasons = {}
+    for end in sorted({name.rpartition(".")[2] for name in names}):
+        config = LoraConfig(target_modules=[end])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+            BaseTuner._check_target_module_compatiblity(None, config, model, end)
+        except ValueError as error:
+            reasons[end] = " ".join(str(error).split())
+            continue
+        if end not in config.target_modules:
+            reasons[end] = f"PEFT takes {end!r} for parameters of fused experts in this model"
+    return {name: reasons[end] for name in names if (end := name.rpartition(".")[2]) in reasons}
 
 
 def lora_config(adapter: Adapter) -> LoraConfig:

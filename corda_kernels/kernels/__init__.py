@@ -131,10 +131,9 @@ def use_backend(name: str | None) -> Iterator[None]:
         BackendError: there is no such backend, or it cannot run here.
     """
     if name is not None:
-        backends = available_backends()
-        if not isinstance(name, str) or name not in backends:
-            raise BackendError(f"there is no backend {shown(name)}; known: {', '.join(backends)}")
-        reason = backends[name]
+        if not isinstance(name, str) or name not in _WHY_NOT:
+            raise BackendError(f"there is no backend {shown(name)}; known: {', '.join(_WHY_NOT)}")
+        reason = _WHY_NOT[name]()
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot run here: {reason}")
     token = _forced.set(name)
@@ -171,7 +170,8 @@ def syrk_(
 
     Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left
     unspecified; see `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x|
-    > outlier_threshold).sum(0)`. Arrays may be torch's, NumPy's or CuPy's; none is copied.
+    > outlier_threshold).sum(0)`. NaN counts in neither statistic, and shows in c. Arrays may be
+    torch's, NumPy's or CuPy's; none is copied.
 
     Args:
         c: (d, d) float32 or float64, updated in place.

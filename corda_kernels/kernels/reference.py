@@ -27,13 +27,21 @@ def channel_statistics_(
     outlier_count: Tensor | None,  # (d,)
     outlier_threshold: float,
 ) -> None:
-    """Folds each channel's largest |x| and its number of |x| above the threshold into the sums."""
+    """Folds each channel's largest |x| and its number of |x| above the threshold into the sums.
+
+    NaN counts in neither.
+    """
     if absmax is None and outlier_count is None:
         return
     # Two reductions read x faster than one over |x|, which would have to be written first.
     largest = torch.maximum(x.amax(0), x.amin(0).neg())
     if absmax is not None:
-        torch.maximum(absmax, largest.to(absmax.dtype), out=absmax)
+        broken = torch.nonzero(largest.isnan()).squeeze(1)
+        found = largest.to(absmax.dtype)
+        if len(broken):
+            magnitudes = x[:, broken].abs().to(absmax.dtype)
+            found[broken] = magnitudes.masked_fill(magnitudes.isnan(), 0).amax(0)
+        torch.maximum(absmax, found, out=absmax)
     if outlier_count is not None:
         # Outliers sit in few channels, so that only those need to be counted.
         # Not `largest > threshold`: a channel that holds NaN may hold outliers as well.

@@ -255,11 +255,15 @@ _LONGEST_CHAIN = {"default": 8192, "high": 2048}
 # Tokens that a program takes at least, and as many as adding a tile to C takes the time of.
 _SHORTEST_PART = 512
 _EPILOGUE = 900
+_NEEDED = (3, 6)
 _FLOAT32_PRODUCT = {"default": "bf16x3", "high": "tf32x3"}
 
 
 def unavailable() -> str | None:
     """Why these kernels cannot run here; None where they can."""
+    version = triton.__version__
+    if tuple(map(int, version.split(".")[:2])) < _NEEDED:
+        return f"triton {'.'.join(map(str, _NEEDED))} is needed for bf16x3, {version} is installed"
     if _interpreted():
         return None
     if not torch.cuda.is_available():

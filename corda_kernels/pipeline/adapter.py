@@ -19,6 +19,7 @@ from corda_kernels.errors import (
     CalibrationError,
     ConfigError,
     CovarianceError,
+    LeftOutWarning,
     ModelError,
     RankDeficientWarning,
     RankError,
@@ -32,10 +33,17 @@ from corda_kernels.initialization import (
     check_at_hand,
     describe_base,
     has_adapter,
+    not_selectable,
     residual_marker,
 )
 from corda_kernels.linears import check_writable, linear_shape, unpack
-from corda_kernels.models import check_unshared, check_unwrapped, devices, target_linears
+from corda_kernels.models import (
+    check_unshared,
+    check_unwrapped,
+    devices,
+    target_linears,
+    unreached_weights,
+)
 from corda_kernels.pipeline.budget import adapter_parameters, layer_shapes, planned_ranks
 from corda_kernels.pipeline.candidates import GIVEN
 from corda_kernels.pipeline.config import CordaConfig
@@ -89,9 +97,9 @@ def init_corda(
     flag("use_peft", use_peft)
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
-    check_at_hand(check_targets(model, config))
+    check_at_hand(check_targets(model, config, use_peft=use_peft))
     Ranks.of(config.distributed).agree("init_corda", lambda: {"use_peft": use_peft})
-    adapter = corda_adapter(model, data, config)
+    adapter = corda_adapter(model, data, config, use_peft=use_peft)
     return attach(model, adapter, use_peft=use_peft, copy=False)
 
 
@@ -101,6 +109,7 @@ def corda_adapter(
     config: CordaConfig,
     *,
     domain: str = GIVEN,
+    use_peft: bool = True,
 ) -> Adapter:
     """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
 
@@ -109,12 +118,14 @@ def corda_adapter(
         data: see `init_corda`.
         config: see `init_corda`.
         domain: what the batches are a sample of.
+        use_peft: whether it is to be attached by PEFT, which cannot adapt every layer.
 
     Raises:
         CordaError: see `init_corda`.
     """
     _check_kinds(data, config)
-    modules = check_targets(model, config)
+    modules = check_targets(model, config, use_peft=use_peft)
+    _warn_left_out(model, config, modules)
     unpack(modules)
     ranks = Ranks.of(config.distributed)
     ranks.agree("corda_adapter", lambda: _given(model, modules, data, config, domain))
@@ -218,7 +229,7 @@ def _stages(
     yield from covariance_stages(
         model,
         data,
-        targets=config.targets if config.exclude_modules is None else list(modules),
+        targets=config.targets if _complete(model, modules, config) else list(modules),
         rank=config.rank if config.stability else None,
         ends=(config.which,),
         damping=config.damping,
@@ -234,12 +245,17 @@ def _stages(
     )
 
 
-def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+def check_targets(
+    model: nn.Module, config: CordaConfig, *, use_peft: bool = True
+) -> dict[str, nn.Module]:
     """The layers that `config` selects, after a check of its rank or budget.
+
+    Of "all-linear" those are left out that PEFT adapts in no LoRA of this model.
 
     Raises:
         TargetError: no layer matches, one shares its weight with another module, one is quantised
-            and residual is "weight", or modules_to_save names what is not there or adapted.
+            and residual is "weight", one that is named cannot be adapted by PEFT, or
+            modules_to_save names what is not there or adapted.
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer, or the budget does not pay for the least.
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
@@ -255,6 +271,14 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
         )
     check_unwrapped(model)
     modules = target_linears(model, config.targets, config.exclude_modules)
+    reasons = not_selectable(model, modules) if use_peft else {}
+    if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
+        name = next(iter(reasons))
+        raise TargetError(
+            f"layer {name} cannot be adapted through PEFT ({reasons[name]}): leave it out by "
+            "exclude_modules, or take init_corda(…, use_peft=False)"
+        )
+    modules = {name: module for name, module in modules.items() if name not in reasons}
     check_unshared(model, modules)
     _check_saved(model, modules, config.modules_to_save or ())
     if config.residual == "weight":
@@ -280,6 +304,27 @@ def check_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]
                 f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"
             )
     return modules
+
+
+def _complete(model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig) -> bool:
+    """Whether the modules are all that `config.targets` selects."""
+    return target_linears(model, config.targets).keys() == modules.keys()
+
+
+def _warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Says which layers of "all-linear" `check_targets` has left out, as PEFT adapts none of them.
+
+    What no calibration reaches is told with them, since the calibration is then given names.
+    """
+    names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
+    if names:
+        reasons = not_selectable(model, sorted(names)) | unreached_weights(model)
+        warnings.warn(
+            f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
+            f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
+            LeftOutWarning,
+            stacklevel=4,
+        )
 
 
 def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:

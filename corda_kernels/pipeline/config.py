@@ -79,7 +79,8 @@ class CordaConfig:
         method: of the decomposition; see `co_svd`.
         seed: of the randomised method.
         stability: whether to find out, where batches are given, if there were enough of them, by
-            decomposing two halves of them as well; not with several candidates.
+            decomposing two halves of them as well, which takes about as long again; not with
+            several candidates.
         memory_limit: of the covariances, in bytes; if all of them take more, the model is
             calibrated and decomposed block by block, which no budget can be shared out in. None
             for no limit.
@@ -108,7 +109,7 @@ class CordaConfig:
     use_dora: bool = False
     method: Literal["auto", "exact", "randomized"] = "auto"
     seed: int = 0
-    stability: bool = True
+    stability: bool = False
     memory_limit: int | None = None
     distributed: bool = False
     progress: bool = True

@@ -79,7 +79,7 @@ def covariance_stages(
 
     Raises:
         ConfigError: there are fewer batches than candidates; or all covariances are needed at once
-            but do not fit.
+            but do not fit, or those of one block do not.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
         DistributedError: another rank has ended, or was given something else.
     """
@@ -110,7 +110,9 @@ def covariance_stages(
             "all_at_once": all_at_once,
         },
     )
-    needed = 0 if memory_limit is None else sets * covariance_bytes(model, targets)
+    needed = largest = 0
+    if memory_limit is not None:
+        needed, largest = (sets * size for size in covariance_bytes(model, targets))
     if memory_limit is None or needed <= memory_limit:
         options: Any = {
             "targets": targets,
@@ -129,6 +131,12 @@ def covariance_stages(
             "a budget is shared out by the spectra of all layers, which block by block are not at "
             f"hand at once: raise the memory limit to {needed} bytes ({format_bytes(needed)}), or "
             "give a rank instead"
+        )
+    if largest > memory_limit:
+        raise ConfigError(
+            f"the covariances of one decoder block take {largest} bytes ({format_bytes(largest)}), "
+            f"and the memory limit is {memory_limit}: raise it to that"
+            + (", or judge no stability, which takes a third of it" if sets == 3 else "")
         )
     blocks = calibrate_block_parts(
         model,

@@ -162,7 +162,7 @@ def _ticks(limits: tuple[float, float]) -> list[float]:
         return inside
     low, high = (math.log(limit / (1 - limit)) for limit in limits)
     places = [low + (high - low) * step / 8 for step in (1, 3, 5, 7)]
-    return [float(f"{1 / (1 + math.exp(-at)):.3g}") for at in places]
+    return [float(f"{1 / (1 + math.exp(-at)):.1g}") for at in places]
 
 
 def condition_panels(report: Report) -> list[Panel]:

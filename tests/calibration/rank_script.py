@@ -28,6 +28,7 @@ from corda_kernels import (
     load_model,
     select_covariance,
 )
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.initialization import write_adapter
@@ -170,7 +171,7 @@ def main(what: str, folder: Path, out: Path) -> None:
         write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
         planned = replace(config, budget="r=4", candidates=2)
         write_adapter(corda_adapter(model, batches, planned), out / f"planned-{rank}")
-        blocks = replace(config, candidates=2, memory_limit=0)
+        blocks = replace(config, candidates=2, memory_limit=2 * covariance_bytes(model)[1])
         write_adapter(corda_adapter(model, batches, blocks), out / f"blocks-{rank}")
     elif what == "differ":
         calls = differing(model, batches, out)

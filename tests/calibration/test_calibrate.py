@@ -13,6 +13,7 @@ from corda_kernels.calibration import Covariance, CovarianceSet, calibrate, thri
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CalibrationError,
+    CordaWarning,
     LeftOutWarning,
     NonFiniteActivationError,
     OutOfMemoryWarning,
@@ -294,7 +295,11 @@ def test_sequences_longer_than_a_table_of_positions_are_refused(
         model = AutoModelForCausalLM.from_config(config).eval()
     else:
         model = tiny_model(architecture)
-    run(model, [random_ids(1, positions or 100)])
+    run(model, [random_ids(1, positions or 64)])
+    if positions is None:
+        with pytest.warns(CordaWarning, match=r"100 tokens, .* max_position_embeddings is 64") as w:
+            run(model, [random_ids(1, 100), random_ids(1, 100)])
+        assert len(w) == 1
     if positions is not None:
         says = rf"batch 1 .* {positions + 1} tokens, .* lower --seq-len to {positions}"
         with pytest.raises(CalibrationError, match=says):

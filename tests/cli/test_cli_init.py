@@ -45,7 +45,8 @@ def test_init_writes_an_adapter_that_starts_at_the_base(
     file, *options = data
     model, out = place / "model", tmp_path / "out"
     # Unpacked, the questions hold about 120 tokens: enough for every layer.
-    shown = invoke("init", model, out, "--mode", "ipm", "--data", place / file, *SMALL, *options)
+    data = ("--data", place / file, *SMALL, *options)
+    shown = invoke("init", model, out, "--mode", "ipm", *data, "--stability")
     assert f"{out}: IPM adapter of rank 4 for 14 layers of {model}: a LoRA of rank 8" in shown
     assert "calibration: " in shown
     assert "next: " in shown
@@ -241,9 +242,9 @@ def test_text_that_fills_one_batch_leaves_no_verdict_and_says_so(
     command: Callable[..., Any], place: Path, tmp_path: Path
 ) -> None:
     data = ("--data", place / "text.txt", *SMALL, "--batch-size", 64)
-    _, shown, _ = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
-    assert "calibration: whether the text was enough is not known, for it fills one batch" in shown
     _, shown, _ = command(
-        "init", place / "model", tmp_path / "out", "--mode", "ipm", *data, "--no-stability"
+        "init", place / "model", tmp_path / "judged", "--mode", "ipm", *data, "--stability"
     )
+    assert "calibration: whether the text was enough is not known, for it fills one batch" in shown
+    _, shown, _ = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
     assert "calibration:" not in shown

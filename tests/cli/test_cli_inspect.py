@@ -46,6 +46,20 @@ def test_calibrate_then_inspect_then_init(
     assert "judged at rank" not in shown
 
 
+def test_an_exported_lora_is_shown_for_what_it_is(
+    invoke: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    adapter, lora = tmp_path / "adapter", tmp_path / "lora"
+    text = ("--data", place / "text.txt", *SMALL)
+    invoke("init", place / "model", adapter, "--mode", "ipm", "--rank", 4, *text)
+    invoke("export", adapter, lora)
+    shown = invoke("inspect", lora)
+    assert shown.startswith(
+        f"{lora}: a LoRA of rank 8 for 14 layers of {place / 'model'}; it has no"
+    )
+    assert "inspect the adapter that it came from" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "form"),
     [(("--hold", 8), "hold 8"), (("--residual", "weight"), "residual weight")],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Mamba2Config
 
 from corda_kernels import (
     CordaConfig,
@@ -22,7 +23,7 @@ from corda_kernels import (
     merge,
     save_adapter,
 )
-from corda_kernels.errors import AdapterError, TargetError
+from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.initialization import CordaLinear, LayerAdapter, attach, describe_base
 from corda_kernels.initialization.adapter import initial_checksum
 from corda_kernels.models import target_linears
@@ -157,6 +158,73 @@ def test_layers_that_share_a_weight_are_refused(targets: str) -> None:
     ):
         check_targets(model, config(targets=targets))
     assert list(check_targets(model, config(targets="third"))) == ["third"]
+
+
+@pytest.fixture
+def experts() -> nn.Module:
+    """A mixture whose first block is dense, with a shared expert in the second."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    routing = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = Glm4MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        **sizes,
+        **routing,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+PEFT_ITSELF = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+@PEFT_ITSELF
+def test_layers_that_peft_takes_for_experts_are_left_out(
+    experts: nn.Module, logits: Callable[[nn.Module], Tensor], tmp_path: Path
+) -> None:
+    """PEFT rewrites their names, in whatever form they are given."""
+    before, base = logits(experts), copy.deepcopy(experts)
+    batches = [torch.randint(3, 64, (8, 16))]
+    with pytest.warns(LeftOutWarning, match=r"down_proj.* fused .* use_peft=False\) adapts 6 of"):
+        model = init_corda(experts, batches, config())
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    assert {name.rpartition(".")[2] for name in model.corda_record.layers} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    save_adapter(model, tmp_path)
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.allclose(logits(stock), before, atol=1e-5)
+    with pytest.raises(TargetError, match=r"gate_proj cannot be adapted through PEFT"):
+        init_corda(base, batches, config(targets=["q_proj", "gate_proj"]))
+    with pytest.warns(LeftOutWarning, match="fused in one 3-D parameter"):
+        whole = init_corda(base, batches, config(), use_peft=False)
+    assert any(name.endswith("gate_proj") for name in whole.corda_record.layers)
+
+
+@PEFT_ITSELF
+def test_layers_that_peft_refuses_are_left_out(logits: Callable[[nn.Module], Tensor]) -> None:
+    model = AutoModelForCausalLM.from_config(
+        Mamba2Config(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=16,
+            head_dim=16,
+            num_heads=4,
+            n_groups=1,
+            chunk_size=16,
+        )
+    ).eval()
+    before = logits(model)
+    batches = [torch.randint(3, 64, (8, 16))]
+    with pytest.raises(TargetError, match=r"out_proj cannot be adapted through PEFT .*Mamba"):
+        init_corda(model, batches, config(targets=["in_proj", "out_proj"]))
+    with pytest.warns(LeftOutWarning, match="out_proj"):
+        adapted = init_corda(model, batches, config())
+    assert torch.allclose(logits(adapted), before, atol=1e-5)
 
 
 def test_one_layer_of_two_names_is_refused() -> None:

@@ -178,6 +178,18 @@ def test_a_value_that_is_not_finite_shows_on_the_diagonal(backend: str, value: f
     assert (~torch.isfinite(diagonal)).nonzero().flatten().tolist() == [5]
 
 
+def test_nan_counts_in_no_statistic(backend: str) -> None:
+    x = random(9, 5, backend)
+    x[3, 1] = torch.nan
+    x[:, 2] = torch.nan
+    x[4, 1] = -7
+    found = statistics(5, backend)
+    found["absmax"][2] = 3
+    run(backend, accumulator(5, backend), x, **found)
+    assert found["absmax"].tolist() == [*x[:, :1].abs().amax(0), 7, 3, *x[:, 3:].abs().amax(0)]
+    assert found["outlier_count"].tolist() == [0, 1, 0, 0, 0]
+
+
 def test_x_may_require_grad_and_none_is_recorded(backend: str) -> None:
     x = random(8, 4, backend).requires_grad_()
     assert not run(backend, accumulator(4, backend), x).requires_grad
@@ -277,10 +289,14 @@ def test_use_backend_holds_inside_its_block_only(
 
 
 def test_a_backend_that_cannot_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "available_backends", lambda: {backend: "no such device"})
+    asked: list[str] = []
+    others = {name: lambda name=name: asked.append(name) for name in ("first", "last")}
+    reasons = {"first": others["first"], backend: lambda: "no such device", "last": others["last"]}
+    monkeypatch.setattr(kernels, "_WHY_NOT", reasons)
     with pytest.raises(BackendError, match="no such device"), use_backend(backend):
         pass
-    unknown = pytest.raises(BackendError, match=f"no backend 'abacus'; known: {backend}")
+    assert not asked
+    unknown = pytest.raises(BackendError, match=f"no backend 'abacus'; known: first, {backend}")
     with unknown, use_backend("abacus"):
         pass
 

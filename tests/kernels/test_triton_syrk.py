@@ -142,6 +142,25 @@ def test_nan_reaches_the_diagonal() -> None:
     assert torch.isnan(c.diagonal()).nonzero().flatten().tolist() == [7]
 
 
+def test_nan_counts_in_no_statistic() -> None:
+    """Under the interpreter NaN stays where it stood in a block, hence the few rows."""
+    x = torch.randn(12, 40)
+    x[3, 1] = torch.nan
+    x[:7, 2] = torch.nan
+    x[9, 1] = -9
+    absmax, count = torch.zeros(40), torch.zeros(40, dtype=torch.int64)
+    with use_backend("triton"):
+        syrk_(accumulator(40)[1], x, absmax=absmax, outlier_count=count)
+    assert torch.equal(absmax, x.abs().nan_to_num(0).amax(0))
+    assert torch.equal(count, (x.abs() > 6).sum(0))
+
+
+def test_a_triton_that_is_too_old_is_said(monkeypatch: Any) -> None:
+    assert triton_syrk.unavailable() is None
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    assert triton_syrk.unavailable() == "triton 3.6 is needed for bf16x3, 3.4.0 is installed"
+
+
 def test_float64_falls_to_the_reference() -> None:
     x = torch.randn(30, 20, dtype=torch.float64)
     c = torch.zeros(20, 20, dtype=torch.float64)

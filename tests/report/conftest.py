@@ -101,7 +101,7 @@ def run(
         "published": {"mode": "kpm", "rank": 4, "residual": "weight"},
     }
     for name, options in made.items():
-        config = CordaConfig(progress=False, **options)
+        config = CordaConfig(stability=True, progress=False, **options)
         write_adapter(corda_adapter(model, batches, config), folder / name)
     model.save_pretrained(folder / "model")
     old = read_adapter(folder / "ipm")

@@ -16,9 +16,8 @@ from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_z
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.subject import evaluating
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning
-from corda_kernels.integrations.peft.deferred import deferred_output
 from corda_kernels.memory import has_own_memory
-from corda_kernels.models import input_device, output_head
+from corda_kernels.models import input_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +59,8 @@ class Observer:
         """Calls `run_model` and gives the covariances of what each of `modules` that it calls read.
 
         The model is in eval mode meanwhile; its modes, and hooks of others, are as before
-        afterwards, whatever happens. Logits are computed when `run_model` reads them. Where a
-        device's memory runs out there is a warning, and another call with sums on the host.
+        afterwards, whatever happens. Where a device's memory runs out there is a warning, and
+        another call with sums on the host.
 
         Args:
             model: what `run_model` runs; the attention mask that it is called with tells which rows
@@ -131,8 +130,7 @@ class _Passes:
 
     def run(self, run_model: Callable[[], object]) -> None:
         """Calls `run_model` under watch."""
-        head = output_head(self.model)
-        with evaluating(self.model), self.capture, self._watched(), deferred_output(head):
+        with evaluating(self.model), self.capture, self._watched():
             run_model()
         self.capture.end_pass(self.count, (self.tokens, self.tokens))
         self.finished = True

@@ -47,7 +47,7 @@ def preprocess_corda(
     run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
     *,
-    normalize: Literal["tokens", "peft"] = "tokens",
+    normalize: Literal["tokens", "peft"] = "peft",
     damping: float | None = 0.01,
     method: Literal["auto", "exact", "randomized"] = "auto",
     on_unseen: Literal["error", "skip"] = "error",
@@ -66,12 +66,13 @@ def preprocess_corda(
         model: the base.
         lora_config: PEFT's, with `corda_config`.
         run_model: runs the model on the calibration data, with batches of any size. Padding does
-            not count if the model is given its `attention_mask`; logits are computed if it looks at
-            them. Where a GPU's memory runs out it is called once more, and must run the same data
-            again. None where the cache or the covariance file is written already.
+            not count if the model is given its `attention_mask`. Where a GPU's memory runs out it
+            is called once more, and must run the same data again. None where the cache or the
+            covariance file is written already.
         hooked_model: the model that `run_model` runs, if it is another one.
-        normalize: "tokens" for the mean over tokens; "peft" divides each call's input by its
-            largest entry and takes the mean over calls, as PEFT does.
+        normalize: "peft" divides each call's input by its largest entry and takes the mean over
+            calls, as PEFT does, whose numbers come out; "tokens" for the mean over tokens, another
+            scale of C, by which √σ is split otherwise between A and B.
         damping: added to each covariance, times its mean diagonal; None for none.
         method: of the decomposition; see `co_svd`.
         on_unseen: what to do about targets that were never called: "error", or "skip" to add them

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.errors import RankError, TargetError
+from corda_kernels.initialization import not_selectable
 from corda_kernels.linears import is_linear, is_quantised, linear_weight
 
 if TYPE_CHECKING:
@@ -49,12 +50,19 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
 
     Raises:
         TargetError: no layer matches; or one is quantised, offloaded, or shares its weight with
-            another module, all of which `corda_init` would fail on or spoil.
+            another module, all of which `corda_init` would fail on or spoil; or parameters are
+            targets, as fused experts are.
         RankError: a rank is not possible for its layer.
     """
     from peft.tuners.lora.model import LoraModel
     from peft.utils.other import get_pattern_key
 
+    if config.target_parameters:
+        raise TargetError(
+            f"target_parameters={list(config.target_parameters)!r} adapts parameters that have no "
+            'covariance, and PEFT cannot initialise them by "corda": leave it out, or adapt them '
+            "by a second adapter with another init_lora_weights"
+        )
     resolved = _resolve(config, model)
     targets = {}
     for name, module in model.named_modules():
@@ -68,6 +76,11 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
         raise TargetError(
             f"no linear layer matches target_modules={config.target_modules!r}; the model's linear "
             f"layers end in: {', '.join(sorted(endings)[:20]) or '(it has none)'}"
+        )
+    for name, reason in not_selectable(model, targets).items():
+        raise TargetError(
+            f"layer {name} cannot be adapted through PEFT ({reason}): leave it out of "
+            "target_modules"
         )
     _check_weights(targets)
     _check_unshared(model, targets)

@@ -93,7 +93,8 @@ def test_any_batch_size(model: nn.Module) -> None:
         peft_own(peft, lora(), running(peft, ids))
 
     for each, batches in ((one_by_one, ids.split(1)), (together, ids.split(4))):
-        preprocess_corda(each, lora(prune_temporary_fields=False), running(each, *batches))
+        config = lora(prune_temporary_fields=False)
+        preprocess_corda(each, config, running(each, *batches), normalize="tokens")
     torch.testing.assert_close(
         covariance_of(together), covariance_of(one_by_one), rtol=1e-5, atol=1e-6
     )
@@ -108,12 +109,12 @@ def test_padding_does_not_count(model: nn.Module, side: str) -> None:
     config = lora(prune_temporary_fields=False)
 
     apart, batched, peft = (copy.deepcopy(model) for _ in range(3))
-    preprocess_corda(apart, config, running(apart, short, long))
+    preprocess_corda(apart, config, running(apart, short, long), normalize="tokens")
     both = {
         "input_ids": torch.cat([padded, long]),
         "attention_mask": torch.cat([mask, torch.ones_like(mask)]),
     }
-    preprocess_corda(batched, config, running(batched, both))
+    preprocess_corda(batched, config, running(batched, both), normalize="tokens")
     expected = covariance_of(apart)
     torch.testing.assert_close(covariance_of(batched), expected, rtol=1e-4, atol=1e-5)
 
@@ -154,7 +155,7 @@ def test_padding_of_earlier_tokens_in_a_cache_is_not_mistaken_for_the_present_on
     seen: list[Tensor] = []
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    preprocess_corda(model, config, run)
+    preprocess_corda(model, config, run, normalize="tokens")
     rows = torch.cat([seen[0][mask.bool()], seen[1].flatten(0, 1)])
     torch.testing.assert_close(layer.covariance_matrix, rows.T @ rows / len(rows))
 
@@ -171,7 +172,7 @@ def test_float16_sum_does_not_overflow() -> None:
     ours = Line(torch.float16)
     with pytest.warns(CompatibilityWarning, match="use_float16_for_covariance is not followed"):
         preprocess_corda(ours, config, running(ours, *calls))
-    assert torch.equal(ours.proj.covariance_matrix, torch.ones(4, 4))
+    assert torch.equal(ours.proj.covariance_matrix, torch.full((4, 4), 8192.0))
     assert torch.isfinite(ours.proj.eigens.V_WC).all()
 
 
@@ -274,8 +275,8 @@ def test_a_stale_cache_is_refused(model: nn.Module, tmp_path: Path) -> None:
         preprocess_corda(model, lora(cache_file=file, method="kpm"), run)
     with pytest.raises(CacheError, match=r"damping=0\.01, but 0\.5"):
         preprocess_corda(model, lora(cache_file=file), run, damping=0.5)
-    with pytest.raises(CacheError, match="normalize='tokens', but 'peft'"):
-        preprocess_corda(model, lora(cache_file=file), run, normalize="peft")
+    with pytest.raises(CacheError, match="normalize='peft', but 'tokens'"):
+        preprocess_corda(model, lora(cache_file=file), run, normalize="tokens")
     larger = lora(cache_file=file)
     larger.r = 5
     with pytest.raises(CacheError, match=r"S_WC of layer .* in shape \(4,\), but rank 5"):

@@ -31,7 +31,6 @@ LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
-AS_PEFT: dict[str, Any] = {"normalize": "peft", "damping": 0.01}
 TEMPORARY = ["sample_count", "covariance_matrix", "corda_method", "rank"]
 
 Found = dict[str, Any]
@@ -88,7 +87,7 @@ def test_components_are_pefts(make: Any, architecture: str, method: str) -> None
     ours, run_ours = make(architecture)
     config = lora(LAYERS[architecture], method=method, prune_temporary_fields=False)
     peft_own(peft, config, run_peft)
-    preprocess_corda(ours, config, run_ours, **AS_PEFT)
+    preprocess_corda(ours, config, run_ours)
 
     expected = eigens(peft)
     found = eigens(ours)
@@ -236,7 +235,7 @@ def test_files_of_either_are_read_by_the_other(make: Any, tmp_path: Path) -> Non
     peft, run = make()
     peft_own(peft, config("peft"), run)
     ours, run = make()
-    preprocess_corda(ours, config("ours"), run, **AS_PEFT)
+    preprocess_corda(ours, config("ours"), run)
     files = [
         torch.load(tmp_path / maker / "covariance.pt", weights_only=True)
         for maker in ("peft", "ours")
@@ -252,7 +251,7 @@ def test_files_of_either_are_read_by_the_other(make: Any, tmp_path: Path) -> Non
         peft_own(other, config("ours"))
         agree(other, ours)
         with pytest.warns(CompatibilityWarning, match="has no notes beside it"):
-            preprocess_corda(other, config("peft"), **AS_PEFT)
+            preprocess_corda(other, config("peft"))
         agree(other, peft)
         for maker in ("peft", "ours"):
             (tmp_path / maker / "cache.pt").unlink()
@@ -275,8 +274,8 @@ def test_the_covariance_file_serves_other_methods_and_ranks(make: Any, tmp_path:
     for name, found in eigens(model).items():
         torch.testing.assert_close(found.S_WC, eigens(fresh)[name].S_WC)
     assert model.model.layers[0].mlp.up_proj.sample_count == 12
-    with pytest.raises(CacheError, match="normalize='tokens', but 'peft' is asked for"):
-        preprocess_corda(model, lora(covariance_file=file), normalize="peft")
+    with pytest.raises(CacheError, match="normalize='peft', but 'tokens' is asked for"):
+        preprocess_corda(model, lora(covariance_file=file), normalize="tokens")
 
 
 def test_reading_a_cache_twice_gives_the_same(make: Any, tmp_path: Path) -> None:
@@ -336,39 +335,6 @@ def test_files_of_another_model_are_refused(make: Any, tmp_path: Path) -> None:
             preprocess_corda(other, lora(["up_proj"], **{kind: file}))
         with pytest.raises(CalibrationError, match=r"7 target layer\(s\) are not in|are not in"):
             preprocess_corda(model, lora(["down_proj"], **{kind: file}))
-
-
-@pytest.mark.parametrize("targets", [LAYERS["llama"], ["q_proj", "lm_head"]])
-def test_logits_that_nobody_reads_are_not_computed(
-    make: Any, targets: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The head's own inputs are seen all the same."""
-    model, run = make()
-    vocabulary = model.lm_head.out_features
-    products = []
-    linear = nn.functional.linear
-
-    def counted(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        products.append(weight.shape[0])
-        return linear(x, weight, *rest)
-
-    monkeypatch.setattr(nn.functional, "linear", counted)
-    preprocess_corda(model, lora(targets), run)
-    assert products.count(vocabulary) == 0
-    assert products.count(model.config.intermediate_size) > 0
-    found = {name: part.S_WC for name, part in eigens(model).items()}
-
-    def reading() -> None:
-        handle = model.register_forward_hook(lambda _, args, output: output.logits.sum())
-        run()
-        handle.remove()
-
-    preprocess_corda(model, lora(targets), reading)
-    assert products.count(vocabulary) == 12
-    for name, part in eigens(model).items():
-        assert torch.equal(part.S_WC, found[name])
-    with torch.no_grad():
-        assert type(model(torch.tensor([[3, 4, 5]])).logits) is Tensor
 
 
 class Cramped:
@@ -483,6 +449,18 @@ def test_layers_that_cannot_be_adapted_are_refused_before_the_work(make: Any) ->
         preprocess_corda(model.double(), lora())
     with pytest.raises(TargetError, match="no default for model type None"):
         preprocess_corda(nn.Sequential(nn.Linear(8, 8)), lora(None))
+    config = lora(["q_proj"])
+    config.target_parameters = ["mlp.experts.gate_up_proj"]
+    with pytest.raises(TargetError, match=r"target_parameters=.* have no covariance"):
+        preprocess_corda(make()[0], config)
+
+
+def test_layers_that_peft_takes_for_experts_are_refused_before_the_work(
+    tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
+    with pytest.raises(TargetError, match=r"cannot be adapted through PEFT .* leave it out"):
+        preprocess_corda(model, lora(["q_proj", "gate_proj", "up_proj"]))
 
 
 @pytest.mark.parametrize("excluded", [None, ["gate_proj"], r".*gate_proj"])
