@@ -45,13 +45,19 @@ class Table:
 TABLES: dict[str, Table] = {
     "speed": Table(
         tables.speed,
-        ("cpu-covariance", "cpu-svd", "cpu-decomposition-accuracy", "cpu-pipeline"),
+        (
+            *("cpu-covariance", "cpu-svd", "cpu-decomposition-accuracy"),
+            *("cpu-pipeline", "cpu-pipeline-kpm"),
+        ),
     ),
     "covariance": Table(tables.covariances, ("cpu-covariance", "cpu-covariance-4096")),
     "svd": Table(tables.decompositions, ("cpu-svd", "cpu-svd-4096", "cpu-svd-11008")),
     "accuracy": Table(tables.accuracies, ("cpu-decomposition-accuracy",)),
     "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
-    "pipeline": Table(tables.pipelines, ("cpu-pipeline", "cpu-pipeline-pissa", "cpu-pipeline-eva")),
+    "pipeline": Table(
+        tables.pipelines,
+        ("cpu-pipeline", "cpu-pipeline-kpm", "cpu-pipeline-pissa", "cpu-pipeline-eva"),
+    ),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
     "forms": Table(forms_table, ("adapter-forms/finetune",)),

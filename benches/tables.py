@@ -57,15 +57,16 @@ def measured_on(*results: Results) -> str:
     return " ".join(dict.fromkeys(lines))
 
 
-def speed(covariance: Results, svd: Results, accuracy: Results, pipeline: Results) -> str:
+def speed(covariance: Results, svd: Results, accuracy: Results, *adapters: Results) -> str:
     """What a reader wants to know first: here against the baseline, with the errors of both."""
-    rows = [*_widest_covariance(covariance), *_whole_model(svd, accuracy), *_adapter(pipeline)]
+    rows = [*_widest_covariance(covariance), *_whole_model(svd, accuracy)]
+    rows += [row for pipeline in adapters for row in _adapter(pipeline)]
     header = ("", "baseline", "error", "here", "error", "times as fast")
     about = [
         f"{svd['rows'][0]['case']}.",
         "Errors are against float64: of the covariance; of B A, IPM; of the tail's norm over the "
         "least possible, KPM; the worst of all layers here, of a sample of them for PEFT.",
-        measured_on(covariance, svd, pipeline),
+        measured_on(covariance, svd, *adapters),
     ]
     if calibration := covariance.get("calibration"):
         about.append(
@@ -148,17 +149,20 @@ def _whole_model(results: Results, accuracy: Results) -> list[list[str]]:
 
 def _adapter(results: Results) -> list[list[str]]:
     found = {row["name"]: row for row in results["pipeline"]}
-    peft, ours = found["peft"], found["init_corda"]
-    task = results["task"]
+    peft, task = found["peft"], results["task"]
     return [
         [
-            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter",
+            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter, by {by}",
             f"PEFT {peft['seconds']:.1f} s, {mebibytes(peft['growth'])}",
             _EMPTY,
             f"{ours['seconds']:.1f} s, {mebibytes(ours['growth'])}",
             _EMPTY,
             ratio(peft["seconds"] / ours["seconds"]),
         ]
+        for by, ours in (
+            ("`init_corda`", found["init_corda"]),
+            ("`patch_peft`", found["patch_peft"]),
+        )
     ]
 
 
@@ -273,10 +277,12 @@ def _spread(errors: Sequence[float | None]) -> str:
 def pipelines(*results: Results) -> str:
     """From tokens to the adapter, by stage."""
     rows = []
+    modes = {each["task"]["mode"] for each in results}
     for each in results:
         peft = next((row for row in each["pipeline"] if row["name"] == "peft"), None)
+        mode = f"{each['task']['mode'].upper()}: " if len(modes) > 1 else ""
         for row in each["pipeline"]:
-            name = _CALLED.get(row["name"], row["name"])
+            name = mode + _CALLED.get(row["name"], row["name"])
             if not row["passed"]:
                 rows.append([name, "computes something else: no speed", *[_EMPTY] * 9])
                 continue

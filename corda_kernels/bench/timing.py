@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,10 +93,20 @@ def _on_cuda(run: Callable[[Any], object], rotation: Iterator[Any], ahead: bool)
         yield begin.elapsed_time(end) / 1e3
 
 
+def _cpu() -> str:
+    """The CPU's name as Linux gives it; elsewhere what Python knows of it."""
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        about = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "an unknown CPU"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the libraries that a measurement was made with."""
     described: dict[str, Any] = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores of {_cpu()}",
         "python": platform.python_version(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
