@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate, export_lora, init_corda
@@ -54,6 +56,8 @@ class Writer:
 
 def writers(scratch: Path) -> dict[str, Writer]:
     """Every writer by name; `scratch` holds what they start from."""
+    # tqdm's own lock is shared with children, and one that is killed while it holds it keeps it.
+    tqdm.set_lock(threading.RLock())
     batches = [
         torch.randint(0, 100, (2, 32), generator=torch.Generator().manual_seed(seed))
         for seed in range(2)

@@ -45,6 +45,7 @@ for command in (demo, plan, init, calibrate, inspect, export, merge, doctor):
 app.add_typer(bench)
 
 
+_INTERRUPTED = 130  # the exit status after Ctrl-C
 # About the model or the whole text, and not about one rank's share of the work.
 _COMMON = (DataWarning, LeftOutWarning, RankDeficientWarning)
 
@@ -68,7 +69,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line: an error is one line on stderr and exit status 2."""
+    """Runs the command line: an error is one line on stderr and exit status 2; Ctrl-C, 130."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails over a letter, see sys.stderr
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -77,6 +78,14 @@ def main() -> None:
         _quiet()
     try:
         app(args=arguments)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # on which Typer is silent
+            echo(
+                f"{_who()}interrupted: nothing was left half written; calibrate goes on with "
+                "--resume from what it has kept",
+                err=True,
+            )
+        raise
     except Exception as error:
         if debug:
             raise

@@ -195,6 +195,19 @@ def test_an_error_is_one_line(
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+def test_an_interruption_is_one_line(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("corda_kernels.models.load_model", interrupted)
+    status, out, lines = command("calibrate", place / "model", tmp_path / "out", *TEXT)
+    assert (status, out) == (130, "")
+    assert lines[-1].startswith("interrupted: nothing was left half written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_world_size_that_is_no_number_is_one_line(
     command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
 ) -> None:
