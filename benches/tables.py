@@ -149,20 +149,16 @@ def _whole_model(results: Results, accuracy: Results) -> list[list[str]]:
 
 def _adapter(results: Results) -> list[list[str]]:
     found = {row["name"]: row for row in results["pipeline"]}
-    peft, task = found["peft"], results["task"]
+    peft, ours, task = found["peft"], found["init_corda"], results["task"]
     return [
         [
-            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter, by {by}",
+            f"{task['mode'].upper()}: from {task['tokens']} tokens to the adapter",
             f"PEFT {peft['seconds']:.1f} s, {mebibytes(peft['growth'])}",
             _EMPTY,
             f"{ours['seconds']:.1f} s, {mebibytes(ours['growth'])}",
             _EMPTY,
             ratio(peft["seconds"] / ours["seconds"]),
         ]
-        for by, ours in (
-            ("`init_corda`", found["init_corda"]),
-            ("`patch_peft`", found["patch_peft"]),
-        )
     ]
 
 
