@@ -170,8 +170,8 @@ def _sections(report: Report) -> list[_Section]:
             "their overlap counts; for the smallest, how quiet those of one half are in the other, "
             "from random directions (0) to the quietest there (1).",
             figures.stability_panels(report),
-            "Stability was not measured: it takes two halves of one text, and is left out with "
-            "several candidates and with --no-stability.",
+            "Stability was not measured: it takes two halves of one text. `calibrate` measures it, "
+            "and `init --stability`, but not of several candidates.",
         ),
         _Section(
             "Time and memory",
