@@ -167,7 +167,7 @@ def main(what: str, folder: Path, out: Path) -> None:
         for block, parts in enumerate(found):
             for part, covariances in enumerate(parts):
                 covariances.save(out / f"part-{rank}-{block}-{part}")
-        config = CordaConfig("kpm", rank=4, progress=False, distributed=True)
+        config = CordaConfig("kpm", rank=4, stability=True, progress=False, distributed=True)
         write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
         planned = replace(config, budget="r=4", candidates=2)
         write_adapter(corda_adapter(model, batches, planned), out / f"planned-{rank}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate_blocks
 from corda_kernels.calibration import capture as capture_module
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CheckpointError, CordaWarning
 from corda_kernels.pipeline import covariance_stages
@@ -201,13 +202,14 @@ def test_by_default_a_short_text_keeps_nothing(model: nn.Module, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def stages(model: nn.Module, batches: Any, folder: Path, limit: int | None) -> dict[str, Any]:
+def stages(model: nn.Module, batches: Any, folder: Path, *, blocks: bool) -> dict[str, Any]:
     """What the command line makes a file of: all layers, and the notes."""
+    limit = 3 * covariance_bytes(model)[1]  # both halves of one block, and their mean
     made = covariance_stages(
         model,
         batches,
         rank=4,
-        memory_limit=limit,
+        memory_limit=limit if blocks else None,
         checkpoint=checkpoint(folder),
         progress=False,
     )
@@ -219,9 +221,9 @@ def stages(model: nn.Module, batches: Any, folder: Path, limit: int | None) -> d
 def test_stages_are_resumed_with_their_stability(model: nn.Module, tmp_path: Path) -> None:
     batches = random_batches()
     (tmp_path / "whole").mkdir()
-    expected = stages(model, batches, tmp_path / "whole", 0)
+    expected = stages(model, batches, tmp_path / "whole", blocks=True)
     interrupted(model, batches, 1, parts=2, outlier_threshold=6.0, checkpoint=checkpoint(tmp_path))
-    found = stages(model, batches, tmp_path, 0)
+    found = stages(model, batches, tmp_path, blocks=True)
     assert found["notes"] == expected["notes"]
     assert list(found["layers"]) == list(expected["layers"])
     for name, covariance in found["layers"].items():
@@ -232,11 +234,11 @@ def test_one_pass_and_blocks_do_not_go_on_from_each_other(model: nn.Module, tmp_
     batches = random_batches()
     interrupted(model, batches, 1, parts=2, checkpoint=checkpoint(tmp_path))
     with pytest.raises(CheckpointError, match=r"block-0 .* differs in memory_limit"):
-        stages(model, batches, tmp_path, None)
+        stages(model, batches, tmp_path, blocks=False)
     checkpoint(tmp_path).discard()
     (tmp_path / "run-1").touch()
     with pytest.raises(CheckpointError, match=r"run-1 .* differs in memory_limit"):
-        stages(model, batches, tmp_path, 0)
+        stages(model, batches, tmp_path, blocks=True)
 
 
 def test_files_are_those_of_their_rank(tmp_path: Path) -> None:

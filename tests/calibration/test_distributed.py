@@ -149,7 +149,8 @@ def test_ranks_make_the_adapter_of_one_process(
 ) -> None:
     model, batches, _ = place
     ranks, out = worked
-    expected = corda_adapter(model, batches, CordaConfig("kpm", rank=4, progress=False))
+    config = CordaConfig("kpm", rank=4, stability=True, progress=False)
+    expected = corda_adapter(model, batches, config)
     files = [out / f"adapter-{rank}" / "adapter_model.safetensors" for rank in range(ranks)]
     assert len({file.read_bytes() for file in files}) == 1
     found = read_adapter(out / "adapter-0")

@@ -26,7 +26,7 @@ from corda_kernels.integrations.peft.files import (
 )
 from corda_kernels.integrations.peft.targets import corda_targets
 
-RECIPE = {"corda_method": "ipm", "damping": 0.01, "normalize": "tokens"}
+RECIPE = {"corda_method": "ipm", "damping": 0.01, "normalize": "peft"}
 # Notes by which nothing is computed.
 DESCRIPTIVE = (
     *("versions", "base.source", "base.quantised", "base.task_type", "base.fan_in_fan_out"),
@@ -63,7 +63,7 @@ def read(path: Path, model: nn.Module) -> list[torch.Tensor]:
     """All tensors that the file gives the model's layers."""
     targets = corda_targets(model, lora())
     if path.name == "covariances":
-        found = read_covariances(path, model, targets, "tokens")
+        found = read_covariances(path, model, targets, "peft")
         return [entry.matrix for entry in found.values()]
     cached = read_cache(path, model, targets, RECIPE)
     again, _ = read_components(path)
