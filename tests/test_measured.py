@@ -68,8 +68,8 @@ def test_channels_are_summed_up_by_their_maxima(channels: int) -> None:
 @pytest.mark.parametrize(
     ("mode", "options", "stages"),
     [
-        ("ipm", {"rank": 4}, ["calibration", "stability", "decomposition"]),
-        ("kpm", {"rank": 4, "stability": False, "memory_limit": 20_000}, None),
+        ("ipm", {"rank": 4, "stability": True}, ["calibration", "stability", "decomposition"]),
+        ("kpm", {"rank": 4, "memory_limit": 30_000}, None),
         (
             "kpm",
             {"budget": "r=3", "candidates": 2},

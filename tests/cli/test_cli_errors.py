@@ -202,7 +202,8 @@ def test_an_interruption_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("corda_kernels.models.load_model", interrupted)
-    status, out, lines = command("calibrate", place / "model", tmp_path / "out", *TEXT)
+    text = ("--data", place / "text.txt")
+    status, out, lines = command("calibrate", place / "model", tmp_path / "out", *text)
     assert (status, out) == (130, "")
     assert lines[-1].startswith("interrupted: nothing was left half written")
     assert not list(tmp_path.iterdir())
