@@ -32,6 +32,8 @@ _PARKED = "parked-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
+# What a rename to a folder that is there already ends in.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 # Between two attempts others must have replaced the folder too.
 _ATTEMPTS = 100
 
@@ -119,9 +121,7 @@ def staged_folder(path: str | os.PathLike[str], *, replaced: re.Pattern[str]) ->
             for file in fresh.rglob("*"):
                 if file.is_file():
                     _settle(file, mode)
-            if target.exists():
-                _carry_over(target, fresh, replaced)
-                shutil.copymode(target, fresh)
+            _take_over(target, fresh, replaced)
             _put_into_place(fresh, target)
 
 
@@ -208,11 +208,13 @@ def _claimed(home: Path) -> tuple[Path, FileLock]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
         lock = FileLock(folder / _LOCK, timeout=0)
-        # On a disk without locks nobody else takes this folder for left behind either.
-        with contextlib.suppress(Timeout, FileNotFoundError, NotImplementedError):
+        try:
             lock.acquire()
-        # Another writer may have swept it away before it was locked.
-        if (folder / _LOCK).exists():
+        except (Timeout, FileNotFoundError):
+            continue  # another writer takes it for left behind, and is deleting it
+        except NotImplementedError:
+            return folder, lock  # a disk without locks, on which nobody sweeps either
+        if (folder / _LOCK).exists():  # else it was deleted between the two
             return folder, lock
 
 
@@ -220,7 +222,7 @@ def _sweep(home: Path, own: Path) -> None:
     """Deletes the workspaces of this user that no writer holds any more."""
     owner = own.lstat().st_uid
     for left in home.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, Timeout, NotImplementedError):
+        try:
             found = left.lstat()
             if left == own or not stat.S_ISDIR(found.st_mode) or found.st_uid != owner:
                 continue
@@ -229,6 +231,10 @@ def _sweep(home: Path, own: Path) -> None:
                 continue
             with FileLock(left / _LOCK, timeout=0):
                 _delete(left)
+        except (Timeout, NotImplementedError):
+            continue  # its writer is at work, or nobody can tell
+        except OSError:
+            continue  # not empty, or another writer sweeps too: no reason to fail this one
 
 
 def _delete(workspace: Path) -> None:
@@ -239,7 +245,11 @@ def _delete(workspace: Path) -> None:
     for parked in workspace.glob(f"work/{_PARKED}*/*"):
         place = workspace.parent / parked.name
         if not place.exists():
-            parked.rename(place)
+            try:
+                parked.rename(place)
+            except OSError as error:
+                if error.errno not in _TAKEN:  # else another writer has put its own there meanwhile
+                    raise
     shutil.rmtree(workspace / "work", ignore_errors=True)
     shutil.rmtree(workspace, ignore_errors=True)  # the lock last: by it the rest is known
 
@@ -249,6 +259,20 @@ def _settle(file: Path, mode: int) -> None:
     file.chmod(mode)
     with open(file, "rb") as written:
         os.fsync(written.fileno())
+
+
+def _take_over(old: Path, new: Path, replaced: re.Pattern[str]) -> None:
+    """Gives a folder the mode and the other files of the one that it replaces, if there is one."""
+    for _ in range(_ATTEMPTS):
+        if not old.exists():
+            return
+        try:
+            _carry_over(old, new, replaced)
+            shutil.copymode(old, new)
+            return
+        except FileNotFoundError:  # another writer has replaced it meanwhile
+            continue
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def _carry_over(old: Path, new: Path, replaced: re.Pattern[str]) -> None:
@@ -285,7 +309,7 @@ def _put_into_place(fresh: Path, target: Path) -> None:
                 put(fresh, target)
                 return
             except OSError as error:  # it is there, or not there, since another writer put it so
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                if error.errno not in (*_TAKEN, errno.ENOENT):
                     raise
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 

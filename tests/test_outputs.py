@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from corda_kernels.errors import OutputError
 from corda_kernels.files import write_json, write_tensors
@@ -266,6 +266,26 @@ def test_only_what_is_left_behind_is_deleted(tmp_path: Path) -> None:
         check_output(home / "result")
     assert names(home) == before
     assert (elsewhere / "work" / "new" / "file").exists()
+
+
+def test_a_workspace_that_another_writer_is_deleting_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has its lock: what was written there would be deleted under the writer."""
+    acquire, refused = FileLock.acquire, []
+
+    def once(self: FileLock, *arguments: object, **options: object) -> object:
+        if not refused:
+            Path(self.lock_file).touch()
+            refused.append(Path(self.lock_file).parent)
+            raise Timeout(self.lock_file)
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", once)
+    with atomic_path(tmp_path / "result") as temporary:
+        assert refused[0] not in temporary.parents
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["result"]
 
 
 def test_a_folder_that_was_being_replaced_in_two_steps_goes_back(tmp_path: Path) -> None:

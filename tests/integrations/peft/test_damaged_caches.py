@@ -107,7 +107,7 @@ def test_a_field_of_the_notes(path: Path, model: nn.Module) -> None:
 @pytest.mark.parametrize("noted", [True, False])
 def test_a_tensor(path: Path, model: nn.Module, noted: bool) -> None:
     expected = read(path, model)
-    whole = torch.load(path)
+    whole = torch.load(path, weights_only=True)
     others = [
         ("sparse", {name: tensor.to_sparse() for name, tensor in whole.items()}),
         ("meta", {name: tensor.to("meta") for name, tensor in whole.items()}),
