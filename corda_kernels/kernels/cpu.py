@@ -51,8 +51,13 @@ def syrk_(
 
 
 def _add_lower_(c: Tensor, x: Tensor, alpha: float) -> None:
-    """c += alpha·xᵀx on the lower triangle, by MKL's syrk or by panels."""
-    syrk = _mkl_syrk(c.dtype)
+    """c += alpha·xᵀx on the lower triangle, by MKL's syrk or by panels.
+
+    One panel is as fast where it holds all of C, and more exact: for 12 to 37 channels MKL's syrk
+    adds the rows one after another, which has up to ten times the rounding error of a product.
+    """
+    wide = c.shape[0] > _PANEL
+    syrk = _mkl_syrk(c.dtype) if wide else None
     if syrk is not None and x.stride(1) == c.stride(1) == 1 and x.numel():
         syrk(c, x, alpha)
     else:
