@@ -30,8 +30,8 @@ from corda_kernels.bench.accuracy import (
     tail_energy_ratio,
 )
 from corda_kernels.bench.timing import environment
-from corda_kernels.decomposition import co_svd_layers, parallel_map
 from corda_kernels.files import write_json
+from corda_kernels.linalg import co_svd_layers, parallel_map
 from corda_kernels.linears import linear_weight
 from corda_kernels.outputs import check_output
 

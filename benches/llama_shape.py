@@ -27,10 +27,10 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import write_json
+from corda_kernels.init.stages import covariance_stages
 from corda_kernels.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from corda_kernels.models import decoder, parse_dtype
 from corda_kernels.outputs import check_output, format_bytes
-from corda_kernels.pipeline.stages import covariance_stages
 
 # LLaMA-2-7B's widths, as multiples of its hidden size of 4096.
 _HEADS = 32

@@ -116,7 +116,7 @@ def kill_and_resume(kills: int) -> int:
 def cost(model_folder: str, text: str, field: str) -> int:
     from corda_kernels import CalibrationCheckpoint, calibrate, load_model, load_tokenizer
     from corda_kernels.calibration import resume
-    from corda_kernels.data import token_batches
+    from corda_kernels.text import token_batches
 
     model = load_model(model_folder)
     batches = token_batches(

@@ -19,9 +19,9 @@ from torch import Tensor
 from corda_kernels.bench.covariance import addmm_baseline
 from corda_kernels.bench.svd_cases import make_case
 from corda_kernels.bench.timing import environment, measure
-from corda_kernels.decomposition import co_svd_layers, layers
 from corda_kernels.kernels import syrk_, triton_syrk, use_backend
 from corda_kernels.kernels.triton_syrk import TMA, TMA_WIDE, Tile
+from corda_kernels.linalg import co_svd_layers, layers
 
 NARROW = (TMA, TMA._replace(warps=8), TMA._replace(stages=3), TMA_WIDE)
 WIDE = (TMA_WIDE, TMA_WIDE._replace(stages=3))

@@ -10,24 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from corda_kernels import errors, kernels
-    from corda_kernels.calibration import (
-        CalibrationCheckpoint,
-        Covariance,
-        CovarianceSet,
-        calibrate,
-        calibrate_blocks,
-    )
-    from corda_kernels.data import token_batches
-    from corda_kernels.decomposition import (
-        CoSVD,
-        RegularizedInverse,
-        co_svd,
-        co_svd_layers,
-        extreme_eigenvalues,
-        regularized_inverse,
-        singular_values,
-    )
-    from corda_kernels.initialization import (
+    from corda_kernels.adapter import (
         AdapterFactors,
         CordaLinear,
         adapter_factors,
@@ -38,8 +21,24 @@ if TYPE_CHECKING:
         residual,
         save_adapter,
     )
+    from corda_kernels.calibration import (
+        CalibrationCheckpoint,
+        Covariance,
+        CovarianceSet,
+        calibrate,
+        calibrate_blocks,
+    )
+    from corda_kernels.init import CordaConfig, init_corda
+    from corda_kernels.linalg import (
+        CoSVD,
+        RegularizedInverse,
+        co_svd,
+        co_svd_layers,
+        extreme_eigenvalues,
+        regularized_inverse,
+        singular_values,
+    )
     from corda_kernels.models import load_model, load_tokenizer
-    from corda_kernels.pipeline import CordaConfig, init_corda
     from corda_kernels.planning import (
         Stability,
         allocate_ranks,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
         select_covariance,
         subspace_stability,
     )
+    from corda_kernels.text import token_batches
     from corda_kernels.training import (
         CompactnessPenalty,
         DriftPenalty,
@@ -65,27 +65,27 @@ _HOMES = {
     "CovarianceSet": "calibration",
     "calibrate": "calibration",
     "calibrate_blocks": "calibration",
-    "token_batches": "data",
-    "CoSVD": "decomposition",
-    "RegularizedInverse": "decomposition",
-    "co_svd": "decomposition",
-    "co_svd_layers": "decomposition",
-    "extreme_eigenvalues": "decomposition",
-    "regularized_inverse": "decomposition",
-    "singular_values": "decomposition",
-    "AdapterFactors": "initialization",
-    "CordaLinear": "initialization",
-    "adapter_factors": "initialization",
-    "export_lora": "initialization",
-    "load_for_training": "initialization",
-    "merge": "initialization",
-    "published_factors": "initialization",
-    "residual": "initialization",
-    "save_adapter": "initialization",
+    "token_batches": "text",
+    "CoSVD": "linalg",
+    "RegularizedInverse": "linalg",
+    "co_svd": "linalg",
+    "co_svd_layers": "linalg",
+    "extreme_eigenvalues": "linalg",
+    "regularized_inverse": "linalg",
+    "singular_values": "linalg",
+    "AdapterFactors": "adapter",
+    "CordaLinear": "adapter",
+    "adapter_factors": "adapter",
+    "export_lora": "adapter",
+    "load_for_training": "adapter",
+    "merge": "adapter",
+    "published_factors": "adapter",
+    "residual": "adapter",
+    "save_adapter": "adapter",
     "load_model": "models",
     "load_tokenizer": "models",
-    "CordaConfig": "pipeline",
-    "init_corda": "pipeline",
+    "CordaConfig": "init",
+    "init_corda": "init",
     "Stability": "planning",
     "allocate_ranks": "planning",
     "compactness": "planning",

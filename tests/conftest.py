@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from corda_kernels import CovarianceSet
-    from corda_kernels.initialization import LayerAdapter
+    from corda_kernels.adapter import LayerAdapter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 if torch.cuda.is_available():

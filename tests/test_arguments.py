@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import corda_kernels as ck
 from corda_kernels import kernels
 from corda_kernels.arguments import real_number, shown, whole_number
-from corda_kernels.decomposition.operand import near_one
 from corda_kernels.errors import BatchError, ConfigError, CordaError
 from corda_kernels.integrations import statistics
-from corda_kernels.integrations.peft import patch_peft, preprocess_corda
+from corda_kernels.linalg.operand import near_one
+from corda_kernels.peft_corda import patch_peft, preprocess_corda
 from corda_kernels.planning import drift_weights, parse_budget, uniform_budget
 from corda_kernels.planning.compactness import log_condition
 from corda_kernels.planning.stability import LayerStability

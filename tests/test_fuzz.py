@@ -29,11 +29,11 @@ from corda_kernels import (
     export_lora,
     load_for_training,
 )
+from corda_kernels.adapter import read_adapter, save_adapter, write_adapter
 from corda_kernels.cli import main
 from corda_kernels.errors import AdapterError, CheckpointError, CordaError, CovarianceFileError
 from corda_kernels.files import write_checked
-from corda_kernels.initialization import read_adapter, save_adapter, write_adapter
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.init import corda_adapter
 
 # The same examples every time, and no shrinking: what fails is printed as it is.
 FUZZ = settings(

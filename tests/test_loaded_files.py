@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, load_for_training, save_adapter
-from corda_kernels.initialization import read_adapter
+from corda_kernels.adapter import read_adapter
 
 
 def overwrite(folder: Path) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, Covariance, CovarianceSet, calibrate, init_corda
+from corda_kernels.adapter import adapter_of
 from corda_kernels.errors import (
     ConfigError,
     CordaError,
@@ -22,10 +23,9 @@ from corda_kernels.errors import (
     RankError,
     TargetError,
 )
-from corda_kernels.initialization import adapter_of
+from corda_kernels.init import corda_adapter
+from corda_kernels.init.config import _OF_PEFT
 from corda_kernels.linears import linear_weight
-from corda_kernels.pipeline import corda_adapter
-from corda_kernels.pipeline.config import _OF_PEFT
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]

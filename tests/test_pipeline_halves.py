@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
 from corda_kernels.errors import CalibrationError
-from corda_kernels.pipeline import calibrate_halves, corda_adapter
+from corda_kernels.init import calibrate_halves, corda_adapter
 from corda_kernels.planning import Stability
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]

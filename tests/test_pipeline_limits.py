@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from corda_kernels import CordaConfig, CovarianceSet
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import ConfigError, OutOfMemoryWarning
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.init import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 OUTPUT = "model.layers.0.self_attn.o_proj"
@@ -27,7 +27,7 @@ def random_batches(count: int = 4, rows: int = 4, length: int = 16) -> list[Tens
 def test_the_cpu_takes_over_where_a_decomposition_runs_out_of_memory(
     calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from corda_kernels.pipeline import layers
+    from corda_kernels.init import layers
 
     model, covariances = calibrated()
     expected = corda_adapter(model, covariances, config())
@@ -87,7 +87,7 @@ def test_a_memory_limit_changes_the_way_but_not_the_adapter(
     architecture: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from corda_kernels.pipeline import stages
+    from corda_kernels.init import stages
 
     model, covariances = calibrated(architecture)
     batches = random_batches(rows=16)

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, init_corda
+from corda_kernels.adapter import CordaLinear, adapter_of
 from corda_kernels.errors import ConfigError, ModelError, TargetError
-from corda_kernels.initialization import CordaLinear, adapter_of
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.init import corda_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
 Make = Callable[..., nn.Module]

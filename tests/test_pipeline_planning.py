@@ -24,6 +24,7 @@ from corda_kernels import (
     merge,
     save_adapter,
 )
+from corda_kernels.adapter import adapter_of, read_adapter
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import (
     BatchError,
@@ -32,9 +33,8 @@ from corda_kernels.errors import (
     NonFiniteActivationError,
     RankError,
 )
-from corda_kernels.initialization import adapter_of, read_adapter
+from corda_kernels.init import calibrate_candidates, corda_adapter, stages
 from corda_kernels.linears import linear_weight
-from corda_kernels.pipeline import calibrate_candidates, corda_adapter, stages
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]

@@ -29,13 +29,13 @@ from corda_kernels import (
     save_adapter,
     subspace_stability,
 )
+from corda_kernels.adapter import adapter_of
 from corda_kernels.errors import AdapterError, CordaWarning, TargetError
-from corda_kernels.initialization import adapter_of
-from corda_kernels.integrations.peft import preprocess_corda
+from corda_kernels.init import layers
+from corda_kernels.init.budget import adapter_parameters
 from corda_kernels.linears import is_packed, is_quantised, linear_shape, linear_weight
 from corda_kernels.models import target_linears
-from corda_kernels.pipeline import layers
-from corda_kernels.pipeline.budget import adapter_parameters
+from corda_kernels.peft_corda import preprocess_corda
 
 KINDS = ["4bit", "8bit", "torchao"]
 # Of logits, relative: eight bits round the inputs as well, to float16 first.

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from corda_kernels import CovarianceSet, calibrate, load_model, load_tokenizer, token_batches
 from corda_kernels.bench.timing import environment
-from corda_kernels.data import help_topics
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
-from corda_kernels.pipeline import calibrate_candidates
+from corda_kernels.init import calibrate_candidates
+from corda_kernels.text import help_topics
 
 from .claims import claim
 from .comparison import best

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.data import fitting_batch_size
+from corda_kernels.text import fitting_batch_size
 from corda_kernels.usage import Stopwatch
 
 Mode = Literal["ipm", "kpm"]
@@ -110,14 +110,14 @@ def _peft(subject: Subject, stages: Stages) -> nn.Module:
 
 def _patch_peft(subject: Subject, stages: Stages) -> nn.Module:
     """The function that `patch_peft` puts in its place, with its numbers."""
-    from corda_kernels.integrations.peft import preprocess_corda
+    from corda_kernels.peft_corda import preprocess_corda
 
     return _corda("patch_peft", preprocess_corda, subject, stages)
 
 
 def _init_corda(subject: Subject, stages: Stages) -> nn.Module:
     """`init_corda` at its defaults; what its record has not timed is attaching."""
-    from corda_kernels.pipeline import CordaConfig, init_corda
+    from corda_kernels.init import CordaConfig, init_corda
 
     config = CordaConfig(subject.task.mode, rank=subject.task.rank, progress=False)
     with stages.stage("attaching"):

@@ -12,8 +12,8 @@ from corda_kernels.bench.accuracy import Reference, adapter_error, reference, ta
 from corda_kernels.bench.svd_cases import DAMPING, Case, make_case
 from corda_kernels.bench.svd_methods import End, Part, Parts, methods
 from corda_kernels.bench.timing import Timing, measure
-from corda_kernels.decomposition import parallel_map
 from corda_kernels.errors import ConfigError
+from corda_kernels.linalg import parallel_map
 
 # Up to this many rows or columns a float64 reference takes a second or less.
 _QUICK = 2048

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.bench.svd_cases import DAMPING, Case
-from corda_kernels.decomposition import co_svd_layers
+from corda_kernels.linalg import co_svd_layers
 
 End = Literal["largest", "smallest"]
 ENDS: tuple[End, ...] = ("largest", "smallest")

@@ -141,8 +141,8 @@ def _sequences(model: str, data: Path | None, samples: int, seq_len: int) -> lis
     """Token ids (1, seq_len) each."""
     import tempfile
 
-    from corda_kernels.data import help_topics, token_batches
     from corda_kernels.models import load_tokenizer
+    from corda_kernels.text import help_topics, token_batches
 
     with tempfile.TemporaryDirectory() as folder:
         text = data or help_topics(Path(folder) / "python-help.txt")

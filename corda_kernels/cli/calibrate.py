@@ -58,10 +58,10 @@ def calibrate(
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance import save_pieces
     from corda_kernels.calibration.distributed import Ranks
+    from corda_kernels.init import covariance_stages, united_provenance
     from corda_kernels.linears import linear_shape
     from corda_kernels.models import load_tokenizer, target_linears
     from corda_kernels.outputs import format_bytes
-    from corda_kernels.pipeline import covariance_stages, united_provenance
 
     text = options.TextOptions(
         data,

@@ -44,9 +44,9 @@ def demo(
     The text is Python's own help topics, or --data FILE. Takes a few minutes.
     """
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.data import help_topics
     from corda_kernels.models import load_model, load_tokenizer, save_model
     from corda_kernels.outputs import check_output
+    from corda_kernels.text import help_topics
     from corda_kernels.usage import Stopwatch
 
     if steps < 1:
@@ -109,7 +109,7 @@ def _batches(
     seed: int,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Disjoint sequences to calibrate on, to train on (two a step) and to measure on (four)."""
-    from corda_kernels.data import token_batches
+    from corda_kernels.text import token_batches
 
     total = samples + 2 * steps + 4
     sequences = token_batches(text, tokenizer, samples=total, seq_len=seq_len, seed=seed)
@@ -120,7 +120,7 @@ def _batches(
 def _calibrated(
     model: PreTrainedModel, batches: list[dict[str, Tensor]], rank: int, clock: Stopwatch
 ) -> CovarianceSet:
-    from corda_kernels.pipeline import calibrate_halves
+    from corda_kernels.init import calibrate_halves
 
     return calibrate_halves(model, batches, rank=rank, clock=clock)
 
@@ -138,9 +138,9 @@ def _run(
     """One mode from covariances to an exported LoRA; returns what to say about it."""
     from peft import PeftModel
 
-    from corda_kernels.initialization import export_lora, save_adapter
+    from corda_kernels.adapter import export_lora, save_adapter
+    from corda_kernels.init import CordaConfig, init_corda
     from corda_kernels.models import load_model
-    from corda_kernels.pipeline import CordaConfig, init_corda
 
     probe = held_out[0]["input_ids"]
     before = _logits(model, probe)
@@ -222,7 +222,7 @@ def _write_pages(
     clock: Stopwatch,
 ) -> None:
     """A page for the adapter of each mode, with whole spectra of C and W·C."""
-    from corda_kernels.initialization import read_adapter
+    from corda_kernels.adapter import read_adapter
     from corda_kernels.models import target_linears
     from corda_kernels.report import (
         DAMPING,

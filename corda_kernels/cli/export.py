@@ -21,7 +21,7 @@ def export(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
-    from corda_kernels.initialization import ADAPTER_FILES, export_lora
+    from corda_kernels.adapter import ADAPTER_FILES, export_lora
 
     options.check_output(out, folder=True)
     options.check_unused(out, overwrite, ADAPTER_FILES)

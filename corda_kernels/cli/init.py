@@ -15,7 +15,7 @@ from corda_kernels.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from corda_kernels.initialization import AdapterRecord
+    from corda_kernels.adapter import AdapterRecord
 
 
 def init(
@@ -86,21 +86,21 @@ def init(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT."""
-    from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.initialization import (
+    from corda_kernels.adapter import (
         ADAPTER_FILES,
         check_adapter_folder,
         model_card,
         subtract_initial,
         write_adapter,
     )
-    from corda_kernels.models import MODEL_FILES, load_tokenizer, save_model
-    from corda_kernels.pipeline import (
+    from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.init import (
         CordaConfig,
         adapter_parameters,
         check_targets,
         corda_adapter,
     )
+    from corda_kernels.models import MODEL_FILES, load_tokenizer, save_model
     from corda_kernels.planning import mix_covariances
 
     if sum(bool(source) for source in (data, cov, mix)) != 1:

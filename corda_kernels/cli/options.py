@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from corda_kernels.initialization import AdapterRecord
+    from corda_kernels.adapter import AdapterRecord
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file.", metavar="MODEL")]
 Data = Annotated[
@@ -117,7 +117,7 @@ class TextOptions:
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
         """Token batches."""
-        from corda_kernels.data import decode_escapes, fitting_batch_size, token_batches
+        from corda_kernels.text import decode_escapes, fitting_batch_size, token_batches
 
         kind = resolve_device(self.device).partition(":")[0]
 

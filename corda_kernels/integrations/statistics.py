@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from corda_kernels.arguments import instance_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.decomposition.damping import check_damping
 from corda_kernels.errors import CovarianceError, DecompositionError, ModelError, RankError
+from corda_kernels.linalg.damping import check_damping
 from corda_kernels.linears import linear_weight
 
 T = TypeVar("T")

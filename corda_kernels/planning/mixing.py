@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from corda_kernels.arguments import instance_of, one_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.decomposition import co_svd
 from corda_kernels.errors import ConfigError, CovarianceError, ModelError
+from corda_kernels.linalg import co_svd
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning.selection import model_layer
 from corda_kernels.progress import progress_bar

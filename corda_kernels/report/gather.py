@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from corda_kernels.adapter import Adapter
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.initialization import Adapter
 from corda_kernels.planning import Selection, Stability
 from corda_kernels.planning.compactness import SCORING_DAMPING
 from corda_kernels.report.content import Input, Layer, Report, size

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
-from corda_kernels.decomposition import extreme_eigenvalues, parallel_map
 from corda_kernels.errors import CovarianceError, DecompositionError
+from corda_kernels.init.measured import measured_input, sampled_spectrum
+from corda_kernels.linalg import extreme_eigenvalues, parallel_map
 from corda_kernels.linears import linear_shape
-from corda_kernels.pipeline.measured import measured_input, sampled_spectrum
 from corda_kernels.planning.compactness import layer_spectra
 from corda_kernels.progress import progress_bar
 

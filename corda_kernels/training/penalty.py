@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.arguments import instance_of
-from corda_kernels.calibration import CovarianceSet
-from corda_kernels.decomposition import co_svd_layers
-from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
-from corda_kernels.initialization import (
+from corda_kernels.adapter import (
     AdapterFactors,
     CordaLinear,
     LayerAdapter,
     LiveAdapter,
     live_adapter,
 )
+from corda_kernels.arguments import instance_of
+from corda_kernels.calibration import CovarianceSet
+from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
+from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
 

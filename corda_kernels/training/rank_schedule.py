@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessor
 
+from corda_kernels.adapter import LayerAdapter, live_adapter
 from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
-from corda_kernels.initialization import LayerAdapter, live_adapter
 
 Kind = Literal["linear", "cosine", "entropy"]
 

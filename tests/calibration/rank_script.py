@@ -28,11 +28,11 @@ from corda_kernels import (
     load_model,
     select_covariance,
 )
+from corda_kernels.adapter import write_adapter
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CordaError, DistributedError
-from corda_kernels.initialization import write_adapter
-from corda_kernels.pipeline import (
+from corda_kernels.init import (
     calibrate_candidates,
     calibrate_halves,
     corda_adapter,

@@ -16,8 +16,8 @@ from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CheckpointError, CordaWarning
-from corda_kernels.pipeline import covariance_stages
-from corda_kernels.pipeline.stages import united_provenance
+from corda_kernels.init import covariance_stages
+from corda_kernels.init.stages import united_provenance
 
 ModelMaker = Callable[..., nn.Module]
 BLOCKS = 3

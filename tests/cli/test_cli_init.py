@@ -23,8 +23,8 @@ from corda_kernels import (
     load_model,
     mix_covariances,
 )
-from corda_kernels.initialization import adapter_of, read_adapter
-from corda_kernels.pipeline import corda_adapter
+from corda_kernels.adapter import adapter_of, read_adapter
+from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
 
 Logits = Callable[[nn.Module], Tensor]

@@ -11,7 +11,7 @@ import pytest
 from small_text import SMALL
 
 from corda_kernels import CovarianceSet
-from corda_kernels.initialization import read_adapter
+from corda_kernels.adapter import read_adapter
 from corda_kernels.report.gather import adapter_report
 
 

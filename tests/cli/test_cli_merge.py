@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import load_for_training
-from corda_kernels.initialization import read_adapter
+from corda_kernels.adapter import read_adapter
 
 Logits = Callable[[nn.Module], Tensor]
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from corda_kernels.cli.options import TextOptions
-from corda_kernels.data import fitting_batch_size
+from corda_kernels.text import fitting_batch_size
 
 
 @pytest.mark.filterwarnings("ignore:.* is used up after 12 of 16")

@@ -17,8 +17,8 @@ from corda_kernels import (
 )
 from corda_kernels.bench.accuracy import adapter_error, reference, tail_energy_ratio
 from corda_kernels.bench.svd_cases import realistic_covariance
-from corda_kernels.decomposition import layers
 from corda_kernels.kernels import use_backend
+from corda_kernels.linalg import layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

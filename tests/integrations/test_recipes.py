@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from corda_kernels import load_for_training
-from corda_kernels.integrations.peft import PeftPatch
+from corda_kernels.peft_corda import PeftPatch
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 

@@ -11,7 +11,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as peft_own
 
 from corda_kernels import load_model, load_tokenizer, token_batches
-from corda_kernels.integrations.peft import preprocess_corda
+from corda_kernels.peft_corda import preprocess_corda
 
 pytestmark = pytest.mark.real
 

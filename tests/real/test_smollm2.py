@@ -22,8 +22,8 @@ from corda_kernels import (
     token_batches,
 )
 from corda_kernels.errors import CordaWarning
+from corda_kernels.init import calibrate_halves
 from corda_kernels.models import target_linears
-from corda_kernels.pipeline import calibrate_halves
 from corda_kernels.planning import layer_spectra, uniform_budget
 from corda_kernels.planning.compactness import CONDITIONS
 

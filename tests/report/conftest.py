@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from corda_kernels import CordaConfig, CovarianceSet
-from corda_kernels.initialization import read_adapter, write_adapter
+from corda_kernels.adapter import read_adapter, write_adapter
+from corda_kernels.init import calibrate_halves, corda_adapter
+from corda_kernels.init.measured import sampled_spectrum
 from corda_kernels.models import target_linears
-from corda_kernels.pipeline import calibrate_halves, corda_adapter
-from corda_kernels.pipeline.measured import sampled_spectrum
 from corda_kernels.planning import Selection, Stability
 from corda_kernels.planning.stability import LayerStability
 from corda_kernels.report import (

@@ -22,8 +22,8 @@ from corda_kernels import (
     load_for_training,
     save_adapter,
 )
+from corda_kernels.adapter import LayerAdapter, adapter_of
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
-from corda_kernels.initialization import LayerAdapter, adapter_of
 from corda_kernels.linears import linear_weight
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_kernels import CovarianceSet, RankSchedule, save_adapter
+from corda_kernels.adapter import LayerAdapter, live_adapter
 from corda_kernels.errors import AdapterError, ConfigError
-from corda_kernels.initialization import LayerAdapter, live_adapter
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]

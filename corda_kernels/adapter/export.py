@@ -1,0 +1,303 @@
+"""Ways out: one plain LoRA that every engine reads alike, or the weights merged into the base."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.adapter.adapter import LayerAdapter
+from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
+from corda_kernels.adapter.factors import AdapterFactors
+from corda_kernels.adapter.folder import (
+    ADAPTER_FILES,
+    INITIAL_FILE,
+    RECORD_FILE,
+    check_adapter_folder,
+    read_initial,
+    with_initial,
+)
+from corda_kernels.adapter.linear import CordaLinear, detach_linears
+from corda_kernels.adapter.live import (
+    adapter_of,
+    check_start,
+    check_start_is_known,
+    residual_marker,
+)
+from corda_kernels.adapter.lora_files import (
+    base_name,
+    check_finite,
+    factor_key,
+    lora_layers,
+    read_lora,
+    write_lora,
+)
+from corda_kernels.adapter.peft_model import lora_config
+from corda_kernels.arguments import instance_of, readable_path, whole_number
+from corda_kernels.errors import AdapterError, CordaWarning, ModelError, OutputError, RankError
+from corda_kernels.files import write_bytes
+from corda_kernels.linears import check_writable, linear_weight
+from corda_kernels.outputs import staged_folder
+from corda_kernels.precision import without_autocast
+
+_SERVED_RANK = SERVED_RANKS[-1]
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote.
+
+    Attributes:
+        rank: of every layer.
+        error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 where
+            nothing was cut off.
+        layer: that layer's name; None where nothing was cut off.
+    """
+
+    rank: int
+    error: float = 0.0
+    layer: str | None = None
+
+
+def export_lora(
+    source: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rank: int | None = None,
+) -> LoraExport:
+    """Writes what training has learnt as a plain LoRA of one rank, for the untouched base.
+
+    An adapter of uniform ranks is copied. One made under a budget is padded with zeros to its
+    largest rank and its scaling folded into B, so that engines that know one rank and one alpha
+    read it right. Of an adapter with `residual="weight"` the change B A − B0 A0 is written as
+    [B, ΔB][ΔA; A0], of twice the rank; what the residual's own rounding took from the base stays
+    behind. What a trainer has saved beside the factors is kept as it is.
+
+    Args:
+        source: an adapted model, or an adapter's folder, whoever wrote it; the base is not needed.
+        out: the folder to write.
+        rank: cuts every layer off at this rank, by an SVD of its B A whose singular values both
+            factors share. None keeps everything.
+
+    Returns:
+        The rank that was written, and how much was lost.
+
+    Raises:
+        AdapterError: the source is no LoRA, or a damaged or diverged one; or a rank is asked for
+            with DoRA.
+        RankError: the rank is not at least 1.
+        OutputError: the folder cannot be written, is the source itself, or holds a model or an
+            adapter with a record.
+    """
+    if rank is not None:
+        rank = whole_number("the rank of an export", rank, 1, error=RankError)
+    config, others, layers = _source(source)
+    if rank is not None and config.get("use_dora"):
+        raise AdapterError(
+            "with DoRA the product of the factors is not all that changes the weight, and cannot "
+            "be cut off alone: export it at its own rank"
+        )
+    folder = check_adapter_folder(out)
+    same = not isinstance(source, nn.Module) and folder.resolve() == Path(source).resolve()
+    if same or any((folder / name).exists() for name in (RECORD_FILE, INITIAL_FILE)):
+        raise OutputError(
+            f"{folder} holds an adapter, which the export would damage: choose another folder"
+        )
+    changes = {name: layer.change() for name, layer in layers.items()}
+    for name, change in changes.items():
+        check_finite(name, change.A, change.B)
+    widest = max(change.rank for change in changes.values())
+    result = LoraExport(widest)
+    patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if patterns or result.rank != config["r"] or (rank is not None and rank < widest):
+        _check_only_factors(others)
+    if rank is not None and rank < widest:
+        cut = {name: _truncated(change, rank) for name, change in changes.items()}
+        changes = {name: change for name, (change, _) in cut.items()}
+        worst = max(cut, key=lambda name: cut[name][1])
+        result = LoraExport(rank, cut[worst][1], worst)
+    elif patterns:
+        changes = {name: _padded(change, widest) for name, change in changes.items()}
+    _warn_if_too_wide(result.rank)
+    first = next(iter(changes.values()))
+    alpha = first.scaling * result.rank
+    described = config | {
+        "r": result.rank,
+        "lora_alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-6 else alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "base_model_name_or_path": base_name(config),
+    }
+    tensors = dict(others)
+    for name, change in changes.items():
+        tensors[factor_key(name, "A")] = change.A
+        tensors[factor_key(name, "B")] = change.B
+    note = (
+        f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
+        if result.layer
+        else "Nothing was cut off."
+    )
+    with staged_folder(folder, replaced=ADAPTER_FILES) as staged:
+        write_lora(staged, described, tensors)
+        card = export_card(described["base_model_name_or_path"], result.rank, note)
+        write_bytes(staged / CARD_FILE, card.encode())
+    return result
+
+
+def _source(
+    source: nn.Module | str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
+    """A LoRA's configuration, what is saved beside its factors, and these."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(source, nn.Module):
+        folder = readable_path(source, AdapterError)
+        config, tensors = read_lora(folder)
+        initial: Mapping[str, AdapterFactors] | None = read_initial(folder)
+        if initial is None:
+            # False starts elsewhere than at zero, but on the untouched base.
+            check_start(config.get("init_lora_weights") or True, str(folder))
+    elif isinstance(source, PeftModel):
+        folder = Path("the model")
+        initial = getattr(source, "corda_initial", None)
+        if initial is None:
+            check_start_is_known(source, {})
+        tensors = dict(get_peft_model_state_dict(source, adapter_name=source.active_adapter))
+        config = _with_names(source)
+    else:
+        adapter = adapter_of(source)
+        return lora_config(adapter).to_dict(), {}, adapter.layers
+    layers = with_initial(lora_layers(config, tensors, folder), initial, folder)
+    keys = {factor_key(name, factor) for name in layers for factor in "AB"}
+    others = {key: tensor for key, tensor in tensors.items() if key not in keys}
+    return config, others, layers
+
+
+def _with_names(model: Any) -> dict[str, Any]:
+    """The active LoRA's configuration, with full names in place of patterns: those were code."""
+    from peft.tuners.lora import LoraLayer
+
+    active = model.active_adapter
+    config: dict[str, Any] = model.peft_config[active].to_dict()
+    if config["rank_pattern"] or config["alpha_pattern"]:
+        layers: dict[str, Any] = {
+            f"^{re.escape(name)}": module
+            for name, module in model.get_base_model().named_modules()
+            if isinstance(module, LoraLayer) and active in module.r
+        }
+        config["rank_pattern"] = {name: layer.r[active] for name, layer in layers.items()}
+        config["alpha_pattern"] = {name: layer.lora_alpha[active] for name, layer in layers.items()}
+    return config
+
+
+def _check_only_factors(others: Mapping[str, Tensor]) -> None:
+    """Refuses a LoRA that has other parts to be scaled and padded than A and B of linear layers."""
+    for key in others:
+        if "lora_" in key and "lora_magnitude_vector" not in key:
+            raise AdapterError(
+                f"the LoRA adapts more than the weights of linear layers ({key}), and can only be "
+                "copied: export it at its own rank, without patterns"
+            )
+
+
+def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:
+    """The same product by factors of `rank` rows, with scaling 1."""
+    missing = rank - change.rank
+    A = nn.functional.pad(change.A, (0, 0, 0, missing))
+    B = nn.functional.pad(change.scaling * change.B, (0, missing))
+    return AdapterFactors(A, B)
+
+
+@without_autocast()
+@torch.no_grad()
+def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float]:
+    """The nearest product of `rank`, with factors of equal norms, and its relative error."""
+    left, right = torch.linalg.qr(change.B.double()), torch.linalg.qr(change.A.double().mT)
+    U, S, Vh = torch.linalg.svd(change.scaling * (left.R @ right.R.mT))
+    root = S[:rank].sqrt()
+    B, A = left.Q @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right.Q.mT
+    energy = float(S.square().sum())
+    error = (float(S[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
+    # Layers of a budget may have less than the rank.
+    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
+
+
+def _warn_if_too_wide(rank: int) -> None:
+    if rank > _SERVED_RANK:
+        warnings.warn(
+            f"the LoRA has rank {rank}, and vLLM serves {_SERVED_RANK} at most: give a rank to "
+            "cut it off at, or merge it",
+            CordaWarning,
+            stacklevel=3,
+        )
+
+
+@without_autocast()
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Folds the adapter into the weights and takes it off; the model is plain again.
+
+    Without PEFT each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and
+    rounded once. A PeftModel is merged by its own `merge_and_unload`.
+
+    Args:
+        model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
+
+    Returns:
+        The base model, with merged weights.
+
+    Raises:
+        AdapterError: the model carries no adapter, or a diverged one.
+        ModelError: what is given is no model.
+        TargetError: a layer is quantised.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    instance_of("the model", model, nn.Module, ModelError)
+    wrapped: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CordaLinear | LoraLayer)
+    }
+    if not wrapped:
+        raise AdapterError("the model carries no adapter to merge")
+    for name, module in wrapped.items():
+        adapter = [
+            weight
+            for own, weight in module.named_parameters()
+            if own.partition(".")[0] not in ("base", "base_layer")
+        ]
+        check_finite(name.removeprefix("base_model.model."), *adapter)
+    check_writable(
+        {
+            name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()
+            for name, module in wrapped.items()
+        },
+        "merging writes into it",
+        "export a plain LoRA for it (export_lora), or attach the adapter to the base in a floating "
+        "dtype and merge there",
+    )
+    if isinstance(model, PeftModel):
+        base: Any = model.merge_and_unload()
+    else:
+        base = detach_linears(model)
+        for name, layer in wrapped.items():
+            weight = linear_weight(base.get_submodule(name))
+            change = AdapterFactors(layer.A, layer.B, layer.scaling).product()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(wide) + change.to(weight.device))
+    if residual_marker(base) is not None:
+        del base.config.corda_residual
+    for note in ("corda_record", "corda_initial"):
+        base.__dict__.pop(note, None)
+    return base  # type: ignore[no-any-return]

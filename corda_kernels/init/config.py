@@ -1,0 +1,187 @@
+"""How to make an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from corda_kernels.adapter.factors import check_hold
+from corda_kernels.arguments import (
+    flag,
+    name_list,
+    one_of,
+    real_number,
+    seed_number,
+    whole_number,
+)
+from corda_kernels.errors import ConfigError
+from corda_kernels.linalg.damping import check_damping
+from corda_kernels.models import check_selection
+from corda_kernels.planning.compactness import CONDITIONS, Condition
+from corda_kernels.planning.ranks import check_bounds, parse_budget
+from corda_kernels.planning.selection import METHODS, Method
+
+# Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
+_OF_PEFT = {
+    "r": "rank is the number of components, and the LoRA has twice that rank",
+    "lora_alpha": "hold sets the scaling",
+    "alpha_pattern": "hold sets the scaling",
+    "rank_pattern": "a budget shares ranks out",
+    "target_modules": "targets names the layers",
+    "layers_to_transform": "targets names the layers, as a regular expression too",
+    "layers_pattern": "targets names the layers, as a regular expression too",
+    "target_parameters": "only linear layers are adapted",
+    "init_lora_weights": "the start is what this package makes",
+    "use_rslora": "the scaling is 1/hold at any rank",
+    "bias": "a bias has no covariance, and the base stays as it is",
+    "lora_bias": "a bias has no covariance, and the base stays as it is",
+    "trainable_token_indices": "name the embeddings in modules_to_save",
+    "loftq_config": "it starts the adapter from the error of quantisation",
+    "eva_config": "it starts the adapter in another way",
+    "corda_config": "it is PEFT's own way, see corda_kernels.peft_corda",
+    "layer_replication": "replicated layers share one weight",
+    "use_qalora": "it pools the inputs that the covariances are of",
+}
+
+
+@dataclass(frozen=True)
+class CordaConfig:
+    """How to make an adapter.
+
+    Attributes:
+        mode: "kpm" trains the smallest components and calibrates on the knowledge to keep; "ipm"
+            trains the largest and calibrates on the new task.
+        rank: number of components of every layer; the LoRA's rank is twice that. With a budget no
+            more than the rank at which the stability is judged.
+        budget: shares so many adapter parameters out over the layers instead: a number of them, a
+            share of the model (0.01 or "1%"), or "r=128", what so many components would take in all
+            layers.
+        min_rank: what every layer gets at least of a budget.
+        max_rank: what a layer gets at most of a budget; None for all it can have.
+        rank_multiple: of which every rank under a budget is a multiple.
+        candidates: into how many candidates to deal the batches out, one after the other in turn,
+            each a sample of its own.
+        selection: "argmin" keeps for each layer the candidate with the lowest score, as CorDA++
+            does; "pool" takes all of them together. See `select_covariance`.
+        condition: π in the scores of selection and budget; see `corda_kernels.compactness`.
+        hold: how firmly training is held to what the components span; see `adapter_factors`. Twice
+            as much about quarters the share of the change that leaves them.
+        residual: None for a plain LoRA that starts at zero on the untouched base; "weight" for the
+            published form, which writes W − B A into the base and trains A and B.
+        damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
+            without and take 0.01 then.
+        targets: the layers; see `corda_kernels.models.target_linears`.
+        exclude_modules: layers to leave out of these, as `targets` names them.
+        modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
+        lora_dropout: as in LoraConfig.
+        use_dora: as in LoraConfig. It starts at the base exactly in float32 only.
+        method: of the decomposition; see `co_svd`.
+        seed: of the randomised method.
+        stability: whether to find out, where batches are given, if there were enough of them, by
+            decomposing two halves of them as well, which takes about as long again; not with
+            several candidates.
+        memory_limit: of the covariances, in bytes; if all of them take more, the model is
+            calibrated and decomposed block by block, which no budget can be shared out in. None
+            for no limit.
+        distributed: whether the ranks of torch.distributed share the work; all of them must be
+            given the same model, batches and options, which they compare before they begin, and
+            end up with the same adapter.
+        progress: whether to show progress bars.
+    """
+
+    mode: Literal["kpm", "ipm"]
+    rank: int = 32
+    budget: int | float | str | None = None
+    min_rank: int = 0
+    max_rank: int | None = None
+    rank_multiple: int = 1
+    candidates: int = 1
+    selection: Method = "argmin"
+    condition: Condition = "ratio"
+    hold: float = 1.0
+    residual: Literal["weight"] | None = None
+    damping: float | None = 0.01
+    targets: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_dora: bool = False
+    method: Literal["auto", "exact", "randomized"] = "auto"
+    seed: int = 0
+    stability: bool = False
+    memory_limit: int | None = None
+    distributed: bool = False
+    progress: bool = True
+
+    def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
+        """Refuses options of LoraConfig that are not passed on, with the reason."""
+        for name in options.keys() & _OF_PEFT.keys():
+            raise ConfigError(f"{name} of PEFT's LoraConfig has no place here: {_OF_PEFT[name]}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not allowed."""
+        for name, allowed in (
+            ("mode", ("kpm", "ipm")),
+            ("selection", METHODS),
+            ("condition", CONDITIONS),
+            ("residual", (None, "weight")),
+            ("method", ("auto", "exact", "randomized")),
+        ):
+            one_of(name, getattr(self, name), allowed)
+        for name in ("use_dora", "stability", "distributed", "progress"):
+            flag(name, getattr(self, name))
+        check_damping(self.damping)
+        # Kept as Python's own numbers, which can be written into the adapter's record.
+        for name, value in (
+            ("hold", check_hold(self.hold)),
+            ("damping", None if self.damping is None else float(self.damping)),
+            ("candidates", whole_number("candidates", self.candidates, 1)),
+            ("rank", whole_number("rank", self.rank, 1)),
+            ("seed", seed_number("seed", self.seed)),
+        ):
+            object.__setattr__(self, name, value)
+        if self.memory_limit is not None:
+            whole_number("memory_limit", self.memory_limit, 0)
+        if self.budget is not None:
+            parse_budget(self.budget, {}, 1)
+        check_bounds(self.min_rank, self.max_rank, self.rank_multiple)
+        bounds = (self.min_rank, self.max_rank, self.rank_multiple)
+        if self.budget is None and bounds != (0, None, 1):
+            raise ConfigError(
+                "min_rank, max_rank and rank_multiple bound the ranks under a budget: give one, "
+                'such as budget="r=32"'
+            )
+        check_selection("targets", self.targets, ConfigError)
+        if self.exclude_modules is not None:
+            check_selection("exclude_modules", self.exclude_modules, ConfigError)
+        if self.modules_to_save is not None:
+            name_list("modules_to_save", self.modules_to_save)
+        real_number("lora_dropout", self.lora_dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
+        if self.residual is not None and (self.hold != 1 or self.use_dora or self.lora_dropout):
+            raise ConfigError(
+                'residual="weight" is the published form: it has a scale of its own (no hold), is '
+                "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
+                "these"
+            )
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The options that are passed on to PEFT's LoraConfig."""
+        options = {
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+            "lora_dropout": float(self.lora_dropout),
+            "use_dora": self.use_dora,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the LoRA for each component."""
+        return 2 if self.residual is None else 1
+
+    @property
+    def which(self) -> Literal["largest", "smallest"]:
+        """The end of the spectrum that the mode trains."""
+        return "largest" if self.mode == "ipm" else "smallest"

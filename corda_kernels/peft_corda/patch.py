@@ -1,0 +1,145 @@
+"""One line that puts this package's `preprocess_corda` in the place of PEFT's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from corda_kernels.errors import CompatibilityError, CompatibilityWarning
+from corda_kernels.peft_corda.eigens import CordaEigens
+from corda_kernels.peft_corda.preprocess import check_choices, preprocess_corda
+
+# Versions of PEFT under which the tests of this integration have passed.
+TRIED_VERSIONS = ("0.19.1", "0.20.0", "0.21.2")
+
+_HOME = "peft.tuners.lora.corda"
+_FUNCTION = "preprocess_corda"
+_PARAMETERS = ["model", "lora_config", "run_model", "hooked_model"]
+
+
+class PeftPatch:
+    """A patch in force. `restore` ends it, and so does the end of a `with` block.
+
+    Attributes:
+        modules: names of the modules, beside PEFT's own, that had imported PEFT's function already
+            and were given this one.
+    """
+
+    def __init__(self, replacement: Callable[..., None]) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self.modules: list[str] = []
+        home = self._home()
+        original = getattr(home, _FUNCTION, None)
+        self._set(home, _FUNCTION, replacement)
+        if original is not None:
+            for module in list(sys.modules.values()):
+                self._rebind(module, original, replacement)
+
+    def _home(self) -> ModuleType:
+        """PEFT's module, or one in its place where PEFT cannot import it for lack of attrs."""
+        try:
+            home = importlib.import_module(_HOME)
+        except ModuleNotFoundError as error:
+            if error.name not in ("attr", "attrs"):
+                raise CompatibilityError(
+                    f"the installed peft {_installed()} has no module {_HOME} ({error}): this "
+                    f"integration was tried with peft {', '.join(TRIED_VERSIONS)}"
+                ) from error
+            home = ModuleType(_HOME, "Stands in for PEFT's module, which needs attrs.")
+            home.CordaEigens = CordaEigens  # type: ignore[attr-defined]
+            sys.modules[_HOME] = home
+            self._undo.append(lambda: sys.modules.pop(_HOME, None))
+            parent, _, name = _HOME.rpartition(".")
+            self._set(sys.modules[parent], name, home)
+            return home
+        found = list(inspect.signature(getattr(home, _FUNCTION)).parameters)[: len(_PARAMETERS)]
+        if found != _PARAMETERS:
+            raise CompatibilityError(
+                f"{_FUNCTION} of the installed peft {_installed()} takes ({', '.join(found)}), not "
+                f"({', '.join(_PARAMETERS)}): this integration was tried with peft "
+                f"{', '.join(TRIED_VERSIONS)}"
+            )
+        return home
+
+    def _set(self, module: ModuleType, name: str, value: object) -> None:
+        if name in vars(module):
+            self._undo.append(functools.partial(setattr, module, name, vars(module)[name]))
+        else:
+            self._undo.append(functools.partial(delattr, module, name))
+        setattr(module, name, value)
+
+    def _rebind(self, module: object, original: object, replacement: object) -> None:
+        if not isinstance(module, ModuleType):
+            return
+        names = [name for name, value in list(vars(module).items()) if value is original]
+        for name in names:
+            self._set(module, name, replacement)
+        if names:
+            self.modules.append(module.__name__)
+
+    def restore(self) -> None:
+        """Puts everything back as it was; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> PeftPatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+
+def patch_peft(**options: Any) -> PeftPatch:
+    """Makes `from peft.tuners.lora.corda import preprocess_corda` give this package's function.
+
+    For the rest of the process, or as a context manager for its block. Call it before the import;
+    modules that have the function as a global already are given the new one, under whatever name
+    they hold it. A reference kept elsewhere, in a local variable or an object, stays PEFT's.
+
+    Args:
+        options: keyword-only options of `preprocess_corda`, as defaults for every call.
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+        CompatibilityError: the installed PEFT has no such function, or one of other arguments. With
+            a version that is not in `TRIED_VERSIONS` there is a CompatibilityWarning.
+    """
+    inspect.signature(preprocess_corda).bind_partial(**options)
+    check_choices(**options)
+    if _installed() not in TRIED_VERSIONS:
+        warnings.warn(
+            f"peft {_installed()} is installed; this integration was tried with "
+            f"{', '.join(TRIED_VERSIONS)}: check the first adapter",
+            CompatibilityWarning,
+            stacklevel=2,
+        )
+
+    @functools.wraps(preprocess_corda)
+    def replacement(
+        model: nn.Module,
+        lora_config: Any,
+        run_model: Callable[[], object] | None = None,
+        hooked_model: nn.Module | None = None,
+        **ours: Any,
+    ) -> None:
+        preprocess_corda(model, lora_config, run_model, hooked_model, **(options | ours))
+
+    return PeftPatch(replacement)
+
+
+def _installed() -> str:
+    return importlib.metadata.version("peft")

@@ -1,0 +1,290 @@
+"""PEFT's `preprocess_corda` on this package's parts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from corda_kernels.arguments import instance_of, one_of, readable_path, shown, whole_number
+from corda_kernels.errors import (
+    CalibrationError,
+    CompatibilityWarning,
+    ConfigError,
+    LeftOutWarning,
+    ModelError,
+)
+from corda_kernels.linalg import co_svd_layers
+from corda_kernels.linalg.damping import check_damping
+from corda_kernels.outputs import check_output
+from corda_kernels.peft_corda.eigens import CordaEigens, corda_eigens
+from corda_kernels.peft_corda.files import (
+    is_written,
+    read_cache,
+    read_covariances,
+    write_cache,
+    write_covariances,
+)
+from corda_kernels.peft_corda.observe import Observed, Observer
+from corda_kernels.peft_corda.targets import Target, corda_targets, exclude
+from corda_kernels.progress import progress_bar
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
+
+# What PEFT hangs on a layer beside its result.
+_TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], object] | None = None,
+    hooked_model: nn.Module | None = None,
+    *,
+    normalize: Literal["tokens", "peft"] = "peft",
+    damping: float | None = 0.01,
+    method: Literal["auto", "exact", "randomized"] = "auto",
+    on_unseen: Literal["error", "skip"] = "error",
+    memory_limit: int | None = None,
+) -> None:
+    """Prepares a model for `get_peft_model` with `init_lora_weights="corda"`, in PEFT's place.
+
+    Takes what PEFT's function of this name takes and leaves what it leaves: `module.eigens` on
+    every target layer, which `get_peft_model` turns into the adapter and the residual weight.
+    Nothing is changed on the model if this fails.
+
+    All of `lora_config.corda_config` is honoured, save for `use_float16_for_covariance`: sums are
+    kept in float32, for in float16 they overflow.
+
+    Args:
+        model: the base.
+        lora_config: PEFT's, with `corda_config`.
+        run_model: runs the model on the calibration data, with batches of any size. Padding does
+            not count if the model is given its `attention_mask`. Where a GPU's memory runs out it
+            is called once more, and must run the same data again. None where the cache or the
+            covariance file is written already.
+        hooked_model: the model that `run_model` runs, if it is another one.
+        normalize: "peft" divides each call's input by its largest entry and takes the mean over
+            calls, as PEFT does, whose numbers come out; "tokens" for the mean over tokens, another
+            scale of C, by which √σ is split otherwise between A and B.
+        damping: added to each covariance, times its mean diagonal; None for none.
+        method: of the decomposition; see `co_svd`.
+        on_unseen: what to do about targets that were never called: "error", or "skip" to add them
+            to `lora_config.exclude_modules`.
+        memory_limit: bytes that covariances may take; `run_model` is called as often as that needs,
+            each time for some of the layers, and must run the same data each time. None for once.
+
+    Raises:
+        ConfigError: an option is not allowed, or contradicts another.
+        ModelError: the model is none.
+        TargetError, RankError: a layer cannot be adapted as asked; found before anything runs.
+        CalibrationError: a target was never called, or received NaN or Inf.
+        CacheError: a file is damaged, stale, or does not cover the layers.
+        OutputError: a file could not be written; found before anything runs.
+
+    Source: CorDA (arXiv:2406.05223), algorithm 1; PEFT's peft/tuners/lora/corda.py for the form.
+    """
+    check_choices(
+        damping=damping,
+        memory_limit=memory_limit,
+        normalize=normalize,
+        method=method,
+        on_unseen=on_unseen,
+    )
+    instance_of("the model", model, nn.Module, ModelError)
+    instance_of("hooked_model", hooked_model, (nn.Module, type(None)), ModelError)
+    if run_model is not None and not callable(run_model):
+        raise ConfigError(f"run_model must be a function, got {shown(run_model)}")
+    options = _checked_options(getattr(lora_config, "corda_config", None), memory_limit)
+    targets = corda_targets(model, lora_config)
+    recipe = {"corda_method": options.corda_method, "damping": damping, "normalize": normalize}
+    cache_file, covariance_file = options.cache_file, options.covariance_file
+    observed: dict[str, Observed] = {}
+    eigens: dict[str, CordaEigens] = {}
+    absent: list[str] = []
+
+    def settle(wanted: Mapping[str, Target], found: Mapping[str, object], reason: str) -> None:
+        unseen = [name for name in wanted if name not in found]
+        if unseen and on_unseen == "error":
+            raise CalibrationError(
+                f"{len(unseen)} target layer(s) {reason}: {', '.join(unseen[:5])}"
+                f"{', …' if len(unseen) > 5 else ''}; leave them out of target_modules, or pass "
+                'on_unseen="skip"'
+            )
+        absent.extend(unseen)
+
+    if is_written(cache_file):
+        eigens = read_cache(cache_file, model, targets, recipe)
+        settle(targets, eigens, f"are not in {cache_file}")
+    else:
+        observer = Observer(normalize)
+        for path in (cache_file, covariance_file):
+            if path is not None:
+                check_output(path)
+        for part in _parts(targets, memory_limit):
+            if is_written(covariance_file):
+                covariances = read_covariances(covariance_file, model, part, normalize)
+                settle(part, covariances, f"are not in {covariance_file}")
+            else:
+                covariances = _observe(hooked_model or model, part, run_model, observer)
+                settle(part, covariances, "never received a token")
+                if covariance_file is not None:
+                    write_covariances(covariance_file, covariances, model, part, normalize)
+            if not options.prune_temporary_fields:
+                observed = dict(covariances)
+            eigens |= _decompose(covariances, part, options, damping, method)
+        if cache_file is not None:
+            write_cache(cache_file, eigens, model, targets, recipe)
+    if absent:
+        _leave_out(lora_config, absent)
+    _attach(targets, eigens, observed, options)
+
+
+def check_choices(
+    *,
+    normalize: str = "tokens",
+    damping: float | None = None,
+    method: str = "auto",
+    on_unseen: str = "error",
+    memory_limit: int | None = None,
+) -> None:
+    """Refuses options of `preprocess_corda` that are not allowed.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    one_of("normalize", normalize, ("tokens", "peft"))
+    one_of("method", method, ("auto", "exact", "randomized"))
+    one_of("on_unseen", on_unseen, ("error", "skip"))
+    check_damping(damping)
+    if memory_limit is not None:
+        whole_number("memory_limit", memory_limit, 0)
+
+
+def _checked_options(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
+    if options is None or options.corda_method not in ("ipm", "kpm"):
+        raise ConfigError(
+            'corda_config.corda_method must be "ipm" or "kpm": set LoraConfig(init_lora_weights='
+            '"corda", corda_config=CordaConfig(corda_method=…))'
+        )
+    for path in (options.cache_file, options.covariance_file):
+        if path is not None:
+            readable_path(path, ConfigError)
+    if options.use_float16_for_covariance:
+        warnings.warn(
+            "use_float16_for_covariance is not followed: a float16 sum overflows; covariances that "
+            "layers share are held once, and memory_limit bounds them",
+            CompatibilityWarning,
+            stacklevel=4,
+        )
+    keeps_covariances = options.covariance_file is not None or not options.prune_temporary_fields
+    if memory_limit is not None and keeps_covariances:
+        raise ConfigError(
+            "memory_limit frees covariances as it goes: it cannot be combined with covariance_file "
+            "or prune_temporary_fields=False"
+        )
+    return options
+
+
+def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[dict[str, Target]]:
+    """Consecutive layers whose covariances, taken as shared by none, fit into the limit."""
+    part: dict[str, Target] = {}
+    used = 0
+    for name, target in targets.items():
+        size = 4 * target.weight.shape[1] ** 2
+        if memory_limit is not None and size > memory_limit:
+            raise ConfigError(
+                f"the covariance of layer {name} alone takes {size} bytes, more than "
+                f"memory_limit={memory_limit}"
+            )
+        if memory_limit is not None and used + size > memory_limit:
+            yield part
+            part, used = {}, 0
+        part[name] = target
+        used += size
+    yield part
+
+
+def _observe(
+    model: nn.Module,
+    part: Mapping[str, Target],
+    run_model: Callable[[], object] | None,
+    observer: Observer,
+) -> dict[str, Observed]:
+    if run_model is None:
+        raise ConfigError(
+            "run_model is None, but neither the cache nor the covariance file is written yet: pass "
+            "a function that runs the model on the calibration data"
+        )
+    hooked = dict(model.named_modules())
+    modules = {name: hooked[name] for name in part if name in hooked}
+    return observer.observe(model, modules, run_model)
+
+
+def _decompose(
+    covariances: dict[str, Observed],
+    part: Mapping[str, Target],
+    options: CordaConfig,
+    damping: float | None,
+    method: Literal["auto", "exact", "randomized"],
+) -> dict[str, CordaEigens]:
+    """The layers' components. Uses `covariances` up: each is freed after its last reader."""
+    order = list(covariances)
+    weights = {name: part[name].weight for name in order}
+    # The very same tensor for layers that share it.
+    matrices = {name: covariances.pop(name).matrix for name in order}
+    decomposed = co_svd_layers(
+        weights,
+        matrices,
+        rank={name: part[name].rank for name in order},
+        which="largest" if options.corda_method == "ipm" else "smallest",
+        method=method,
+        damping=damping,
+    )
+    found = {}
+    for name, components in progress_bar(
+        decomposed,
+        description="decomposing",
+        unit="layers",
+        shown=options.verbose,
+        total=len(order),
+    ):
+        found[name] = corda_eigens(weights[name], components)
+        del matrices[name]
+    return {name: found[name] for name in order}
+
+
+def _leave_out(config: LoraConfig, absent: Sequence[str]) -> None:
+    exclude(config, absent)
+    warnings.warn(
+        f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was nothing "
+        "to make it from; they were added to lora_config.exclude_modules",
+        LeftOutWarning,
+        stacklevel=4,
+    )
+
+
+def _attach(
+    targets: Mapping[str, Target],
+    eigens: Mapping[str, CordaEigens],
+    observed: Mapping[str, Observed],
+    options: CordaConfig,
+) -> None:
+    for name, target in targets.items():
+        module: Any = target.module
+        for field in _TEMPORARY:
+            if hasattr(module, field):
+                delattr(module, field)
+        if name in eigens:
+            module.eigens = eigens[name]
+            if not options.prune_temporary_fields:
+                module.corda_method, module.rank = options.corda_method, target.rank
+        if name in observed:
+            module.covariance_matrix = observed[name].matrix
+            module.sample_count = observed[name].calls
