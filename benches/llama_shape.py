@@ -27,7 +27,7 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import write_json
-from corda_kernels.init.stages import covariance_stages
+from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from corda_kernels.models import decoder, parse_dtype
 from corda_kernels.outputs import check_output, format_bytes
@@ -131,8 +131,8 @@ def parts(
             runner(input_ids=ids, use_cache=False)
 
     def calibration() -> None:
-        stages = covariance_stages(model, batches, rank=None, memory_limit=limit, progress=False)
-        for _ in stages:
+        plan = CalibrationPlan(memory_limit=limit, progress=False)
+        for _ in covariance_stages(model, batches, plan):
             pass
 
     def initialisation() -> None:

@@ -6,6 +6,18 @@ about it, so that the command line can print it as one line and a caller can cat
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import warnings
+
+# Files whose frames are not the user's: this package's, and of what decorates its functions.
+_NOT_THE_USER = (
+    os.path.dirname(__file__) + os.sep,
+    contextlib.__file__,
+    os.path.join("torch", "utils", "_contextlib.py"),
+)
+
 
 class CordaError(Exception):
     """Base of every error this package raises on purpose."""
@@ -150,3 +162,11 @@ class ConvergenceWarning(CordaWarning):
 
 class CompatibilityWarning(CordaWarning):
     """Another library, or a file of its making, is used in a way that cannot be checked."""
+
+
+def warn(message: str, category: type[CordaWarning]) -> None:
+    """Warns of the line outside this package that has called it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and any(part in frame.f_code.co_filename for part in _NOT_THE_USER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

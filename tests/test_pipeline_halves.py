@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
 from corda_kernels.errors import CalibrationError
-from corda_kernels.init import calibrate_halves, corda_adapter
+from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Stability
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -30,7 +31,7 @@ def test_halves_merge_to_the_whole(calibrated: Calibrated, count: int) -> None:
     model, _ = calibrated()
     batches = random_batches(count)
     whole = calibrate(model, batches, progress=False)
-    halves = calibrate_halves(model, batches, rank=4, progress=False)
+    halves = one_stage(model, batches, rank=4, progress=False)
     assert list(halves) == list(whole)
     assert [names for _, names in halves.groups()] == [names for _, names in whole.groups()]
     for name, expected in whole.items():
@@ -49,7 +50,7 @@ def test_halves_note_where_they_come_from(calibrated: Calibrated, rank: int | No
     model, _ = calibrated()
     batches = random_batches(3)
     whole = calibrate(model, batches, progress=False).provenance
-    halves = calibrate_halves(model, batches, rank=rank, progress=False).provenance
+    halves = one_stage(model, batches, rank=rank, progress=False).provenance
     assert {name: halves[name] for name in whole} == whole
 
 
@@ -61,7 +62,7 @@ def test_without_two_halves_there_is_no_stability(
 ) -> None:
     model, _ = calibrated()
     rank = 4 if options.get("stability", True) else None
-    halves = calibrate_halves(model, random_batches(count), rank=rank, progress=False)
+    halves = one_stage(model, random_batches(count), rank=rank, progress=False)
     assert halves.provenance["stability"] is None
     record = corda_adapter(model, random_batches(count), config(**options)).record
     assert record.stability == {}
@@ -84,7 +85,7 @@ def test_covariances_of_a_whole_model_say_of_an_adapter_what_its_text_would(
 ) -> None:
     model, _ = calibrated()
     batches = random_batches()
-    covariances = calibrate_halves(model, batches, rank=4, progress=False)
+    covariances = one_stage(model, batches, rank=4, progress=False)
     options = config(mode, targets=["v_proj"])
     given = corda_adapter(model, covariances, options).record.stability
     assert given == corda_adapter(model, batches, options).record.stability
@@ -96,9 +97,7 @@ def test_stability_of_the_other_end_alone_is_none_of_an_adapter(
     calibrated: Calibrated, mode: str, measured: bool
 ) -> None:
     model, _ = calibrated()
-    covariances = calibrate_halves(
-        model, random_batches(), rank=4, ends=("largest",), progress=False
-    )
+    covariances = one_stage(model, random_batches(), rank=4, ends=("largest",), progress=False)
     assert bool(corda_adapter(model, covariances, config(mode)).record.stability) == measured
 
 
@@ -130,7 +129,7 @@ def test_a_layer_that_one_half_alone_reaches_is_that_half_s(first: int, shared: 
     experts = ["experts.0", "experts.1"]
     options: Any = {"targets": shared + experts, "progress": False}
     whole = calibrate(model, batches, **options)
-    halves = calibrate_halves(model, batches, rank=2, **options)
+    halves = one_stage(model, batches, rank=2, **options)
     assert list(halves) == list(whole) == shared + experts
     assert not halves.left_out
     for name in whole:
@@ -143,7 +142,7 @@ def test_a_layer_that_one_half_alone_reaches_is_that_half_s(first: int, shared: 
 
 def test_a_target_that_one_half_has_nothing_of() -> None:
     batches = [routed_to(0), routed_to(1)]
-    halves = calibrate_halves(
+    halves = one_stage(
         Routed(), batches, rank=2, targets=["experts.0"], ends=["smallest"], progress=False
     )
     assert halves.provenance["stability"]["layers"] == {"experts.0": {"top": None, "bottom": 0.0}}
@@ -151,7 +150,7 @@ def test_a_target_that_one_half_has_nothing_of() -> None:
 
 def test_a_layer_that_no_half_reaches_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"1 target layer.*experts\.1"):
-        calibrate_halves(
+        one_stage(
             Routed(),
             [routed_to(0), routed_to(0)],
             rank=2,

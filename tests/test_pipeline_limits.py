@@ -87,14 +87,14 @@ def test_a_memory_limit_changes_the_way_but_not_the_adapter(
     architecture: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from corda_kernels.init import stages
+    from corda_kernels.init import covariances as covariances_of_text
 
     model, covariances = calibrated(architecture)
     batches = random_batches(rows=16)
     # Both halves and their mean.
     size = 3 * sum(4 * covariance.matrix.numel() for covariance, _ in covariances.groups())
     whole = corda_adapter(model, batches, config("kpm", memory_limit=size))
-    monkeypatch.setattr(stages, "calibrate_halves", None)
+    monkeypatch.setattr(covariances_of_text, "calibrate", None)
     found = corda_adapter(model, batches, config("kpm", memory_limit=size - 1))
     blockwise(found, whole, same_components)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from peft import PeftModel
+from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import (
@@ -33,7 +34,8 @@ from corda_kernels.errors import (
     NonFiniteActivationError,
     RankError,
 )
-from corda_kernels.init import calibrate_candidates, corda_adapter, stages
+from corda_kernels.init import corda_adapter
+from corda_kernels.init import covariances as covariances_of_text
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
@@ -239,20 +241,6 @@ def test_candidates_are_dealt_out_in_turn(calibrated: Calibrated, selection: Any
     assert tokens == {7 * 48} if selection == "pool" else tokens <= {3 * 48, 2 * 48}
 
 
-def test_a_selection_can_be_cut_off_and_resumed(calibrated: Calibrated, tmp_path: Path) -> None:
-    model, _ = calibrated()
-    expected = calibrate_candidates(model, batches(), candidates=3, progress=False)
-    state = tmp_path / "state.safetensors"
-    broken = batches()
-    broken[4] = broken[4].new_full((3, 16), 10**6)  # in candidate 1, and no such token
-    with pytest.raises(BatchError, match=r"batch 4 \(counted from 0\) holds token 1000000"):
-        calibrate_candidates(model, broken, candidates=3, state=state, progress=False)
-    assert Selection.from_json(CovarianceSet.load(state).provenance["selection"]).rounds == 1
-    found = calibrate_candidates(model, batches(), candidates=3, state=state, progress=False)
-    assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
-    assert found.provenance == expected.provenance
-
-
 def same_adapters(found: Any, expected: Any, same_components: Callable[..., bool]) -> None:
     """Whether two adapters have the same components, and were made of the same text."""
     assert list(found.layers) == list(expected.layers)
@@ -294,7 +282,7 @@ def test_candidates_are_selected_block_by_block_too(
     # What is kept, and one candidate.
     limit = 2 * covariance_size(covariances)
     whole = corda_adapter(model, text, config(**options, memory_limit=limit), domain="text")
-    monkeypatch.setattr(stages, "calibrate_candidates", None)
+    monkeypatch.setattr(covariances_of_text, "calibrate", None)
     found = corda_adapter(model, text, config(**options, memory_limit=limit - 1), domain="text")
     same_adapters(found, whole, same_components)
 
@@ -344,17 +332,17 @@ def test_candidates_are_resumed_from_the_one_that_was_cut_off(
 ) -> None:
     model, _ = calibrated()
     given = [*batches(), *batches()]
-    expected = calibrate_candidates(model, given, candidates=count, progress=False)
+    expected = one_stage(model, given, candidates=count, progress=False)
     kept = CalibrationCheckpoint(tmp_path / "run", every=1, resume=True)
     broken = [*given]
     broken[count - 1] = broken[count - 1].new_full((3, 16), 10**6)  # there is no such token
     with pytest.raises(BatchError, match=f"batch {count - 1} .counted from 0. holds token 1000000"):
-        calibrate_candidates(model, broken, candidates=count, checkpoint=kept, progress=False)
+        one_stage(model, broken, candidates=count, checkpoint=kept, progress=False)
     assert {file.name for file in kept.kept()} == {f"run-{i + 1}" for i in range(count - 1)}
     calls: list[nn.Module] = []
     module = model.get_submodule("model.layers.0.mlp.up_proj")
     handle = module.register_forward_pre_hook(lambda module, _: calls.append(module))
-    found = calibrate_candidates(model, given, candidates=count, checkpoint=kept, progress=False)
+    found = one_stage(model, given, candidates=count, checkpoint=kept, progress=False)
     handle.remove()
     assert len(calls) == len(given[count - 1 :: count])
     assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
@@ -366,13 +354,13 @@ def test_candidates_are_resumed_from_the_one_that_was_cut_off(
 
 def test_too_few_batches_for_the_candidates(calibrated: Calibrated) -> None:
     with pytest.raises(ConfigError, match="8 candidates need as many batches, got 7"):
-        calibrate_candidates(calibrated()[0], batches(), candidates=8, progress=False)
+        one_stage(calibrated()[0], batches(), candidates=8, progress=False)
 
 
 def test_candidates_warn_once_and_name_the_batch_that_breaks(calibrated: Calibrated) -> None:
     model, _ = calibrated("mixtral")
     with pytest.warns(LeftOutWarning) as warned:
-        calibrate_candidates(model, batches(), candidates=3, progress=False)
+        one_stage(model, batches(), candidates=3, progress=False)
     assert len(warned) == 1
 
     model, _ = calibrated()
@@ -380,5 +368,5 @@ def test_candidates_warn_once_and_name_the_batch_that_breaks(calibrated: Calibra
     clean = [batch.masked_fill(batch == 5, 6) for batch in batches()]
     clean[5][0, 0] = 5
     with pytest.raises(NonFiniteActivationError) as caught:
-        calibrate_candidates(model, clean, candidates=3, progress=False)
+        one_stage(model, clean, candidates=3, progress=False)
     assert (caught.value.batch, caught.value.tokens) == (5, (5 * 48, 6 * 48))

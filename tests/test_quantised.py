@@ -31,8 +31,7 @@ from corda_kernels import (
 )
 from corda_kernels.adapter import adapter_of
 from corda_kernels.errors import AdapterError, CordaWarning, TargetError
-from corda_kernels.init import layers
-from corda_kernels.init.budget import adapter_parameters
+from corda_kernels.init import adapter_parameters, layers
 from corda_kernels.linears import is_packed, is_quantised, linear_shape, linear_weight
 from corda_kernels.models import target_linears
 from corda_kernels.peft_corda import preprocess_corda

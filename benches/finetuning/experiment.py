@@ -23,7 +23,7 @@ from corda_kernels import CovarianceSet, calibrate, load_model, load_tokenizer, 
 from corda_kernels.bench.timing import environment
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
-from corda_kernels.init import calibrate_candidates
+from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.text import help_topics
 
 from .claims import claim
@@ -195,7 +195,8 @@ class Experiment:
                     template=PROBLEM if mode == "ipm" else QUESTION,
                 )
                 if plus:
-                    found = calibrate_candidates(model, batches, candidates=count, progress=False)
+                    plan = CalibrationPlan(candidates=count, progress=False)
+                    (found,) = covariance_stages(model, batches, plan)
                 else:
                     found = calibrate(model, batches, progress=False)
                 found.save(file)

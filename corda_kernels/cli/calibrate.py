@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The covariance file to write (.safetensors).")
@@ -58,24 +59,12 @@ def calibrate(
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance import save_pieces
     from corda_kernels.calibration.distributed import Ranks
-    from corda_kernels.init import covariance_stages, united_provenance
+    from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
     from corda_kernels.linears import linear_shape
     from corda_kernels.models import load_tokenizer, target_linears
     from corda_kernels.outputs import format_bytes
 
-    text = options.TextOptions(
-        data,
-        field,
-        template,
-        chat_template,
-        samples,
-        candidates,
-        seq_len,
-        batch_size,
-        pack,
-        seed,
-        device,
-    )
+    text = options.TextOptions.of(context)
     options.check_output(out)
     options.check_unused(out, overwrite)
     limit = options.parse_size(memory_limit)
@@ -121,9 +110,7 @@ def calibrate(
             del covariances  # before the next ones are made
 
     with options.ranks(device) as distributed:
-        stages = covariance_stages(
-            network,
-            batches,
+        plan = CalibrationPlan(
             targets=chosen,
             rank=rank if stability else None,
             damping=damping,
@@ -134,6 +121,7 @@ def calibrate(
             checkpoint=None if checkpoint_every == 0 else checkpoint,
             distributed=distributed,
         )
+        stages = covariance_stages(network, batches, plan)
         if options.first_rank():
             save_pieces(noted(stages), out, united_provenance)
         else:

@@ -120,9 +120,10 @@ def _batches(
 def _calibrated(
     model: PreTrainedModel, batches: list[dict[str, Tensor]], rank: int, clock: Stopwatch
 ) -> CovarianceSet:
-    from corda_kernels.init import calibrate_halves
+    from corda_kernels.init import CalibrationPlan, covariance_stages
 
-    return calibrate_halves(model, batches, rank=rank, clock=clock)
+    (covariances,) = covariance_stages(model, batches, CalibrationPlan(rank=rank), clock=clock)
+    return covariances
 
 
 def _run(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def init(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter folder to write.")],
     mode: Annotated[
@@ -151,19 +152,7 @@ def init(
         covariances.provenance["mixture"]["files"] = [file.name for file in mixture]
     batches: list[dict[str, Tensor]] = []
     if data is not None:
-        text = options.TextOptions(
-            data,
-            field,
-            template,
-            chat_template,
-            samples,
-            candidates,
-            seq_len,
-            batch_size,
-            pack,
-            seed,
-            device,
-        )
+        text = options.TextOptions.of(context)
         batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     modules = check_targets(network, config)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -114,6 +114,11 @@ class TextOptions:
     pack: bool
     seed: int
     device: str = "cpu"
+
+    @classmethod
+    def of(cls, context: typer.Context) -> TextOptions:
+        """The options of these names that a command was given."""
+        return cls(**{field.name: context.params[field.name] for field in fields(cls)})
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
         """Token batches."""

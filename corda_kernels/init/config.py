@@ -16,6 +16,7 @@ from corda_kernels.arguments import (
     whole_number,
 )
 from corda_kernels.errors import ConfigError
+from corda_kernels.init.covariances import CalibrationPlan
 from corda_kernels.linalg.damping import check_damping
 from corda_kernels.models import check_selection
 from corda_kernels.planning.compactness import CONDITIONS, Condition
@@ -165,6 +166,28 @@ class CordaConfig:
                 "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
                 "these"
             )
+
+    def calibration(self, targets: str | Sequence[str], domain: str) -> CalibrationPlan:
+        """How text is to become covariances.
+
+        Args:
+            targets: the layers.
+            domain: what the text is.
+        """
+        return CalibrationPlan(
+            targets=targets,
+            rank=self.rank if self.stability else None,
+            ends=(self.which,),
+            damping=self.damping,
+            candidates=self.candidates,
+            selection=self.selection,
+            condition=self.condition,
+            domain=domain,
+            memory_limit=self.memory_limit,
+            all_at_once=self.budget is not None,
+            distributed=self.distributed,
+            progress=self.progress,
+        )
 
     @property
     def lora(self) -> dict[str, Any]:

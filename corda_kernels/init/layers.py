@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from corda_kernels.adapter import (
     published_factors,
 )
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.errors import OutOfMemoryWarning
+from corda_kernels.errors import OutOfMemoryWarning, warn
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.measured import sampled_spectrum
 from corda_kernels.linalg import CoSVD, co_svd_layers
@@ -29,6 +29,19 @@ from corda_kernels.progress import progress_bar
 _UNPACKED_BYTES = 1 << 30
 
 
+@dataclass(frozen=True, eq=False)
+class MadeLayer:
+    """One layer's adapter, what to note of it, and its part of the spectrum, both as JSON."""
+
+    adapter: LayerAdapter
+    note: dict[str, Any]
+    spectrum: dict[str, Any]
+
+    def to(self, device: torch.device) -> MadeLayer:
+        """The same, with the factors on a device."""
+        return replace(self, adapter=self.adapter.to(device))
+
+
 def layer_adapters(
     modules: Mapping[str, nn.Module],
     covariances: CovarianceSet,
@@ -36,15 +49,13 @@ def layer_adapters(
     config: CordaConfig,
     *,
     progress: bool,
-) -> dict[str, tuple[LayerAdapter, dict[str, Any], dict[str, Any]]]:
-    """The adapter of every module, what to note of it, and its part of the spectrum, as JSON.
-
-    They are in the order in which they come.
+) -> dict[str, MadeLayer]:
+    """The adapter of every module, in the order in which they come.
 
     Raises:
         DecompositionError: a covariance is not finite.
     """
-    made: dict[str, tuple[LayerAdapter, dict[str, Any], dict[str, Any]]] = {}
+    made: dict[str, MadeLayer] = {}
     bar = progress_bar(description="decomposing", unit="layers", shown=progress, total=len(modules))
     with bar:
         for together in _loaded_together(modules, covariances):
@@ -63,7 +74,8 @@ def layer_adapters(
                     }
                     whole = min(weights[name].shape)
                     first = 0 if config.which == "largest" else whole - ranks[name]
-                    made[name] = (layer, note, sampled_spectrum(part.S, first, whole))
+                    spectrum = sampled_spectrum(part.S, first, whole)
+                    made[name] = MadeLayer(layer, note, spectrum)
                     bar.update()
     return made
 
@@ -124,11 +136,10 @@ def _decomposed(
         try:
             yield from found({name: weight})
         except torch.OutOfMemoryError:
-            warnings.warn(
+            warn(
                 f"{weight.device} has too little memory to decompose layer {name}: the CPU takes "
                 "over",
                 OutOfMemoryWarning,
-                stacklevel=5,
             )
             yield from found({name: weight.cpu()})
 

@@ -33,12 +33,14 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.init import (
-    calibrate_candidates,
-    calibrate_halves,
+    CalibrationPlan,
     corda_adapter,
     covariance_stages,
 )
 from corda_kernels.planning import layer_spectra
+
+sys.path.append(str(Path(__file__).parents[1]))
+from stages import one_stage
 
 OPTIONS: dict[str, Any] = {"distributed": True, "progress": False}
 # Values of the two ranks for fields of CordaConfig.
@@ -119,13 +121,15 @@ def differing(model: Any, batches: list[Any], out: Path) -> dict[str, Callable[[
         "resume": lambda rank: run(model, batches, checkpoint=replace(kept, resume=rank == 1)),
         "entry": lambda rank: (run, blocks)[rank](model, batches),
         "parts": lambda rank: calibrate_block_parts(model, batches, parts=1 + rank, **OPTIONS),
-        "halves": lambda rank: calibrate_halves(model, texts[rank], **OPTIONS),
-        "rank of halves": lambda rank: calibrate_halves(model, batches, rank=4 + rank, **OPTIONS),
-        "number of candidates": lambda rank: calibrate_candidates(
+        "halves": lambda rank: one_stage(model, texts[rank], rank=4, **OPTIONS),
+        "rank of halves": lambda rank: one_stage(model, batches, rank=4 + rank, **OPTIONS),
+        "number of candidates": lambda rank: one_stage(
             model, batches, candidates=2 + rank, **OPTIONS
         ),
         "limit": lambda rank: list(
-            covariance_stages(model, batches, memory_limit=(None, 0)[rank], **OPTIONS)
+            covariance_stages(
+                model, batches, CalibrationPlan(memory_limit=(None, 0)[rank], **OPTIONS)
+            )
         ),
         "selection": lambda rank: select_covariance(
             model, sets, selection=("argmin", "pool")[rank], **OPTIONS

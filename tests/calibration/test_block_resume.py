@@ -16,8 +16,7 @@ from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CheckpointError, CordaWarning
-from corda_kernels.init import covariance_stages
-from corda_kernels.init.stages import united_provenance
+from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
 ModelMaker = Callable[..., nn.Module]
 BLOCKS = 3
@@ -205,15 +204,13 @@ def test_by_default_a_short_text_keeps_nothing(model: nn.Module, tmp_path: Path)
 def stages(model: nn.Module, batches: Any, folder: Path, *, blocks: bool) -> dict[str, Any]:
     """What the command line makes a file of: all layers, and the notes."""
     limit = 3 * covariance_bytes(model)[1]  # both halves of one block, and their mean
-    made = covariance_stages(
-        model,
-        batches,
+    plan = CalibrationPlan(
         rank=4,
         memory_limit=limit if blocks else None,
         checkpoint=checkpoint(folder),
         progress=False,
     )
-    sets = list(made)
+    sets = list(covariance_stages(model, batches, plan))
     layers = {name: covariance for stage in sets for name, covariance in stage.items()}
     return {"layers": layers, "notes": united_provenance([stage.provenance for stage in sets])}
 

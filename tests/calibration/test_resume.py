@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
 from corda_kernels.calibration import resume as resume_module
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning
-from corda_kernels.init import calibrate_halves
 
 ModelMaker = Callable[..., nn.Module]
 
@@ -232,7 +232,7 @@ def test_halves_are_resumed_wherever_they_were_killed(
 ) -> None:
     model, batches = tiny_model("llama"), random_batches()
     options: dict[str, Any] = {"rank": 4, "progress": False}
-    expected = contents(calibrate_halves(model, batches, **options), tmp_path / "whole")
+    expected = contents(one_stage(model, batches, **options), tmp_path / "whole")
     for end in range(2 * 3 + 1):
         kept = checkpoint(tmp_path)
         writes = 0
@@ -246,9 +246,9 @@ def test_halves_are_resumed_wherever_they_were_killed(
         handle = model.base_model.register_forward_pre_hook(die)
         if end < 6:
             with pytest.raises(Killed):
-                calibrate_halves(model, batches, checkpoint=kept, **options)
+                one_stage(model, batches, checkpoint=kept, **options)
         handle.remove()
-        found = calibrate_halves(model, batches, checkpoint=kept, **options)
+        found = one_stage(model, batches, checkpoint=kept, **options)
         assert contents(found, tmp_path / "resumed") == expected
         kept.discard()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["resumed", "whole"]
@@ -258,10 +258,10 @@ def test_halves_do_not_go_on_from_a_whole(tiny_model: ModelMaker, tmp_path: Path
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches, 4, tmp_path)
     with pytest.raises(CheckpointError, match="differs in stability"):
-        calibrate_halves(model, batches, checkpoint=checkpoint(tmp_path), progress=False)
+        one_stage(model, batches, rank=4, checkpoint=checkpoint(tmp_path))
     shutil.move(tmp_path / "run", tmp_path / "run-1")
     with pytest.raises(CheckpointError, match="differs in stability"):
-        calibrate_halves(model, batches, rank=None, checkpoint=checkpoint(tmp_path), progress=False)
+        one_stage(model, batches, checkpoint=checkpoint(tmp_path))
 
 
 def test_discarding_takes_the_files_of_the_run_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from peft import PeftModel
+from stages import one_stage
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from corda_kernels import (
@@ -22,7 +23,6 @@ from corda_kernels import (
     token_batches,
 )
 from corda_kernels.errors import CordaWarning
-from corda_kernels.init import calibrate_halves
 from corda_kernels.models import target_linears
 from corda_kernels.planning import layer_spectra, uniform_budget
 from corda_kernels.planning.compactness import CONDITIONS
@@ -56,7 +56,7 @@ def probe(batches):
 
 @pytest.fixture(scope="module")
 def covariances(base_folder, batches):
-    return calibrate_halves(load_model(base_folder), batches[:16], rank=None, progress=False)
+    return one_stage(load_model(base_folder), batches[:16], rank=None, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from stages import one_stage
 from torch import nn
 
 from corda_kernels import CordaConfig, CovarianceSet
 from corda_kernels.adapter import read_adapter, write_adapter
-from corda_kernels.init import calibrate_halves, corda_adapter
+from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import sampled_spectrum
 from corda_kernels.models import target_linears
 from corda_kernels.planning import Selection, Stability
@@ -92,7 +93,7 @@ def run(
     folder = tmp_path_factory.mktemp("run")
     model, _ = calibrated()
     batches = list(torch.randint(3, 64, (4, 3, 40), generator=torch.Generator().manual_seed(0)))
-    covariances = calibrate_halves(model, batches, rank=4, progress=False)
+    covariances = one_stage(model, batches, rank=4, progress=False)
     covariances.save(folder / "covariances.safetensors")
     made: dict[str, dict[str, Any]] = {
         "ipm": {"mode": "ipm", "rank": 4},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,20 +18,35 @@ from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum
 from corda_kernels.usage import Stopwatch
 
 
+@dataclass(frozen=True)
+class PlannedRanks:
+    """How many components each layer gets.
+
+    Attributes:
+        ranks: by layer.
+        allocation: how a budget was shared out, as JSON; empty without one.
+        spectra: of all layers, by which it was.
+    """
+
+    ranks: dict[str, int]
+    allocation: dict[str, Any] = field(default_factory=dict)
+    spectra: dict[str, LayerSpectrum] = field(default_factory=dict)
+
+
 def planned_ranks(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     covariances: CovarianceSet,
     config: CordaConfig,
     clock: Stopwatch,
-) -> tuple[dict[str, int], dict[str, Any], dict[str, LayerSpectrum]]:
-    """The rank of each layer, what to note of how a budget was shared out, and by which spectra.
+) -> PlannedRanks:
+    """The rank of each layer: the same for all, or by the spectra under a budget.
 
     Raises:
         RankError: the budget does not pay for a single component.
     """
     if config.budget is None:
-        return dict.fromkeys(modules, config.rank), {}, {}
+        return PlannedRanks(dict.fromkeys(modules, config.rank))
     shapes = layer_shapes(modules)
     budget = adapter_parameters(model, modules, config)
     with clock.stage("allocation"):
@@ -66,7 +82,7 @@ def planned_ranks(
         "condition": config.condition,
         "ranks": ranks,
     }
-    return ranks, allocation, spectra
+    return PlannedRanks(ranks, allocation, spectra)
 
 
 def adapter_parameters(

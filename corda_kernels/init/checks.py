@@ -1,0 +1,179 @@
+"""Refusals before the work: which layers an adapter gets, and whether it can have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from corda_kernels.adapter import has_adapter, not_selectable, residual_marker
+from corda_kernels.calibration import CovarianceSet
+from corda_kernels.errors import (
+    CovarianceError,
+    LeftOutWarning,
+    ModelError,
+    RankDeficientWarning,
+    RankError,
+    TargetError,
+    warn,
+)
+from corda_kernels.init.config import CordaConfig
+from corda_kernels.init.ranks import adapter_parameters, layer_shapes
+from corda_kernels.linears import check_writable, linear_shape
+from corda_kernels.models import (
+    check_unshared,
+    check_unwrapped,
+    target_linears,
+    unreached_weights,
+)
+from corda_kernels.planning.ranks import check_guaranteed
+
+
+def check_targets(
+    model: nn.Module, config: CordaConfig, *, use_peft: bool = True
+) -> dict[str, nn.Module]:
+    """The layers that `config` selects, after a check of its rank or budget.
+
+    Of "all-linear" those are left out that PEFT adapts in no LoRA of this model.
+
+    Raises:
+        TargetError: no layer matches, one shares its weight with another module, one is quantised
+            and residual is "weight", one that is named cannot be adapted by PEFT, or
+            modules_to_save names what is not there or adapted.
+        ConfigError: the budget cannot be read.
+        RankError: the rank is not possible for a layer, or the budget does not pay for the least.
+        ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
+    """
+    if has_adapter(model):
+        raise ModelError(
+            "the model carries an adapter already: load the base afresh, or merge the adapter"
+        )
+    if residual_marker(model) is not None:
+        raise ModelError(
+            "this model is the residual that an adapter left (see --save-base): load the "
+            "untouched base"
+        )
+    check_unwrapped(model)
+    modules = target_linears(model, config.targets, config.exclude_modules)
+    reasons = not_selectable(model, modules) if use_peft else {}
+    if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
+        name = next(iter(reasons))
+        raise TargetError(
+            f"layer {name} cannot be adapted through PEFT ({reasons[name]}): leave it out by "
+            "exclude_modules, or take init_corda(…, use_peft=False)"
+        )
+    modules = {name: module for name, module in modules.items() if name not in reasons}
+    check_unshared(model, modules)
+    _check_saved(model, modules, config.modules_to_save or ())
+    if config.residual == "weight":
+        check_writable(
+            modules,
+            'residual="weight" writes W − B A into it',
+            "take residual=None, which leaves it as it is, or load the model in a floating dtype",
+        )
+    if config.budget is not None:
+        check_guaranteed(
+            layer_shapes(modules),
+            adapter_parameters(model, modules, config),
+            config.min_rank,
+            config.max_rank,
+            config.rank_multiple,
+            config.rows,
+        )
+        return modules
+    for name, (outputs, inputs) in layer_shapes(modules).items():
+        if not 1 <= config.rank <= min(outputs, inputs):
+            raise RankError(
+                f"rank {config.rank} is not possible for layer {name} ({outputs} × {inputs}): "
+                f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"
+            )
+    return modules
+
+
+def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Says which layers of "all-linear" `check_targets` has left out, as PEFT adapts none of them.
+
+    What no calibration reaches is told with them, since the calibration is then given names.
+    """
+    names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
+    if names:
+        reasons = not_selectable(model, sorted(names)) | unreached_weights(model)
+        warn(
+            f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
+            f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
+            LeftOutWarning,
+        )
+
+
+def covered_modules(
+    modules: Mapping[str, nn.Module], covariances: CovarianceSet
+) -> dict[str, nn.Module]:
+    """The modules that have a covariance in the set, after a check that it is of their size."""
+    covered = {name: module for name, module in modules.items() if name in covariances}
+    for name, module in covered.items():
+        inputs = linear_shape(module)[1]
+        channels = covariances[name].matrix.shape[0]
+        if channels != inputs:
+            raise CovarianceError(
+                f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
+                "the covariances were taken from another model"
+            )
+    return covered
+
+
+def check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
+    """Makes sure that a set covers all modules but those that were left out on purpose."""
+    for name in modules:
+        if name not in covariances and name not in covariances.left_out:
+            raise CovarianceError(
+                f"there is no covariance for layer {name}: calibrate the same model with the same "
+                "targets, or leave the layer out of the targets"
+            )
+    if modules.keys().isdisjoint(covariances):
+        raise CovarianceError("the covariances cover none of the target layers")
+
+
+def rank_deficient(names: Iterable[str], covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
+    """Tokens and channels of each layer whose covariance is singular, having fewer tokens."""
+    return {
+        name: (covariances[name].tokens, covariances[name].matrix.shape[0])
+        for name in names
+        if covariances[name].tokens < covariances[name].matrix.shape[0]
+    }
+
+
+def warn_rank_deficient(short: Mapping[str, tuple[int, int]], damping: float | None) -> None:
+    """Says which covariances are singular, and what stood in for what they lack."""
+    if not short:
+        return
+    name, (tokens, channels) = max(short.items(), key=lambda item: item[1][1])
+    effect = (
+        f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
+        "directions that the text never touched"
+        if damping
+        else "without damping, directions that the text never touched are ordered by the weights"
+    )
+    warn(
+        f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
+        f"singular, for one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
+        "samples or longer sequences",
+        RankDeficientWarning,
+    )
+
+
+def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+    """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
+    for ending in saved:
+        whole = [
+            name
+            for name, _ in model.named_modules()
+            if name == ending or name.endswith(f".{ending}")
+        ]
+        if not whole:
+            raise TargetError(f"modules_to_save names {ending!r}, which the model does not have")
+        for name in modules:
+            if any(name == part or name.startswith(f"{part}.") for part in whole):
+                raise TargetError(
+                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
+                    "leave it out by exclude_modules, or do not name it"
+                )
