@@ -106,7 +106,8 @@ def _cpu() -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the libraries that a measurement was made with."""
     described: dict[str, Any] = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores of {_cpu()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores of {_cpu()} "
+        f"({torch.backends.cpu.get_cpu_capability()})",
         "python": platform.python_version(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
