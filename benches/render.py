@@ -47,7 +47,7 @@ TABLES: dict[str, Table] = {
         tables.speed,
         (
             *("cpu-covariance", "cpu-svd", "cpu-decomposition-accuracy"),
-            "cpu-pipeline",
+            *("cpu-pipeline", "cpu-pipeline-kpm"),
         ),
     ),
     "covariance": Table(tables.covariances, ("cpu-covariance", "cpu-covariance-4096")),
@@ -56,7 +56,7 @@ TABLES: dict[str, Table] = {
     "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
     "pipeline": Table(
         tables.pipelines,
-        ("cpu-pipeline", "cpu-pipeline-pissa", "cpu-pipeline-eva"),
+        ("cpu-pipeline", "cpu-pipeline-kpm", "cpu-pipeline-pissa", "cpu-pipeline-eva"),
     ),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
