@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "trainable_token_indices": ([1], "name the embeddings in modules_to_save"),
     "loftq_config": ({}, "it starts the adapter from the error of quantisation"),
     "eva_config": (None, "it starts the adapter in another way"),
-    "corda_config": (None, r"it is PEFT's own way, see corda_kernels\.integrations\.peft"),
+    "corda_config": (None, r"it is PEFT's own way, see corda_kernels\.peft_corda"),
     "layer_replication": ([(0, 2)], "replicated layers share one weight"),
     "use_qalora": (True, "it pools the inputs that the covariances are of"),
 }
