@@ -16,7 +16,7 @@ from corda_kernels.arguments import (
     whole_number,
 )
 from corda_kernels.errors import ConfigError
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.models import check_selection
 from corda_kernels.planning.compactness import CONDITIONS, Condition
 from corda_kernels.planning.ranks import check_bounds, parse_budget

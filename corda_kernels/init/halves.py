@@ -16,7 +16,7 @@ from corda_kernels.calibration.calibrate import Batch
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
 from corda_kernels.init.parts import calibrate_part
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import weights_at_hand
 from corda_kernels.models import devices
 from corda_kernels.planning import LayerStability, subspace_stability
