@@ -217,7 +217,7 @@ def symmetrize_(c: Tensor) -> Tensor:
     """
     real_tensor("c", c, ConfigError)
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
-        raise ConfigError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
+        raise _misfit("c", "(*batch, d, d)", c)
     result: Tensor = _implementation("symmetrize_", c.device)(c)
     return result
 
@@ -254,9 +254,7 @@ def batched_svd(t: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
     flag("exact", exact)
     real_tensor("t", t, ConfigError)
     if t.ndim < 2 or t.shape[-1] != t.shape[-2] or t.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"t must be (*batch, l, l) in float32 or float64, got {tuple(t.shape)} in {t.dtype}"
-        )
+        raise _misfit("t", "(*batch, l, l) in float32 or float64", t)
     flat = t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
     U, S = _implementation("batched_svd", t.device)(flat, exact)
     return U.reshape(t.shape), S.reshape(t.shape[:-1])
@@ -272,11 +270,9 @@ def _check_syrk(
     for name, array in (("c", c), ("absmax", absmax), ("outlier_count", outlier_count)):
         if array is not None and not holds_numbers(array):
             raise ConfigError(f"{name} must be a dense array with its numbers at hand")
-    if c.ndim != 2 or c.shape[0] != c.shape[1] or c.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}"
-        )
-    d = c.shape[0]
+    d = c.shape[-1] if c.ndim else 0
+    if c.shape != (d, d) or c.dtype not in (torch.float32, torch.float64):
+        raise _misfit("c", "(d, d) in float32 or float64", c)
     for rows in inputs:
         if (
             rows.ndim != 2
@@ -286,10 +282,8 @@ def _check_syrk(
             or rows.layout != torch.strided
             or rows.device != c.device
         ):
-            raise ConfigError(
-                f"x must be (n, {d}), dense, in a floating dtype of 16 bits or more on {c.device}, "
-                f"got {tuple(rows.shape)} in {rows.dtype} on {rows.device}"
-            )
+            wanted = f"(n, {d}), dense, in a floating dtype of 16 bits or more on {c.device}"
+            raise _misfit("x", wanted, rows)
     for name, statistic, dtype in (
         ("absmax", absmax, torch.float32),
         ("outlier_count", outlier_count, torch.int64),
@@ -297,10 +291,7 @@ def _check_syrk(
         if statistic is not None and (
             statistic.shape != (d,) or statistic.dtype != dtype or statistic.device != c.device
         ):
-            raise ConfigError(
-                f"{name} must be ({d},) in {dtype} on {c.device}, "
-                f"got {tuple(statistic.shape)} in {statistic.dtype} on {statistic.device}"
-            )
+            raise _misfit(name, f"({d},) in {dtype} on {c.device}", statistic)
     if row_mask is not None:
         if len(inputs) != 1:
             raise ConfigError("row_mask goes with a single x")
@@ -309,7 +300,9 @@ def _check_syrk(
             or row_mask.dtype != torch.bool
             or not holds_numbers(row_mask)
         ):
-            raise ConfigError(
-                f"row_mask must be ({inputs[0].shape[0]},) bool, "
-                f"got {tuple(row_mask.shape)} {row_mask.dtype}"
-            )
+            raise _misfit("row_mask", f"({inputs[0].shape[0]},) bool", row_mask)
+
+
+def _misfit(name: str, wanted: str, got: Tensor) -> ConfigError:
+    shape = tuple(got.shape)
+    return ConfigError(f"{name} must be {wanted}, got {shape} in {got.dtype} on {got.device}")
