@@ -285,19 +285,15 @@ def decompose(
     method: Method,
     generator: torch.Generator | None,
 ) -> Found:
-    """One end of the singular value decomposition of W·C, in float64; see `co_svd`."""
+    """One end of the singular value decomposition of W·C, in float64; see `co_svd`.
+
+    By iteration or by the exact method, which also takes those of a batch where the former fails.
+    """
     shortest = min(W.shape[-2:])
     dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block_size(rank, shortest)
     if method == "exact" or (method == "auto" and dense) or W.numel() == 0:
         U, S = exact(W.double(), C.double(), rank, which)
         return Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
-    return _iterated(W, C, rank, which, generator)
-
-
-def _iterated(
-    W: Tensor, C: Operand, rank: int, which: End, generator: torch.Generator | None
-) -> Found:
-    """By iteration, and by the exact method for those of a batch where that does not do."""
     if generator is None:
         generator = torch.Generator(W.device).manual_seed(0)
     end = top if which == "largest" else bottom
