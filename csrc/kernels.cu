@@ -1,5 +1,4 @@
 // The kernels under names that a loader can ask for, over raw pointers: no ABI but CUDA's own.
-#include "cholesky.cuh"
 #include "jacobi_svd.cuh"
 
 // One block to a multiprocessor: its shared memory is full of one matrix. With 1024 threads the
@@ -14,14 +13,4 @@ CORDA_KERNEL(1024) jacobi_svd_float32(const float* a, float* u, float* s, int* i
 CORDA_KERNEL(768) jacobi_svd_float64(const double* a, double* u, double* s, int* info, int l,
                                 int max_sweeps) {
   corda::jacobi_svd(a, u, s, info, l, max_sweeps);
-}
-
-CORDA_KERNEL(1024) damped_cholesky_float32(const float* matrix, float* factor, float* damping,
-                                     long long* attempts, int d, int max_attempts) {
-  corda::damped_cholesky(matrix, factor, damping, attempts, d, max_attempts);
-}
-
-CORDA_KERNEL(1024) damped_cholesky_float64(const double* matrix, double* factor, double* damping,
-                                     long long* attempts, int d, int max_attempts) {
-  corda::damped_cholesky(matrix, factor, damping, attempts, d, max_attempts);
 }

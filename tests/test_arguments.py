@@ -627,11 +627,6 @@ CASES: dict[str, Case] = {
         lambda w: {"t": C},
         {"t": [*odd_tensors(C), C[:4], C[0], C.half()], "exact": FLAGS},
     ),
-    "batched_cholesky": Case(
-        kernels.batched_cholesky,
-        lambda w: {"matrix": C},
-        {"matrix": [*odd_tensors(C), C[:4], C[0], C.half()]},
-    ),
     "use_backend": Case(
         in_backend, lambda w: {"name": "reference"}, {"name": [*CHOICES, "gpu", ["cpu"]]}
     ),

@@ -27,7 +27,7 @@ def doctor() -> None:
     import torch
 
     from corda_kernels import __version__
-    from corda_kernels.kernels import available_backends, cuda_loader, fatbin
+    from corda_kernels.kernels import available_backends
 
     rows = [("corda_kernels", __version__), ("python", platform.python_version())]
     rows += [(library, _version(library)) for library in _LIBRARIES]
@@ -35,7 +35,6 @@ def doctor() -> None:
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
         ("torch threads", str(torch.get_num_threads())),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
-        ("CUDA kernels", fatbin.describe(cuda_loader.sources())),
     ]
     for backend, reason in available_backends().items():
         rows.append((f"backend {backend}", "ready" if reason is None else f"no: {reason}"))

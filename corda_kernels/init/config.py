@@ -17,7 +17,7 @@ from corda_kernels.arguments import (
 )
 from corda_kernels.errors import ConfigError
 from corda_kernels.init.covariances import CalibrationPlan
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.models import check_selection
 from corda_kernels.planning.compactness import CONDITIONS, Condition
 from corda_kernels.planning.ranks import check_bounds, parse_budget

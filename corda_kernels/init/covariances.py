@@ -28,7 +28,7 @@ from corda_kernels.errors import (
     NonFiniteActivationError,
     PaddingWarning,
 )
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import weights_at_hand
 from corda_kernels.models import devices
 from corda_kernels.outputs import format_bytes

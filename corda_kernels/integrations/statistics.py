@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corda_kernels.arguments import instance_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import CovarianceError, DecompositionError, ModelError, RankError
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import linear_weight
 
 T = TypeVar("T")

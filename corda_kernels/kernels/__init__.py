@@ -22,11 +22,10 @@ from torch.utils.dlpack import from_dlpack
 
 from corda_kernels.arguments import flag, holds_numbers, one_of, real_number, real_tensor, shown
 from corda_kernels.errors import BackendError, ConfigError
-from corda_kernels.kernels import cpu, reference
+from corda_kernels.kernels import cpu, cuda, reference
 
 __all__ = [
     "available_backends",
-    "batched_cholesky",
     "batched_svd",
     "symmetrize_",
     "syrk_",
@@ -45,16 +44,13 @@ def _triton_syrk(*arguments: Any) -> None:
     triton_syrk.syrk_(*arguments)
 
 
-def _cuda_svd(t: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    from corda_kernels.kernels import cuda_batched
+@functools.cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with torch's CUDA build"
+    from corda_kernels.kernels import triton_syrk
 
-    return cuda_batched.batched_svd(t, exact)
-
-
-def _cuda_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from corda_kernels.kernels import cuda_batched
-
-    return cuda_batched.batched_cholesky(matrix)
+    return triton_syrk.unavailable()
 
 
 # Products in float64 are an operation of their own: not every backend has them.
@@ -67,9 +63,14 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("symmetrize_", "reference"): reference.symmetrize_,
     ("symmetrize_", "cpu"): cpu.symmetrize_,
     ("batched_svd", "reference"): reference.batched_svd,
-    ("batched_svd", "cuda"): _cuda_svd,
-    ("batched_cholesky", "reference"): reference.batched_cholesky,
-    ("batched_cholesky", "cuda"): _cuda_cholesky,
+    ("batched_svd", "cuda"): cuda.batched_svd,
+}
+# Asked one by one: an answer may load a library, or compile.
+_WHY_NOT: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": lambda: None,
+    "triton": _no_triton,
+    "cuda": cuda.unavailable,
 }
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
@@ -90,35 +91,6 @@ def available_backends(operation: str | None = None) -> dict[str, str | None]:
         for backend, why_not in _WHY_NOT.items()
         if operation is None or (operation, backend) in _TABLE
     }
-
-
-def _always() -> None:
-    return None
-
-
-@functools.cache
-def _no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; it comes with torch's CUDA build"
-    from corda_kernels.kernels import triton_syrk
-
-    return triton_syrk.unavailable()
-
-
-@functools.cache
-def _no_cuda() -> str | None:
-    from corda_kernels.kernels import cuda_loader
-
-    return cuda_loader.unavailable()
-
-
-# Asked one by one: an answer may load a library, or compile.
-_WHY_NOT: dict[str, Callable[[], str | None]] = {
-    "reference": _always,
-    "cpu": _always,
-    "triton": _no_triton,
-    "cuda": _no_cuda,
-}
 
 
 @contextlib.contextmanager
@@ -199,9 +171,9 @@ def syrk_(
     outlier_threshold = check_threshold(outlier_threshold)
     total = _tensor(c)
     inputs = [_tensor(rows) for rows in x] if isinstance(x, list | tuple) else [_tensor(x)]
-    largest = None if absmax is None else _tensor(absmax)
-    above = None if outlier_count is None else _tensor(outlier_count)
-    mask = None if row_mask is None else _tensor(row_mask)
+    largest, above, mask = (
+        None if array is None else _tensor(array) for array in (absmax, outlier_count, row_mask)
+    )
     _check_syrk(total, inputs, largest, above, mask)
     if mask is not None:
         inputs = [inputs[0][mask]]
@@ -245,7 +217,7 @@ def symmetrize_(c: Tensor) -> Tensor:
     """
     real_tensor("c", c, ConfigError)
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
-        raise ConfigError(f"c must be (*batch, d, d), got {tuple(c.shape)}")
+        raise _misfit("c", "(*batch, d, d)", c)
     result: Tensor = _implementation("symmetrize_", c.device)(c)
     return result
 
@@ -280,51 +252,12 @@ def batched_svd(t: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
         BackendError: the backend in force cannot run on t's device.
     """
     flag("exact", exact)
-    flat = _small_matrices("t", t)
+    real_tensor("t", t, ConfigError)
+    if t.ndim < 2 or t.shape[-1] != t.shape[-2] or t.dtype not in (torch.float32, torch.float64):
+        raise _misfit("t", "(*batch, l, l) in float32 or float64", t)
+    flat = t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
     U, S = _implementation("batched_svd", t.device)(flat, exact)
     return U.reshape(t.shape), S.reshape(t.shape[:-1])
-
-
-@torch.no_grad()
-def batched_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower Cholesky factors of many small matrices, each damped as little as it takes.
-
-    The rule of `regularized_inverse`, without its bound on the condition: a matrix is tried as it
-    is, then with λ = eps times the mean of its diagonal, then ten times as much and so on, at most
-    12 times. On a GPU one launch does it all (backend "cuda": up to d = 240 in float64 and 340 in
-    float32 on H100, 203 and 288 on A100), and nothing waits for the device.
-
-    Args:
-        matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
-
-    Returns:
-        factor (*batch, d, d), with zeros above the diagonal, of matrix + λ·I; damping (*batch), λ
-        as a multiple of the mean diagonal; attempts (*batch) int64. What cannot be factored gets
-        NaN for a factor.
-
-    Raises:
-        ConfigError: the shape or dtype does not fit.
-        BackendError: the backend in force cannot run on the matrix's device.
-    """
-    flat = _small_matrices("matrix", matrix)
-    factor, damping, attempts = _implementation("batched_cholesky", matrix.device)(flat)
-    batch = matrix.shape[:-2]
-    return factor.reshape(matrix.shape), damping.reshape(batch), attempts.reshape(batch)
-
-
-def _small_matrices(name: str, tensor: Tensor) -> Tensor:
-    """The batch as one dimension, (b, l, l)."""
-    real_tensor(name, tensor, ConfigError)
-    if (
-        tensor.ndim < 2
-        or tensor.shape[-1] != tensor.shape[-2]
-        or tensor.dtype not in (torch.float32, torch.float64)
-    ):
-        raise ConfigError(
-            f"{name} must be (*batch, l, l) in float32 or float64, "
-            f"got {tuple(tensor.shape)} in {tensor.dtype}"
-        )
-    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
 def _check_syrk(
@@ -337,11 +270,9 @@ def _check_syrk(
     for name, array in (("c", c), ("absmax", absmax), ("outlier_count", outlier_count)):
         if array is not None and not holds_numbers(array):
             raise ConfigError(f"{name} must be a dense array with its numbers at hand")
-    if c.ndim != 2 or c.shape[0] != c.shape[1] or c.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"c must be (d, d) in float32 or float64, got {tuple(c.shape)} in {c.dtype}"
-        )
-    d = c.shape[0]
+    d = c.shape[-1] if c.ndim else 0
+    if c.shape != (d, d) or c.dtype not in (torch.float32, torch.float64):
+        raise _misfit("c", "(d, d) in float32 or float64", c)
     for rows in inputs:
         if (
             rows.ndim != 2
@@ -351,10 +282,8 @@ def _check_syrk(
             or rows.layout != torch.strided
             or rows.device != c.device
         ):
-            raise ConfigError(
-                f"x must be (n, {d}), dense, in a floating dtype of 16 bits or more on {c.device}, "
-                f"got {tuple(rows.shape)} in {rows.dtype} on {rows.device}"
-            )
+            wanted = f"(n, {d}), dense, in a floating dtype of 16 bits or more on {c.device}"
+            raise _misfit("x", wanted, rows)
     for name, statistic, dtype in (
         ("absmax", absmax, torch.float32),
         ("outlier_count", outlier_count, torch.int64),
@@ -362,10 +291,7 @@ def _check_syrk(
         if statistic is not None and (
             statistic.shape != (d,) or statistic.dtype != dtype or statistic.device != c.device
         ):
-            raise ConfigError(
-                f"{name} must be ({d},) in {dtype} on {c.device}, "
-                f"got {tuple(statistic.shape)} in {statistic.dtype} on {statistic.device}"
-            )
+            raise _misfit(name, f"({d},) in {dtype} on {c.device}", statistic)
     if row_mask is not None:
         if len(inputs) != 1:
             raise ConfigError("row_mask goes with a single x")
@@ -374,7 +300,9 @@ def _check_syrk(
             or row_mask.dtype != torch.bool
             or not holds_numbers(row_mask)
         ):
-            raise ConfigError(
-                f"row_mask must be ({inputs[0].shape[0]},) bool, "
-                f"got {tuple(row_mask.shape)} {row_mask.dtype}"
-            )
+            raise _misfit("row_mask", f"({inputs[0].shape[0]},) bool", row_mask)
+
+
+def _misfit(name: str, wanted: str, got: Tensor) -> ConfigError:
+    shape = tuple(got.shape)
+    return ConfigError(f"{name} must be {wanted}, got {shape} in {got.dtype} on {got.device}")

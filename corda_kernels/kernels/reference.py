@@ -55,11 +55,6 @@ def symmetrize_(c: Tensor) -> Tensor:  # (*batch, d, d)
     return c.add_(c.tril(-1).mT)
 
 
-# Tries without damping, with eps, 10·eps … of the mean diagonal: a damping of 2e-6 is the largest
-# in float64.
-CHOLESKY_ATTEMPTS = 12
-
-
 def batched_svd(
     t: Tensor,  # (b, l, l)
     exact: bool,
@@ -87,26 +82,3 @@ def gram_svd(t: Tensor) -> tuple[Tensor, Tensor]:  # (b, l, l) float64 → (b, l
     # ‖uᵀt‖ is closer than the root of an eigenvalue, which may be negative, but not quite in order.
     S, order = (U.mT @ scaled).norm(dim=-1).sort(descending=True)
     return U.gather(-1, order[:, None, :].expand_as(U)), S * scale[..., 0]
-
-
-def batched_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, d)
-    """Factors, dampings and attempts. See `kernels.batched_cholesky`."""
-    eps = torch.finfo(matrix.dtype).eps
-    lower = matrix.tril()
-    mean_diagonal = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    factor = torch.full_like(matrix, torch.nan)
-    damping = torch.zeros_like(mean_diagonal)
-    attempts = torch.zeros_like(mean_diagonal, dtype=torch.int64)
-    pending = torch.ones_like(mean_diagonal, dtype=torch.bool)
-    for attempt in range(1, CHOLESKY_ATTEMPTS + 1):
-        damped = lower.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean_diagonal)[:, None])
-        candidate, info = torch.linalg.cholesky_ex(damped)
-        sound = (info == 0) & torch.isfinite(candidate.diagonal(dim1=-2, dim2=-1)).all(-1)
-        attempts[pending] = attempt
-        factor = torch.where((pending & sound)[:, None, None], candidate, factor)
-        pending &= ~sound
-        if attempt < CHOLESKY_ATTEMPTS:
-            raised = torch.where(damping == 0, eps, damping * 10)
-            damping = torch.where(pending, raised, damping)
-    return factor, damping, attempts

@@ -256,6 +256,7 @@ _LONGEST_CHAIN = {"default": 8192, "high": 2048}
 _SHORTEST_PART = 512
 _EPILOGUE = 900
 _NEEDED = (3, 6)
+_TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FLOAT32_PRODUCT = {"default": "bf16x3", "high": "tf32x3"}
 
 
@@ -295,27 +296,45 @@ def syrk_(
         raise ConfigError("the columns of c must be contiguous for the backend triton")
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) <= 0):
         x = x.contiguous()
-    n, d = x.shape
+    d = x.shape[1]
     by_tma, tile = _choose(c, x)
+    BM, BN, BK, warps, stages = tile
     longest = _LONGEST_CHAIN[precision]
+    processors = 0 if deterministic else _processors(c.device)
     statistics = absmax is not None or outlier_count is not None
     largest = absmax if absmax is not None else c.new_zeros(d)
     above = outlier_count if outlier_count is not None else _no_counts(d, c.device)
     limit = _rounded(outlier_threshold, x.dtype)
+    constants = {"BM": BM, "BN": BN, "BK": BK, "GROUP": _group(d), "STATISTICS": statistics}
+    options = {"num_warps": warps, "num_stages": stages}
     # One program a tile adds in the order of launches, several in the order of their ends.
-    step = longest if deterministic else n
+    step = longest if deterministic else x.shape[0]
     with torch.cuda.device(c.device) if c.is_cuda else torch.no_grad():
-        for begin in range(0, n, step):
-            rows = x[begin : begin + step]
-            shares = _divided(
-                len(rows), d, tile, longest, 0 if deterministic else _processors(c.device)
-            )
-            arguments = (c, rows, largest, above, alpha, limit, statistics)
+        for rows in torch.split(x, step):
+            n = rows.shape[0]
+            shares = _divided(n, d, tile, longest, processors)
+            programs = shares.programs(n)
             if by_tma:
-                _launch_tma(tile, shares, *arguments)
-            else:
-                product = _FLOAT32_PRODUCT[precision] if x.dtype == torch.float32 else "ieee"
-                _launch_pointer(tile, shares, *arguments, product)
+                _tiles_by_tma[(programs,)](
+                    TensorDescriptor.from_tensor(rows, [BK, BM]),
+                    TensorDescriptor.from_tensor(rows, [BK, BN]),
+                    TensorDescriptor.from_tensor(c, [BM, BN]),
+                    *(largest, above, n, d, *shares, alpha, limit),
+                    DTYPE=_TYPES[x.dtype],
+                    **constants,
+                    **options,
+                )
+                continue
+            product = _FLOAT32_PRODUCT[precision] if x.dtype == torch.float32 else "ieee"
+            _tiles_by_pointer[(programs,)](
+                *(rows, c, largest, above, n, d, rows.stride(0), c.stride(0)),
+                *(*shares, alpha, limit),
+                PRECISION="ieee" if _interpreted() else product,
+                ATOMIC=programs > shares.tiles,
+                RAGGED=d % BM != 0 or n % BK != 0,
+                **constants,
+                **options,
+            )
 
 
 def _choose(c: Tensor, x: Tensor) -> tuple[bool, Tile]:
@@ -390,81 +409,3 @@ def _processors(device: torch.device) -> int:
 def _no_counts(d: int, device: torch.device) -> Tensor:
     """Where counts go that nobody asked for."""
     return torch.zeros(d, dtype=torch.int64, device=device)
-
-
-def _launch_tma(
-    tile: Tile,
-    shares: Shares,
-    c: Tensor,
-    x: Tensor,
-    absmax: Tensor,
-    count: Tensor,
-    alpha: float,
-    limit: float,
-    statistics: bool,
-) -> None:
-    BM, BN, BK, warps, stages = tile
-    n, d = x.shape
-    _tiles_by_tma[(shares.programs(n),)](
-        TensorDescriptor.from_tensor(x, [BK, BM]),
-        TensorDescriptor.from_tensor(x, [BK, BN]),
-        TensorDescriptor.from_tensor(c, [BM, BN]),
-        absmax,
-        count,
-        n,
-        d,
-        *shares,
-        alpha,
-        limit,
-        BM=BM,
-        BN=BN,
-        BK=BK,
-        GROUP=_group(d),
-        STATISTICS=statistics,
-        DTYPE=_TYPES[x.dtype],
-        num_warps=warps,
-        num_stages=stages,
-    )
-
-
-def _launch_pointer(
-    tile: Tile,
-    shares: Shares,
-    c: Tensor,
-    x: Tensor,
-    absmax: Tensor,
-    count: Tensor,
-    alpha: float,
-    limit: float,
-    statistics: bool,
-    product: str,
-) -> None:
-    BM, BN, BK, warps, stages = tile
-    n, d = x.shape
-    programs = shares.programs(n)
-    _tiles_by_pointer[(programs,)](
-        x,
-        c,
-        absmax,
-        count,
-        n,
-        d,
-        x.stride(0),
-        c.stride(0),
-        *shares,
-        alpha,
-        limit,
-        BM=BM,
-        BN=BN,
-        BK=BK,
-        GROUP=_group(d),
-        PRECISION="ieee" if _interpreted() else product,
-        STATISTICS=statistics,
-        ATOMIC=programs > shares.tiles,
-        RAGGED=d % BM != 0 or n % BK != 0,
-        num_warps=warps,
-        num_stages=stages,
-    )
-
-
-_TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from corda_kernels.arguments import instance_of, seed_number, whole_number
 from corda_kernels.errors import DecompositionError, RankError
-from corda_kernels.linalg.co_svd import (
+from corda_kernels.linalg.context_svd import (
     CoSVD,
     Method,
     check,
     decompose,
     warn_given_up,
 )
-from corda_kernels.linalg.damping import damped
 from corda_kernels.linalg.exact import End
-from corda_kernels.linalg.operand import Operand
+from corda_kernels.linalg.operand import Operand, damped
 from corda_kernels.linalg.parallel import parallel_map, streamed_map
 from corda_kernels.memory import free_bytes
 

@@ -1,14 +1,17 @@
-"""A matrix to multiply by in another precision than it is kept in, without a copy of it."""
+"""A matrix to multiply by in another precision than it is kept in, without a copy of it; C + λI."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from corda_kernels.arguments import real_number
 from corda_kernels.errors import DecompositionError
+
+Operator = Callable[[Tensor], Tensor]
 
 # Rows converted at a time: at 256 to 512 of 1536 or 4096 columns, conversion and product together
 # take what the product alone takes (2 cores), where a whole copy adds a third or more. On a GPU all
@@ -21,6 +24,8 @@ _SMALL = 2048
 _MODERATE = (1e-6, 1e6)
 # With the largest entries between these, squares of W·C are within float64's, whatever the damping.
 _RANGE = (1e-60, 1e60)
+# Beside a larger damping nothing is left of C in float64.
+_MOST_DAMPING = 1 / torch.finfo(torch.float64).eps
 
 
 @dataclass(eq=False)
@@ -103,6 +108,25 @@ class Operand:
                 rows,
                 panel if known and len(taken) == 1 else panel.copy_(self.matrix[..., rows, :]),
             )
+
+
+def check_damping(damping: float | None) -> None:
+    """Refuses what is no damping.
+
+    Raises:
+        ConfigError: it is no number, negative, NaN, or so large that nothing would be left of C.
+    """
+    if damping is not None:
+        rule = "at least 0 and finite, and no larger than 4.5e15"
+        real_number("damping", damping, rule, lambda x: 0 <= x <= _MOST_DAMPING)
+
+
+def damped(covariance: Tensor, damping: float | None) -> tuple[Operand, Tensor]:
+    """C + λI for C (*batch, in, in), and λ as a multiple of the mean diagonal of C, (*batch)."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    share = torch.full_like(mean, float(damping or 0.0))
+    shift = (share * mean)[..., None, None] if damping else None
+    return Operand(covariance, shift, symmetric=True), share
 
 
 def largest_entry(matrix: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 from collections import deque
@@ -42,8 +41,16 @@ def parallel_map(
     if workers < 2:
         yield from map(function, items)
         return
-    with _single_threaded(), _single_threaded_pool(workers) as pool:
-        yield from _in_order(pool, function, items, _AHEAD * workers)
+    # A new thread has OpenMP's own number of threads until torch has been asked for its own there.
+    # MKL's QR on several rounds otherwise, it seems: on a busy machine the R of a 160 × 64 matrix
+    # was another in 4 of 192 runs, and with it files that should be the same; with this in none.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)
+    try:
+        with pool:
+            yield from _in_order(pool, function, items, _AHEAD * workers)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def streamed_map(
@@ -104,20 +111,3 @@ def _in_order(
     finally:
         for future in running:
             future.cancel()
-
-
-def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
-    # A new thread has OpenMP's own number of threads until torch has been asked for its own there.
-    # MKL's QR on several rounds otherwise, it seems: on a busy machine the R of a 160 × 64 matrix
-    # was another in 4 of 192 runs, and with it files that should be the same; with this in none.
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from corda_kernels.errors import (
     ModelError,
 )
 from corda_kernels.linalg import co_svd_layers
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.outputs import check_output
 from corda_kernels.peft_corda.eigens import CordaEigens, corda_eigens
 from corda_kernels.peft_corda.files import (

@@ -21,9 +21,8 @@ from corda_kernels.calibration.agreement import covariances_given, layers_given
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
 from corda_kernels.linalg import extreme_eigenvalues, parallel_map, singular_values
-from corda_kernels.linalg.co_svd import check_shapes
-from corda_kernels.linalg.damping import check_damping
-from corda_kernels.linalg.operand import near_one
+from corda_kernels.linalg.context_svd import check_shapes
+from corda_kernels.linalg.operand import check_damping, near_one
 from corda_kernels.linears import linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 

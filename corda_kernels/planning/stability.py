@@ -20,7 +20,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
 from corda_kernels.fields import Check, check_fields, is_number, is_object, is_whole
 from corda_kernels.linalg import CoSVD, co_svd_layers
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
 

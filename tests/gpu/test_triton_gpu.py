@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend
@@ -48,9 +49,7 @@ def test_the_backend_is_available() -> None:
     assert available_backends()["triton"] is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [1, 33, 250, 576, 1536, 4096])
-@pytest.mark.parametrize("n", [1, 100, 5000, 8192])
+@pairwise(n=[1, 100, 5000, 8192], d=[1, 33, 250, 576, 1536, 4096], dtype=DTYPES)
 def test_results_on_ragged_and_even_shapes(n: int, d: int, dtype: torch.dtype) -> None:
     x = random(n, d, dtype)
     c, absmax, count = run(x, d)

@@ -1,8 +1,6 @@
-"""kernels.batched_svd and batched_cholesky as they run without a GPU: the reference."""
+"""kernels.batched_svd as it runs without a GPU: the reference."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_kernels.kernels import available_backends, batched_cholesky, batched_svd, reference
+from corda_kernels.kernels import available_backends, batched_svd, reference
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -75,41 +73,12 @@ def test_gram_svd_of_zeros() -> None:
     assert torch.equal(S, torch.zeros(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 2), (0,)])
-def test_cholesky_of_any_batch(shape: tuple[int, ...]) -> None:
-    t = torch.randn(*shape, 6, 6, dtype=torch.float64)
-    matrix = t @ t.mT + 0.1 * torch.eye(6)
-    factor, damping, attempts = batched_cholesky(matrix + torch.full((6, 6), torch.nan).triu(1))
-    assert (factor.shape, damping.shape, attempts.shape) == (matrix.shape, shape, shape)
-    torch.testing.assert_close(factor @ factor.mT, matrix)
-    assert bool((factor.triu(1) == 0).all())
-    assert bool((damping == 0).all())
-    assert bool((attempts == 1).all())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cholesky_damps_by_the_least_that_works(dtype: torch.dtype) -> None:
-    eps = torch.finfo(dtype).eps
-    matrix = torch.diag_embed(torch.tensor([[1, 1, 1], [1.5, 1.5, -30 * eps]], dtype=dtype))
-    factor, damping, attempts = batched_cholesky(matrix)
-    assert attempts.tolist() == [1, 4]
-    torch.testing.assert_close(damping, torch.tensor([0, 100 * eps], dtype=dtype))
-    assert bool(torch.isfinite(factor).all())
-
-
-def test_what_cannot_be_factored_is_nan_after_all_attempts() -> None:
-    factor, _, attempts = batched_cholesky(torch.stack([-torch.eye(3), torch.zeros(3, 3)]))
-    assert bool(factor.isnan().all())
-    assert attempts.tolist() == [12, 12]
-
-
-@pytest.mark.parametrize("function", [batched_svd, batched_cholesky])
 @pytest.mark.parametrize(
     "bad", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(3, 3, dtype=torch.float16)]
 )
-def test_shapes_and_dtypes_that_do_not_fit_are_refused(function: Any, bad: Tensor) -> None:
+def test_shapes_and_dtypes_that_do_not_fit_are_refused(bad: Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be \(\*batch, l, l\) in float32 or float64"):
-        function(bad)
+        batched_svd(bad)
 
 
 def test_backends_are_listed_by_operation() -> None:

@@ -1,37 +1,38 @@
-"""Machine code of csrc/ for every architecture of the fatbin: needs nvcc, but no GPU."""
+"""Machine code of csrc/ for three architectures: needs nvcc, but no GPU."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from corda_kernels.kernels import cuda_batched, cuda_loader, fatbin
+from corda_kernels.kernels import cuda
 
-NVCC = fatbin.find_nvcc()
+HOME = os.environ.get("CUDA_HOME")
+NVCC = (HOME and shutil.which("nvcc", path=str(Path(HOME, "bin")))) or shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, on PATH or in CUDA_HOME")
 
-SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a block
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a block, by architecture
 REGISTERS = 65_536  # of a multiprocessor
 WARP_REGISTERS = 256  # what a warp gets is a multiple of this
-THREADS = {
-    "jacobi_svd_float32": cuda_batched._SVD_THREADS[torch.float32],
-    "jacobi_svd_float64": cuda_batched._SVD_THREADS[torch.float64],
-    "damped_cholesky_float32": cuda_batched._CHOLESKY_THREADS,
-    "damped_cholesky_float64": cuda_batched._CHOLESKY_THREADS,
-}
+THREADS = {f"jacobi_svd_{cuda._suffix(dtype)}": n for dtype, n in cuda._SVD_THREADS.items()}
 
 
 def report(
-    sources: Path, output: Path, architectures: tuple[int, ...] = fatbin.ARCHITECTURES
+    sources: Path, output: Path, architectures: tuple[int, ...] = tuple(SHARED_BYTES)
 ) -> list[tuple[str, int, int, int]]:
     """Kernel, architecture, registers, and bytes of stack and spills, as ptxas reports them."""
     assert NVCC is not None
-    command = fatbin.compile_command(NVCC, sources, output, architectures)
-    done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True)
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin", "-o", str(output)]
+    for number in architectures:
+        command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    command.append(str(sources / "kernels.cu"))
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
     found = re.findall(
@@ -47,11 +48,9 @@ def report(
 
 
 def test_every_kernel_compiles_within_the_limits_and_without_spills(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.fatbin"
-    found = report(cuda_loader.sources(), path)
-    assert path.stat().st_size > 0
+    found = report(cuda.sources(), tmp_path / "code")
     assert {(name, architecture) for name, architecture, *_ in found} == {
-        (name, architecture) for name in THREADS for architecture in fatbin.ARCHITECTURES
+        (name, architecture) for name in THREADS for architecture in SHARED_BYTES
     }
     for name, architecture, registers, memory in found:
         assert memory == 0, f"{name} spills on sm_{architecture}"
@@ -60,12 +59,12 @@ def test_every_kernel_compiles_within_the_limits_and_without_spills(tmp_path: Pa
 
 
 def test_a_spill_is_noticed(tmp_path: Path) -> None:
-    for path in fatbin.source_files(cuda_loader.sources()):
+    for path in cuda.sources().glob("*.cu*"):
         text = path.read_text(encoding="utf-8")
         tmp_path.joinpath(path.name).write_text(
             text.replace("CORDA_KERNEL(768)", "CORDA_KERNEL(1024)")
         )
-    found = report(tmp_path, tmp_path / "kernels.fatbin", (100,))
+    found = report(tmp_path, tmp_path / "code", (100,))
     assert any(memory for name, _, _, memory in found if name == "jacobi_svd_float64")
 
 
@@ -76,6 +75,6 @@ def test_a_spill_is_noticed(tmp_path: Path) -> None:
 )
 def test_sizes_that_the_documentation_names_fit(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     for limit, l in zip(SHARED_BYTES.values(), sizes, strict=True):
-        assert cuda_batched.svd_shared_bytes(l, dtype) <= limit
-        assert cuda_batched.svd_shared_bytes(l + 1, dtype) > limit
-        assert l <= cuda_batched._SVD_ROWS[dtype]
+        assert cuda.svd_shared_bytes(l, dtype) <= limit
+        assert cuda.svd_shared_bytes(l + 1, dtype) > limit
+        assert l <= cuda._SVD_ROWS[dtype]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
-from corda_kernels import regularized_inverse
-from corda_kernels.kernels import cuda_batched, cuda_loader, reference
-from corda_kernels.kernels.cuda_batched import batched_cholesky, batched_svd, jacobi_svd
+from corda_kernels.kernels import cuda, reference
+from corda_kernels.kernels.cuda import batched_svd, jacobi_svd
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -47,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("csrc") / "kernels.so"
     command = ["g++", "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-I{cuda_loader.sources()}", "-o", str(path)]
+    command += [f"-I{cuda.sources()}", "-o", str(path)]
     command.append(str(HERE / "cuda_on_cpu" / "launch.cpp"))
     subprocess.run(command, check=True)
     return path
@@ -77,8 +77,8 @@ def order(library: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Non
             ctypes.c_int(chosen[0]),
         )
 
-    monkeypatch.setattr(cuda_loader, "launch", launch)
-    monkeypatch.setattr(cuda_loader, "shared_memory", lambda device: HOPPER_BYTES)
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "shared_memory", lambda device: HOPPER_BYTES)
     return lambda value: chosen.__setitem__(0, value)
 
 
@@ -110,9 +110,7 @@ def check(t: Tensor, U: Tensor, S: Tensor) -> None:
     assert float((rows @ rows.mT - squares).abs().max()) <= 2 * allowed
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("l", [1, 2, 3, 4, 5, 8, 15, 17, 32, 33])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(dtype=DTYPES, l=[1, 2, 3, 8, 17, 32, 33], spectrum=list(SPECTRA))
 def test_svd_of_every_spectrum(dtype: torch.dtype, l: int, spectrum: str) -> None:
     t = matrix(spectrum, l).to(dtype)
     U, S, sweeps = jacobi_svd(t[None])
@@ -224,11 +222,10 @@ def test_no_result_depends_on_the_order_of_the_threads(
 ) -> None:
     t = torch.stack([matrix("graded", l), matrix("rank deficient", l)]).to(dtype)
     t[1, :, ::3] = 0
-    spd = t[:1] @ t[:1].mT
     results = []
     for value in (0, 1, SHUFFLED):
         order(value)
-        results.append([*jacobi_svd(t), *batched_cholesky(spd)])
+        results.append(jacobi_svd(t))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
@@ -248,77 +245,12 @@ def test_the_launcher_notices_faults(library: Path) -> None:
 
 
 def test_shared_memory_is_exactly_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda_batched.svd_shared_bytes(239, torch.float32) <= HOPPER_BYTES
-    assert cuda_batched.svd_shared_bytes(240, torch.float32) > HOPPER_BYTES
-    assert cuda_batched.svd_shared_bytes(169, torch.float64) <= HOPPER_BYTES
-    assert cuda_batched.svd_shared_bytes(170, torch.float64) > HOPPER_BYTES
+    assert cuda.svd_shared_bytes(239, torch.float32) <= HOPPER_BYTES
+    assert cuda.svd_shared_bytes(240, torch.float32) > HOPPER_BYTES
+    assert cuda.svd_shared_bytes(169, torch.float64) <= HOPPER_BYTES
+    assert cuda.svd_shared_bytes(170, torch.float64) > HOPPER_BYTES
     t = torch.randn(2, 6, 6)
-    spd = t @ t.mT
-    monkeypatch.setattr(cuda_loader, "launch", lambda *_: pytest.fail("does not fit"))
-    svd_bytes = cuda_batched.svd_shared_bytes(6, torch.float32)
-    monkeypatch.setattr(cuda_loader, "shared_memory", lambda device: svd_bytes - 1)
+    monkeypatch.setattr(cuda, "launch", lambda *_: pytest.fail("does not fit"))
+    svd_bytes = cuda.svd_shared_bytes(6, torch.float32)
+    monkeypatch.setattr(cuda, "shared_memory", lambda device: svd_bytes - 1)
     assert torch.equal(batched_svd(t, exact=False)[1], reference.batched_svd(t, exact=False)[1])
-    monkeypatch.setattr(cuda_loader, "shared_memory", lambda device: 6 * 7 // 2 * 4 - 1)
-    assert torch.equal(batched_cholesky(spd)[0], reference.batched_cholesky(spd)[0])
-
-
-def spd(d: int, condition: float) -> Tensor:
-    values = torch.logspace(0, -torch.tensor(condition).log10().item(), d, dtype=torch.float64)
-    Q = orthogonal(d)
-    return (Q * values) @ Q.mT
-
-
-@pytest.mark.parametrize("d", [1, 2, 5, 31, 33, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cholesky_reads_and_fills_the_lower_triangle(dtype: torch.dtype, d: int) -> None:
-    exact = spd(d, 100).to(dtype)
-    matrix = exact + torch.full_like(exact, torch.nan).triu(1)
-    factor, damping, attempts = batched_cholesky(matrix[None])
-    assert bool((factor[0].triu(1) == 0).all())
-    allowed = 10 * torch.finfo(dtype).eps
-    assert float((factor[0] @ factor[0].mT - exact).abs().max()) <= allowed
-    assert (float(damping), int(attempts)) == (0, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cholesky_damps_each_matrix_by_the_rule_of_regularized_inverse(dtype: torch.dtype) -> None:
-    d, eps = 12, torch.finfo(dtype).eps
-    # Diagonals of mean 1 that lack so much of being definite, clear of what a try would add.
-    lacks = eps * torch.tensor([-1, 0.5, 5, 50, 3e5], dtype=torch.float64)
-    diagonal = ((d + lacks) / (d - 1))[:, None].repeat(1, d)
-    diagonal[:, -1] = -lacks
-    matrix = torch.diag_embed(diagonal).to(dtype)
-    factor, damping, attempts = batched_cholesky(matrix)
-    assert attempts.tolist() == [1, 2, 3, 4, 8]
-    expected = regularized_inverse(matrix, max_condition=float("inf"))
-    assert torch.equal(attempts, expected.attempts)
-    torch.testing.assert_close(damping, expected.damping, rtol=2 * eps, atol=0)
-    damped = matrix + torch.diag_embed(damping[:, None].expand(-1, d))
-    torch.testing.assert_close(factor.square(), damped, rtol=10 * eps, atol=10 * eps)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cholesky_agrees_with_its_reference(dtype: torch.dtype) -> None:
-    singular = torch.randn(10, 3, dtype=torch.float64)
-    matrix = torch.stack(
-        [
-            spd(10, 1e3),
-            -spd(10, 1e3),  # never factors
-            torch.zeros(10, 10).double(),
-            singular @ singular.mT + 1e-3 * torch.eye(10).double(),
-            spd(10, 10).index_fill(0, torch.tensor([4]), torch.nan),
-            spd(10, 10).index_fill(0, torch.tensor([9]), torch.inf),
-        ]
-    ).to(dtype)
-    found, expected = batched_cholesky(matrix), reference.batched_cholesky(matrix)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e3 * eps, equal_nan=True)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
-    assert torch.equal(found[2], expected[2])
-    assert found[0].isnan().all(-1).all(-1).tolist() == [False, True, True, False, True, True]
-    assert found[2].tolist() == [1, 12, 12, 1, 12, 12]
-
-
-def test_cholesky_of_no_matrix() -> None:
-    factor, damping, attempts = batched_cholesky(torch.zeros(0, 4, 4))
-    assert (factor.shape, damping.shape, attempts.shape) == ((0, 4, 4), (0,), (0,))

@@ -99,8 +99,8 @@ def test_errors_and_warnings_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> 
         next(co_svd_layers(weights, broken, rank=2))
     with pytest.raises(ConfigError, match="which"):
         next(co_svd_layers(weights, covariances, rank=2, which="both"))
-    monkeypatch.setattr("corda_kernels.linalg.subspace._MOST_CYCLES", 1)
-    monkeypatch.setattr("corda_kernels.linalg.subspace._MOST_BLOCKS", 1)
+    monkeypatch.setattr("corda_kernels.linalg.krylov._MOST_CYCLES", 1)
+    monkeypatch.setattr("corda_kernels.linalg.krylov._MOST_BLOCKS", 1)
     with pytest.warns(ConvergenceWarning, match="layer q: the randomised method did not converge"):
         list(co_svd_layers({"q": weights["q"]}, covariances, rank=2, method="randomized"))
 

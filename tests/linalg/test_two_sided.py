@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.linalg import CoSVD, co_svd
-from corda_kernels.linalg.two_sided import input_root
+from corda_kernels.linalg.context_svd import input_root
 
 RANK = 4
 SHAPES = {"wide": (30, 44), "square": (36, 36), "tall": (44, 30)}
@@ -50,7 +51,6 @@ SINGULAR: dict[str, Callable[[int], Tensor]] = {
     "zero": lambda d: torch.zeros(d, d, dtype=torch.float64),
 }
 
-all_shapes = pytest.mark.parametrize("shape", SHAPES)
 all_ends = pytest.mark.parametrize("which", ENDS)
 all_powers = pytest.mark.parametrize("power", [0.5, 1.0])
 
@@ -75,11 +75,9 @@ def part_of(W: Tensor, found: CoSVD) -> Tensor:
     return found.U @ (dual.mT @ W)
 
 
-@all_shapes
-@all_ends
-@all_powers
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", REGULAR)
+@pairwise(
+    name=list(REGULAR), weighted=[False, True], power=[0.5, 1.0], which=ENDS, shape=list(SHAPES)
+)
 def test_is_the_optimum_of_eckart_and_young(
     name: str, weighted: bool, power: float, which: str, shape: str
 ) -> None:
@@ -165,9 +163,7 @@ def test_power_half_leaves_the_least_error_of_the_outputs() -> None:
     assert errors[1] > 1.01 * errors[0]
 
 
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("name", [*REGULAR, *SINGULAR])
+@pairwise(name=[*REGULAR, *SINGULAR], which=ENDS, shape=list(SHAPES))
 def test_the_defaults_are_co_svd_bit_for_bit(name: str, which: str, shape: str) -> None:
     W, C, _ = problem(name, shape)
     plain = co_svd(W, C, rank=RANK, which=which)
@@ -190,10 +186,7 @@ def test_an_identity_for_output_covariance_changes_nothing(power: float, which: 
     torch.testing.assert_close(found.dual, found.U)
 
 
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", SINGULAR)
+@pairwise(name=list(SINGULAR), weighted=[False, True], which=ENDS, shape=list(SHAPES))
 def test_of_a_singular_covariance_it_is_the_limit_of_a_vanishing_damping(
     name: str, weighted: bool, which: str, shape: str
 ) -> None:

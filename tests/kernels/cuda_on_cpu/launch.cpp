@@ -11,18 +11,8 @@
                         [=] { name(a, u, s, info, l, max_sweeps); });                           \
   }
 
-#define EXPORT_CHOLESKY(name, T)                                                                \
-  extern "C" void launch_##name(const T* matrix, T* factor, T* damping, long long* attempts,    \
-                                int d, int max_attempts, int blocks, int threads,               \
-                                size_t shared, int order) {                                     \
-    cuda_on_cpu::launch(blocks, threads, shared, order,                                         \
-                        [=] { name(matrix, factor, damping, attempts, d, max_attempts); });     \
-  }
-
 EXPORT_SVD(jacobi_svd_float32, float)
 EXPORT_SVD(jacobi_svd_float64, double)
-EXPORT_CHOLESKY(damped_cholesky_float32, float)
-EXPORT_CHOLESKY(damped_cholesky_float64, double)
 
 // Faults that the launcher must notice: see test_csrc_host.py.
 extern "C" void launch_fault(int kind) {

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.linalg import subspace
-from corda_kernels.linalg.subspace import Operator, leading_pairs
-from corda_kernels.linalg.triangle import lower_triangle
+from corda_kernels.linalg import krylov
+from corda_kernels.linalg.exact import lower_triangle
+from corda_kernels.linalg.krylov import Stop, leading_pairs
+from corda_kernels.linalg.operand import Operator
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -41,21 +42,18 @@ def top(
     M: Tensor, rank: int, *, block: int = 20, tolerance: float = 1e-4, least_gap: float = 1e-3
 ) -> tuple[Tensor, ...]:
     start = random(*M.shape[:-2], M.shape[-1], block)
-    options = {"tolerance": tolerance, "least_gap": least_gap, "gain": 1e2}
-    return leading_pairs(lambda X: M.mT @ X, lambda Y: M @ Y, start, rank, **options)
+    operators = (lambda X: M.mT @ X, lambda Y: M @ Y)
+    return leading_pairs(operators, start, rank, Stop(tolerance, least_gap, 1e2))
 
 
 def bottom(M: Tensor, rank: int, *, block: int = 20, tolerance: float = 1e-2) -> tuple[Tensor, ...]:
     L = lower_triangle(M)
-    U, S, error = leading_pairs(
+    operators = (
         lambda X: torch.linalg.solve_triangular(L, X, upper=False),
         lambda Y: torch.linalg.solve_triangular(L.mT, Y, upper=True),
-        random(*L.shape[:-1], block),
-        rank,
-        tolerance=tolerance,
-        least_gap=1e-2,
-        gain=1e2,
     )
+    start = random(*L.shape[:-1], block)
+    U, S, error = leading_pairs(operators, start, rank, Stop(tolerance, 1e-2, 1e2))
     return U.flip(-1), 1 / S.flip(-1), error
 
 
@@ -92,7 +90,7 @@ def test_top_finds_the_known_vectors(name: str, columns: int) -> None:
 def test_columns_become_orthonormal_however_close_they_are(digits: int, dtype: torch.dtype) -> None:
     columns, _ = known(120, 8, log_spaced(8, digits))
     columns = columns.to(dtype)
-    Q = subspace._orthonormal(columns)
+    Q = krylov._orthonormal(columns)
     assert Q.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(Q.T @ Q, torch.eye(8, dtype=dtype), rtol=0, atol=20 * eps)
@@ -106,15 +104,15 @@ def test_only_columns_that_nearly_coincide_take_a_qr(monkeypatch: pytest.MonkeyP
     qr = torch.linalg.qr
     monkeypatch.setattr(torch.linalg, "qr", lambda X: taken.append(X) or qr(X))
     free = random(2, 50, 6) * torch.logspace(0, 9, 6).double()
-    subspace._orthonormal(free)
+    krylov._orthonormal(free)
     assert not taken
     close = free.clone()
     close[1, :, 3] = close[1, :, 2] * (1 + 1e-9 * random(50))
-    Q = subspace._orthonormal(close)
+    Q = krylov._orthonormal(close)
     assert len(taken) == 1
     eye = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
     torch.testing.assert_close(Q.mT @ Q, eye, rtol=0, atol=1e-14)
-    zero = subspace._orthonormal(torch.zeros(50, 6, dtype=torch.float64))
+    zero = krylov._orthonormal(torch.zeros(50, 6, dtype=torch.float64))
     torch.testing.assert_close(zero.T @ zero, eye[0], rtol=0, atol=1e-14)
 
 
@@ -129,8 +127,8 @@ def test_a_smaller_tolerance_takes_more_work_and_leaves_less_error() -> None:
             return M.T @ X
 
         torch.manual_seed(1)
-        start, options = random(400, 12), {"tolerance": tolerance, "least_gap": 1e-3, "gain": 1e2}
-        U, _, error = leading_pairs(half, lambda Y: M @ Y, start, 4, **options)
+        operators, stop = (half, lambda Y: M @ Y), Stop(tolerance, 1e-3, 1e2)
+        U, _, error = leading_pairs(operators, random(400, 12), 4, stop)
         assert float(error) <= tolerance
         assert distance(U, known_U[:, :4]) <= tolerance
         work.append(sum(columns))
@@ -177,7 +175,7 @@ def test_the_estimated_error_is_the_true_one_within_an_order_of_magnitude(
     Q = torch.linalg.qr(known_U[:, :block] + size * random(n, block) / n**0.5).Q
     theta, turn = (part.flip(-1) for part in torch.linalg.eigh(Q.T @ A @ Q))
     ritz = Q @ turn
-    estimated = float(subspace._error(ritz, A @ ritz, theta, rank, 1e-3))
+    estimated = float(krylov._error(ritz, A @ ritz, theta, rank, 1e-3))
     true = float(
         (ritz - known_U[:, :rank] @ (known_U[:, :rank].T @ ritz))[:, :rank].norm(dim=0).max()
     )
@@ -188,7 +186,7 @@ def test_the_estimated_error_is_the_true_one_within_an_order_of_magnitude(
 def test_the_estimated_error_counts_what_residuals_do_to_a_close_neighbour(gap: float) -> None:
     A = torch.tensor([[1, 0, 0.01], [0, 1 - gap, 0.01], [0.01, 0.01, 0]], dtype=torch.float64)
     ritz = torch.eye(3, 2, dtype=torch.float64)
-    estimated = float(subspace._error(ritz, A @ ritz, A.diagonal(), 1, 1e-4))
+    estimated = float(krylov._error(ritz, A @ ritz, A.diagonal(), 1, 1e-4))
     sine = float((1 - torch.linalg.eigh(A).eigenvectors[0, -1] ** 2).sqrt())
     assert estimated == pytest.approx(sine, rel=0.2)
 
@@ -197,7 +195,7 @@ def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Told apart from its neighbour within the block, not by more of them.
-    monkeypatch.setattr(subspace, "_FIRST_LOOK", (4, 2))
+    monkeypatch.setattr(krylov, "_FIRST_LOOK", (4, 2))
     sigma = log_spaced(400, 6)
     sigma[4] = sigma[3] * (1 - 1e-3)
     M, known_U = known(400, 400, sigma)
@@ -208,8 +206,8 @@ def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks(
         return M.T @ X
 
     torch.manual_seed(1)
-    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
-    U, _, error = leading_pairs(half, lambda Y: M @ Y, random(400, 20), 4, **options)
+    stop = Stop(1e-4, 1e-3, 1e2)
+    U, _, error = leading_pairs((half, lambda Y: M @ Y), random(400, 20), 4, stop)
     assert float(error) <= 1e-4
     assert distance(U, known_U[:, :4]) <= 1e-4
     assert sum(columns) <= 5 * 20  # 4 blocks, and once more
@@ -232,9 +230,9 @@ def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -
     M, known_U = known(400, 400, sigma)
     double: list[int] = []
     single: list[int] = []
-    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e1}
+    stop = Stop(1e-4, 1e-3, 1e1)
     draft = counted(M.float(), single)
-    U, S, error = leading_pairs(*counted(M, double), random(400, 24), 8, draft=draft, **options)
+    U, S, error = leading_pairs(counted(M, double), random(400, 24), 8, stop, draft=draft)
     assert U.dtype == S.dtype == error.dtype == torch.float64
     assert float(error) <= 1e-4
     assert distance(U, known_U[:, :8]) <= 1e-4
@@ -249,10 +247,10 @@ def test_the_far_side_has_the_other_vectors(drafted: bool) -> None:
     M, known_U = known(150, 400, log_spaced(150, 4))
     V = torch.linalg.svd(M, full_matrices=False)[2].T
     draft = (lambda X: M.float().T @ X, lambda Y: M.float() @ Y) if drafted else None
-    options = {"tolerance": 1e-5, "least_gap": 1e-3, "gain": 1e2, "draft": draft}
+    stop = Stop(1e-5, 1e-3, 1e2)
     start = random(400, 20)
     for far, expected in ((False, known_U), (True, V)):
-        found, S, error = leading_pairs(*counted(M, []), start, 4, far=far, **options)
+        found, S, error = leading_pairs(counted(M, []), start, 4, stop, far=far, draft=draft)
         assert float(error) <= 1e-5
         assert distance(found, expected[:, :4]) <= 1e-5
         torch.testing.assert_close(S, log_spaced(150, 4)[:4], rtol=1e-9, atol=0)
@@ -264,8 +262,8 @@ def test_a_draft_that_overflows_is_thrown_away(size: float) -> None:
     M, known_U = known(300, 300, log_spaced(300, 6))
     large = (lambda X: (size * (M.T @ X)).float(), lambda Y: (size * (M @ Y)).float())
     draft = (lambda X: large[0](X.double()), lambda Y: large[1](Y.double()))
-    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
-    U, _, error = leading_pairs(*counted(M, []), random(300, 20), 4, draft=draft, **options)
+    stop = Stop(1e-4, 1e-3, 1e2)
+    U, _, error = leading_pairs(counted(M, []), random(300, 20), 4, stop, draft=draft)
     assert float(error) <= 1e-4
     assert distance(U, known_U[:, :4]) <= 1e-5
 
@@ -275,9 +273,9 @@ def test_small_values_are_found_in_float32_as_far_as_their_own_ratio_allows() ->
     torch.manual_seed(1)
     sigma = torch.cat([torch.ones(1), torch.logspace(-3, -5, 299)]).double()
     M, known_U = known(300, 300, sigma)
-    half, back = counted(M.float(), [])
-    front = subspace._orthonormal(back(random(300, 24).float()))
-    found, error = subspace._bidiagonalized(half, back, front, 8, 0, 1e-3, 1e-3)
+    operators = counted(M.float(), [])
+    front = krylov._orthonormal(operators[1](random(300, 24).float()))
+    found, error = krylov._bidiagonalized(operators, front, 8, 0, 1e-3, 1e-3)
     assert found.dtype == torch.float32
     assert error <= 1e-3
     Q = torch.linalg.qr(found.double()).Q
@@ -293,9 +291,9 @@ def test_a_draft_that_is_no_help_is_replaced(scale: float, diagonal: bool) -> No
         M, known_U = log_spaced(300, 6).flip(0).diag(), torch.eye(300).double().flip(1)
     other = (known(300, 300, log_spaced(300, 6))[0] * scale).float()
     columns: list[int] = []
-    options = {"tolerance": 1e-4, "least_gap": 1e-3, "gain": 1e2}
+    stop = Stop(1e-4, 1e-3, 1e2)
     draft = counted(other, [])
-    U, _, error = leading_pairs(*counted(M, columns), random(300, 20), 4, draft=draft, **options)
+    U, _, error = leading_pairs(counted(M, columns), random(300, 20), 4, stop, draft=draft)
     assert float(error) <= 1e-4
     assert distance(U, known_U[:, :4]) <= 1e-5
     assert sum(columns) > 3 * 20

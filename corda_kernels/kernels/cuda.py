@@ -1,14 +1,16 @@
-"""Loads the kernels of csrc/ through CuPy and launches them on torch's current stream.
+"""The CUDA kernels of csrc/: SVDs of many small matrices, each in the shared memory of one block.
 
-The fatbin of the installation is taken where it was built from these very sources and has code for
-the device. Otherwise NVRTC compiles them, into CuPy's cache on disk. Nothing here links to torch:
-the kernels take raw pointers.
+NVRTC compiles them through CuPy at their first use, and CuPy keeps the code in its cache on disk.
+They take raw pointers, on torch's current stream: nothing here links to torch. What does not fit
+into shared memory is left to the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,26 +20,71 @@ import torch
 from torch import Tensor
 
 from corda_kernels.errors import BackendError
-from corda_kernels.kernels import fatbin
+from corda_kernels.kernels import reference
 
 _LEAST_CAPABILITY = (8, 0)
-_KERNELS = (
-    "jacobi_svd_float32",
-    "jacobi_svd_float64",
-    "damped_cholesky_float32",
-    "damped_cholesky_float64",
-)
+_WARP = 32
+# Bounds of the kernels themselves: threads of a block, and sizes whose columns the registers hold.
+_SVD_THREADS = {torch.float32: 1024, torch.float64: 768}
+_SVD_ROWS = {torch.float32: 256, torch.float64: 192}
+# 7 to 9 are usual; a matrix that needs more than this many holds something else than numbers.
+_MAX_SWEEPS = 40
 
 
-def sources() -> Path:
-    """The folder of the CUDA sources: inside the installed package, beside it in a clone."""
-    package = Path(__file__).parents[1]
-    inside = package / "csrc"
-    return inside if inside.is_dir() else package.parent / "csrc"
+def batched_svd(
+    t: Tensor,  # (b, l, l)
+    exact: bool,
+) -> tuple[Tensor, Tensor]:  # (b, l, l), (b, l)
+    """U and S by one-sided Jacobi. See `kernels.batched_svd`."""
+    l = t.shape[-1]
+    fits = svd_shared_bytes(l, t.dtype) <= shared_memory(t.device)
+    if not fits or l > _SVD_ROWS[t.dtype]:
+        return reference.batched_svd(t, exact)
+    U, S, _ = jacobi_svd(t)
+    return U, S
 
 
+def jacobi_svd(
+    t: Tensor,  # (b, l, l)
+    max_sweeps: int = _MAX_SWEEPS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and, for each matrix, the sweeps that it took.
+
+    A count of -1 marks a matrix that holds NaN or Inf, one of -2 a matrix that did not converge; U
+    and S of either are NaN.
+    """
+    t = t.contiguous()
+    b, l, _ = t.shape
+    U, S = torch.empty_like(t), t.new_empty(b, l)
+    sweeps = torch.empty(b, dtype=torch.int32, device=t.device)
+    if t.numel():
+        pairs = (l + 1) // 2
+        # As many warps as share the pairs of a round evenly: 85 pairs take 4 times 22 warps.
+        turns = math.ceil(pairs * _WARP / _SVD_THREADS[t.dtype])
+        launch(
+            f"jacobi_svd_{_suffix(t.dtype)}",
+            b,
+            _WARP * math.ceil(pairs / turns),
+            svd_shared_bytes(l, t.dtype),
+            (t, U, S, sweeps),
+            (l, max_sweeps),
+        )
+    return U, S, sweeps
+
+
+def svd_shared_bytes(l: int, dtype: torch.dtype) -> int:
+    """Shared memory for one matrix: SvdMemory in csrc/jacobi_svd.cuh."""
+    numbers, indices = l * l + l + _WARP, 2 * l
+    return numbers * dtype.itemsize + indices * torch.int32.itemsize
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
 def unavailable() -> str | None:
-    """Why these kernels cannot run here; None where they can, which loads them."""
+    """Why these kernels cannot run here; None where they can, which compiles them."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     capability = torch.cuda.get_device_capability()
@@ -118,50 +165,43 @@ class _Stream:
         return 0, self._address
 
 
+def sources() -> Path:
+    """The folder of the CUDA sources: inside the installed package, beside it in a clone."""
+    package = Path(__file__).parents[1]
+    inside = package / "csrc"
+    return inside if inside.is_dir() else package.parent / "csrc"
+
+
 @functools.cache
 def _load(index: int) -> dict[str, Any]:
     """Every kernel by name, ready to launch on a device.
 
     Raises:
-        BackendError: neither the fatbin nor NVRTC yields them; the message says why for both.
+        BackendError: CuPy, the sources or NVRTC are missing, or NVRTC does not compile them.
     """
     try:
         import cupy
     except Exception as error:  # a broken installation raises more than ImportError
         raise BackendError(f"CuPy cannot be loaded: {_first_line(error)}") from error
     folder = sources()
-    if not folder.is_dir():
+    files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.cu*"))}
+    if "kernels.cu" not in files:
         raise BackendError(f"the CUDA sources are missing, {folder}: install the package again")
+    # CuPy's cache does not see what is included: the digest makes a change there a new entry.
+    digest = hashlib.sha256(b"".join(files.values())).hexdigest()[:15]
+    options = ("-std=c++17", f"-I{folder}", f"-DCORDA_SOURCES=0x{digest}")
     with cupy.cuda.Device(index):
-        reason = fatbin.unusable(folder, torch.cuda.get_device_capability(index))
-        if reason is None:
-            try:
-                return _kernels(cupy.RawModule(path=str(folder / fatbin.FATBIN)), index)
-            except Exception as error:  # the driver's: too old, for example
-                reason = f"the fatbin does not load ({_first_line(error)})"
         try:
-            return _kernels(_compiled(folder), index)
+            module = cupy.RawModule(code=files["kernels.cu"].decode(), options=options)
+            names = [f"jacobi_svd_{_suffix(dtype)}" for dtype in _SVD_THREADS]
+            kernels = {name: module.get_function(name) for name in names}
+            for kernel in kernels.values():
+                kernel.max_dynamic_shared_size_bytes = shared_memory(torch.device("cuda", index))
         except Exception as error:  # CuPy's: no NVRTC, or what the compiler says
             raise BackendError(
-                f"{reason}, and NVRTC does not compile the kernels either: {_first_line(error)}"
+                f"NVRTC does not compile the CUDA kernels: {_first_line(error)}"
             ) from error
-
-
-def _compiled(folder: Path) -> Any:
-    """A module that CuPy compiles at its first use, or finds in its cache."""
-    import cupy
-
-    # CuPy's cache does not see what is included: the digest makes a change there a new entry.
-    options = (*fatbin.OPTIONS, f"-I{folder}", f"-DCORDA_SOURCES=0x{fatbin.digest(folder)[:15]}")
-    code = folder.joinpath("kernels.cu").read_text(encoding="utf-8")
-    return cupy.RawModule(code=code, options=options)
-
-
-def _kernels(module: Any, index: int) -> dict[str, Any]:
-    found = {name: module.get_function(name) for name in _KERNELS}
-    for kernel in found.values():
-        kernel.max_dynamic_shared_size_bytes = shared_memory(torch.device("cuda", index))
-    return found
+    return kernels
 
 
 def _first_line(error: Exception) -> str:

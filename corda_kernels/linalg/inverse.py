@@ -1,19 +1,25 @@
-"""Cholesky-based tools for covariances: a damped inverse and the extreme eigenvalues, batched."""
+"""Inverses by factors: of covariances, damped and with their extreme eigenvalues, and of W·C.
+
+All is batched. That of W·C comes as products with it, by which to iterate towards the smallest
+singular values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from corda_kernels.arguments import real_number, real_tensor
 from corda_kernels.errors import DecompositionError
-from corda_kernels.kernels.reference import CHOLESKY_ATTEMPTS
-from corda_kernels.linalg.damping import check_damping
+from corda_kernels.linalg.exact import lower_triangle
+from corda_kernels.linalg.operand import Operator, check_damping
 from corda_kernels.precision import without_autocast
 
+# Without damping, with eps, 10·eps … of the mean diagonal: 2e-6 is the largest in float64.
+_ATTEMPTS = 12
 # Up to this size all eigenvalues cost little more than the extreme ones to the same accuracy.
 _DENSE_SIZE = 2048
 _LANCZOS_STEPS = 80
@@ -77,9 +83,7 @@ def regularized_inverse(
     attempts = torch.zeros_like(share, dtype=torch.int64)
     factor = torch.zeros_like(flat)
     pending = torch.arange(flat.shape[0], device=flat.device)
-    # `kernels.batched_cholesky` follows the same rule but ends at the first λ that factors; the
-    # bound on the condition looks at every factor, and may ask for more.
-    allowed = CHOLESKY_ATTEMPTS if damping is None else 1
+    allowed = _ATTEMPTS if damping is None else 1
     while pending.numel() and allowed:
         shift = share[pending] * mean_diagonal[pending]
         candidate, good = _factor(flat[pending], shift)
@@ -181,7 +185,7 @@ def _factored_extremes(flat: Tensor, shift: Tensor, factor: Tensor) -> tuple[Ten
     return _largest_by_lanczos(multiply, flat), 1 / _largest_by_lanczos(solve, flat)
 
 
-def _largest_by_lanczos(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+def _largest_by_lanczos(apply: Operator, like: Tensor) -> Tensor:
     """The largest eigenvalue, (b,), of a symmetric operator on (b, d, 1) vectors."""
     d = like.shape[-1]
     generator = torch.Generator().manual_seed(0)
@@ -225,3 +229,85 @@ def _not_invertible(index: int, share: float, matrix: Tensor) -> DecompositionEr
         f"matrix {index} of the batch ({matrix.shape[0]} channels) cannot be inverted with a "
         f"damping of {share:.1e} times its mean diagonal; likely cause: {cause}"
     )
+
+
+def inverse_of_product(M: Tensor) -> tuple[Operator, Operator]:
+    """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
+    L = _floored(lower_triangle(M))
+    return (
+        lambda X: _solved(L, X, upper=False),
+        lambda Y: _solved(L.mT, Y, upper=True),
+    )
+
+
+class InverseOfFactors(NamedTuple):
+    """(W·C)⁻¹ = C⁻¹W⁻¹ of square W and positive definite C, by the factors of either.
+
+    Neither the product nor its triangular factor is formed, which takes three times as long, and
+    what rounding does to one factor is not multiplied by the condition of the other, so that
+    float32 will do for a draft.
+
+    Attributes:
+        packed: (*batch, n, n), the LU factors of Wᵀ; of an upper triangular W, W itself.
+        pivots: (*batch, n) int32, of the LU factors; None with an upper triangular W.
+        root: (*batch, n, n), the lower Cholesky factor of C.
+    """
+
+    packed: Tensor
+    pivots: Tensor | None
+    root: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, C: Tensor, *, upper: bool) -> InverseOfFactors | None:
+        """Of W, upper triangular or not, and C (*batch, n, n), float64.
+
+        Both are overwritten. Where a C cannot be factored it is None, and W as it was.
+        """
+        # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
+        info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
+        root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
+        if bool((info != 0).any()):
+            return None
+        if upper:
+            return cls(_floored(W), None, root)
+        pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
+        # A zero on the diagonal is an entry below the floor.
+        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
+        return cls(_floored(packed), pivots, root)
+
+    def single(self) -> InverseOfFactors:
+        """In float32, where some inverses overflow."""
+        return InverseOfFactors(self.packed.float(), self.pivots, self.root.float())
+
+    def operators(self) -> tuple[Operator, Operator]:
+        """Products with (W·C)⁻¹ and its transpose."""
+        return (
+            lambda X: self._covariance_solved(self._weight_solved(X, transposed=False)),
+            lambda Y: self._weight_solved(self._covariance_solved(Y), transposed=True),
+        )
+
+    def _weight_solved(self, X: Tensor, *, transposed: bool) -> Tensor:
+        """W⁻¹ X or W⁻ᵀ X."""
+        if self.pivots is None:
+            triangle = self.packed.mT if transposed else self.packed
+            return _solved(triangle, X, upper=not transposed)
+        solved: Tensor = torch.linalg.lu_solve(self.packed, self.pivots, X, adjoint=not transposed)
+        return solved
+
+    def _covariance_solved(self, X: Tensor) -> Tensor:
+        return _solved(self.root.mT, _solved(self.root, X, upper=False), upper=True)
+
+
+def _solved(triangle: Tensor, X: Tensor, *, upper: bool) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(triangle, X, upper=upper)
+    return solved
+
+
+def _floored(triangle: Tensor) -> Tensor:
+    """A triangle with no diagonal entry below eps times the largest, so that it can be divided by;
+    the same tensor."""
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.abs().amax(-1, keepdim=True)
+    floor = torch.where(largest > 0, torch.finfo(triangle.dtype).eps * largest, 1.0)
+    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
+    return triangle

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import sys
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from corda_kernels.errors import (
@@ -16,10 +17,8 @@ from corda_kernels.errors import (
     DecompositionError,
     RankError,
 )
-from corda_kernels.linalg import CoSVD, co_svd, iterated, subspace
+from corda_kernels.linalg import CoSVD, co_svd, context_svd, krylov
 
-# The package's name `co_svd` is the function.
-engine = sys.modules["corda_kernels.linalg.co_svd"]
 EPS = torch.finfo(torch.float64).eps
 RANK = 4
 SHAPES = {"wide": (200, 280), "square": (240, 240), "tall": (280, 200)}
@@ -133,13 +132,11 @@ def quietly(*args: Any, **options: Any) -> CoSVD:
         return co_svd(*args, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("which", ENDS)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pairwise(name=list(PROBLEMS), way=list(itertools.product(ENDS, METHODS)), shape=list(SHAPES))
 def test_keeps_the_directions_that_a_plain_svd_keeps(
-    name: str, which: str, method: str, shape: str
+    name: str, way: tuple[str, str], shape: str
 ) -> None:
+    which, method = way
     W, C = problem(name, shape)
     U_ref, S_ref = reference(name, shape)
     found = quietly(W, C, rank=RANK, which=which, method=method)
@@ -170,14 +167,14 @@ def test_keeps_the_directions_that_a_plain_svd_keeps(
 def test_solving_with_the_factors_leads_to_the_same_directions(
     name: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iterated, "_SOLVED_BLOCKS", 0)
+    monkeypatch.setattr(krylov, "_SOLVED_BLOCKS", 0)
     made: list[object] = []
-    of = iterated.InverseOfFactors.of
+    of = krylov.InverseOfFactors.of
     monkeypatch.setattr(
-        iterated.InverseOfFactors, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1]
+        krylov.InverseOfFactors, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1]
     )
     W, C = (matrix.clone() for matrix in problem(name, shape))
-    test_keeps_the_directions_that_a_plain_svd_keeps(name, "smallest", "randomized", shape)
+    test_keeps_the_directions_that_a_plain_svd_keeps(name, ("smallest", "randomized"), shape)
     assert all(map(torch.equal, problem(name, shape), (W, C)))
     assert len(made) == 1
     if name not in SINGULAR:
@@ -192,7 +189,7 @@ def test_solving_with_the_factors_leads_to_the_same_directions(
 def test_a_start_in_float32_does_not_go_by_the_units(
     factors: tuple[float, float], which: str, solved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iterated, "_SOLVED_BLOCKS", solved)
+    monkeypatch.setattr(krylov, "_SOLVED_BLOCKS", solved)
     W, C = problem("gaussian", "square")
     options = {"rank": RANK, "which": which, "method": "randomized"}
     plain = co_svd(W, C, **options)
@@ -391,8 +388,8 @@ def nearly_flat(n: int) -> Problem:
 def test_what_does_not_converge_is_left_to_the_exact_method_with_a_warning(
     which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subspace, "_MOST_CYCLES", 1)
-    monkeypatch.setattr(subspace, "_MOST_BLOCKS", 1)
+    monkeypatch.setattr(krylov, "_MOST_CYCLES", 1)
+    monkeypatch.setattr(krylov, "_MOST_BLOCKS", 1)
     W, C = nearly_flat(200)
     options = {"rank": RANK, "which": which}
     with pytest.warns(ConvergenceWarning, match="did not converge .*exact one ran") as log:
@@ -404,7 +401,7 @@ def test_what_does_not_converge_is_left_to_the_exact_method_with_a_warning(
 
 
 def test_those_of_a_batch_that_converge_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subspace, "_MOST_CYCLES", 1)
+    monkeypatch.setattr(krylov, "_MOST_CYCLES", 1)
     good, bad = problem("product_to_1e-12", "square"), nearly_flat(240)
     W, C = (torch.stack(pair) for pair in zip(good, bad, strict=True))
     with pytest.warns(ConvergenceWarning):
@@ -426,7 +423,7 @@ def test_unseen_directions_are_left_to_the_exact_method_in_silence() -> None:
 def test_auto_goes_by_size(
     size: int, rank: int, iterates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_DENSE_SIZE", size)
+    monkeypatch.setattr(context_svd, "_DENSE_SIZE", size)
     found = co_svd(*problem("product_to_1e-12", "wide"), rank=rank, damping=1e-3)
     assert (float(found.residual) > 0) == iterates
 

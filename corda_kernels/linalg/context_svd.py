@@ -1,4 +1,12 @@
-"""CO-SVD: one end of the spectrum of W·C, for one layer or a batch of one shape."""
+"""CO-SVD: one end of the spectrum of W·C, for one layer or a batch of one shape.
+
+For research there are norms on both sides of a weight, ‖D^½ (W − X) C^p‖_F, and the oblique
+projections that they lead to. With P Pᵀ = D and G Gᵀ = C^2p the norm is that of Pᵀ (W − X) G, so
+that by Eckart and Young the best X comes of the singular pairs of Pᵀ W G = Q Σ Vᵀ:
+X = P⁻ᵀ Q_I Q_Iᵀ Pᵀ W. Neither Σ nor X depends on which square roots are taken, for another is P or
+G times an orthogonal matrix; nor does U = P⁻ᵀ Q, for which Uᵀ D U = I, nor its dual D U = P Q. Thus
+X = U_I (D U_I)ᵀ W, a projection that is oblique.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +17,26 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import instance_of, one_of, real_tensor, shown, whole_number
-from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError
-from corda_kernels.linalg.damping import check_damping, damped
-from corda_kernels.linalg.exact import End, exact, null_share
-from corda_kernels.linalg.iterated import TOLERANCE, block_size, bottom, top
-from corda_kernels.linalg.operand import Operand, check_entries
-from corda_kernels.linalg.two_sided import (
-    check_two_sided,
-    input_root,
-    oblique,
-    output_root,
+from corda_kernels.arguments import (
+    flag,
+    instance_of,
+    one_of,
+    real_number,
+    real_tensor,
+    shown,
+    whole_number,
 )
+from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError
+from corda_kernels.linalg.exact import (
+    End,
+    exact,
+    lower_gram,
+    lower_triangle,
+    null_share,
+    orthogonal_factor,
+)
+from corda_kernels.linalg.krylov import STOP, block_size, bottom, top
+from corda_kernels.linalg.operand import Operand, check_damping, check_entries, damped
 from corda_kernels.precision import without_autocast
 
 Method = Literal["auto", "exact", "randomized"]
@@ -33,6 +49,9 @@ _DENSE_BLOCKS = 6
 # they may differ.
 _PROBED = 8
 _ASYMMETRY = 1e-3
+# The diagonal of a Cholesky factor understates the condition by up to 400 (measured on covariances
+# of SmolLM2-135M): below this many times d·eps a matrix may be singular to working precision.
+_DOUBTFUL = 1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,23 +124,68 @@ def co_svd(
             input holds NaN or Inf or leaves the range of float64, D is singular, or C at power 0.5
             has negative eigenvalues.
 
-    Source: CorDA (arXiv:2406.05223), equation 2; for D and power, `decomposition/two_sided.py`.
+    Source: CorDA (arXiv:2406.05223), equation 2; for D and power, the head of this file.
     """
     check(weight, covariance, rank, which, method, damping)
-    check_two_sided(weight, output_covariance, power)
+    real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
+    if output_covariance is not None:
+        _check_output_covariance(output_covariance, weight)
     instance_of("generator", generator, (torch.Generator, type(None)))
     rank = int(rank)
     C, share = damped(covariance.to(weight.device), damping)
     right = C if power == 1.0 else Operand(input_root(C.double()))
-    if output_covariance is None:
-        found = decompose(weight, right, rank, which, method, generator)
-        warn_given_up(found.given_up)
-        return CoSVD(found.U, found.S, share, found.residual)
-    P = output_root(damped(output_covariance.to(weight.device), damping)[0].double())
-    found = decompose(P.mT @ weight.double(), right, rank, which, method, generator)
-    warn_given_up(found.given_up)
-    U, dual = oblique(found.U, P)
-    return CoSVD(U, found.S, share, found.residual, dual)
+    P = None
+    if output_covariance is not None:
+        P = _output_root(damped(output_covariance.to(weight.device), damping)[0].double())
+    M = weight if P is None else P.mT @ weight.double()
+    Q, S, residual, given_up = decompose(M, right, rank, which, method, generator)
+    warn_given_up(given_up)
+    if P is None:
+        return CoSVD(Q, S, share, residual)
+    U = torch.linalg.solve_triangular(P.mT, Q, upper=True)
+    return CoSVD(U, S, share, residual, P @ Q)
+
+
+@without_autocast()
+@torch.no_grad()
+def singular_values(
+    weight: Tensor,  # (*batch, out, in)
+    covariance: Tensor,  # (*batch, in, in)
+    *,
+    damping: float | None = None,
+    tail: bool = True,
+) -> Tensor:
+    """The singular values of W·(C + λI), descending, in float64.
+
+    Args:
+        weight: (*batch, out, in), any floating dtype.
+        covariance: (*batch, in, in), symmetric positive semi-definite, any floating dtype.
+        damping: λ as a multiple of the mean diagonal of C; None for none.
+        tail: whether the small ones matter, one by one. Without them the eigenvalues of the Gram
+            matrix will do, at two thirds of the time: those below 1e-8 of the largest are then
+            noise of that size, which a sum does not notice.
+
+    Returns:
+        (*batch, min(out, in)).
+
+    Raises:
+        ConfigError: the damping is out of range.
+        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, or
+            an input holds NaN or Inf or leaves the range of float64.
+    """
+    check(weight, covariance, 1, "largest", "exact", damping)
+    flag("tail", tail)
+    C = damped(covariance.to(weight.device), damping)[0].double()
+    W = weight.double()
+    if not tail:
+        M = W @ C
+        gram = lower_gram(M if M.shape[-2] <= M.shape[-1] else M.mT)
+        squares: Tensor = torch.linalg.eigvalsh(gram)
+        return squares.flip(-1).clamp_min(0).sqrt()
+    if W.shape[-2] > W.shape[-1]:
+        W = orthogonal_factor(W)[1]
+    values: Tensor = torch.linalg.svdvals(lower_triangle(W @ C))
+    return values
 
 
 def warn_given_up(error: Tensor, prefix: str = "") -> None:
@@ -221,28 +285,92 @@ def decompose(
     method: Method,
     generator: torch.Generator | None,
 ) -> Found:
-    """One end of the singular value decomposition of W·C, in float64; see `co_svd`."""
+    """One end of the singular value decomposition of W·C, in float64; see `co_svd`.
+
+    By iteration or by the exact method, which also takes those of a batch where the former fails.
+    """
     shortest = min(W.shape[-2:])
     dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block_size(rank, shortest)
     if method == "exact" or (method == "auto" and dense) or W.numel() == 0:
         U, S = exact(W.double(), C.double(), rank, which)
         return Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
-    return _iterated(W, C, rank, which, generator)
-
-
-def _iterated(
-    W: Tensor, C: Operand, rank: int, which: End, generator: torch.Generator | None
-) -> Found:
-    """By iteration, and by the exact method for those of a batch where that does not do."""
     if generator is None:
         generator = torch.Generator(W.device).manual_seed(0)
     end = top if which == "largest" else bottom
     U, S, error, largest = end(W, C, rank, generator)
     # Of null directions the order is a question to W, not to M.
     null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
-    lost = ~(error <= TOLERANCE[which])  # NaN has not converged either
+    lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either
     given_up = torch.where(lost & ~null, error, 0.0)
     for index in map(tuple, torch.nonzero(null | lost).tolist()):
         U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
         error[index] = 0
     return Found(U, S, error, given_up)
+
+
+def _check_output_covariance(output_covariance: Tensor, weight: Tensor) -> None:
+    real_tensor("the output covariance", output_covariance, DecompositionError)
+    outputs = weight.shape[-2]
+    if output_covariance.shape != (*weight.shape[:-2], outputs, outputs):
+        raise DecompositionError(
+            f"a weight {tuple(weight.shape)} needs an output covariance (*batch, out, out), "
+            f"got {tuple(output_covariance.shape)}"
+        )
+    check_entries("output covariance", output_covariance, "check the model's weights")
+
+
+def _output_root(D: Tensor) -> Tensor:
+    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64.
+
+    Raises:
+        DecompositionError: a D is not positive definite to working precision, so that X would be
+            free in directions that D does not see.
+    """
+    P, ratio = _cholesky(D)
+    sound = ratio > D.shape[-1] * torch.finfo(D.dtype).eps
+    if not bool(sound.all()):
+        raise DecompositionError(
+            f"an output covariance ({D.shape[-1]} outputs) is singular or indefinite, from too few "
+            "tokens or with dead outputs: use a damping, such as 0.01"
+        )
+    return P
+
+
+def input_root(C: Tensor) -> Tensor:
+    """A G with G Gᵀ = C, (*batch, in, in) float64, for positive semi-definite C.
+
+    The Cholesky factor; of what is singular or nearly so, the eigenvectors times the roots of the
+    eigenvalues, in which null directions are zero and not rounding of size √eps.
+
+    Raises:
+        DecompositionError: a C has an eigenvalue further below 0 than rounding explains.
+    """
+    G, ratio = _cholesky(C)
+    regular = ratio > _DOUBTFUL * C.shape[-1] * torch.finfo(C.dtype).eps
+    for index in map(tuple, torch.nonzero(~regular).tolist()):
+        G[index] = _eigen_root(C[index])
+    return G
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors, and an upper bound (*batch) of λmin/λmax, 0 for what cannot be factored."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    ratio = (diagonal.amin(-1) / diagonal.amax(-1)).square()
+    return factor, torch.where((info == 0) & torch.isfinite(ratio), ratio, 0.0)
+
+
+def _eigen_root(C: Tensor) -> Tensor:
+    """V Λ^½ of one C, (in, in), without what is zero to working precision."""
+    eigenvalues, V = torch.linalg.eigh(C)
+    largest = eigenvalues[-1].clamp(min=0)
+    size = C.shape[-1]
+    # Covariances are often summed in float32.
+    if bool(eigenvalues[0] < -size * torch.finfo(torch.float32).eps * largest):
+        raise DecompositionError(
+            f"a covariance ({size} channels) has an eigenvalue of {float(eigenvalues[0]):.1e}, its "
+            f"largest is {float(eigenvalues[-1]):.1e}: not a covariance; check how it was made"
+        )
+    null = eigenvalues <= size * torch.finfo(C.dtype).eps * largest
+    root: Tensor = V * torch.where(null, 0.0, eigenvalues).sqrt()
+    return root

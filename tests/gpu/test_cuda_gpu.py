@@ -10,14 +10,11 @@ from torch import Tensor
 
 from corda_kernels.kernels import (
     available_backends,
-    batched_cholesky,
     batched_svd,
-    cuda_batched,
-    cuda_loader,
-    reference,
+    cuda,
     use_backend,
 )
-from corda_kernels.kernels.cuda_batched import jacobi_svd, svd_shared_bytes
+from corda_kernels.kernels.cuda import jacobi_svd, svd_shared_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -48,8 +45,8 @@ def matrices(l: int) -> Tensor:
 
 
 def fits(l: int, dtype: torch.dtype) -> bool:
-    limit = cuda_loader.shared_memory(torch.device("cuda", torch.cuda.current_device()))
-    return svd_shared_bytes(l, dtype) <= limit and l <= cuda_batched._SVD_ROWS[dtype]
+    limit = cuda.shared_memory(torch.device("cuda", torch.cuda.current_device()))
+    return svd_shared_bytes(l, dtype) <= limit and l <= cuda._SVD_ROWS[dtype]
 
 
 def check(t: Tensor, U: Tensor, S: Tensor, allowed: float) -> None:
@@ -127,22 +124,3 @@ def test_runs_are_equal_bit_for_bit() -> None:
     with use_backend("cuda"):
         first, second = batched_svd(t), batched_svd(t)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("d", [1, 2, 33, 64, 128, 192, 203, 300])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cholesky_against_its_reference(dtype: torch.dtype, d: int) -> None:
-    eps = torch.finfo(dtype).eps
-    generator = torch.Generator().manual_seed(d)
-    x = torch.randn(4, d, 2 * d, dtype=torch.float64, generator=generator)
-    matrix = x @ x.mT / (2 * d)
-    matrix[1] *= -1
-    matrix[2] = torch.diag_embed((torch.arange(d) > 0).double()) - 30 * eps * torch.eye(d)
-    matrix[3, d - 1, 0] = torch.nan
-    t = matrix.to(dtype)
-    expected = reference.batched_cholesky(t)
-    with use_backend("cuda"):
-        factor, damping, attempts = (result.cpu() for result in batched_cholesky(t.cuda()))
-    torch.testing.assert_close(factor, expected[0], rtol=0, atol=100 * d * eps, equal_nan=True)
-    torch.testing.assert_close(damping, expected[1], rtol=1e-5, atol=0)
-    assert torch.equal(attempts, expected[2])
