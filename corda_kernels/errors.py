@@ -6,6 +6,9 @@ about it, so that the command line can print it as one line and a caller can cat
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class CordaError(Exception):
     """Base of every error this package raises on purpose."""
@@ -150,3 +153,13 @@ class ConvergenceWarning(CordaWarning):
 
 class CompatibilityWarning(CordaWarning):
     """Another library, or a file of its making, is used in a way that cannot be checked."""
+
+
+def warn(message: str, category: type[CordaWarning]) -> None:
+    """Warns at the line of the caller: the innermost one outside this package and torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("corda_kernels", "torch"):
+        if frame.f_back is None:
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -9,8 +9,9 @@ without a word.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,10 +19,17 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import Covariance, Group
-from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
+from corda_kernels.calibration.covariance import (
+    Covariance,
+    CovarianceSet,
+    Group,
+    pack_symmetric,
+    unpack_symmetric,
+)
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
+from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 from corda_kernels.versions import library_versions
 
@@ -32,6 +40,7 @@ _ALIKE = 1e-4
 # What a message has room for: letters of a value, of which a checksum has more, and ranks.
 _SHOWN = 40
 _NAMED = 3
+_SAMPLES = 64  # entries of each weight by which a model is recognised
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,13 @@ class Ranks:
             return
         groups = capture.sums()
         mine = {name: part for part, names in groups for name in names}
-        numbers = {name: number for number, (_, names) in enumerate(groups) for name in names}
         # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
         places = self.gather(
-            {name: (numbers[name], mine[name].matrix.dtype == torch.float64) for name in numbers},
+            {
+                name: (number, part.matrix.dtype == torch.float64)
+                for number, (part, names) in enumerate(groups)
+                for name in names
+            },
             "adding up the sums",
         )
         together: dict[tuple[int | None, ...], list[str]] = {}
@@ -172,10 +184,9 @@ class Ranks:
             if part is None:
                 wide = any(place.get(names[0], (None, False))[1] for place in places)
                 part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-                into = part.matrix
-            else:
-                final = last[key[self.rank]] == key
-                into = part.matrix if final else torch.empty_like(part.matrix)
+            into = part.matrix
+            if names[0] in mine and last[key[self.rank]] != key:
+                into = torch.empty_like(into)
             try:
                 summed.append((self._added(part, into, device), names))
             except torch.OutOfMemoryError as error:
@@ -212,14 +223,11 @@ def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
     channels = linear_shape(module)[1]
     weight: Any = module.weight
-    device = weight.device
-
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-
-    matrix = zeros(channels, channels, dtype=torch.float64 if wide else torch.float32)
-    absmax = zeros(channels, dtype=torch.float32)
-    return Covariance(matrix, 0, 0, absmax, zeros(channels, dtype=torch.int64), threshold)
+    matrix = torch.zeros(
+        channels, channels, dtype=torch.float64 if wide else torch.float32, device=weight.device
+    )
+    absmax = torch.zeros(channels, dtype=torch.float32, device=weight.device)
+    return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)
 
 
 def _difference(values: list[Any]) -> str:
@@ -260,3 +268,76 @@ def _peers_needed() -> Iterator[None]:
             f"another rank has ended or cannot be reached ({reason}): see what it said, and start "
             "all ranks again"
         ) from error
+
+
+def text_given(batches: Iterable[Batch]) -> dict[str, object]:
+    """The text; nothing of one that may be read but once, which is compared at its end."""
+    return TextSum(batches).given() if isinstance(batches, Sequence | Tensor) else {}
+
+
+def layers_given(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, object]:
+    """Weights and their dtypes, and which layers it is about.
+
+    Args:
+        modules: that hold the weights, see `weights_digest`.
+        targets: names of the layers.
+    """
+    dtypes = {
+        str(parameter.dtype).removeprefix("torch.")
+        for module in modules.values()
+        for parameter in module.parameters()
+    }
+    return {
+        "targets": digest({}, "\n".join(targets)),
+        "dtype": ", ".join(sorted(dtypes)),
+        "weights": weights_digest(modules),
+    }
+
+
+def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
+    """The covariances, by which layers share them, their tokens and their Frobenius norms.
+
+    No checksum: where one rank has summed up on the host for want of memory, the last bits differ.
+    """
+    groups = covariances.groups()
+    counts = [(names, part.tokens, part.calls) for part, names in groups]
+    norms = [part.matrix.norm(dim=-1).norm().double().cpu() for part, _ in groups]
+    return {
+        "tokens of the covariances": digest({}, str(counts)),
+        "covariances": torch.stack(norms) if norms else torch.empty(0),
+        "normalization": covariances.normalize,
+    }
+
+
+def weights_digest(modules: Mapping[str, nn.Module]) -> str:
+    """A checksum over the names, sizes and dtypes of all weights, and over entries of each.
+
+    Args:
+        modules: by their names in the model; the model itself has the name "".
+    """
+    samples = {}
+    sizes = []
+    named = (
+        weights
+        for prefix, module in modules.items()
+        for weights in (module.named_parameters(prefix), module.named_buffers(prefix))
+    )
+    for name, tensor in itertools.chain.from_iterable(named):
+        sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+        for part, values in _plain_parts(tensor.detach()).items():
+            if values.device.type != "meta":  # offloaded: its values are elsewhere
+                flat = values.reshape(-1)
+                samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
+    return digest(samples, "\n".join(sizes))
+
+
+def _plain_parts(tensor: Any) -> dict[str, Tensor]:
+    """The tensor by the name "", or those that a quantised one of torchao is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {
+        f".{name}{part}": values
+        for name in names
+        for part, values in _plain_parts(getattr(tensor, name)).items()
+    }

@@ -9,9 +9,8 @@ from functools import partial
 from torch import nn
 
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
-from corda_kernels.calibration.agreement import text_given
-from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.batches import Batch
+from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.errors import ConfigError
 from corda_kernels.init.parts import calibrate_part
 from corda_kernels.models import devices

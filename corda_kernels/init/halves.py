@@ -11,10 +11,9 @@ from torch import nn
 
 from corda_kernels.arguments import whole_number
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
-from corda_kernels.calibration.agreement import text_given
-from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
+from corda_kernels.calibration.batches import Batch
+from corda_kernels.calibration.distributed import Ranks, text_given
+from corda_kernels.calibration.passes import OnUnseen, refuse_unseen, unseen
 from corda_kernels.init.parts import calibrate_part
 from corda_kernels.linalg.damping import check_damping
 from corda_kernels.linears import weights_at_hand

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from corda_kernels.calibration import CovarianceSet, calibrate
-from corda_kernels.calibration.batches import token_count
-from corda_kernels.calibration.calibrate import Batch
+from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.errors import (
     BatchError,
     LeftOutWarning,

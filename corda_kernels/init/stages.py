@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet
-from corda_kernels.calibration.agreement import text_given
-from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.batches import Batch
+from corda_kernels.calibration.blocks import calibrate_block_parts
+from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import ConfigError
 from corda_kernels.init.candidates import (
     GIVEN,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
+from corda_kernels.calibration.covariance import pack_symmetric, unpack_symmetric
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
-from corda_kernels.calibration import resume as resume_module
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.journal import Journal
 from corda_kernels.errors import CheckpointError, CordaWarning
 from corda_kernels.init import calibrate_halves
 
@@ -148,7 +149,7 @@ def test_without_resume_a_checkpoint_is_overwritten(tiny_model: ModelMaker, tmp_
 
 
 OTHER: dict[str, Callable[[nn.Module, list[Tensor], dict[str, Any]], None]] = {
-    "model": lambda model, batches, options: model.model.norm.weight.data.add_(1),
+    "weights": lambda model, batches, options: model.model.norm.weight.data.add_(1),
     "targets": lambda model, batches, options: options.update(targets=["q_proj"]),
     "outlier_threshold": lambda model, batches, options: options.update(outlier_threshold=2.0),
     "normalize": lambda model, batches, options: options.update(normalize="peft"),
@@ -279,17 +280,13 @@ def test_the_default_interval_costs_about_a_hundredth(
 ) -> None:
     narrow, wide = sizes
     layers = {"up": nn.Linear(narrow, wide, device="meta"), "down": nn.Linear(wide, narrow)}
-    capture = resume_module.InputCapture(layers)
-    journal = resume_module.Journal(
-        checkpoint(tmp_path, every=None),
-        capture,
-        nn.ModuleDict(layers),
-        torch.device(device),
-        Ranks(),
-    )
+    capture = InputCapture(layers)
+    journal = Journal(checkpoint(tmp_path, every=None), dict, torch.device(device), Ranks())
     for name, layer in layers.items():
         capture._read(name, torch.zeros(1, layer.in_features))
     written = 2 * (narrow**2 + wide**2)
     operations = 4 * narrow * wide + narrow**2 + wide**2
     rate = 1_000 if device == "cpu" else 200_000
-    assert written * rate == pytest.approx(0.01 * operations * journal._interval(), rel=1e-3)
+    assert written * rate == pytest.approx(
+        0.01 * operations * journal.interval([capture]), rel=1e-3
+    )
