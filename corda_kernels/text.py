@@ -422,11 +422,7 @@ def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase)
 
 
 def _tokenized(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    special_tokens: bool,
-    close: bool,
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool, close: bool
 ) -> Iterator[list[int]]:
     eos = tokenizer.eos_token_id
     for text in texts:

@@ -5,10 +5,4 @@ from corda_kernels.calibration.covariance import Covariance, CovarianceSet
 from corda_kernels.calibration.journal import CalibrationCheckpoint
 from corda_kernels.calibration.passes import calibrate
 
-__all__ = [
-    "CalibrationCheckpoint",
-    "Covariance",
-    "CovarianceSet",
-    "calibrate",
-    "calibrate_blocks",
-]
+__all__ = ["CalibrationCheckpoint", "Covariance", "CovarianceSet", "calibrate", "calibrate_blocks"]

@@ -84,11 +84,7 @@ class TextSum:
 
 
 def unpadded(
-    batch: Batch,
-    index: int,
-    *,
-    pad_token_id: int | None = None,
-    max_rows: int | None = None,
+    batch: Batch, index: int, *, pad_token_id: int | None = None, max_rows: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Yields inputs of equal-length sequences that together hold exactly the tokens that count.
 

@@ -84,18 +84,10 @@ def calibrate_blocks(
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
         DistributedError: another rank has ended, or was given something else.
     """
-    found = calibrate_block_parts(
-        model,
-        batches,
-        parts=1,
-        targets=targets,
-        outlier_threshold=outlier_threshold,
-        normalize=normalize,
-        on_unseen=on_unseen,
-        checkpoint=checkpoint,
-        distributed=distributed,
-        progress=progress,
+    options = CalibrationOptions(
+        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
     )
+    found = _calibrated(CalibrationRun(model, targets, options), batches, parts=1)
     return (sets.pop() for sets in found)
 
 
@@ -124,8 +116,16 @@ def calibrate_block_parts(
     Raises:
         CalibrationError: a part has no text; see also `calibrate_blocks`.
     """
-    run = CalibrationRun(model, targets, CalibrationOptions(**options))
-    blocks = decoder_blocks(model)
+    return _calibrated(
+        CalibrationRun(model, targets, CalibrationOptions(**options)), batches, parts
+    )
+
+
+def _calibrated(
+    run: CalibrationRun, batches: Iterable[Batch], parts: int
+) -> Iterator[list[CovarianceSet]]:
+    """See `calibrate_block_parts`; all but the blocks' own passes is done before it returns."""
+    blocks = decoder_blocks(run.model)
     chosen = _by_block(run, blocks)
     run.agree("calibrate_blocks", batches, parts=parts)
     text = KeptText(run, list(blocks.values()), batches, parts)

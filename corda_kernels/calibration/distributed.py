@@ -127,11 +127,11 @@ class Ranks:
         """
         if self.size == 1:
             return
-        mine: dict[str, str | Tensor] = {
-            f"version of {name}": version for name, version in library_versions().items()
+        versions = {f"version of {name}": found for name, found in library_versions().items()}
+        mine = {
+            name: value if isinstance(value, Tensor) else str(value)
+            for name, value in (versions | dict(given())).items()
         }
-        for name, value in given().items():
-            mine[name] = value if isinstance(value, Tensor) else str(value)
         every = self.gather(mine, step)
         names = dict.fromkeys(name for found in every for name in found)
         differing = [
@@ -171,10 +171,10 @@ class Ranks:
             },
             "adding up the sums",
         )
-        together: dict[tuple[int | None, ...], list[str]] = {}
+        together: dict[tuple[tuple[int, bool] | None, ...], list[str]] = {}
         for name in capture.modules:
-            key = tuple(place.get(name, (None, False))[0] for place in places)
-            if any(number is not None for number in key):
+            key = tuple(place.get(name) for place in places)
+            if any(key):
                 together.setdefault(key, []).append(name)
         # Layers that share a sum here may not on another rank: only the last can have its place.
         last = {key[self.rank]: key for key in together}
@@ -182,7 +182,7 @@ class Ranks:
         for key, names in together.items():
             part = mine.get(names[0])
             if part is None:
-                wide = any(place.get(names[0], (None, False))[1] for place in places)
+                wide = any(place[1] for place in key if place)
                 part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
             into = part.matrix
             if names[0] in mine and last[key[self.rank]] != key:
@@ -219,14 +219,12 @@ class Ranks:
         )
 
 
-def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:
+def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
-    channels = linear_shape(module)[1]
-    weight: Any = module.weight
-    matrix = torch.zeros(
-        channels, channels, dtype=torch.float64 if wide else torch.float32, device=weight.device
-    )
-    absmax = torch.zeros(channels, dtype=torch.float32, device=weight.device)
+    channels, device = linear_shape(module)[1], module.weight.device
+    dtype = torch.float64 if wide else torch.float32
+    matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
+    absmax = torch.zeros(channels, dtype=torch.float32, device=device)
     return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)
 
 

@@ -85,8 +85,8 @@ def calibration_needs(
     """
     run = CalibrationRun(model, targets)
     mask = _fitting_mask(run)
-    inputs = _inputs(run, mask)
-    obstacle = _obstacle(run, inputs, mask)
+    inputs, outputs = _seen(run, mask)
+    obstacle = _obstacle(run, inputs, outputs)
     parameters = list(model.parameters())
     return CalibrationNeeds(
         inputs,
@@ -110,7 +110,7 @@ def covariance_bytes(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         run = CalibrationRun(model, targets)
-    inputs = _inputs(run, _fitting_mask(run))
+    inputs, _ = _seen(run, _fitting_mask(run))
     largest = 0
     with contextlib.suppress(ModelError):
         largest = max(_block_bytes(model, inputs).values())
@@ -141,10 +141,14 @@ def _text_config(model: nn.Module) -> Any:
     return find() if callable(find) else None
 
 
-def _inputs(run: CalibrationRun, mask: _Mask) -> list[_Input]:
-    """Channels of each distinct input and the layers that read it; unseen layers stand alone."""
+def _seen(run: CalibrationRun, mask: _Mask) -> tuple[list[_Input], list[Any]]:
+    """Each distinct input with the layers that read it, and what the decoder's blocks return.
+
+    Layers that are never called stand alone.
+    """
     names: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
+    outputs: list[Any] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -154,6 +158,11 @@ def _inputs(run: CalibrationRun, mask: _Mask) -> list[_Input]:
         return hook
 
     handles = [module.register_forward_pre_hook(note(name)) for name, module in run.linears.items()]
+    with contextlib.suppress(ModelError):
+        handles += [
+            block.register_forward_hook(lambda module, args, output: outputs.append(output))
+            for block in decoder_blocks(run.model).values()
+        ]
     try:
         _run(run, _TRIED_TOKENS, mask)
     finally:
@@ -161,7 +170,7 @@ def _inputs(run: CalibrationRun, mask: _Mask) -> list[_Input]:
             handle.remove()
     seen = {name for group in names.values() for name in group}
     groups = list(names.values()) + [[name] for name in run.linears if name not in seen]
-    return [(linear_shape(run.linears[group[0]])[1], group) for group in groups]
+    return [(linear_shape(run.linears[group[0]])[1], group) for group in groups], outputs
 
 
 def _fitting_mask(run: CalibrationRun) -> _Mask:
@@ -214,7 +223,7 @@ def _experts_by_shape(run: CalibrationRun) -> Iterator[None]:
         setattr(config, experts, before)
 
 
-def _obstacle(run: CalibrationRun, inputs: list[_Input], mask: _Mask) -> str:
+def _obstacle(run: CalibrationRun, inputs: list[_Input], outputs: list[Any]) -> str:
     """Why the model cannot be calibrated block by block; empty where it can."""
     try:
         blocks = decoder_blocks(run.model)
@@ -222,20 +231,11 @@ def _obstacle(run: CalibrationRun, inputs: list[_Input], mask: _Mask) -> str:
         return "the model has no list of decoder blocks"
     if any(_block_of(names[0], blocks) is None for _, names in inputs):
         return "targets lie outside of the decoder's blocks"
-    outputs: list[Any] = []
-    handles = [
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-        for block in blocks.values()
-    ]
     try:
-        _run(run, _TRIED_TOKENS, mask)
         for output in outputs:
             hidden_states(output)
     except CalibrationError:
         return "the model's blocks return more than hidden states"
-    finally:
-        for handle in handles:
-            handle.remove()
     return ""
 
 

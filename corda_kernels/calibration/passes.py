@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +17,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
-from corda_kernels.errors import (
-    BatchError,
-    CalibrationError,
-    CordaWarning,
-    LeftOutWarning,
-    warn,
-)
+from corda_kernels.errors import BatchError, CalibrationError, CordaWarning, LeftOutWarning, warn
 from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
 from corda_kernels.models import (
@@ -398,9 +392,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
     """A progress bar that counts tokens, towards a total where the batches are at hand."""
-    total = None
-    if isinstance(batches, Sequence) and isinstance(batches, Sized):
-        total = sum(token_count(batch) for batch in batches)
+    total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
     return progress_bar(
         description="calibrating", unit="tokens", shown=shown, total=total, scaled=True
     )
