@@ -74,8 +74,7 @@ def interrupted(model: nn.Module, batches: list[Tensor], block: int, **options: 
         handle.remove()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize(("block", "parts"), [(0, 2), (1, 1), (2, 2)])
 def test_a_resumed_run_gives_the_same_blocks_wherever_it_was_killed(
     model: nn.Module, tmp_path: Path, block: int, parts: int
 ) -> None:

@@ -57,8 +57,7 @@ def interrupted(model: nn.Module, batches: list[Tensor], end: int, folder: Path,
     return Path(kept.path)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("every", [1, 20])
+@pytest.mark.parametrize(("architecture", "every"), [("llama", 1), ("gpt2", 20), ("mixtral", 20)])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_a_resumed_run_gives_the_same_file_wherever_it_was_killed(
     tiny_model: ModelMaker, tmp_path: Path, architecture: str, every: int
