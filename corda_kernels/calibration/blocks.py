@@ -260,10 +260,10 @@ class KeptText:
             Their sums, for each part of the text.
         """
         while True:
-            captures = [
-                self._run.capture(linears, on_host=self._thrift.on_host)
-                for _ in range(0 if linears is None else self._parts)
-            ]
+            captures: list[InputCapture] = []
+            if linears is not None:
+                on_host = self._thrift.on_host
+                captures = [self._run.capture(linears, on_host) for _ in range(self._parts)]
             try:
                 with evaluating(self._blocks[index]):
                     self._advance(index, captures)

@@ -128,7 +128,7 @@ def calibrate(
     remedy = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
     thrift = Thrift(batches, run.device, remedy)
     while True:
-        capture = run.capture(run.linears, on_host=thrift.on_host)
+        capture = run.capture(run.linears, thrift.on_host)
         try:
             tokens, text = _accumulate(run, batches, capture, thrift.max_rows)
             break
@@ -280,7 +280,7 @@ class CalibrationRun:
         """Of this rank's sums."""
         return Journal(self.options.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, linears: Mapping[str, nn.Module], *, on_host: bool = False) -> InputCapture:
+    def capture(self, linears: Mapping[str, nn.Module], on_host: bool = False) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             linears,

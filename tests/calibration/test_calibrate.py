@@ -45,7 +45,9 @@ def test_covariances_are_those_of_the_raw_inputs(tiny_model: ModelMaker, archite
     assert any(covariance.outlier_count.any() for covariance in found.values())
 
 
-@pytest.mark.parametrize(("architecture", "side"), zip(DENSE, 3 * ["left", "right"], strict=True))
+@pytest.mark.parametrize(
+    ("architecture", "side"), list(zip(DENSE, 3 * ["left", "right"], strict=True))
+)
 def test_padding_never_counts(tiny_model: ModelMaker, architecture: str, side: str) -> None:
     model = tiny_model(architecture)
     sequences = [random_ids(length) for length in (3, 12, 7, 1, 12)]
