@@ -115,7 +115,7 @@ def kill_and_resume(kills: int) -> int:
 
 def cost(model_folder: str, text: str, field: str) -> int:
     from corda_kernels import CalibrationCheckpoint, calibrate, load_model, load_tokenizer
-    from corda_kernels.calibration import resume
+    from corda_kernels.calibration.journal import Journal
     from corda_kernels.text import token_batches
 
     model = load_model(model_folder)
@@ -125,19 +125,19 @@ def cost(model_folder: str, text: str, field: str) -> int:
     written: list[float] = []
     sizes: list[int] = []
     intervals: list[float] = []
-    keep, interval = resume.Journal._keep, resume.Journal._interval
+    keep, interval = Journal.keep, Journal.interval
 
-    def timed(journal: resume.Journal, done: int) -> None:
+    def timed(journal: Journal, *arguments: object) -> None:
         started = time.perf_counter()
-        keep(journal, done)
+        keep(journal, *arguments)
         written.append(time.perf_counter() - started)
-        sizes.append(os.path.getsize(journal._checkpoint.path))
+        sizes.append(os.path.getsize(journal.file()))
 
-    def noted(journal: resume.Journal) -> float:
-        intervals.append(interval(journal))
+    def noted(journal: Journal, captures: object) -> float:
+        intervals.append(interval(journal, captures))
         return 1  # keep after every batch, to time several
 
-    resume.Journal._keep, resume.Journal._interval = timed, noted
+    Journal.keep, Journal.interval = timed, noted
     with tempfile.TemporaryDirectory(dir=".") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calibrate(model, batches[:1], progress=False)

@@ -6,17 +6,8 @@ about it, so that the command line can print it as one line and a caller can cat
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import warnings
-
-# Files whose frames are not the user's: this package's, and of what decorates its functions.
-_NOT_THE_USER = (
-    os.path.dirname(__file__) + os.sep,
-    contextlib.__file__,
-    os.path.join("torch", "utils", "_contextlib.py"),
-)
 
 
 class CordaError(Exception):
@@ -165,8 +156,12 @@ class CompatibilityWarning(CordaWarning):
 
 
 def warn(message: str, category: type[CordaWarning]) -> None:
-    """Warns of the line outside this package that has called it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and any(part in frame.f_code.co_filename for part in _NOT_THE_USER):
-        frame, level = frame.f_back, level + 1
+    """Warns at the line of the caller: the innermost one that is not of this package.
+
+    What decorates its functions does not count either.
+    """
+    level, frame = 1, sys._getframe()
+    not_the_caller = ("corda_kernels", "torch", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in not_the_caller:
+        level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

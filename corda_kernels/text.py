@@ -14,7 +14,6 @@ import random
 import re
 import string
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from corda_kernels.arguments import (
     shown,
     whole_number,
 )
-from corda_kernels.errors import ConfigError, DataError, DataWarning
+from corda_kernels.errors import ConfigError, DataError, DataWarning, warn
 from corda_kernels.outputs import atomic_path
 
 if TYPE_CHECKING:
@@ -130,12 +129,11 @@ def token_batches(
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")
     if complete < samples:
-        warnings.warn(
+        warn(
             f"{path} is used up after {complete} of {samples} sequences of {seq_len} tokens "
             f"({sum(map(len, sequences))} tokens in all): give more text, or lower "
             "--samples or --seq-len",
             DataWarning,
-            stacklevel=2,
         )
     size = batch_size(len(sequences)) if callable(batch_size) else batch_size
     _check_positive(batch_size=size)
@@ -422,11 +420,7 @@ def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase)
 
 
 def _tokenized(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    special_tokens: bool,
-    close: bool,
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool, close: bool
 ) -> Iterator[list[int]]:
     eos = tokenizer.eos_token_id
     for text in texts:

@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint(
 def test_a_checkpoint_with_a_foreign_header(
     place: Path, tmp_path: Path, calibrated: Any, header: Any, extra: Any, edit: Any, file: str
 ) -> None:
-    from corda_kernels.calibration.checkpoint import FORMAT
+    from corda_kernels.calibration.journal import FORMAT
     from corda_kernels.files import read_checked
 
     path = tmp_path / file

@@ -105,12 +105,12 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
     import gc
     import weakref
 
-    from corda_kernels.calibration import kept_text
+    from corda_kernels.calibration.blocks import KeptText
 
     model, _ = calibrated(num_hidden_layers=3)
     made: list[weakref.ref[CovarianceSet]] = []
     left: list[int] = []
-    original, advance = CovarianceSet.__init__, kept_text.KeptText.advance
+    original, advance = CovarianceSet.__init__, KeptText.advance
 
     def noted(self: CovarianceSet, *arguments: Any, **options: Any) -> None:
         made.append(weakref.ref(self))
@@ -122,7 +122,7 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
         return advance(*arguments)
 
     monkeypatch.setattr(CovarianceSet, "__init__", noted)
-    monkeypatch.setattr(kept_text.KeptText, "advance", watched)
+    monkeypatch.setattr(KeptText, "advance", watched)
     corda_adapter(model, random_batches(rows=16), config(memory_limit=one_block(model)))
     # Two halves and their mean in each of three blocks.
     assert (len(made), left) == (9, [0, 0, 0])

@@ -1,4 +1,4 @@
-"""Batches as calibration runs them: padding never enters the model.
+"""Batches as calibration runs them: without padding, and as many at a time as memory holds.
 
 A padded batch is taken apart into its sequences without their padding, and sequences of equal
 length run together. That is exact for any padding side, any position encoding and any attention
@@ -8,16 +8,26 @@ for the padding.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from corda_kernels.arguments import holds_numbers
-from corda_kernels.errors import BatchError, PaddingWarning
+from corda_kernels.errors import (
+    BatchError,
+    CalibrationError,
+    OutOfMemoryWarning,
+    PaddingWarning,
+    warn,
+)
 from corda_kernels.files import digest
+from corda_kernels.memory import has_own_memory
+
+Batch = Tensor | Mapping[str, Any]
 
 # Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
 # sequence itself.
@@ -28,7 +38,7 @@ ODD_MASK = (
 )
 
 
-def token_count(batch: Tensor | Mapping[str, Any]) -> int:
+def token_count(batch: Batch) -> int:
     """Number of tokens in a batch that count: all of them, or those the attention mask keeps.
 
     It is 0 for a malformed batch, which `unpadded` then reports.
@@ -40,24 +50,41 @@ def token_count(batch: Tensor | Mapping[str, Any]) -> int:
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
-def batch_digest(batch: Tensor | Mapping[str, Any]) -> str:
-    """A checksum over all tensors of a batch, by their names."""
-    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    return digest(
-        {
-            name: value
-            for name, value in inputs.items()
-            if isinstance(value, Tensor) and holds_numbers(value)
-        }
-    )
+class TextSum:
+    """Checksums over the batches of a text, in their order: of all, and of one rank's own."""
+
+    def __init__(self, batches: Iterable[Batch] = ()) -> None:
+        self._batches = 0
+        self._whole, self._own = hashlib.sha256(), hashlib.sha256()
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Batch, *, own: bool = True) -> None:
+        """Takes in all tensors of the next batch, by their names."""
+        inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        checksum = digest(
+            {
+                name: value
+                for name, value in inputs.items()
+                if isinstance(value, Tensor) and holds_numbers(value)
+            }
+        ).encode()
+        self._batches += 1
+        self._whole.update(checksum)
+        if own:
+            self._own.update(checksum)
+
+    def given(self) -> dict[str, object]:
+        """Number and checksum of all batches, by name."""
+        return {"number of batches": self._batches, "data": self._whole.hexdigest()}
+
+    def own(self) -> str:
+        """The checksum of the rank's own batches."""
+        return self._own.hexdigest()
 
 
 def unpadded(
-    batch: Tensor | Mapping[str, Any],
-    index: int,
-    *,
-    pad_token_id: int | None = None,
-    max_rows: int | None = None,
+    batch: Batch, index: int, *, pad_token_id: int | None = None, max_rows: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Yields inputs of equal-length sequences that together hold exactly the tokens that count.
 
@@ -74,57 +101,56 @@ def unpadded(
             its mask does not fit them, or holds something else than ones and zeros.
     """
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    ids = inputs.get("input_ids")
+    ids: Any = inputs.get("input_ids")
+    mask: Any = inputs.get("attention_mask")
+    wrong = ""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
-        raise BatchError(
-            index,
-            "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids",
-        )
-    if ids.dtype not in (torch.int32, torch.int64) or not holds_numbers(ids):
-        raise BatchError(
-            index,
+        wrong = "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids"
+    elif ids.dtype not in (torch.int32, torch.int64) or not holds_numbers(ids):
+        wrong = (
             f"has token ids of {ids.dtype} ({ids.layout}, on {ids.device}): give dense int64 ones, "
-            "by .long()",
+            "by .long()"
         )
-    mask = inputs.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        raise BatchError(
-            index,
-            f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}",
-        )
-    if mask is not None and not ones_and_zeros(mask):
-        raise BatchError(index, f"has {ODD_MASK}")
+    elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        wrong = f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}"
+    elif mask is not None and not ones_and_zeros(mask):
+        wrong = f"has {ODD_MASK}"
+    if wrong:
+        raise BatchError(index, wrong)
     fields = {
         name: value if value.ndim == 2 else value[None]
         for name, value in inputs.items()
         if name not in _DROPPED and isinstance(value, Tensor) and value.shape == ids.shape
     }
-    if mask is None:
-        _warn_of_padding(fields["input_ids"], index, pad_token_id)
-        if ids.numel():
-            yield from _split(fields, max_rows)
-        return
-    kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
-    lengths = kept.sum(1)
-    for length in torch.unique(lengths).tolist():
-        if length:
-            rows = lengths == length
-            alike = {
-                name: value[rows][kept[rows]].view(-1, length) for name, value in fields.items()
+    alike = [fields] if ids.numel() else []
+    if mask is not None:
+        kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
+        lengths = kept.sum(1)
+        alike = [
+            {
+                name: value[lengths == length][kept[lengths == length]].view(-1, length)
+                for name, value in fields.items()
             }
-            yield from _split(alike, max_rows)
+            for length in torch.unique(lengths).tolist()
+            if length
+        ]
+    elif pad_token_id is not None and looks_padded(fields["input_ids"], pad_token_id):
+        warn(
+            f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
+            "mask: the padding counts as text and inflates the covariances; pass a mapping with "
+            "input_ids and attention_mask",
+            PaddingWarning,
+        )
+    for part in alike:
+        rows = len(part["input_ids"])
+        size = max_rows or rows
+        for start in range(0, rows, size):
+            yield {name: value[start : start + size] for name, value in part.items()}
 
 
 def ones_and_zeros(mask: Tensor) -> bool:
     """Whether a mask says of each token that it counts or that it does not; read on its device."""
     return holds_numbers(mask) and bool(((mask == 0) | (mask == 1)).all())
-
-
-def _split(fields: dict[str, Tensor], max_rows: int | None) -> Iterator[dict[str, Tensor]]:
-    rows = fields["input_ids"].shape[0]
-    size = max_rows or rows
-    for start in range(0, rows, size):
-        yield {name: value[start : start + size] for name, value in fields.items()}
 
 
 def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
@@ -137,12 +163,59 @@ def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
     return bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any())
 
 
-def _warn_of_padding(ids: Tensor, index: int, pad_token_id: int | None) -> None:
-    if pad_token_id is not None and looks_padded(ids, pad_token_id):
-        warnings.warn(
-            f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
-            "mask: the padding counts as text and inflates the covariances; pass a mapping with "
-            "input_ids and attention_mask",
-            PaddingWarning,
-            stacklevel=6,  # the caller of calibrate, which no_grad wraps
-        )
+@dataclass
+class Thrift:
+    """How little of a device's memory a calibration takes; less after every `tighten`.
+
+    Attributes:
+        batches: that are run.
+        device: where the model runs.
+        last_resort: what to do where nothing of this helps, for the error.
+        max_rows: the most sequences that run together; None for as many as a batch has.
+        on_host: whether inputs are copied to the host, and summed up there.
+    """
+
+    batches: Iterable[Batch]
+    device: torch.device
+    last_resort: str
+    max_rows: int | None = None
+    on_host: bool = False
+
+    def tighten(self, error: Exception, again: str, *, summing: bool = True) -> None:
+        """Halves the sequences that run together; once it is one, sums on the host. Warns.
+
+        A single sequence is tried before the host sums up, for that is slow.
+
+        Args:
+            error: that was raised.
+            again: what is done now, for the warning.
+            summing: whether covariances were summed up when memory ran out.
+
+        Raises:
+            CalibrationError: nothing is left to be done, or the batches cannot be read a second
+                time.
+        """
+        if not isinstance(self.batches, Sequence | Tensor):
+            raise CalibrationError(
+                "memory ran out while calibrating: give smaller batches, or a list of batches, "
+                "which can be started again"
+            ) from error
+        rows = self.max_rows or max(_rows(batch) for batch in self.batches)
+        if rows > 1:
+            self.max_rows = rows // 2
+            spared = f"at most {self.max_rows} sequence(s) at a time"
+        elif summing and not self.on_host and has_own_memory(self.device):
+            # Then activations may have had room enough: as many sequences as at first.
+            self.on_host, self.max_rows = True, None
+            spared = "covariances that the CPU sums up, which takes longer"
+        else:
+            raise CalibrationError(
+                "memory does not suffice for a single sequence: use shorter ones (--seq-len), "
+                f"{self.last_resort}"
+            ) from error
+        warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
+
+
+def _rows(batch: Batch) -> int:
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    return ids.shape[0] if ids.ndim == 2 else 1

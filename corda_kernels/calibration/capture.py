@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,37 +18,11 @@ from corda_kernels.kernels import symmetrize_, syrk_
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-# Groups that new modules can still join. Readers of one tensor are called close together (q, k, v;
+# Sums that new modules can still join. Readers of one tensor are called close together (q, k, v;
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
 # activation alive.
-_FORMING_GROUPS = 8
+_FORMING = 8
 _HOST = torch.device("cpu")
-
-
-@dataclass
-class _Sums:
-    """Running sums of one stream of inputs."""
-
-    matrix: Tensor  # (d, d) float32 or float64, lower triangle
-    absmax: Tensor  # (d,) float32
-    outlier_count: Tensor  # (d,) int64
-    tokens: int = 0
-    calls: int = 0
-
-    def to(self, device: torch.device) -> None:
-        """Moves the sums to where their inputs are, from which a checkpoint may have taken them."""
-        self.matrix = self.matrix.to(device)
-        self.absmax = self.absmax.to(device)
-        self.outlier_count = self.outlier_count.to(device)
-
-    def clone(self) -> _Sums:
-        return _Sums(
-            self.matrix.clone(),
-            self.absmax.clone(),
-            self.outlier_count.clone(),
-            self.tokens,
-            self.calls,
-        )
 
 
 @dataclass
@@ -70,19 +43,23 @@ def _version(tensor: Tensor) -> float:
 
 
 @dataclass
-class _Group:
-    """Modules that have read the same tensors so far, and the sums they share."""
+class _Sums:
+    """Running sums of the inputs of the modules that have read the same tensors so far."""
 
     modules: list[str]
-    sums: _Sums
-    pending: _Sighting | None = None  # read by some modules of the group, not yet by all
-    forming: _Sighting | None = (
-        None  # the group's first tensor: other new modules that read it join
-    )
+    matrix: Tensor  # (d, d) float32 or float64, lower triangle
+    absmax: Tensor  # (d,) float32
+    outlier_count: Tensor  # (d,) int64
+    tokens: int = 0
+    calls: int = 0
+    pending: _Sighting | None = None  # read by some of the modules, not yet by all
+    forming: _Sighting | None = None  # the first tensor: other new modules that read it join
 
-    def close(self) -> None:
-        """Lets no other module join."""
-        self.forming = None
+    def covariance(self, threshold: float) -> Covariance:
+        """The sums in the form of a covariance."""
+        return Covariance(
+            self.matrix, self.tokens, self.calls, self.absmax, self.outlier_count, threshold
+        )
 
 
 @dataclass
@@ -114,8 +91,8 @@ class InputCapture:
     statistics: bool = True
     on_host: bool = False
     row_mask: Tensor | None = field(default=None, init=False)
-    _groups: dict[str, _Group] = field(default_factory=dict, init=False)
-    _forming: deque[_Group] = field(default_factory=deque, init=False)
+    _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
+    _forming: deque[_Sums] = field(default_factory=deque, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
 
     def __enter__(self) -> InputCapture:
@@ -125,12 +102,7 @@ class InputCapture:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -149,69 +121,77 @@ class InputCapture:
         return read_input
 
     def _read(self, name: str, x: Tensor) -> None:
-        group = self._groups.get(name)
-        if group is None:
+        sums = self._sums.get(name)
+        if sums is None:
             self._join_or_found(name, x)
-        elif len(group.modules) == 1:
-            group.close()
-            self._add(group, x)
-        elif group.pending is None:
-            group.close()
-            group.pending = _Sighting(x, _version(x), [name])
+        elif len(sums.modules) == 1:
+            sums.forming = None
+            self._add(sums, x)
+        elif sums.pending is None:
+            sums.forming = None
+            sums.pending = _Sighting(x, _version(x), [name])
             if x.is_inference():
-                self._split(group)
-        elif group.pending.matches(x) and name not in group.pending.modules:
-            group.pending.modules.append(name)
-            if len(group.pending.modules) == len(group.modules):
-                self._add(group, group.pending.tensor)
-                group.pending = None
+                self._split(sums)
+        elif sums.pending.matches(x) and name not in sums.pending.modules:
+            sums.pending.modules.append(name)
+            if len(sums.pending.modules) == len(sums.modules):
+                self._add(sums, sums.pending.tensor)
+                sums.pending = None
         else:
-            self._split(group)
+            self._split(sums)
             self._read(name, x)
 
     def _join_or_found(self, name: str, x: Tensor) -> None:
-        for group in self._forming:
-            if group.forming is not None and group.forming.matches(x):
-                group.modules.append(name)
-                self._groups[name] = group
+        for sums in self._forming:
+            if sums.forming is not None and sums.forming.matches(x):
+                sums.modules.append(name)
+                self._sums[name] = sums
                 return
         d = x.shape[-1]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         device = _HOST if self.on_host else x.device
-        sums = _Sums(
+        sums = self._sums[name] = _Sums(
+            [name],
             torch.zeros(d, d, dtype=dtype, device=device),
             torch.zeros(d, dtype=torch.float32, device=device),
             torch.zeros(d, dtype=torch.int64, device=device),
+            forming=_Sighting(x, _version(x), [name]),
         )
-        group = self._groups[name] = _Group([name], sums, forming=_Sighting(x, _version(x), [name]))
-        self._forming.append(group)
-        if len(self._forming) > _FORMING_GROUPS:
-            self._forming.popleft().close()
-        self._add(group, x)
+        self._forming.append(sums)
+        if len(self._forming) > _FORMING:
+            self._forming.popleft().forming = None
+        self._add(sums, x)
 
-    def _split(self, group: _Group) -> None:
-        """Moves the modules that read the pending tensor to a group of their own and adds it."""
-        pending = group.pending
+    def _split(self, sums: _Sums) -> None:
+        """Gives the modules that read the pending tensor sums of their own and adds it there."""
+        pending = sums.pending
         assert pending is not None
         if _version(pending.tensor) > pending.version:
             raise CalibrationError(
-                f"layers {', '.join(group.modules)} read one tensor at first, but later it was "
+                f"layers {', '.join(sums.modules)} read one tensor at first, but later it was "
                 "changed in place before all of them had read it: calibrate them in separate runs, "
                 "each with one of them in targets, and merge"
             )
-        apart = _Group(pending.modules, group.sums.clone())
-        group.modules = [name for name in group.modules if name not in pending.modules]
-        group.pending = None
-        for name in apart.modules:
-            self._groups[name] = apart
+        sums.pending = None
+        apart = replace(
+            sums,
+            modules=pending.modules,
+            matrix=sums.matrix.clone(),
+            absmax=sums.absmax.clone(),
+            outlier_count=sums.outlier_count.clone(),
+        )
+        sums.modules = [name for name in sums.modules if name not in pending.modules]
+        self._sums.update(dict.fromkeys(apart.modules, apart))
         self._add(apart, pending.tensor)
 
-    def _add(self, group: _Group, x: Tensor) -> None:
-        rows = self._counted(group, x.reshape(-1, x.shape[-1]))
+    def _add(self, sums: _Sums, x: Tensor) -> None:
+        rows = self._counted(sums, x.reshape(-1, x.shape[-1]))
         if self.on_host:
             rows = rows.to(_HOST)
-        sums = group.sums
-        sums.to(rows.device)
+        # A checkpoint may have left the sums on another device than the inputs.
+        sums.matrix = sums.matrix.to(rows.device)
+        sums.absmax = sums.absmax.to(rows.device)
+        sums.outlier_count = sums.outlier_count.to(rows.device)
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
@@ -219,7 +199,7 @@ class InputCapture:
                 scale = 1.0  # the sums then show which channels are not
             if scale == 0.0:
                 raise CalibrationError(
-                    f"layer {group.modules[0]} received an input whose largest entry is 0, "
+                    f"layer {sums.modules[0]} received an input whose largest entry is 0, "
                     'by which normalize="peft" divides: use normalize="tokens"'
                 )
             alpha = scale**-2
@@ -235,12 +215,12 @@ class InputCapture:
         sums.tokens += rows.shape[0]
         sums.calls += 1
 
-    def _counted(self, group: _Group, rows: Tensor) -> Tensor:
+    def _counted(self, sums: _Sums, rows: Tensor) -> Tensor:
         if self.row_mask is None:
             return rows
         if self.row_mask.numel() != rows.shape[0]:
             raise CalibrationError(
-                f"layer {group.modules[0]} received {rows.shape[0]} rows, to which the attention "
+                f"layer {sums.modules[0]} received {rows.shape[0]} rows, to which the attention "
                 f"mask of {tuple(self.row_mask.shape)} does not apply (it may be a routed expert): "
                 "run sequences without padding, such as one at a time"
             )
@@ -254,27 +234,24 @@ class InputCapture:
                 range in the stream, are what to report.
         """
         distinct = self._distinct()
-        for group in distinct:
-            group.close()
-            if group.pending is not None:
-                self._split(group)
-        for group in distinct:
-            diagonal = group.sums.matrix.diagonal()
-            if not bool(torch.isfinite(diagonal).all()):
-                broken = int((~torch.isfinite(diagonal)).sum())
+        for sums in distinct:
+            sums.forming = None
+            if sums.pending is not None:
+                self._split(sums)
+        for sums in distinct:
+            finite = torch.isfinite(sums.matrix.diagonal())
+            if not bool(finite.all()):
                 raise NonFiniteActivationError(
-                    group.modules[0], batch, tokens, broken, diagonal.numel()
+                    sums.modules[0], batch, tokens, int((~finite).sum()), finite.numel()
                 )
 
-    def _distinct(self) -> list[_Group]:
-        return list({id(group): group for group in self._groups.values()}.values())
+    def _distinct(self) -> list[_Sums]:
+        return list({id(sums): sums for sums in self._sums.values()}.values())
 
     def unseen(self) -> list[str]:
         """Names of the modules that were never called with at least one token."""
         return [
-            name
-            for name in self.modules
-            if name not in self._groups or not self._groups[name].sums.tokens
+            name for name in self.modules if name not in self._sums or not self._sums[name].tokens
         ]
 
     def sums(self) -> list[Group]:
@@ -284,43 +261,24 @@ class InputCapture:
         pass.
         """
         return [
-            (
-                Covariance(
-                    group.sums.matrix,
-                    group.sums.tokens,
-                    group.sums.calls,
-                    group.sums.absmax,
-                    group.sums.outlier_count,
-                    self.outlier_threshold,
-                ),
-                group.modules,
-            )
-            for group in self._distinct()
+            (sums.covariance(self.outlier_threshold), sums.modules) for sums in self._distinct()
         ]
 
     def restore(self, groups: list[Group]) -> None:
         """Takes up sums that `sums` gave between two passes, in place of its own."""
-        self._groups.clear()
+        self._sums.clear()
         for part, names in groups:
-            sums = _Sums(part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls)
-            self._groups.update(dict.fromkeys(names, _Group(names, sums)))
+            sums = _Sums(
+                names, part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls
+            )
+            self._sums.update(dict.fromkeys(names, sums))
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
         finished: dict[int, Covariance] = {}
-        for group in self._distinct():
-            sums = group.sums
+        for sums in self._distinct():
             count = sums.tokens if self.normalize == "tokens" else sums.calls
-            matrix = symmetrize_(sums.matrix).div_(max(count, 1))
-            finished[id(group)] = Covariance(
-                matrix,
-                sums.tokens,
-                sums.calls,
-                sums.absmax,
-                sums.outlier_count,
-                self.outlier_threshold,
-            )
+            symmetrize_(sums.matrix).div_(max(count, 1))
+            finished[id(sums)] = sums.covariance(self.outlier_threshold)
         unseen = set(self.unseen())
-        return {
-            name: finished[id(self._groups[name])] for name in self.modules if name not in unseen
-        }
+        return {name: finished[id(self._sums[name])] for name in self.modules if name not in unseen}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from corda_kernels.arguments import (
     usable_device,
     whole_number,
 )
-from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
 from corda_kernels.fields import (
     Check,
@@ -35,8 +34,8 @@ from corda_kernels.fields import (
 from corda_kernels.files import read_checked, write_checked
 from corda_kernels.outputs import atomic_path, temporary_folder
 
-_FORMAT = "corda_kernels.covariances/1"
-_AS_COVARIANCES: Any = {
+_FILE: Any = {
+    "format_": "corda_kernels.covariances/1",
     "what": "covariance",
     "error": CovarianceFileError,
     "remedy": "copy or calibrate it again",
@@ -54,7 +53,7 @@ _GROUP_FIELDS: dict[str, Check] = {
     "outlier_threshold": lambda value: is_number(value, 0) or value == math.inf,
 }
 _HEADER_FIELDS: dict[str, Check] = {
-    "groups": lambda value: isinstance(value, list),
+    "groups": lambda _: True,  # `read_groups` has checked them
     "order": is_names,
     "normalize": lambda value: value in _NORMALIZATIONS,
     "left_out": is_texts,
@@ -99,28 +98,21 @@ class Covariance:
     def __post_init__(self) -> None:
         """Refuses values of another kind or shape."""
         real_tensor("a covariance's matrix", self.matrix, CovarianceError)
-        channels = self.matrix.shape[-1:]
-        if self.matrix.ndim != 2 or len(self.matrix) != channels[0]:
-            raise CovarianceError(
-                f"a covariance's matrix must be (in, in), got {tuple(self.matrix.shape)}"
-            )
+        shape = tuple(self.matrix.shape)
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise CovarianceError(f"a covariance's matrix must be (in, in), got {shape}")
         for name in ("absmax", "outlier_count"):
             statistic = getattr(self, name)
             instance_of(name, statistic, Tensor, CovarianceError)
-            if statistic.shape != channels:
+            if statistic.shape != shape[:1]:
                 raise CovarianceError(
-                    f"{name} must be ({channels[0]},) as the matrix has channels, "
+                    f"{name} must be ({shape[0]},) as the matrix has channels, "
                     f"got {tuple(statistic.shape)}"
                 )
         for name in ("tokens", "calls"):
             whole_number(name, getattr(self, name), 0, error=CovarianceError)
-        real_number(
-            "outlier_threshold",
-            self.outlier_threshold,
-            "at least 0",
-            lambda x: x >= 0,
-            error=CovarianceError,
-        )
+        threshold, rule = self.outlier_threshold, "at least 0"
+        real_number("outlier_threshold", threshold, rule, lambda x: x >= 0, error=CovarianceError)
 
     def merge(self, other: Covariance, *, normalize: str = "tokens") -> Covariance:
         """The covariance of both samples: the mean weighted by tokens, or by calls for "peft".
@@ -139,19 +131,24 @@ class Covariance:
                 f"{self.outlier_threshold}) and {other.matrix.shape[0]} channels (threshold "
                 f"{other.outlier_threshold}) cannot be merged"
             )
-        weights = (
-            (self.tokens, other.tokens) if normalize == "tokens" else (self.calls, other.calls)
+        mine, theirs = (
+            part.tokens if normalize == "tokens" else part.calls for part in (self, other)
         )
-        share = weights[1] / max(sum(weights), 1)
         dtype = torch.promote_types(self.matrix.dtype, other.matrix.dtype)
         return Covariance(
-            torch.lerp(self.matrix.to(dtype), other.matrix.to(dtype), share),
+            torch.lerp(
+                self.matrix.to(dtype), other.matrix.to(dtype), theirs / max(mine + theirs, 1)
+            ),
             self.tokens + other.tokens,
             self.calls + other.calls,
             torch.maximum(self.absmax, other.absmax),
             self.outlier_count + other.outlier_count,
             self.outlier_threshold,
         )
+
+
+# A covariance and the names of the layers that share it.
+Group = tuple[Covariance, list[str]]
 
 
 class CovarianceSet(Mapping[str, Covariance]):
@@ -200,7 +197,7 @@ class CovarianceSet(Mapping[str, Covariance]):
     def __len__(self) -> int:
         return len(self._covariances)
 
-    def groups(self) -> list[tuple[Covariance, list[str]]]:
+    def groups(self) -> list[Group]:
         """Each distinct covariance with the names of the modules that share it, in their order."""
         names: dict[int, list[str]] = {}
         for name, covariance in self.items():
@@ -271,7 +268,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             "normalize": self.normalize,
             "provenance": self.provenance,
         }
-        write_groups(path, _FORMAT, self.groups(), header)
+        write_groups(path, _FILE["format_"], self.groups(), header)
 
     @classmethod
     def load(
@@ -283,7 +280,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
             ConfigError: the device is not there, or too small.
         """
-        header, groups = read_groups(path, _FORMAT, **_AS_COVARIANCES, device=device)
+        header, groups = read_groups(path, device=device, **_FILE)
         try:
             check_fields(header, _HEADER_FIELDS, "the header")
             for note, value in header["provenance"].items():
@@ -333,9 +330,7 @@ def save_pieces(
             piece.save(folder / str(number))
             notes.append(piece.provenance)
             del piece
-            header, mapped = read_checked(
-                folder / str(number), _FORMAT, **_AS_COVARIANCES, mapped=True
-            )
+            header, mapped = read_checked(folder / str(number), mapped=True, **_FILE)
             first = len(whole["groups"])
             for name, tensor in mapped.items():
                 index, _, part = name.partition(".")
@@ -348,10 +343,7 @@ def save_pieces(
             with atomic_path(path) as temporary:
                 os.replace(folder / "0", temporary)
             return
-        write_checked(path, _FORMAT, whole | {"provenance": provenance(notes)}, tensors)
-
-
-Group = tuple[Covariance, list[str]]
+        write_checked(path, _FILE["format_"], whole | {"provenance": provenance(notes)}, tensors)
 
 
 def write_groups(
@@ -399,13 +391,13 @@ def read_groups(
     """
     usable_device(device, ConfigError)
     header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
-    groups = []
     try:
-        if not is_object(header) or not _HEADER_FIELDS["groups"](header.get("groups")):
+        if not is_object(header) or not isinstance(header.get("groups"), list):
             raise ValueError("it has no groups")
-        for index, record in enumerate(header["groups"]):
-            covariance, names = _group(record, f"{index}", tensors)
-            groups.append((_moved(covariance, device), names))
+        groups = [
+            _group(record, f"{index}", tensors, device)
+            for index, record in enumerate(header["groups"])
+        ]
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
     except ConfigError:  # about the device
@@ -417,11 +409,14 @@ def read_groups(
     return header, groups
 
 
-def _group(record: Any, index: str, tensors: dict[str, Tensor]) -> Group:
-    """One covariance, whose tensors are taken out of `tensors`.
+def _group(
+    record: Any, index: str, tensors: dict[str, Tensor], device: str | torch.device
+) -> Group:
+    """One covariance on `device`, whose tensors are taken out of `tensors`.
 
     Raises:
         ValueError: the record or a tensor is not what it must be.
+        ConfigError: the device is not there, or too small.
     """
     check_fields(record, _GROUP_FIELDS, f"group {index}")
     channels = record["channels"]
@@ -431,17 +426,15 @@ def _group(record: Any, index: str, tensors: dict[str, Tensor]) -> Group:
     count = _taken(tensors, f"{index}.outlier_count", channels, (torch.int64,))
     if bool((absmax < 0).any()) or bool((count < 0).any()):
         raise ValueError(f"group {index} has negative statistics of channels")
-    return (
-        Covariance(
-            unpack_symmetric(packed, channels),
-            record["tokens"],
-            record["calls"],
-            absmax,
-            count,
-            float(record["outlier_threshold"]),
-        ),
-        record["modules"],
-    )
+    try:
+        matrix = unpack_symmetric(packed, channels).to(device)
+        absmax, count = absmax.to(device), count.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
+        ) from error
+    tokens, calls, threshold = (record[key] for key in ("tokens", "calls", "outlier_threshold"))
+    return Covariance(matrix, tokens, calls, absmax, count, float(threshold)), record["modules"]
 
 
 def _taken(
@@ -456,15 +449,44 @@ def _taken(
     return tensor
 
 
-def _moved(covariance: Covariance, device: str | torch.device) -> Covariance:
-    try:
-        return replace(
-            covariance,
-            matrix=covariance.matrix.to(device),
-            absmax=covariance.absmax.to(device),
-            outlier_count=covariance.outlier_count.to(device),
-        )
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
-        ) from error
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """The d(d+1)/2 numbers of the lower triangle of a (d, d) matrix, flat, in its dtype.
+
+    LAPACK's rectangular full packed idea: of the triangle [[L₁, ·], [F, L₂]] the rectangle F lies
+    beside an almost square block, which holds L₁ in its lower part and L₂ᵀ in its upper part. Block
+    copies need no index or mask of d² entries, as gathering the triangle would.
+    """
+    d = matrix.shape[0]
+    packed = matrix.new_empty(d * (d + 1) // 2)
+    block, rectangle, row, column = _packed_parts(packed, d)
+    small, large = rectangle.shape
+    block[:row] = 0
+    block[row:] = matrix[:large, :large].tril()
+    block[:small, column:] += matrix[large:, large:].mT.triu()
+    rectangle.copy_(matrix[large:, :large])
+    return packed
+
+
+def unpack_symmetric(packed: Tensor, d: int, *, out: Tensor | None = None) -> Tensor:
+    """The symmetric (d, d) matrix that `pack_symmetric` packed; in `out` if there is one."""
+    block, rectangle, row, column = _packed_parts(packed, d)
+    small, large = rectangle.shape
+    matrix = packed.new_empty((d, d)) if out is None else out
+    first, second = matrix[:large, :large], matrix[large:, large:]
+    first.copy_(block[row:]).tril_()
+    first += first.tril(-1).mT
+    second.copy_(block[:small, column:]).triu_()
+    second += second.triu(1).mT
+    matrix[large:, :large] = rectangle
+    matrix[:large, large:] = rectangle.mT
+    return matrix
+
+
+def _packed_parts(packed: Tensor, d: int) -> tuple[Tensor, Tensor, int, int]:
+    """The block, the rectangle, and where in the block L₁ starts (row) and L₂ᵀ (column)."""
+    small = d // 2
+    large = d - small
+    row, column = (1, 0) if large == small else (0, 1)
+    size = (large + row) * large
+    block, rectangle = packed[:size], packed[size:]
+    return block.view(large + row, large), rectangle.view(small, large), row, column

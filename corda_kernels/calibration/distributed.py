@@ -9,8 +9,9 @@ without a word.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,10 +19,17 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import Covariance, Group
-from corda_kernels.calibration.packing import pack_symmetric, unpack_symmetric
+from corda_kernels.calibration.covariance import (
+    Covariance,
+    CovarianceSet,
+    Group,
+    pack_symmetric,
+    unpack_symmetric,
+)
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
+from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 from corda_kernels.versions import library_versions
 
@@ -32,6 +40,7 @@ _ALIKE = 1e-4
 # What a message has room for: letters of a value, of which a checksum has more, and ranks.
 _SHOWN = 40
 _NAMED = 3
+_SAMPLES = 64  # entries of each weight by which a model is recognised
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,11 @@ class Ranks:
         """
         if self.size == 1:
             return
-        mine: dict[str, str | Tensor] = {
-            f"version of {name}": version for name, version in library_versions().items()
+        versions = {f"version of {name}": found for name, found in library_versions().items()}
+        mine = {
+            name: value if isinstance(value, Tensor) else str(value)
+            for name, value in (versions | dict(given())).items()
         }
-        for name, value in given().items():
-            mine[name] = value if isinstance(value, Tensor) else str(value)
         every = self.gather(mine, step)
         names = dict.fromkeys(name for found in every for name in found)
         differing = [
@@ -153,16 +162,19 @@ class Ranks:
             return
         groups = capture.sums()
         mine = {name: part for part, names in groups for name in names}
-        numbers = {name: number for number, (_, names) in enumerate(groups) for name in names}
         # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
         places = self.gather(
-            {name: (numbers[name], mine[name].matrix.dtype == torch.float64) for name in numbers},
+            {
+                name: (number, part.matrix.dtype == torch.float64)
+                for number, (part, names) in enumerate(groups)
+                for name in names
+            },
             "adding up the sums",
         )
-        together: dict[tuple[int | None, ...], list[str]] = {}
+        together: dict[tuple[tuple[int, bool] | None, ...], list[str]] = {}
         for name in capture.modules:
-            key = tuple(place.get(name, (None, False))[0] for place in places)
-            if any(number is not None for number in key):
+            key = tuple(place.get(name) for place in places)
+            if any(key):
                 together.setdefault(key, []).append(name)
         # Layers that share a sum here may not on another rank: only the last can have its place.
         last = {key[self.rank]: key for key in together}
@@ -170,12 +182,11 @@ class Ranks:
         for key, names in together.items():
             part = mine.get(names[0])
             if part is None:
-                wide = any(place.get(names[0], (None, False))[1] for place in places)
+                wide = any(place[1] for place in key if place)
                 part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-                into = part.matrix
-            else:
-                final = last[key[self.rank]] == key
-                into = part.matrix if final else torch.empty_like(part.matrix)
+            into = part.matrix
+            if names[0] in mine and last[key[self.rank]] != key:
+                into = torch.empty_like(into)
             try:
                 summed.append((self._added(part, into, device), names))
             except torch.OutOfMemoryError as error:
@@ -208,18 +219,13 @@ class Ranks:
         )
 
 
-def _zeros(module: nn.Module, wide: bool, threshold: float) -> Covariance:
+def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
-    channels = linear_shape(module)[1]
-    weight: Any = module.weight
-    device = weight.device
-
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-
-    matrix = zeros(channels, channels, dtype=torch.float64 if wide else torch.float32)
-    absmax = zeros(channels, dtype=torch.float32)
-    return Covariance(matrix, 0, 0, absmax, zeros(channels, dtype=torch.int64), threshold)
+    channels, device = linear_shape(module)[1], module.weight.device
+    dtype = torch.float64 if wide else torch.float32
+    matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
+    absmax = torch.zeros(channels, dtype=torch.float32, device=device)
+    return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)
 
 
 def _difference(values: list[Any]) -> str:
@@ -260,3 +266,76 @@ def _peers_needed() -> Iterator[None]:
             f"another rank has ended or cannot be reached ({reason}): see what it said, and start "
             "all ranks again"
         ) from error
+
+
+def text_given(batches: Iterable[Batch]) -> dict[str, object]:
+    """The text; nothing of one that may be read but once, which is compared at its end."""
+    return TextSum(batches).given() if isinstance(batches, Sequence | Tensor) else {}
+
+
+def layers_given(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, object]:
+    """Weights and their dtypes, and which layers it is about.
+
+    Args:
+        modules: that hold the weights, see `weights_digest`.
+        targets: names of the layers.
+    """
+    dtypes = {
+        str(parameter.dtype).removeprefix("torch.")
+        for module in modules.values()
+        for parameter in module.parameters()
+    }
+    return {
+        "targets": digest({}, "\n".join(targets)),
+        "dtype": ", ".join(sorted(dtypes)),
+        "weights": weights_digest(modules),
+    }
+
+
+def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
+    """The covariances, by which layers share them, their tokens and their Frobenius norms.
+
+    No checksum: where one rank has summed up on the host for want of memory, the last bits differ.
+    """
+    groups = covariances.groups()
+    counts = [(names, part.tokens, part.calls) for part, names in groups]
+    norms = [part.matrix.norm(dim=-1).norm().double().cpu() for part, _ in groups]
+    return {
+        "tokens of the covariances": digest({}, str(counts)),
+        "covariances": torch.stack(norms) if norms else torch.empty(0),
+        "normalization": covariances.normalize,
+    }
+
+
+def weights_digest(modules: Mapping[str, nn.Module]) -> str:
+    """A checksum over the names, sizes and dtypes of all weights, and over entries of each.
+
+    Args:
+        modules: by their names in the model; the model itself has the name "".
+    """
+    samples = {}
+    sizes = []
+    named = (
+        weights
+        for prefix, module in modules.items()
+        for weights in (module.named_parameters(prefix), module.named_buffers(prefix))
+    )
+    for name, tensor in itertools.chain.from_iterable(named):
+        sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+        for part, values in _plain_parts(tensor.detach()).items():
+            if values.device.type != "meta":  # offloaded: its values are elsewhere
+                flat = values.reshape(-1)
+                samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
+    return digest(samples, "\n".join(sizes))
+
+
+def _plain_parts(tensor: Any) -> dict[str, Tensor]:
+    """The tensor by the name "", or those that a quantised one of torchao is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {
+        f".{name}{part}": values
+        for name in names
+        for part, values in _plain_parts(getattr(tensor, name)).items()
+    }

@@ -15,26 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from corda_kernels.calibration.recorder import hidden_states
-from corda_kernels.calibration.subject import Subject, evaluating
+from corda_kernels.calibration.blocks import hidden_states
+from corda_kernels.calibration.passes import CalibrationRun, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.linears import linear_shape
 from corda_kernels.models import decoder_blocks
 
 _TRIED_TOKENS = 2
 
+# Attention masks for a number of tokens: a finished one, one of ones, or none.
 _Mask = Callable[[int], Tensor] | None
-
-
-def _finished_mask(tokens: int) -> Tensor:
-    return torch.zeros(1, 1, tokens, tokens, dtype=torch.bool)
-
-
-def _mask_of_ones(tokens: int) -> Tensor:
-    return torch.ones(1, tokens, dtype=torch.int64)
-
-
-_MASKS: tuple[_Mask, ...] = (_finished_mask, _mask_of_ones, None)
+_MASKS: tuple[_Mask, ...] = (
+    lambda tokens: torch.zeros(1, 1, tokens, tokens, dtype=torch.bool),
+    lambda tokens: torch.ones(1, tokens, dtype=torch.int64),
+    None,
+)
+# Channels of an input, and the layers that read it.
+_Input = tuple[int, list[str]]
 
 
 @dataclass(frozen=True)
@@ -86,21 +83,19 @@ def calibration_needs(
         TargetError: no layer matches.
         ModelError: the model does not run without weights.
     """
-    subject = Subject.of(model, targets)
-    mask = _fitting_mask(subject)
-    groups = _input_groups(subject, mask)
-    obstacle = _obstacle(subject, groups, mask)
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    hidden = getattr(find(), "hidden_size", 0) if callable(find) else 0
+    run = CalibrationRun(model, targets)
+    mask = _fitting_mask(run)
+    inputs, outputs = _seen(run, mask)
+    obstacle = _obstacle(run, inputs, outputs)
     parameters = list(model.parameters())
     return CalibrationNeeds(
-        groups,
-        None if obstacle else _block_bytes(model, groups),
+        inputs,
+        None if obstacle else _block_bytes(model, inputs),
         obstacle,
         sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        hidden * parameters[0].element_size(),
-        _forward_flops(subject, min(seq_len, subject.positions or seq_len), mask),
-        subject.positions,
+        getattr(_text_config(model), "hidden_size", 0) * parameters[0].element_size(),
+        _forward_flops(run, min(seq_len, run.positions or seq_len), mask),
+        run.positions,
     )
 
 
@@ -114,23 +109,46 @@ def covariance_bytes(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
-        subject = Subject.of(model, targets)
-    sizes: dict[str, int] = {}
+        run = CalibrationRun(model, targets)
+    inputs, _ = _seen(run, _fitting_mask(run))
+    largest = 0
     with contextlib.suppress(ModelError):
-        sizes = dict.fromkeys(decoder_blocks(model), 0)
-    total = 0
-    for channels, names in _input_groups(subject, _fitting_mask(subject)):
-        total += 4 * channels**2
+        largest = max(_block_bytes(model, inputs).values())
+    return sum(4 * channels**2 for channels, _ in inputs), largest
+
+
+def _block_bytes(model: nn.Module, inputs: list[_Input]) -> dict[str, int]:
+    """Size of all covariances of each decoder block, by its name.
+
+    Raises:
+        ModelError: the model has no list of decoder blocks.
+    """
+    sizes = dict.fromkeys(decoder_blocks(model), 0)
+    for channels, names in inputs:
         block = _block_of(names[0], sizes)
         if block is not None:
             sizes[block] += 4 * channels**2
-    return total, max(sizes.values(), default=0)
+    return sizes
 
 
-def _input_groups(subject: Subject, mask: _Mask) -> list[tuple[int, list[str]]]:
-    """Channels of each distinct input and the layers that read it; unseen layers stand alone."""
+def _block_of(name: str, blocks: Iterable[str]) -> str | None:
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model within a transformers model; None for other models."""
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    return find() if callable(find) else None
+
+
+def _seen(run: CalibrationRun, mask: _Mask) -> tuple[list[_Input], list[Any]]:
+    """Each distinct input with the layers that read it, and what the decoder's blocks return.
+
+    Layers that are never called stand alone.
+    """
     names: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
+    outputs: list[Any] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -139,20 +157,23 @@ def _input_groups(subject: Subject, mask: _Mask) -> list[tuple[int, list[str]]]:
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(note(name)) for name, module in subject.linears.items()
-    ]
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in run.linears.items()]
+    with contextlib.suppress(ModelError):
+        handles += [
+            block.register_forward_hook(lambda module, args, output: outputs.append(output))
+            for block in decoder_blocks(run.model).values()
+        ]
     try:
-        _run(subject, _TRIED_TOKENS, mask)
+        _run(run, _TRIED_TOKENS, mask)
     finally:
         for handle in handles:
             handle.remove()
     seen = {name for group in names.values() for name in group}
-    groups = list(names.values()) + [[name] for name in subject.linears if name not in seen]
-    return [(linear_shape(subject.linears[group[0]])[1], group) for group in groups]
+    groups = list(names.values()) + [[name] for name in run.linears if name not in seen]
+    return [(linear_shape(run.linears[group[0]])[1], group) for group in groups], outputs
 
 
-def _fitting_mask(subject: Subject) -> _Mask:
+def _fitting_mask(run: CalibrationRun) -> _Mask:
     """The attention mask with which a model without weights runs; none where it has some.
 
     To make a mask, transformers would look at values, which there are none of. Most models take a
@@ -161,87 +182,64 @@ def _fitting_mask(subject: Subject) -> _Mask:
     Raises:
         ModelError: it runs with none of them.
     """
-    if subject.device.type != "meta":
+    if run.device.type != "meta":
         return None
     reason = ""
     for mask in _MASKS:
         try:
-            _run(subject, _TRIED_TOKENS, mask)
+            _run(run, _TRIED_TOKENS, mask)
             return mask
         except Exception as error:  # a model's own code: it may raise anything
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
     raise ModelError(
-        f"{type(subject.model).__name__} does not run without its weights ({reason}): what it "
+        f"{type(run.model).__name__} does not run without its weights ({reason}): what it "
         "needs cannot be told in advance, calibrate it with a --memory-limit"
     )
 
 
-def _run(subject: Subject, tokens: int, mask: _Mask) -> None:
+def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
     if mask is not None:
         inputs["attention_mask"] = mask(tokens)
-    with evaluating(subject.model), _experts_by_shape(subject):
-        subject.run(inputs)
+    with evaluating(run.model), _experts_by_shape(run):
+        run.forward(inputs)
 
 
 @contextlib.contextmanager
-def _experts_by_shape(subject: Subject) -> Iterator[None]:
+def _experts_by_shape(run: CalibrationRun) -> Iterator[None]:
     """Inside the block, routed experts without weights run as products of known sizes.
 
     The default looks at how many tokens each expert gets, or has no float32.
     """
-    experts = "_experts_implementation"
-    find = getattr(getattr(subject.model, "config", None), "get_text_config", None)
-    before = getattr(find(), experts, None) if callable(find) else None
-    if find is None or before is None or subject.device.type != "meta":
+    experts, config = "_experts_implementation", _text_config(run.model)
+    before = getattr(config, experts, None)
+    if before is None or run.device.type != "meta":
         yield
         return
-    setattr(find(), experts, "batched_mm")
+    setattr(config, experts, "batched_mm")
     try:
         yield
     finally:
-        setattr(find(), experts, before)
+        setattr(config, experts, before)
 
 
-def _obstacle(subject: Subject, groups: list[tuple[int, list[str]]], mask: _Mask) -> str:
+def _obstacle(run: CalibrationRun, inputs: list[_Input], outputs: list[Any]) -> str:
     """Why the model cannot be calibrated block by block; empty where it can."""
     try:
-        blocks = decoder_blocks(subject.model)
+        blocks = decoder_blocks(run.model)
     except ModelError:
         return "the model has no list of decoder blocks"
-    if any(_block_of(names[0], blocks) is None for _, names in groups):
+    if any(_block_of(names[0], blocks) is None for _, names in inputs):
         return "targets lie outside of the decoder's blocks"
-    outputs: list[Any] = []
-    handles = [
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-        for block in blocks.values()
-    ]
     try:
-        _run(subject, _TRIED_TOKENS, mask)
         for output in outputs:
             hidden_states(output)
     except CalibrationError:
         return "the model's blocks return more than hidden states"
-    finally:
-        for handle in handles:
-            handle.remove()
     return ""
 
 
-def _block_of(name: str, blocks: Iterable[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
-
-
-def _block_bytes(model: nn.Module, groups: list[tuple[int, list[str]]]) -> dict[str, int]:
-    sizes = dict.fromkeys(decoder_blocks(model), 0)
-    for channels, names in groups:
-        block = _block_of(names[0], sizes)
-        assert block is not None  # or there would be an obstacle
-        sizes[block] += 4 * channels**2
-    return sizes
-
-
-def _forward_flops(subject: Subject, seq_len: int, mask: _Mask) -> float:
+def _forward_flops(run: CalibrationRun, seq_len: int, mask: _Mask) -> float:
     with FlopCounterMode(display=False) as counter:
-        _run(subject, seq_len, mask)
+        _run(run, seq_len, mask)
     return float(counter.get_total_flops()) / seq_len

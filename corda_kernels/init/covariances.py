@@ -14,13 +14,11 @@ from torch import nn
 
 from corda_kernels.arguments import whole_number
 from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, calibrate
-from corda_kernels.calibration.agreement import text_given
-from corda_kernels.calibration.batches import token_count
-from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.batches import Batch, token_count
+from corda_kernels.calibration.blocks import calibrate_block_parts
+from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.calibration.streaming import calibrate_block_parts
-from corda_kernels.calibration.subject import OnUnseen, refuse_unseen, unseen
+from corda_kernels.calibration.passes import OnUnseen, refuse_unseen, unseen
 from corda_kernels.errors import (
     BatchError,
     ConfigError,

@@ -18,9 +18,8 @@ from corda_kernels.adapter import (
 )
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.calibration.agreement import covariances_given, layers_given
-from corda_kernels.calibration.calibrate import Batch
-from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.batches import Batch
+from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.errors import CalibrationError, ConfigError
 from corda_kernels.init.checks import (
     check_complete,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.subject import evaluating
+from corda_kernels.calibration.passes import evaluating
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning
 from corda_kernels.memory import has_own_memory
 from corda_kernels.models import input_device

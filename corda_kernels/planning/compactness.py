@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from corda_kernels.arguments import instance_of, one_of, real_tensor, whole_number
 from corda_kernels.calibration import CovarianceSet
-from corda_kernels.calibration.agreement import covariances_given, layers_given
-from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
 from corda_kernels.linalg import extreme_eigenvalues, parallel_map, singular_values
 from corda_kernels.linalg.context_svd import check_shapes

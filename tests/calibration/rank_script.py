@@ -29,8 +29,8 @@ from corda_kernels import (
     select_covariance,
 )
 from corda_kernels.adapter import write_adapter
+from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.calibration.streaming import calibrate_block_parts
 from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.init import (
     CalibrationPlan,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.calibration.covariance import save_pieces
+from corda_kernels.calibration.covariance import pack_symmetric, save_pieces, unpack_symmetric
 from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
@@ -153,8 +153,9 @@ def test_sets_of_other_layers_or_another_normalization_cannot_merge() -> None:
         CovarianceSet({"q": one}).merge(CovarianceSet({"q": one}, normalize="peft"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("d", [1, 6, 33])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(1, torch.float64), (6, torch.float32), (33, torch.float64)]
+)
 def test_a_file_gives_back_every_bit(tmp_path: Path, d: int, dtype: torch.dtype) -> None:
     written = CovarianceSet({"q": covariance_of(torch.randn(50, d, dtype=dtype))})
     written.save(tmp_path / "c.safetensors")
@@ -288,3 +289,45 @@ def test_a_full_disk_leaves_the_old_file_intact(
         random_set().save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"), [*((d, torch.float32) for d in range(9)), (40, torch.float64)]
+)
+def test_round_trip_is_exact_and_half_the_size(d: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(d, d, dtype=dtype)
+    matrix = matrix + matrix.T
+    packed = pack_symmetric(matrix)
+    assert packed.shape == (d * (d + 1) // 2,)
+    assert packed.dtype == dtype
+    assert torch.equal(unpack_symmetric(packed, d), matrix)
+
+
+@pytest.mark.parametrize("d", [6, 7])
+def test_only_the_lower_triangle_is_read(d: int) -> None:
+    lower = torch.randn(d, d).tril()
+    unspecified = torch.full((d, d), torch.nan).triu(1)
+    assert torch.equal(
+        unpack_symmetric(pack_symmetric(lower + unspecified), d), lower + lower.tril(-1).T
+    )
+
+
+@pytest.mark.parametrize("d", [6, 7])
+def test_a_matrix_of_any_strides_can_be_packed(d: int) -> None:
+    matrix = torch.randn(d, 2 * d)[:, ::2]
+    assert torch.equal(pack_symmetric(matrix), pack_symmetric(matrix.contiguous()))
+
+
+@pytest.mark.parametrize("d", [6, 7])
+def test_a_matrix_can_be_unpacked_into_another(d: int) -> None:
+    packed = pack_symmetric(torch.randn(d, d))
+    into = torch.full((d, d), torch.nan)
+    assert unpack_symmetric(packed, d, out=into) is into
+    assert torch.equal(into, unpack_symmetric(packed, d))
+
+
+def test_packing_a_triangle_leaves_the_matrix_alone() -> None:
+    matrix = torch.randn(7, 7)
+    before = matrix.clone()
+    pack_symmetric(matrix)
+    assert torch.equal(matrix, before)

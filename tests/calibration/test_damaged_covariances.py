@@ -14,7 +14,7 @@ from damage import damaged_bytes, damaged_json, damaged_tensors, header_size, se
 from torch import nn
 
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration.checkpoint import FORMAT as CHECKPOINT
+from corda_kernels.calibration.journal import FORMAT as CHECKPOINT
 from corda_kernels.errors import (
     CheckpointError,
     CordaError,

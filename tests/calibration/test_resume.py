@@ -13,8 +13,9 @@ from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
-from corda_kernels.calibration import resume as resume_module
+from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.journal import Journal
 from corda_kernels.errors import CheckpointError, CordaWarning
 
 ModelMaker = Callable[..., nn.Module]
@@ -56,8 +57,7 @@ def interrupted(model: nn.Module, batches: list[Tensor], end: int, folder: Path,
     return Path(kept.path)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("every", [1, 20])
+@pytest.mark.parametrize(("architecture", "every"), [("llama", 1), ("gpt2", 20), ("mixtral", 20)])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_a_resumed_run_gives_the_same_file_wherever_it_was_killed(
     tiny_model: ModelMaker, tmp_path: Path, architecture: str, every: int
@@ -148,7 +148,7 @@ def test_without_resume_a_checkpoint_is_overwritten(tiny_model: ModelMaker, tmp_
 
 
 OTHER: dict[str, Callable[[nn.Module, list[Tensor], dict[str, Any]], None]] = {
-    "model": lambda model, batches, options: model.model.norm.weight.data.add_(1),
+    "weights": lambda model, batches, options: model.model.norm.weight.data.add_(1),
     "targets": lambda model, batches, options: options.update(targets=["q_proj"]),
     "outlier_threshold": lambda model, batches, options: options.update(outlier_threshold=2.0),
     "normalize": lambda model, batches, options: options.update(normalize="peft"),
@@ -279,17 +279,13 @@ def test_the_default_interval_costs_about_a_hundredth(
 ) -> None:
     narrow, wide = sizes
     layers = {"up": nn.Linear(narrow, wide, device="meta"), "down": nn.Linear(wide, narrow)}
-    capture = resume_module.InputCapture(layers)
-    journal = resume_module.Journal(
-        checkpoint(tmp_path, every=None),
-        capture,
-        nn.ModuleDict(layers),
-        torch.device(device),
-        Ranks(),
-    )
+    capture = InputCapture(layers)
+    journal = Journal(checkpoint(tmp_path, every=None), dict, torch.device(device), Ranks())
     for name, layer in layers.items():
         capture._read(name, torch.zeros(1, layer.in_features))
     written = 2 * (narrow**2 + wide**2)
     operations = 4 * narrow * wide + narrow**2 + wide**2
     rate = 1_000 if device == "cpu" else 200_000
-    assert written * rate == pytest.approx(0.01 * operations * journal._interval(), rel=1e-3)
+    assert written * rate == pytest.approx(
+        0.01 * operations * journal.interval([capture]), rel=1e-3
+    )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import kept_text, thrift
+from corda_kernels.calibration import batches as batches_module
+from corda_kernels.calibration import blocks as blocks_module
+from corda_kernels.calibration.blocks import KeptText, alike, calibrate_block_parts
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.streaming import calibrate_block_parts
-from corda_kernels.calibration.subject import Subject
+from corda_kernels.calibration.passes import CalibrationOptions, CalibrationRun
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -181,10 +182,10 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
 
 def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> None:
     model = make("gemma2")
-    subject = Subject.of(model, "all-linear")
+    run = CalibrationRun(model, options=CalibrationOptions(progress=False))
     blocks = list(decoder_blocks(model).values())
     batches = [torch.ones(1, 9).long()] * 5
-    text = kept_text.KeptText(subject, blocks, batches, lambda _: True, False)
+    text = KeptText(run, blocks, batches)
     text.record()
     kept = {
         id(tensor)
@@ -256,12 +257,11 @@ class Cramped:
 
 def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a device."""
-    for module in (kept_text, thrift):
+    for module in (blocks_module, batches_module):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(("architecture", "parts"), [("llama", 2), ("gemma2", 1)])
 def test_out_of_memory_starts_the_block_again_with_smaller_batches(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
 ) -> None:
@@ -329,17 +329,17 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
 
 def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
     model, batches = make("llama"), random_batches()
-    subject = Subject.of(model, "all-linear")
+    run = CalibrationRun(model, options=CalibrationOptions(progress=False))
     blocks = list(decoder_blocks(model).values())
-    text = kept_text.KeptText(subject, blocks, batches, lambda _: True, False)
+    text = KeptText(run, blocks, batches)
     text.record()
     text.advance(0)
 
     def rows() -> dict[Any, Tensor]:
-        alike: dict[Any, list[Tensor]] = {}
+        together: dict[Any, list[Tensor]] = {}
         for current in text.sequences:
-            alike.setdefault(kept_text.alike(current), []).append(current.hidden)
-        return {key: torch.cat(hidden) for key, hidden in alike.items()}
+            together.setdefault(alike(current), []).append(current.hidden)
+        return {key: torch.cat(hidden) for key, hidden in together.items()}
 
     before = rows()
     for most in (3, 2, 1):

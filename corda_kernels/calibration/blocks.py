@@ -1,0 +1,436 @@
+"""Calibration block by block, for models whose covariances do not all fit into memory.
+
+The hidden states between two decoder blocks are kept on the host for the whole text. Each block
+runs over them once, yields the finished covariances of its layers, and leaves the hidden states
+that the next one starts from. At any time there are the covariances of one block and one set of
+hidden states; where a device computes, from whose memory a block may have to start again, there are
+two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.calibration.batches import Batch, TextSum, Thrift, token_count, unpadded
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
+from corda_kernels.calibration.passes import (
+    CalibrationOptions,
+    CalibrationRun,
+    Normalize,
+    OnUnseen,
+    evaluating,
+    token_bar,
+)
+from corda_kernels.errors import CalibrationError, PaddingWarning
+from corda_kernels.memory import has_own_memory
+from corda_kernels.models import decoder_blocks
+from corda_kernels.progress import progress_bar
+
+_HOST = torch.device("cpu")
+
+
+@torch.no_grad()
+def calibrate_blocks(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    outlier_threshold: float = 6.0,
+    normalize: Normalize = "tokens",
+    on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> Iterator[CovarianceSet]:
+    """Runs the model over calibration text one decoder block at a time.
+
+    Equivalent to `calibrate`, whose covariances come out in pieces: the sets of all blocks together
+    cover the same layers with the same numbers. Every block runs once over the text, as in one
+    pass.
+
+    Beside the model there are in memory the covariances of one block and the hidden states of the
+    whole text in the model's dtype, on the host. Where a device's memory runs out, the block starts
+    again with smaller batches, in the end with sums on the host, and warns; for that the host keeps
+    the hidden states from before the block as well.
+
+    Args:
+        model: a transformers decoder whose blocks run one after the other; weights may be offloaded
+            by accelerate.
+        batches: see `calibrate`, as for all that is not listed here.
+        targets: all of them must lie in the decoder's blocks.
+        checkpoint: where to keep the sums of every finished block, and whether to go on from those
+            after a kill: finished blocks then only run, and the one that was cut off starts again.
+        distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
+
+    Returns:
+        An iterator over the blocks that hold targets, in their order.
+
+    Raises:
+        ConfigError: see `calibrate`, as for ModelError.
+        TargetError: no layer matches.
+        CalibrationError: there were no tokens, a batch is malformed, a target lies outside of the
+            blocks or was never called, or the model does more than run its blocks in order.
+        NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
+        DistributedError: another rank has ended, or was given something else.
+    """
+    options = CalibrationOptions(
+        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    )
+    found = _calibrated(CalibrationRun(model, targets, options), batches, parts=1)
+    return (sets.pop() for sets in found)
+
+
+@torch.no_grad()
+def calibrate_block_parts(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    parts: int,
+    targets: str | Sequence[str] = "all-linear",
+    **options: Any,
+) -> Iterator[list[CovarianceSet]]:
+    """As `calibrate_blocks`, with the text in `parts`: batch i belongs to part i modulo `parts`.
+
+    Args:
+        model: see `calibrate_blocks`, as for all that is not listed here.
+        batches: the text.
+        parts: how many.
+        targets: the layers.
+        options: fields of `CalibrationOptions`.
+
+    Returns:
+        An iterator over the blocks that hold targets, in their order: for each a list with the set
+        of every part.
+
+    Raises:
+        CalibrationError: a part has no text; see also `calibrate_blocks`.
+    """
+    return _calibrated(
+        CalibrationRun(model, targets, CalibrationOptions(**options)), batches, parts
+    )
+
+
+def _calibrated(
+    run: CalibrationRun, batches: Iterable[Batch], parts: int
+) -> Iterator[list[CovarianceSet]]:
+    """See `calibrate_block_parts`; all but the blocks' own passes is done before it returns."""
+    blocks = decoder_blocks(run.model)
+    chosen = _by_block(run, blocks)
+    run.agree("calibrate_blocks", batches, parts=parts)
+    text = KeptText(run, list(blocks.values()), batches, parts)
+    text.record()
+    run.ranks.agree("the end of the text", text.checksum.given)
+    tokens = [sum(text.counts[part::parts]) for part in range(parts)]
+    if sum(tokens) and not all(tokens):
+        raise CalibrationError(
+            f"{parts} parts need text each, but part {tokens.index(0)} has none: give more batches"
+        )
+    journal = run.journal()
+    finished = 0  # blocks, from the first, whose sums need no work on any rank
+    while finished < len(chosen) and (not chosen[finished] or journal.holds(finished)):
+        finished += 1
+    finished = min(run.ranks.gather(finished, "finished blocks"))
+    last = max(index for index, linears in enumerate(chosen) if linears)
+    own = len(text.counts), text.checksum.own()
+
+    def captured(index: int) -> list[InputCapture]:
+        """The inputs of one block, over the whole text of all ranks."""
+        if index >= finished:
+            captures = text.advance(index, chosen[index])
+            for capture in captures:
+                run.ranks.add_up(capture, run.device)
+            if sum(tokens) >= journal.interval(captures):
+                journal.keep(captures, *own, index)
+            return captures
+        captures = [run.capture(chosen[index]) for _ in range(parts)]
+        if journal.restore(captures, index) != own:
+            raise foreign(journal.file(index), "data")
+        if index < last:
+            text.advance(index)
+        return captures
+
+    def found() -> Iterator[list[CovarianceSet]]:
+        shown = list(blocks)[: last + 1]
+        bar = progress_bar(shown, description="blocks", unit="blocks", shown=run.shown)
+        for index, _ in enumerate(bar):
+            if not chosen[index]:
+                text.advance(index)
+                continue
+            # No name for it: a block's covariances would be kept while the next one runs.
+            yield [
+                run.result(capture, tokens[part]) for part, capture in enumerate(captured(index))
+            ]
+
+    return found()
+
+
+def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """The target layers of each block, by their names in the model."""
+    chosen = [
+        {name: module for name, module in run.linears.items() if name.startswith(f"{prefix}.")}
+        for prefix in blocks
+    ]
+    outside = run.linears.keys() - {name for linears in chosen for name in linears}
+    if outside:
+        raise unsuitable(f"{min(outside)} lies outside of its blocks")
+    shared = [id(module) for block in blocks.values() for module in block.modules()]
+    if len(set(shared)) < len(shared):
+        raise unsuitable("its blocks share layers")
+    return chosen
+
+
+class KeptText:
+    """The text on its way through the blocks, as hidden states on the host.
+
+    Args:
+        run: what is calibrated.
+        blocks: the decoder's.
+        batches: the text.
+        parts: into which the text is dealt out.
+
+    Attributes:
+        sequences: those of this rank's batches, in their order.
+        counts: number of tokens in every batch.
+        checksum: of the text.
+    """
+
+    def __init__(
+        self, run: CalibrationRun, blocks: list[nn.Module], batches: Iterable[Batch], parts: int = 1
+    ) -> None:
+        self._run = run
+        self._blocks = blocks
+        self._batches = batches
+        self._parts = parts
+        self._thrift = Thrift(batches, run.device, "or run on the CPU (--device cpu)")
+        self.sequences: list[Sequences] = []
+        self.counts: list[int] = []
+        self.checksum = TextSum()
+
+    def record(self) -> None:
+        """Runs the model with blocks that pass on what they get, and notes how each was called."""
+        while True:
+            try:
+                with evaluating(self._run.model):
+                    self._record()
+                return
+            except torch.OutOfMemoryError as error:
+                self._thrift.tighten(error, "starting again", summing=False)
+
+    def _record(self) -> None:
+        run, rows = self._run, self._thrift.max_rows
+        self.sequences, self.counts, self.checksum = [], [], TextSum()
+        recorder = Recorder(self._blocks)
+        with recorder.in_place_of_blocks(), token_bar(self._batches, run.shown) as bar:
+            for index, batch in enumerate(self._batches):
+                before = sum(self.counts)
+                self.counts.append(token_count(batch))
+                bar.update(self.counts[-1])
+                own = run.ranks.owns(index // self._parts)
+                self.checksum.add(batch, own=own)
+                if not own:
+                    continue
+                for inputs in unpadded(batch, index, pad_token_id=run.pad_token_id, max_rows=rows):
+                    recorder.current = Sequences(index, (before, before + self.counts[-1]))
+                    run.forward(inputs, index)
+                    if len(recorder.current.calls) != len(self._blocks):
+                        raise unsuitable("not all of its blocks ran")
+                    self.sequences.append(recorder.current)
+
+    def advance(
+        self, index: int, linears: Mapping[str, nn.Module] | None = None
+    ) -> list[InputCapture]:
+        """Runs block number `index` over the text.
+
+        Args:
+            index: of the block.
+            linears: the layers whose inputs are summed up; None to do without.
+
+        Returns:
+            Their sums, for each part of the text.
+        """
+        while True:
+            captures: list[InputCapture] = []
+            if linears is not None:
+                on_host = self._thrift.on_host
+                captures = [self._run.capture(linears, on_host) for _ in range(self._parts)]
+            try:
+                with evaluating(self._blocks[index]):
+                    self._advance(index, captures)
+                return captures
+            except torch.OutOfMemoryError as error:
+                if not has_own_memory(self._run.device):
+                    raise
+                del captures  # the device needs their memory
+                self._thrift.tighten(
+                    error, f"starting block {index} again", summing=linears is not None
+                )
+            self._regroup()
+
+    def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
+        passed: list[Tensor] = []
+        for position, current in enumerate(self.sequences):
+            capture = captures[current.batch % len(captures)] if captures else None
+            with capture or contextlib.nullcontext():
+                output = current.calls[index].run(
+                    self._blocks[index], current.hidden.to(self._run.device)
+                )
+            hidden = hidden_states(output).to(_HOST)
+            if has_own_memory(self._run.device):  # so that the block can start again
+                passed.append(hidden)
+            else:
+                current.hidden = hidden
+            following = self.sequences[position + 1 : position + 2]
+            if capture and (not following or following[0].batch != current.batch):
+                capture.end_pass(current.batch, current.span)
+        for current, hidden in zip(self.sequences, passed, strict=False):
+            current.hidden = hidden
+
+    def _regroup(self) -> None:
+        """Lets fewer sequences run together, from the hidden states that they have reached."""
+        reached = {
+            key: torch.cat([current.hidden for current in group])
+            for key, group in itertools.groupby(self.sequences, alike)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PaddingWarning)  # it was said the first time
+            self.record()
+        for key, group in itertools.groupby(self.sequences, alike):
+            smaller = list(group)
+            rows = [current.hidden.shape[0] for current in smaller]
+            for current, hidden in zip(smaller, torch.split(reached[key], rows), strict=True):
+                current.hidden = hidden
+
+
+def alike(sequences: Sequences) -> tuple[int, int]:
+    """What sequences of one batch must have in common to run together: their length."""
+    return sequences.batch, sequences.hidden.shape[1]
+
+
+@dataclass
+class Sequences:
+    """Sequences of equal length that run together, on their way through the blocks.
+
+    Attributes:
+        batch: number of the batch that they come from.
+        span: range of that batch's tokens in the text.
+        hidden: what the next block reads, on the host.
+        calls: what each block is called with besides the hidden states.
+    """
+
+    batch: int
+    span: tuple[int, int]
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a block, less the hidden states, which come first or by this name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What the block returns."""
+        if self.name is None:
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.name: hidden}, **self.kwargs)
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states in what a block returned: a tensor, or a tuple that has nothing else."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        first, *others = output
+        if isinstance(first, Tensor) and not any(isinstance(other, Tensor) for other in others):
+            return first
+    raise unsuitable("its blocks return more than hidden states")
+
+
+def unsuitable(reason: str) -> CalibrationError:
+    """The error for a model that does more than run its blocks in order."""
+    return CalibrationError(
+        f"the model cannot be calibrated block by block, for {reason}: calibrate it in one pass"
+    )
+
+
+@dataclass
+class Recorder:
+    """Stands in for every block: passes the hidden states on, and notes the other arguments."""
+
+    blocks: list[nn.Module]
+    current: Sequences | None = None
+    _passed: Tensor | None = None
+    _tuple: bool | None = None  # whether blocks return one
+    _seen: dict[tuple[Any, ...], deque[Tensor]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def in_place_of_blocks(self) -> Iterator[None]:
+        """Replaces the forward methods, below the hooks of accelerate, which would load weights."""
+        own = [vars(block).get("forward") for block in self.blocks]
+        originals = [block.forward for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                vars(block)["forward"] = self._stand_in(index, originals[index])
+            yield
+        finally:
+            for block, before in zip(self.blocks, own, strict=True):
+                if before is None:
+                    del vars(block)["forward"]
+                else:
+                    vars(block)["forward"] = before
+
+    def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self.current is not None
+            name = None if args else "hidden_states"
+            if name is not None and name not in kwargs:
+                raise unsuitable(f"its blocks are called without {name}")
+            hidden = args[0] if name is None else kwargs.pop(name)
+            if len(self.current.calls) != index:
+                raise unsuitable("its blocks do not run once each in their order")
+            if index == 0:
+                self.current.hidden = hidden.to(_HOST)
+            elif hidden is not self._passed:
+                raise unsuitable("something happens to the hidden states between its blocks")
+            call = Call(self._kept(args[1:]), self._kept(kwargs), name)
+            self.current.calls.append(call)
+            self._passed = hidden
+            if self._tuple is None:
+                output = call.run(original, hidden.clone())
+                hidden_states(output)
+                self._tuple = isinstance(output, tuple)
+            return (hidden,) if self._tuple else hidden
+
+        return forward
+
+    def _kept(self, value: Any) -> Any:
+        """The same arguments, with one tensor for all that are equal.
+
+        Masks and rotary embeddings are the same for all blocks and for all texts of one length.
+        """
+        if isinstance(value, Tensor):
+            known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
+            for tensor in known:
+                if tensor is value or torch.equal(tensor, value):
+                    return tensor
+            known.append(value)
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self._kept(entry) for entry in value)
+        if isinstance(value, dict):
+            return {name: self._kept(entry) for name, entry in value.items()}
+        return value

@@ -1,0 +1,301 @@
+"""Calibration that survives a kill: its sums are kept in files, and a run can go on from those.
+
+In one pass the sums so far are kept every so many tokens, between two batches, when every shared
+tensor has been settled: a run that goes on from them adds the same numbers in the same order as one
+that was never interrupted. Each of several ranks keeps those of its own batches, and goes on from
+where they end; what the others have done meanwhile does not matter, since sums meet at the end of
+the text only.
+
+Block by block each finished block's sums over the whole text are kept. A run that goes on sends the
+hidden states through such blocks without any products; the hidden states themselves, far larger
+than the sums on a long text, are never written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from corda_kernels.arguments import flag, readable_path, whole_number
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.covariance import read_groups, write_groups
+from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
+from corda_kernels.fields import Check, check_fields, is_object, is_text, is_whole
+from corda_kernels.linears import linear_shape
+
+FORMAT = "corda_kernels.calibration/1"
+_REMEDY = "delete it and start again"
+# What a file says of itself, besides its groups, and what each field may hold.
+_FIELDS: dict[str, Check] = {
+    "groups": lambda _: True,  # `read_groups` has checked them
+    "fingerprint": is_object,
+    # Sums are of a batch at least, or those before the first one would count twice.
+    "batches": lambda value: is_whole(value, 1),
+    "text": is_text,
+    "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+}
+
+# What follows the path in a file's name: the part or the decoder block, then the rank.
+_ENDING = r"(?:-(?P<part>\d+)|-block-(?P<block>\d+))?(?:-rank-\d+-of-(?P<ranks>\d+))?"
+
+# Share of the run's time that may go into writing, and how many floating-point operations a machine
+# does in the time in which it writes a byte. 2 CPU cores were measured to do 300 (SmolLM2-135M:
+# 2.4 ms a token, 0.5 s for 203 MB); a GPU does far more beside the same disk, and rarely gains from
+# a checkpoint.
+_SHARE = 0.01
+_FLOP_PER_BYTE = {"cpu": 1_000}
+_FLOP_PER_BYTE_ELSEWHERE = 200_000
+
+
+@dataclass(frozen=True)
+class CalibrationCheckpoint:
+    """Where a calibration keeps its sums while it runs.
+
+    Attributes:
+        path: the file; it appears after `every` tokens, and stays until `discard`. Parts of a run,
+            decoder blocks and ranks have files of their own, with endings to this name.
+        every: tokens between two writes; None for so many that writing takes about a hundredth of
+            the time. Sums are kept at the end of the batch in which the count is reached; block by
+            block those of a finished block, if the text has that many tokens.
+        resume: whether to go on from what the file holds, if it is there.
+
+    Raises:
+        CheckpointError: the path is none.
+        ConfigError: another value is not possible.
+    """
+
+    path: str | os.PathLike[str]
+    every: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible."""
+        readable_path(self.path, CheckpointError)
+        if self.every is not None:
+            whole_number("every", self.every, 0)
+        flag("resume", self.resume)
+
+    def kept(self) -> list[Path]:
+        """What there is of it: the file itself, or those of parts, blocks and ranks."""
+        return [file for file, _ in self._matching()]
+
+    def longest_path(self) -> Path:
+        """A path as long as that of any of its files, to see beforehand whether the disk takes it.
+
+        It has room for thousands of blocks and ranks.
+        """
+        return Path(f"{os.fspath(self.path)}-block-0000-rank-0000-of-0000")
+
+    def parts(self, count: int) -> list[CalibrationCheckpoint]:
+        """One for each of the calibrations that make up a run; the file itself where there is one.
+
+        Raises:
+            CheckpointError: the run to resume was made up of another number of them, or went block
+                by block.
+        """
+        self._refuse("memory_limit", lambda found: found["block"] is not None)
+        self._refuse(
+            "stability",
+            lambda found: (
+                (found["part"] is None) != (count == 1) or int(found["part"] or 0) > count
+            ),
+        )
+        return [self._ending(f"-{i + 1}") for i in range(count)] if count > 1 else [self]
+
+    def block(self, index: int) -> CalibrationCheckpoint:
+        """That of one decoder block.
+
+        Raises:
+            CheckpointError: the run to resume did not go block by block.
+        """
+        self._refuse("memory_limit", lambda found: found["block"] is None)
+        return self._ending(f"-block-{index}")
+
+    def of_rank(self, ranks: Ranks) -> CalibrationCheckpoint:
+        """That of one rank; the file itself where there is one rank.
+
+        Raises:
+            CheckpointError: the run to resume was shared by another number of ranks.
+        """
+        self._refuse("ranks", lambda found: int(found["ranks"] or 1) != ranks.size)
+        if ranks.size == 1:
+            return self
+        return self._ending(f"-rank-{ranks.rank}-of-{ranks.size}")
+
+    def discard(self) -> None:
+        """Deletes it once the run's result is safe."""
+        for file, _ in self._matching():
+            file.unlink(missing_ok=True)
+
+    def _ending(self, ending: str) -> CalibrationCheckpoint:
+        return replace(self, path=f"{os.fspath(self.path)}{ending}")
+
+    def _refuse(self, what: str, differs: Callable[[re.Match[str]], bool]) -> None:
+        """Makes sure that no file to go on from is one of a run that went another way."""
+        for file, found in self._matching() if self.resume else ():
+            if differs(found):
+                raise foreign(file, what)
+
+    def _matching(self) -> list[tuple[Path, re.Match[str]]]:
+        """The files that have its name, whatever their endings."""
+        path = Path(self.path)
+        name = re.compile(re.escape(path.name) + _ENDING)
+        return sorted(
+            (file, found) for file in path.parent.glob("*") if (found := name.fullmatch(file.name))
+        )
+
+
+class Journal:
+    """Keeps the sums of captures in a checkpoint's files, or restores them.
+
+    Args:
+        checkpoint: where to; None for nowhere.
+        given: makes what the run depends on besides its text, by the names in messages.
+        device: where the model runs.
+        ranks: that share the text.
+
+    Attributes:
+        active: whether there is a checkpoint.
+
+    Raises:
+        CheckpointError: the run to resume was shared by another number of ranks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: CalibrationCheckpoint | None,
+        given: Callable[[], Mapping[str, object]],
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self.active = checkpoint is not None
+        self._checkpoint = checkpoint
+        self._device = device
+        self._ranks = ranks
+        self._fingerprint: dict[str, object] = {}
+        if checkpoint is not None:
+            checkpoint.of_rank(ranks)  # refuses what other ranks have left
+            self._fingerprint = {**given(), "ranks": [ranks.rank, ranks.size]}
+
+    def file(self, block: int | None = None) -> Path:
+        """This rank's file, of one decoder block or of a pass over the whole model."""
+        assert self._checkpoint is not None
+        checkpoint = self._checkpoint if block is None else self._checkpoint.block(block)
+        return Path(checkpoint.of_rank(self._ranks).path)
+
+    def holds(self, block: int | None = None) -> bool:
+        """Whether there is something to go on from."""
+        checkpoint = self._checkpoint
+        return checkpoint is not None and checkpoint.resume and self.file(block).exists()
+
+    def interval(self, captures: Sequence[InputCapture]) -> float:
+        """Tokens that have to pass before it pays to write the captures' sums."""
+        if self._checkpoint is None:
+            return math.inf
+        if self._checkpoint.every is not None:
+            return self._checkpoint.every
+        groups, modules = captures[0].sums(), captures[0].modules
+        if not groups:
+            return math.inf
+        work = sum(covariance.matrix.shape[0] ** 2 for covariance, _ in groups)
+        # Parts and ranks share the tokens out, and each of them writes as much.
+        size = 2 * len(captures) * self._ranks.size * work
+        for _, names in groups:
+            work += sum(2 * math.prod(linear_shape(modules[name])) for name in names)
+        rate = _FLOP_PER_BYTE.get(self._device.type, _FLOP_PER_BYTE_ELSEWHERE)
+        return math.ceil(size * rate / work / _SHARE)
+
+    def keep(
+        self, captures: Sequence[InputCapture], batches: int, text: str, block: int | None = None
+    ) -> None:
+        """Writes the captures' sums; where that fails, warns, for the run itself can go on.
+
+        Args:
+            captures: one for each part of the text.
+            batches: how many batches the sums are of, those of other ranks included.
+            text: checksum of the rank's own among them.
+            block: the decoder block that the captures are of.
+        """
+        sums = [capture.sums() for capture in captures]
+        header = {
+            "fingerprint": self._fingerprint,
+            "batches": batches,
+            "text": text,
+            "parts": [len(groups) for groups in sums],
+        }
+        try:
+            write_groups(self.file(block), FORMAT, [each for part in sums for each in part], header)
+        except OutputError as error:
+            warn(
+                f"this run's progress could not be kept: {error}; it goes on, and can be resumed "
+                "from the last checkpoint that was written",
+                CordaWarning,
+            )
+
+    def restore(
+        self, captures: Sequence[InputCapture], block: int | None = None
+    ) -> tuple[int, str]:
+        """Gives the captures the sums that `keep` wrote; returns its `batches` and `text`.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, altered, or of another run.
+        """
+        file, modules = self.file(block), captures[0].modules
+        # Sums that are still added to move to where their inputs are.
+        device = torch.device("cpu") if block is None else self._computing_device(captures[0])
+        header, groups = read_groups(
+            file,
+            FORMAT,
+            what="calibration checkpoint",
+            error=CheckpointError,
+            remedy=_REMEDY,
+            device=device,
+        )
+        try:
+            check_fields(header, _FIELDS, "the header")
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}: its header is not that of a calibration checkpoint file ({error}): "
+                f"{_REMEDY}"
+            ) from error
+        found, expected = header["fingerprint"], self._fingerprint
+        differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+        if differing:
+            raise foreign(file, *differing)
+        for part, names in groups:
+            for name in names:
+                module = modules.get(name)
+                if module is None or linear_shape(module)[1] != part.matrix.shape[0]:
+                    raise CheckpointError(
+                        f"{file} holds sums that do not fit layer {name}: {_REMEDY}"
+                    )
+        counts = header["parts"]
+        if len(counts) != len(captures) or sum(counts) != len(groups):
+            raise foreign(file, "stability")
+        for capture, count in zip(captures, counts, strict=True):
+            own, groups = groups[:count], groups[count:]
+            layers = [name for _, names in own for name in names]
+            if len(set(layers)) < len(layers):
+                raise CheckpointError(f"{file} holds the sums of a layer twice: {_REMEDY}")
+            capture.restore(own)
+        return header["batches"], header["text"]
+
+    def _computing_device(self, capture: InputCapture) -> torch.device:
+        """Where a block's inputs come from, and hence its sums are: not where its weights wait."""
+        device = next(next(iter(capture.modules.values())).parameters()).device
+        return self._device if device.type == "meta" else device
+
+
+def foreign(path: str | os.PathLike[str], *differing: str) -> CheckpointError:
+    """The error about a file that another run has left, by what differs."""
+    return CheckpointError(
+        f"{path} is the checkpoint of another run, which differs in {', '.join(differing)}: "
+        "resume with what that run was started with, or delete the file and start again"
+    )

@@ -1,0 +1,398 @@
+"""Model and tokens in, covariances out, in one pass; and a model as any calibration runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from corda_kernels.arguments import flag, instance_of, one_of
+from corda_kernels.calibration.batches import Batch, TextSum, Thrift, token_count, unpadded
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
+from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
+from corda_kernels.errors import BatchError, CalibrationError, CordaWarning, LeftOutWarning, warn
+from corda_kernels.kernels import check_threshold
+from corda_kernels.linears import kept_unpacked
+from corda_kernels.models import (
+    decoder,
+    input_device,
+    output_head,
+    position_count,
+    target_linears,
+    trained_positions,
+    unreached_weights,
+    vocabulary_size,
+)
+from corda_kernels.progress import progress_bar
+from corda_kernels.versions import library_versions
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Normalize = Literal["tokens", "peft"]
+OnUnseen = Literal["error", "skip"]
+
+_UNSEEN = "never called during calibration"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Options of `calibrate` and `calibrate_blocks`, which say what they mean.
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+    """
+
+    outlier_threshold: float = 6.0
+    normalize: Normalize = "tokens"
+    on_unseen: OnUnseen = "error"
+    checkpoint: CalibrationCheckpoint | None = None
+    distributed: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible, before anything runs."""
+        check_threshold(self.outlier_threshold)
+        one_of("normalize", self.normalize, ("tokens", "peft"))
+        one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
+        flag("distributed", self.distributed)
+        flag("progress", self.progress)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    outlier_threshold: float = 6.0,
+    normalize: Normalize = "tokens",
+    on_unseen: OnUnseen = "error",
+    checkpoint: CalibrationCheckpoint | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> CovarianceSet:
+    """Runs the model over calibration text: the covariance of every target layer's inputs.
+
+    The model runs in eval mode without its output head; its hooks, modes and weights are as before
+    afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
+    kept in float32 or better. Where a device's memory runs out, it starts again with smaller
+    batches, in the end with sums on the host, and warns.
+
+    Args:
+        model: a transformers model, or any module that takes token ids.
+        batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding
+            never counts.
+        targets: see `corda_kernels.models.target_linears`.
+        outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
+        normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
+            and takes the mean over calls, as PEFT's own CorDA does.
+        on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
+            out.
+        checkpoint: where to keep what has been summed up so far, and whether to go on from it after
+            a kill. The result is the same to the last bit, interrupted or not. Each of several
+            ranks keeps a file of its own, and must find it where as many ranks go on.
+        distributed: whether the ranks of torch.distributed, which must all be given the same, run
+            a share of the batches each; all get the same result. They compare model, batches and
+            options before the first forward pass, batches that can be read but once at their end.
+        progress: whether to show a progress bar with tokens per second.
+
+    Returns:
+        Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.
+
+    Raises:
+        ModelError: the model is none.
+        TargetError: no layer matches.
+        CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
+        NonFiniteActivationError: a layer received NaN or Inf.
+        CheckpointError: the checkpoint to go on from is damaged, or of another run.
+        DistributedError: another rank has ended, or was given something else.
+        ConfigError: an option has a value that is not allowed; or `distributed` without a process
+            group.
+
+    Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
+    """
+    options = CalibrationOptions(
+        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    )
+    run = CalibrationRun(model, targets, options)
+    run.agree("calibrate", batches)
+    remedy = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
+    thrift = Thrift(batches, run.device, remedy)
+    while True:
+        capture = run.capture(run.linears, thrift.on_host)
+        try:
+            tokens, text = _accumulate(run, batches, capture, thrift.max_rows)
+            break
+        except torch.OutOfMemoryError as error:
+            thrift.tighten(error, "starting again")
+    run.ranks.agree("the end of the text", text.given)
+    run.ranks.add_up(capture, run.device)
+    return run.result(capture, tokens)
+
+
+def _accumulate(
+    run: CalibrationRun, batches: Iterable[Batch], capture: InputCapture, max_rows: int | None
+) -> tuple[int, TextSum]:
+    """Sums up this rank's batches, `max_rows` sequences at a time.
+
+    Returns:
+        Tokens and checksum of all batches; the latter empty where nobody asks for it.
+    """
+    journal, ranks, text = run.journal(), run.ranks, TextSum()
+    # Batches whose sums come from a checkpoint, those of other ranks included.
+    restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
+    tokens = kept_tokens = done = 0
+    with evaluating(run.model), capture, token_bar(batches, run.shown) as bar:
+        for index, batch in enumerate(batches):
+            before, done = tokens, index + 1
+            tokens += token_count(batch)
+            own = ranks.owns(index)
+            if ranks.size > 1 or journal.active:
+                text.add(batch, own=own)
+            if own and done > restored:
+                for inputs in unpadded(
+                    batch, index, pad_token_id=run.pad_token_id, max_rows=max_rows
+                ):
+                    run.forward(inputs, index)
+                capture.end_pass(index, (before, tokens))
+            bar.update(tokens - before)
+            if done == restored:
+                if text.own() != restored_text:
+                    raise foreign(journal.file(), "data")
+                kept_tokens = tokens
+            elif done > restored and tokens - kept_tokens >= journal.interval([capture]):
+                journal.keep([capture], done, text.own())
+                kept_tokens = tokens
+        if done < restored:
+            raise foreign(journal.file(), "data")
+    return tokens, text
+
+
+class CalibrationRun:
+    """A model as calibration runs it: its target layers, and its decoder without the head.
+
+    Warns of weights left out.
+
+    Args:
+        model: see `calibrate`.
+        targets: see `calibrate`.
+        options: of the calibration.
+
+    Attributes:
+        model: the whole model.
+        linears: its target layers by name.
+        left_out: weights that cannot be reached, by name with the reason.
+        options: of the calibration.
+        ranks: that share the text.
+        shown: whether this process shows progress bars.
+        device: where inputs go.
+        pad_token_id: of the model's config, if it has one.
+        positions: the most tokens of a sequence; None where nothing bounds them.
+
+    Raises:
+        TargetError: no layer matches.
+        CalibrationError: the model carries an adapter.
+        ConfigError: ranks are asked for without a process group.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str] = "all-linear",
+        options: CalibrationOptions = CalibrationOptions(),
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.ranks = Ranks.of(options.distributed)
+        self.shown = options.progress and self.ranks.rank == 0
+        self.linears = target_linears(model, targets)
+        if getattr(model, "peft_config", None):
+            raise CalibrationError(
+                "the model carries a PEFT adapter already; calibrate the base model before "
+                "attaching one (model.unload() takes it off)"
+            )
+        self.left_out = unreached_weights(model) if targets == "all-linear" else {}
+        for name, reason in list(self.left_out.items())[:1]:
+            warn(
+                f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
+                f"{name}: {reason}; all are named in left_out",
+                LeftOutWarning,
+            )
+        head = output_head(model)
+        asked = head is not None and any(module is head for module in self.linears.values())
+        self._runner = model if asked else decoder(model)
+        accepted = inspect.signature(self._runner.forward).parameters
+        self._arguments = {"use_cache": False} if "use_cache" in accepted else {}
+        self.device = input_device(model)
+        self.positions = position_count(model)
+        self._vocabulary = vocabulary_size(model)
+        self._trained = trained_positions(model)
+        self.pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+
+    def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
+        """Makes sure that there are batches, and that all ranks calibrate the same.
+
+        A checkpoint's path may be another on every rank, each of which has files of its own.
+
+        Args:
+            step: the call that begins.
+            batches: the text.
+            more: what else must be the same, by name.
+
+        Raises:
+            CalibrationError: the batches are none.
+            DistributedError: something differs, or a rank has ended.
+        """
+        remedy = "give a list of (batch, seq) tensors"
+        instance_of("batches", batches, Iterable, CalibrationError, remedy=remedy)
+        checkpoint = self.options.checkpoint
+        kept = "none" if checkpoint is None else ("resumed" if checkpoint.resume else "kept")
+        self.ranks.agree(
+            step,
+            lambda: {
+                **self._given(),
+                **text_given(batches),
+                **more,
+                "on_unseen": self.options.on_unseen,
+                "checkpoint": kept,
+            },
+        )
+
+    def _given(self) -> dict[str, object]:
+        """What sums depend on besides the text, by the name under which it is reported."""
+        return {
+            **layers_given({"": self.model}, self.linears),
+            "device": self.device.type,
+            "outlier_threshold": self.options.outlier_threshold,
+            "normalize": self.options.normalize,
+        }
+
+    def journal(self) -> Journal:
+        """Of this rank's sums."""
+        return Journal(self.options.checkpoint, self._given, self.device, self.ranks)
+
+    def capture(self, linears: Mapping[str, nn.Module], on_host: bool = False) -> InputCapture:
+        """Fresh sums of the inputs of some layers; see `InputCapture`."""
+        return InputCapture(
+            linears,
+            self.options.outlier_threshold,
+            self.options.normalize,
+            deterministic=self.options.checkpoint is not None,
+            on_host=on_host,
+        )
+
+    def forward(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
+        """Runs sequences of equal length, without padding.
+
+        Args:
+            inputs: `input_ids` (batch, seq) and what else goes with them.
+            batch: number of the batch that they come from, for messages.
+
+        Raises:
+            BatchError: the model has no such token, or not as many positions.
+        """
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        if self.positions is not None and length > self.positions:
+            raise BatchError(
+                batch,
+                f"has sequences of {length} tokens, but the model has {self.positions} "
+                f"positions: lower --seq-len to {self.positions}, or cut the sequences",
+            )
+        if self._trained is not None and length > self._trained:
+            warn(
+                f"batch {batch} (counted from 0) has sequences of {length} tokens, and the "
+                f"model's max_position_embeddings is {self._trained}: beyond that its activations "
+                f"are not those of text that it knows; lower --seq-len to {self._trained}",
+                CordaWarning,
+            )
+            self._trained = None  # once is enough
+        # On a GPU this would wait for it; ids that are read from a file are on the host.
+        if self._vocabulary is not None and ids.device.type == "cpu":
+            least, most = (int(bound) for bound in torch.aminmax(ids))
+            if least < 0 or most >= self._vocabulary:
+                raise BatchError(
+                    batch,
+                    f"holds token {least if least < 0 else most}, but the model's tokens are 0 to "
+                    f"{self._vocabulary - 1}: the tokenizer belongs to another model, take this "
+                    "one's own",
+                )
+        self._runner(
+            **{name: value.to(self.device) for name, value in inputs.items()}, **self._arguments
+        )
+
+    def result(self, capture: InputCapture, tokens: int) -> CovarianceSet:
+        """The covariances with notes on where they come from.
+
+        Args:
+            capture: the sums over the whole text.
+            tokens: of the text.
+
+        Raises:
+            CalibrationError: there were no tokens, or a layer received none.
+        """
+        if not tokens:
+            raise CalibrationError(
+                "there were no tokens to calibrate on: the batches are empty or masked throughout"
+            )
+        missed = capture.unseen()
+        if self.options.on_unseen == "error":
+            refuse_unseen(missed)
+        return CovarianceSet(
+            capture.covariances(),
+            normalize=self.options.normalize,
+            left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
+            provenance={
+                "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
+                "tokens": tokens,
+                "versions": library_versions(),
+            },
+        )
+
+
+def unseen(covariances: CovarianceSet) -> list[str]:
+    """Names of the layers that were left out because they never received a token."""
+    return [name for name, reason in covariances.left_out.items() if reason == _UNSEEN]
+
+
+def refuse_unseen(names: Sequence[str]) -> None:
+    """Raises a CalibrationError if there are layers that never received a token."""
+    if names:
+        raise CalibrationError(
+            f"{len(names)} target layer(s) never received a token: {', '.join(names[:5])}"
+            f"{', …' if len(names) > 5 else ''}; leave them out of the targets, or use more "
+            'text if they are routed experts, or calibrate(..., on_unseen="skip") in Python'
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; afterwards every module's mode is as before.
+
+    Quantised weights stay in the layout in which they can be read and trained on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), kept_unpacked(model):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
+    """A progress bar that counts tokens, towards a total where the batches are at hand."""
+    total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
+    return progress_bar(
+        description="calibrating", unit="tokens", shown=shown, total=total, scaled=True
+    )
