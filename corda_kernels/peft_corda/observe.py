@@ -51,10 +51,7 @@ class Observer:
 
     @torch.no_grad()
     def observe(
-        self,
-        model: nn.Module,
-        modules: Mapping[str, nn.Module],
-        run_model: Callable[[], object],
+        self, model: nn.Module, modules: Mapping[str, nn.Module], run_model: Callable[[], object]
     ) -> dict[str, Observed]:
         """Calls `run_model` and gives the covariances of what each of `modules` that it calls read.
 

@@ -24,7 +24,7 @@ from corda_kernels.adapter import (
     subtract_initial,
     write_adapter,
 )
-from corda_kernels.adapter.adapter import initial_checksum
+from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.errors import AdapterError, ModelError, OutputError
 from corda_kernels.init import corda_adapter, init_corda
 from corda_kernels.linears import linear_weight
