@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from corda_kernels.adapter import lora
 from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.folder import (
@@ -24,17 +25,6 @@ from corda_kernels.adapter.folder import (
     layer_adapters,
 )
 from corda_kernels.adapter.linear import CordaLinear, detach_linears
-from corda_kernels.adapter.lora import (
-    base_name,
-    check_finite,
-    factor_key,
-    factor_tensors,
-    fits_residual,
-    lora_config,
-    read_lora,
-    whole,
-    write_lora,
-)
 from corda_kernels.adapter.model import adapter_of, check_start, factors_in, residual_marker
 from corda_kernels.arguments import instance_of, readable_path, whole_number
 from corda_kernels.errors import AdapterError, CordaWarning, ModelError, OutputError, RankError
@@ -103,7 +93,7 @@ def export_lora(
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        check_finite(name, change.A, change.B)
+        lora.check_finite(name, change.A, change.B)
     widest = max(change.rank for change in changes.values())
     cut = rank is not None and rank < widest
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
@@ -130,16 +120,16 @@ def export_lora(
         )
     described = config | {
         "r": result.rank,
-        "lora_alpha": whole(next(iter(changes.values())).scaling * result.rank),
+        "lora_alpha": lora.whole(next(iter(changes.values())).scaling * result.rank),
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "base_model_name_or_path": base_name(config),
+        "base_model_name_or_path": lora.base_name(config),
     }
     with staged_folder(folder, replaced=ADAPTER_FILES) as staged:
-        write_lora(staged, described, others | factor_tensors(changes))
+        lora.write_lora(staged, described, others | lora.factor_tensors(changes))
         card = export_card(described["base_model_name_or_path"], result.rank, note)
         write_bytes(staged / CARD_FILE, card.encode())
     return result
@@ -152,9 +142,9 @@ def _source(
     tensors: dict[str, Tensor] = {}
     if not isinstance(source, nn.Module):
         folder = readable_path(source, AdapterError)
-        config, tensors = read_lora(folder)
+        config, tensors = lora.read_lora(folder)
         layers = layer_adapters(config, tensors, folder)
-        if not fits_residual(config):
+        if not lora.fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.
             check_start(config.get("init_lora_weights") or True, str(folder))
     elif isinstance(source, PeftModel):
@@ -163,8 +153,8 @@ def _source(
         tensors = get_peft_model_state_dict(source, adapter_name=source.active_adapter)
     else:
         adapter = adapter_of(source)
-        config, layers = lora_config(adapter).to_dict(), adapter.layers
-    factors = {factor_key(name, factor) for name in layers for factor in "AB"}
+        config, layers = lora.lora_config(adapter).to_dict(), adapter.layers
+    factors = {lora.factor_key(name, factor) for name in layers for factor in "AB"}
     others = {key: value.contiguous() for key, value in tensors.items() if key not in factors}
     return config, others, layers
 
@@ -234,7 +224,7 @@ def merge(model: nn.Module) -> nn.Module:
             for own, weight in module.named_parameters()
             if own.partition(".")[0] not in ("base", "base_layer")
         ]
-        check_finite(name.removeprefix("base_model.model."), *adapter)
+        lora.check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
         {
             name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()

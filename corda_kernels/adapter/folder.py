@@ -19,27 +19,9 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
+from corda_kernels.adapter import lora
 from corda_kernels.adapter.card import CARD_FILE, adapter_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
-from corda_kernels.adapter.lora import (
-    FACTOR,
-    TRAINED,
-    WEIGHTS_FILE,
-    check_tensors,
-    factor_tensors,
-    fits_residual,
-    layer_of,
-    lora_config,
-    lora_layers,
-    read_config,
-    read_json,
-    read_lora,
-    read_tensors,
-    residual_name,
-    target_modules,
-    write_config,
-    write_lora,
-)
 from corda_kernels.adapter.model import (
     adapter_of,
     attach,
@@ -77,13 +59,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, PeftModel):
         write_adapter(adapter_of(model), path)
         return
-    record, config = record_of(model), model.peft_config[TRAINED]
+    record, config = record_of(model), model.peft_config[lora.TRAINED]
     named = config.base_model_name_or_path
     with _staged(path, record, model.corda_initial) as folder:
         # The base, not its residual, is where PEFT looks up whether embeddings were resized.
         config.base_model_name_or_path = record.base["source"]
         try:
-            model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+            model.save_pretrained(str(folder), selected_adapters=[lora.TRAINED])
         finally:
             config.base_model_name_or_path = named
 
@@ -104,8 +86,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             )
     trained = {name: layer.trained for name, layer in adapter.layers.items()}
     with _staged(path, adapter.record, adapter.initial) as folder:
-        config = lora_config(adapter).to_dict() | {"inference_mode": True}
-        write_lora(folder, config, factor_tensors(trained))
+        config = lora.lora_config(adapter).to_dict() | {"inference_mode": True}
+        lora.write_lora(folder, config, lora.factor_tensors(trained))
 
 
 @contextmanager
@@ -120,14 +102,14 @@ def _staged(
     described = json_bytes(record.to_json())
     with staged_folder(target, replaced=ADAPTER_FILES) as folder:
         yield folder
-        config = read_config(folder)
+        config = lora.read_config(folder)
         if initial is not None:
             # Without their scaling, which is that of the trained ones.
-            write_tensors(folder / INITIAL_FILE, factor_tensors(initial), {"format": "pt"})
+            write_tensors(folder / INITIAL_FILE, lora.factor_tensors(initial), {"format": "pt"})
             # PEFT's own word for it, which it refuses to load on a base as it is.
             config["init_lora_weights"] = "corda"
-            config["base_model_name_or_path"] = residual_name(record.base["source"])
-        write_config(folder, config)
+            config["base_model_name_or_path"] = lora.residual_name(record.base["source"])
+        lora.write_config(folder, config)
         write_bytes(folder / CARD_FILE, adapter_card(record, config["r"]).encode())
         write_bytes(folder / RECORD_FILE, described)
 
@@ -154,7 +136,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         AdapterError: the folder is not there, incomplete or altered.
     """
     folder = Path(path)
-    return _adapter(*read_lora(folder), folder)
+    return _adapter(*lora.read_lora(folder), folder)
 
 
 def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
@@ -167,20 +149,20 @@ def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: P
             "PeftModel.from_pretrained loads the folder as it is"
         )
     layers = layer_adapters(config, tensors, folder)
-    if fits_residual(config) == (record.residual is None):
+    if lora.fits_residual(config) == (record.residual is None):
         raise AdapterError(f"{folder / RECORD_FILE} belongs to another adapter: copy it again")
     others = sorted(layers.keys() - record.layers.keys())
     if others:
         raise AdapterError(
-            f"{folder} has factors of layer {others[0]}, of which {RECORD_FILE} does not tell: its "
-            "files belong to different adapters, or were altered"
+            f"{folder} has factors of layer {others[0]}, of which {RECORD_FILE} does not tell: "
+            f"{lora.MIXED}"
         )
     rows = 2 if record.residual is None else 1
     for name, entry in record.layers.items():
         if name not in layers or layers[name].trained.rank != rows * entry["rank"]:
             raise AdapterError(
-                f"{folder} lacks factors of {entry['rank']} components for layer {name}: its "
-                "files belong to different adapters, or were altered"
+                f"{folder} lacks factors of {entry['rank']} components for layer {name}: "
+                f"{lora.MIXED}"
             )
     return Adapter({name: layers[name] for name in record.layers}, record)
 
@@ -192,7 +174,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
         AdapterError: the record was altered.
     """
     file = folder / RECORD_FILE
-    return AdapterRecord.from_json(read_json(file)) if file.is_file() else None
+    return AdapterRecord.from_json(lora.read_json(file)) if file.is_file() else None
 
 
 def layer_adapters(
@@ -204,7 +186,7 @@ def layer_adapters(
         AdapterError: see `lora_layers` and `read_initial`; or these are of different layers or
             sizes.
     """
-    layers, initial = lora_layers(config, tensors, folder), read_initial(config, folder)
+    layers, initial = lora.lora_layers(config, tensors, folder), read_initial(config, folder)
     if initial is None:
         return {name: LayerAdapter(own) for name, own in layers.items()}
     for name in sorted(layers.keys() | initial.keys()):
@@ -215,8 +197,8 @@ def layer_adapters(
             or (own.A.shape, own.B.shape) != (part.A.shape, part.B.shape)
         ):
             raise AdapterError(
-                f"{folder / INITIAL_FILE} and {WEIGHTS_FILE} differ in layer {name}: they belong "
-                "to different adapters; copy the first from the folder of the fresh adapter"
+                f"{folder / INITIAL_FILE} and {lora.WEIGHTS_FILE} differ in layer {name}: they "
+                "belong to different adapters; copy the first from the folder of the fresh adapter"
             )
     return {name: LayerAdapter(own, initial[name]) for name, own in layers.items()}
 
@@ -228,7 +210,7 @@ def read_initial(config: Mapping[str, Any], folder: Path) -> dict[str, AdapterFa
         AdapterError: it is missing or altered.
     """
     file = folder / INITIAL_FILE
-    if file.is_file() != fits_residual(config):
+    if file.is_file() != lora.fits_residual(config):
         raise AdapterError(
             f"{file} is left over from another adapter: delete it"
             if file.is_file()
@@ -237,11 +219,11 @@ def read_initial(config: Mapping[str, Any], folder: Path) -> dict[str, AdapterFa
         )
     if not file.is_file():
         return None
-    tensors = read_tensors(file)
-    others = sorted(key for key in tensors if not FACTOR.fullmatch(key))
+    tensors = lora.read_tensors(file)
+    others = sorted(key for key in tensors if not lora.FACTOR.fullmatch(key))
     if others:
         raise AdapterError(f"{file} was altered: it holds {others[0]}; copy it again")
-    return lora_layers(config, tensors, folder)
+    return lora.lora_layers(config, tensors, folder)
 
 
 def load_for_training(
@@ -271,12 +253,12 @@ def load_for_training(
     instance_of("the base", base_model, nn.Module, ModelError)
     flag("use_peft", use_peft)
     folder = readable_path(path, AdapterError)
-    config, recorded = read_config(folder), (folder / RECORD_FILE).is_file()
+    config, recorded = lora.read_config(folder), (folder / RECORD_FILE).is_file()
     tensors: dict[str, Tensor] = {}
-    if not use_peft or recorded or (folder / WEIGHTS_FILE).is_file():
-        tensors = read_tensors(folder / WEIGHTS_FILE)  # PEFT also reads adapter_model.bin
+    if not use_peft or recorded or (folder / lora.WEIGHTS_FILE).is_file():
+        tensors = lora.read_tensors(folder / lora.WEIGHTS_FILE)  # PEFT also reads adapter_model.bin
     if not use_peft:
-        others = sorted(key for key in tensors if not FACTOR.fullmatch(key))
+        others = sorted(key for key in tensors if not lora.FACTOR.fullmatch(key))
         if others:
             raise AdapterError(
                 f"{folder} holds more than the factors of linear layers ({others[0]}): load it "
@@ -287,9 +269,9 @@ def load_for_training(
     if recorded:
         adapter = _adapter(config, tensors, folder)
         record, layers = adapter.record, adapter.layers
-        described, adapted = lora_config(adapter).to_dict(), set(layers)
+        described, adapted = lora.lora_config(adapter).to_dict(), set(layers)
     else:
-        if fits_residual(config) or (folder / INITIAL_FILE).is_file():
+        if lora.fits_residual(config) or (folder / INITIAL_FILE).is_file():
             layers = layer_adapters(config, tensors, folder)
         described, adapted = _described(base_model, config, tensors, folder)
     prepare_base(base_model, layers, record)
@@ -312,11 +294,11 @@ def _described(
     Raises:
         AdapterError: the folder is damaged, or was made for layers that the model does not have.
     """
-    check_tensors(config, tensors, folder)
+    lora.check_tensors(config, tensors, folder)
     # PEFT ignores it too.
     config = {name: value for name, value in config.items() if name != "runtime_config"}
     modules = dict(base_model.named_modules())
-    named = {layer_of(key) for key in tensors if ".lora_" in key}
+    named = {lora.layer_of(key) for key in tensors if ".lora_" in key}
     adapted = {name for name in named if hasattr(modules.get(name), "weight")}
     selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
     if not config.get("layers_pattern") and not any(
@@ -331,7 +313,7 @@ def _described(
             "PeftModel.from_pretrained if you trust it"
         )
     names = {
-        "target_modules": target_modules(base_model, adapted),
+        "target_modules": lora.target_modules(base_model, adapted),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -31,8 +31,10 @@ TRAINED = "default"
 # What an adapter beside a residual fits is no model that could be loaded: this goes before the
 # base's name in its configuration.
 _RESIDUAL_OF = "residual of "
+_NAME = "base_model_name_or_path"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIXED = "its files belong to different adapters, or were altered"
 
 # PEFT matches its patterns as regular expressions, and one in a file can be such that this takes
 # for ever. Only those are read that are a name's end, escaped or not, anchored by ^ or led by `.*`.
@@ -137,13 +139,12 @@ def residual_name(source: str | None) -> str:
 
 def fits_residual(config: Mapping[str, Any]) -> bool:
     """Whether an adapter fits the residual of its base alone."""
-    return str(config.get("base_model_name_or_path")).startswith(_RESIDUAL_OF)
+    return str(config.get(_NAME)).startswith(_RESIDUAL_OF)
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
     """The untouched base of a LoRA; None where its configuration names none."""
-    name = config.get("base_model_name_or_path")
-    return None if name is None else str(name).removeprefix(_RESIDUAL_OF) or None
+    return str(config.get(_NAME) or "").removeprefix(_RESIDUAL_OF) or None
 
 
 def write_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -277,14 +278,13 @@ def lora_layers(
         A, B = (tensors.get(factor_key(name, factor)) for factor in "AB")
         if A is None or B is None or not _fit(A, B):
             raise AdapterError(
-                f"{folder} lacks a factor of layer {name}, or its A and B do not fit each other: "
-                "its files belong to different adapters, or were altered"
+                f"{folder} lacks a factor of layer {name}, or its A and B do not fit: {MIXED}"
             )
         rank = rank_of(name)
-        if A.shape[0] != rank:
+        if len(A) != rank:
             raise AdapterError(
-                f"layer {name} in {folder} has rank {A.shape[0]}, but {CONFIG_FILE} says {rank}: "
-                "its files belong to different adapters, or were altered"
+                f"layer {name} in {folder} has rank {len(A)}, but {CONFIG_FILE} says {rank}: "
+                f"{MIXED}"
             )
         scaling = alpha_of(name) / (rank**0.5 if config.get("use_rslora") else rank)
         if not fields.is_positive(scaling):
@@ -328,16 +328,14 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fold
     if factors and (rank > largest or magnitudes != bool(config.get("use_dora"))):
         raise AdapterError(
             f"{CONFIG_FILE} in {folder} says rank {rank} and use_dora={config.get('use_dora')}, "
-            f"which {WEIGHTS_FILE} does not hold: they belong to different adapters, or were "
-            "altered"
+            f"which {WEIGHTS_FILE} does not hold: {MIXED}"
         )
     for key, tensor in tensors.items():
         if tensor.dtype in _DTYPES:
             check_finite(layer_of(key), tensor)
         elif ".lora_" in key:
             raise AdapterError(
-                f"{folder} has {key} in {tensor.dtype}, and no LoRA is trained in that: it was "
-                "altered; copy it again"
+                f"{folder} has {key} in {tensor.dtype}, not a dtype of training: copy it again"
             )
 
 

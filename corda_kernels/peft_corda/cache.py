@@ -44,6 +44,9 @@ StrPath = str | os.PathLike[str]
 Schema = Mapping[str, fields.Schema]
 
 _FORMAT = "corda_kernels.peft/1"
+# What to do about a bad file.
+_REMAKE = "delete it, and it is made again"
+_CHOOSE = "delete it or choose another path"
 _PARTS = ("S_WC", "U_WC", "V_WC")
 # PEFT keeps covariances in float16 if it is asked to.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -159,7 +162,7 @@ def read_cache(
             if tensor.shape != shape:
                 raise CacheError(
                     f"{path} holds {part} of layer {name} in shape {tuple(tensor.shape)}, but rank "
-                    f"{rank} of this model asks for {shape}: delete it or choose another path"
+                    f"{rank} of this model asks for {shape}: {_CHOOSE}"
                 )
             setattr(found, part, tensor.to(weight.device))
     return eigens
@@ -191,8 +194,7 @@ def _components(path: StrPath, tensors: Mapping[str, Tensor]) -> dict[str, Corda
             or bool((S < 0).any())
         ):
             raise CacheError(
-                f"{path} holds parts of layer {name} that do not fit each other, or negative "
-                "singular values: delete it, and it is made again"
+                f"{path} holds parts of layer {name} that do not fit, or negative values: {_REMAKE}"
             )
         eigens[name] = CordaEigens(*(part.to(torch.float32, copy=True) for part in (S, U, V)))
     return eigens
@@ -233,7 +235,7 @@ def read_covariances(
         if matrix.shape != (inputs, inputs):
             raise CacheError(
                 f"{path} holds a covariance {tuple(matrix.shape)} for layer {name}, which has "
-                f"{inputs} inputs: it belongs to another model; delete it or choose another path"
+                f"{inputs} inputs: it belongs to another model; {_CHOOSE}"
             )
         place = matrix.data_ptr()
         if place not in shared:
@@ -250,7 +252,7 @@ def _check_finite(path: StrPath, name: str, *tensors: Tensor) -> None:
     if broken:
         raise CacheError(
             f"{path} holds {broken} NaN or Inf for layer {name} (a float16 sum may have overflowed "
-            "where it was made): delete it, and it is made again"
+            f"where it was made): {_REMAKE}"
         )
 
 
@@ -294,11 +296,15 @@ def _load(
     except Exception as error:  # damage may lead the unpickler to any
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CacheError(
-            f"{path} is truncated or was not written by PEFT or this package ({reason}): delete "
-            "it, and it is made again"
+            f"{path} is truncated or was not written by PEFT or this package ({reason}): {_REMAKE}"
         ) from error
+    # Tensors of numbers, in memory as they should be.
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in tensors.items()
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.dtype in _DTYPES
+        for name, tensor in tensors.items()
     ):
         raise CacheError(
             f"{path} does not hold floating-point tensors by name: choose another path"
@@ -306,16 +312,6 @@ def _load(
     if wanted is not None and model is not None:
         _check_notes(path, notes, wanted, model)
     return {name: tensor.detach() for name, tensor in tensors.items()}, notes
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether a value is a tensor of numbers, in memory as it should be."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPES
-    )
 
 
 def _check_notes(
@@ -334,8 +330,7 @@ def _check_notes(
     for key, value in wanted.items():
         if notes[key] != value:
             raise CacheError(
-                f"{path} was made with {key}={notes[key]!r}, but {value!r} is asked for: "
-                "delete it or choose another path"
+                f"{path} was made with {key}={notes[key]!r}, but {value!r} is asked for: {_CHOOSE}"
             )
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     missing = set(notes["layers"]) - linears.keys()
@@ -346,7 +341,7 @@ def _check_notes(
         detail = f"has other layers ({min(missing)})" if missing else f"differs by {difference:.1%}"
         raise CacheError(
             f"{path} was made for {notes['base']['source'] or 'a model without a name'}, from which"
-            f" this model {detail}: delete it or choose another path"
+            f" this model {detail}: {_CHOOSE}"
         )
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
@@ -40,13 +41,13 @@ class PeftPatch(contextlib.AbstractContextManager["PeftPatch"]):
         self.modules: list[str] = []
         home = self._home()
         original = getattr(home, _FUNCTION, None)
-        self._set(home, _FUNCTION, replacement)
+        self._put(home, _FUNCTION, replacement)
         for module in list(sys.modules.values()) if original is not None else ():
             if not isinstance(module, ModuleType):
                 continue
             names = [name for name, value in list(vars(module).items()) if value is original]
             for name in names:
-                self._set(module, name, replacement)
+                self._put(module, name, replacement)
             if names:
                 self.modules.append(module.__name__)
 
@@ -65,7 +66,7 @@ class PeftPatch(contextlib.AbstractContextManager["PeftPatch"]):
             sys.modules[_HOME] = home
             self._undo.callback(sys.modules.pop, _HOME, None)
             parent, _, name = _HOME.rpartition(".")
-            self._set(sys.modules[parent], name, home)
+            self._put(sys.modules[parent], name, home)
             return home
         found = list(inspect.signature(getattr(home, _FUNCTION)).parameters)[: len(_PARAMETERS)]
         if found != _PARAMETERS:
@@ -75,12 +76,8 @@ class PeftPatch(contextlib.AbstractContextManager["PeftPatch"]):
             )
         return home
 
-    def _set(self, module: ModuleType, name: str, value: object) -> None:
-        if name in vars(module):
-            self._undo.callback(setattr, module, name, vars(module)[name])
-        else:
-            self._undo.callback(delattr, module, name)
-        setattr(module, name, value)
+    def _put(self, module: ModuleType, name: str, value: object) -> None:
+        self._undo.enter_context(mock.patch.object(module, name, value, create=True))
 
     def restore(self) -> None:
         """Puts everything back as it was; a second call does nothing."""
