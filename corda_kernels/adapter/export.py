@@ -120,7 +120,7 @@ def export_lora(
         )
     described = config | {
         "r": result.rank,
-        "lora_alpha": lora.whole(next(iter(changes.values())).scaling * result.rank),
+        "lora_alpha": lora.rounded(next(iter(changes.values())).scaling * result.rank),
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,

@@ -265,7 +265,8 @@ def load_for_training(
                 "with PEFT, which restores that"
             )
         return attach(base_model, _adapter(config, tensors, folder), use_peft=False, copy=False)
-    record, layers = None, {}
+    record: AdapterRecord | None = None
+    layers: dict[str, LayerAdapter] = {}
     if recorded:
         adapter = _adapter(config, tensors, folder)
         record, layers = adapter.record, adapter.layers

@@ -102,7 +102,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     names = {name: _pattern(name, adapter.layers) for name in adapter.layers}
     ranks = {name: layer.trained.rank for name, layer in adapter.layers.items()}
     rank = max(ranks.values())
-    alphas = {name: whole(layer.scaling * ranks[name]) for name, layer in adapter.layers.items()}
+    alphas = {name: rounded(layer.scaling * ranks[name]) for name, layer in adapter.layers.items()}
     alpha = next(alphas[name] for name in alphas if ranks[name] == rank)
     source = record.base["source"]
     return LoraConfig(
@@ -119,7 +119,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     )
 
 
-def whole(alpha: float) -> float:
+def rounded(alpha: float) -> float:
     """A whole number where it is one but for rounding: engines print it, and some parse it."""
     nearest = round(alpha)
     return nearest if nearest and abs(alpha - nearest) < 1e-9 * nearest else alpha

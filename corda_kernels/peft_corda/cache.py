@@ -324,7 +324,7 @@ def _check_notes(
             f"{path} has no notes beside it, as PEFT writes it: it is taken as made for this model "
             f"with {facts}, which cannot be checked",
             CompatibilityWarning,
-            stacklevel=7,  # the caller of preprocess_corda or of its patch; no_grad wraps it
+            stacklevel=6,  # the caller of preprocess_corda, which no_grad wraps
         )
         return
     for key, value in wanted.items():

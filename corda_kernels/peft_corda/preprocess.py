@@ -145,7 +145,14 @@ def preprocess_corda(
                 found = cache.read_covariances(covariance_file, model, part, ours.normalize)
                 settle(part, found, f"are not in {covariance_file}")
             else:
-                found = _observe(hooked_model or model, part, run_model, observer)
+                if run_model is None:
+                    raise ConfigError(
+                        "run_model is None, but neither the cache nor the covariance file is "
+                        "written yet: pass a function that runs the model on calibration data"
+                    )
+                hooked = dict((hooked_model or model).named_modules())
+                modules = {name: hooked[name] for name in part if name in hooked}
+                found = observer.observe(hooked_model or model, modules, run_model)
                 settle(part, found, "never received a token")
                 if covariance_file is not None:
                     cache.write_covariances(covariance_file, found, model, part, ours.normalize)
@@ -207,22 +214,6 @@ def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[
         part[name] = target
         used += size
     yield part
-
-
-def _observe(
-    model: nn.Module,
-    part: Mapping[str, Target],
-    run_model: Callable[[], object] | None,
-    observer: Observer,
-) -> dict[str, Observed]:
-    if run_model is None:
-        raise ConfigError(
-            "run_model is None, but neither the cache nor the covariance file is written yet: pass "
-            "a function that runs the model on the calibration data"
-        )
-    hooked = dict(model.named_modules())
-    modules = {name: hooked[name] for name in part if name in hooked}
-    return observer.observe(model, modules, run_model)
 
 
 def _decompose(

@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.adapter.factors import (
-    AdapterFactors,
-)
+from corda_kernels.adapter.factors import AdapterFactors
 from corda_kernels.linalg import CoSVD, co_svd
 
 RANK = 6
-
-
 SHAPES = [(40, 64), (48, 48), (64, 40)]
-
-
 ENDS = ["largest", "smallest"]
 
 

@@ -15,9 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from corda_kernels import export_lora, load_for_training, save_adapter
-from corda_kernels.adapter import (
-    read_adapter,
-)
+from corda_kernels.adapter import read_adapter
 from corda_kernels.errors import AdapterError
 
 pytestmark = pytest.mark.filterwarnings(NO_BASE)

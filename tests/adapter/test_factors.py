@@ -24,10 +24,7 @@ from factor_cases import (
 from torch import Tensor
 
 from corda_kernels import CordaConfig
-from corda_kernels.adapter.factors import (
-    AdapterFactors,
-    adapter_factors,
-)
+from corda_kernels.adapter.factors import AdapterFactors, adapter_factors
 from corda_kernels.adapter.published import published_factors
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import CoSVD, co_svd

@@ -20,10 +20,7 @@ from factor_cases import (
     span,
 )
 
-from corda_kernels.adapter.factors import (
-    AdapterFactors,
-    adapter_factors,
-)
+from corda_kernels.adapter.factors import AdapterFactors, adapter_factors
 from corda_kernels.adapter.published import published_factors, residual
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.linalg import co_svd

@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter import (
-    read_adapter,
-)
+from corda_kernels.adapter import read_adapter
 from corda_kernels.errors import AdapterError
 
 pytestmark = pytest.mark.filterwarnings(NO_BASE)
