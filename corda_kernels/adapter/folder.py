@@ -183,33 +183,10 @@ def layer_adapters(
     """Each layer's trained factors, from what `read_lora` gave, beside its initial ones, if any.
 
     Raises:
-        AdapterError: see `lora_layers` and `read_initial`; or these are of different layers or
-            sizes.
+        AdapterError: see `lora_layers`; or the initial factors are missing, altered, left over from
+            another adapter, or of different layers or sizes.
     """
-    layers, initial = lora.lora_layers(config, tensors, folder), read_initial(config, folder)
-    if initial is None:
-        return {name: LayerAdapter(own) for name, own in layers.items()}
-    for name in sorted(layers.keys() | initial.keys()):
-        own, part = layers.get(name), initial.get(name)
-        if (
-            own is None
-            or part is None
-            or (own.A.shape, own.B.shape) != (part.A.shape, part.B.shape)
-        ):
-            raise AdapterError(
-                f"{folder / INITIAL_FILE} and {lora.WEIGHTS_FILE} differ in layer {name}: they "
-                "belong to different adapters; copy the first from the folder of the fresh adapter"
-            )
-    return {name: LayerAdapter(own, initial[name]) for name, own in layers.items()}
-
-
-def read_initial(config: Mapping[str, Any], folder: Path) -> dict[str, AdapterFactors] | None:
-    """What the adapter in a folder has taken out of its base; None if it is a plain LoRA.
-
-    Raises:
-        AdapterError: it is missing or altered.
-    """
-    file = folder / INITIAL_FILE
+    layers, file = lora.lora_layers(config, tensors, folder), folder / INITIAL_FILE
     if file.is_file() != lora.fits_residual(config):
         raise AdapterError(
             f"{file} is left over from another adapter: delete it"
@@ -218,12 +195,23 @@ def read_initial(config: Mapping[str, Any], folder: Path) -> dict[str, AdapterFa
             "over: copy it from the folder of the fresh adapter"
         )
     if not file.is_file():
-        return None
-    tensors = lora.read_tensors(file)
-    others = sorted(key for key in tensors if not lora.FACTOR.fullmatch(key))
+        return {name: LayerAdapter(own) for name, own in layers.items()}
+    found = lora.read_tensors(file)
+    others = sorted(key for key in found if not lora.FACTOR.fullmatch(key))
     if others:
         raise AdapterError(f"{file} was altered: it holds {others[0]}; copy it again")
-    return lora.lora_layers(config, tensors, folder)
+    initial = lora.lora_layers(config, found, folder)
+    shapes = [
+        {name: (part.A.shape, part.B.shape) for name, part in parts.items()}
+        for parts in (layers, initial)
+    ]
+    for name in sorted(layers.keys() | initial.keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise AdapterError(
+                f"{file} and {lora.WEIGHTS_FILE} differ in layer {name}: they belong to different "
+                "adapters; copy the first from the folder of the fresh adapter"
+            )
+    return {name: LayerAdapter(own, initial[name]) for name, own in layers.items()}
 
 
 def load_for_training(

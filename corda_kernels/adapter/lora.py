@@ -276,7 +276,14 @@ def lora_layers(
     alpha_of = _sizes(config.get("alpha_pattern"), config["lora_alpha"])
     for name in dict.fromkeys(names):
         A, B = (tensors.get(factor_key(name, factor)) for factor in "AB")
-        if A is None or B is None or not _fit(A, B):
+        if (
+            A is None
+            or B is None
+            or A.dtype != B.dtype
+            or not A.ndim == B.ndim == 2
+            or len(A) != B.shape[1]
+            or 0 in (A.numel(), B.numel())
+        ):
             raise AdapterError(
                 f"{folder} lacks a factor of layer {name}, or its A and B do not fit: {MIXED}"
             )
@@ -302,16 +309,6 @@ def _sizes(patterns: Mapping[str, float] | None, otherwise: float) -> Callable[[
         (re.compile(rf"(.*\.)?({pattern})$"), size) for pattern, size in (patterns or {}).items()
     ]
     return lambda name: next((size for found, size in compiled if found.match(name)), otherwise)
-
-
-def _fit(A: Tensor, B: Tensor) -> bool:
-    """Whether two tensors can be a layer's factors."""
-    return (
-        A.dtype == B.dtype
-        and A.ndim == B.ndim == 2
-        and len(A) == B.shape[1]
-        and (min(A.numel(), B.numel()) > 0)
-    )
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:

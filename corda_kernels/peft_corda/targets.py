@@ -83,7 +83,19 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
         )
     check_unshared(model, {name: target.module for name, target in targets.items()})
     for name, target in targets.items():
-        _check_weight(name, target.module)
+        module = target.module
+        if module.weight.is_meta:
+            raise TargetError(
+                f"the weight of layer {name} is offloaded (device meta), where PEFT cannot change "
+                "it: load the model with a device_map that keeps all targets on a device"
+            )
+        if module.weight.dtype not in _DTYPES or is_quantised(module):
+            kind = type(module.weight).__name__ if is_quantised(module) else module.weight.dtype
+            raise TargetError(
+                f"layer {name} ({type(module).__name__}) holds its weight as {kind}, into which "
+                "PEFT cannot write W − B·A: load the model in float32, float16 or bfloat16, and "
+                "quantise the residual afterwards; or take init_corda, which leaves the base as is"
+            )
         outputs, inputs = target.weight.shape
         if not 1 <= target.rank <= min(outputs, inputs):
             raise RankError(
@@ -114,19 +126,3 @@ def _resolve(config: LoraConfig, model: nn.Module) -> LoraConfig:
             )
         resolved.target_modules = usual if isinstance(usual, str) else set(usual)
     return _maybe_include_all_linear_layers(resolved, model)
-
-
-def _check_weight(name: str, module: nn.Module) -> None:
-    weight: Any = module.weight
-    if weight.is_meta:
-        raise TargetError(
-            f"the weight of layer {name} is offloaded (device meta), where PEFT cannot change it: "
-            "load the model with a device_map that keeps all targets on a device"
-        )
-    if weight.dtype not in _DTYPES or is_quantised(module):
-        kind = type(weight).__name__ if is_quantised(module) else weight.dtype
-        raise TargetError(
-            f"layer {name} ({type(module).__name__}) holds its weight as {kind}, into which PEFT "
-            "cannot write W − B·A: load the model in float32, float16 or bfloat16, and quantise "
-            "the residual afterwards; or take init_corda, which leaves the base as it is"
-        )
