@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Check = Callable[[Any], bool]
+# What the fields of an object may hold, see `check_fields`.
+Schema = Check | Mapping[str, "Schema"]
 
 # Far more than any file of ours has, far less than Python's recursion takes.
 _LEVELS = 50
@@ -56,27 +58,55 @@ def _check_text(value: Any, levels: int) -> None:
 
 
 def check_fields(
-    value: Any, allowed: Mapping[str, Check], where: str = "it", *, may_lack: Iterable[str] = ()
+    value: Any, schema: Mapping[str, Schema], where: str = "it", *, may_lack: Iterable[str] = ()
 ) -> None:
     """Makes sure that a JSON object has certain fields, and nothing else.
 
     Args:
         value: the object.
-        allowed: of each field, whether a value is one that it may have.
-        where: what the object is called in messages.
-        may_lack: the fields that may be missing.
+        schema: of each field, whether a value is one that it may have, or the schema of an object.
+            A field whose name ends in "?" may be missing. "*" alone stands for any names.
+        where: what the object is called in messages; an object in it goes by its field's name.
+        may_lack: further fields that may be missing.
 
     Raises:
         ValueError: it is no object, or names the first field that is wrong.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no object")
-    odd = sorted(map(str, (allowed.keys() ^ value.keys()) - set(may_lack)))
+    fields = {name.removesuffix("?"): check for name, check in schema.items()}
+    lacking = {*may_lack, *(name[:-1] for name in schema if name.endswith("?"))}
+    if "*" in schema:
+        fields, lacking = dict.fromkeys(value, schema["*"]), set()
+    odd = sorted(map(str, (fields.keys() ^ value.keys()) - lacking))
     if odd:
         raise ValueError(f"field {odd[0][:40]!r} is missing or unknown in {where}")
     for name, entry in value.items():
-        if not allowed[name](entry):
+        check = fields[name]
+        if isinstance(check, Mapping):
+            check_fields(entry, check, name)
+        elif not check(entry):
             raise ValueError(f"{name!r} of {where} cannot be {str(entry)[:40]!r}")
+
+
+def one_of(*allowed: Any) -> Check:
+    """A check for one of these values."""
+    return lambda value: value in allowed
+
+
+def maybe(check: Check) -> Check:
+    """A check for null, or what `check` accepts."""
+    return lambda value: value is None or check(value)
+
+
+def whole(least: int) -> Check:
+    """`is_whole` with this bound."""
+    return lambda value: is_whole(value, least)
+
+
+def number(least: float) -> Check:
+    """`is_number` with this bound."""
+    return lambda value: is_number(value, least)
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
@@ -92,6 +122,11 @@ def is_number(value: Any, least: float = -sys.float_info.max) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether a value is a positive finite number."""
     return is_number(value, 0) and value > 0
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value is true or false."""
+    return isinstance(value, bool)
 
 
 def is_object(value: Any) -> bool:

@@ -1,37 +1,30 @@
 """U, Σ and W → a LoRA; adapted models, their folders and the ways out of them."""
 
-from corda_kernels.adapter.adapter import Adapter, LayerAdapter
-from corda_kernels.adapter.attaching import (
-    attach,
-    check_at_hand,
-    load_for_training,
-    subtract_initial,
-)
 from corda_kernels.adapter.card import model_card
 from corda_kernels.adapter.export import LoraExport, export_lora, merge
-from corda_kernels.adapter.factors import (
-    AdapterFactors,
-    adapter_factors,
-    published_factors,
-    residual,
-)
+from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, adapter_factors
 from corda_kernels.adapter.folder import (
     ADAPTER_FILES,
     check_adapter_folder,
+    load_for_training,
     read_adapter,
     save_adapter,
     write_adapter,
 )
 from corda_kernels.adapter.linear import CordaLinear
-from corda_kernels.adapter.live import (
+from corda_kernels.adapter.model import (
     LiveAdapter,
     adapter_of,
+    attach,
+    check_at_hand,
     has_adapter,
     live_adapter,
+    not_selectable,
     residual_marker,
+    subtract_initial,
 )
-from corda_kernels.adapter.peft_model import not_selectable
-from corda_kernels.adapter.record import AdapterRecord, describe_base
+from corda_kernels.adapter.published import published_factors, residual
+from corda_kernels.adapter.record import Adapter, AdapterRecord, describe_base
 
 __all__ = [
     "ADAPTER_FILES",

@@ -15,6 +15,29 @@ _MODES = {
     "ipm": "IPM: the largest components, those that the calibration text uses most",
 }
 
+_PLAIN = """```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base, FOLDER, is_trainable=True)  # to train
+model = PeftModel.from_pretrained(base, FOLDER)                     # to run
+```"""
+_EXPORTED = """```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base, FOLDER)
+```"""
+_MODEL = """```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```"""
+_PUBLISHED = """\
+This is CorDA's published form: W − B A of the untrained A and B stands in the base. \
+It computes something else on the untouched base, where PEFT therefore refuses it.
+
+```python
+from corda_kernels import export_lora, load_for_training
+model = load_for_training(base, FOLDER)  # train it, or run it
+export_lora(FOLDER, "my-lora")           # a plain LoRA for the untouched base
+```"""
+
 
 def adapter_card(record: AdapterRecord, rank: int) -> str:
     """The card of an adapter that was made here.
@@ -23,38 +46,26 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
         record: how it was made.
         rank: the LoRA's largest.
     """
-    made = [
-        f"Initialised by corda_kernels {record.versions.get('corda_kernels', '')}".rstrip()
-        + f" with {_MODES[record.mode]}.",
-        f"{record.rank} components of each layer at most, calibrated on "
-        f"{max((layer['tokens'] for layer in record.layers.values()), default=0):,} tokens.",
-    ]
-    uses: tuple[str, ...]
+    version = record.versions.get("corda_kernels", "")
+    tokens = max((layer["tokens"] for layer in record.layers.values()), default=0)
+    made = (
+        f"Initialised by {f'corda_kernels {version}'.rstrip()} with {_MODES[record.mode]}. "
+        f"{record.rank} components of each layer at most, calibrated on {tokens:,} tokens."
+    )
+    source = record.base["source"]
     if record.residual is not None:
-        uses = (
-            "This is CorDA's published form: W − B A of the untrained A and B stands in the base. "
-            "It computes something else on the untouched base, where PEFT therefore refuses it.",
-            _python(
-                "from corda_kernels import export_lora, load_for_training",
-                "model = load_for_training(base, FOLDER)  # train it, or run it",
-                'export_lora(FOLDER, "my-lora")           # a plain LoRA for the untouched base',
-            ),
-        )
-    else:
-        uses = (
-            f"It is a plain LoRA of rank {rank}, twice the number of components, and starts at "
-            "zero. Train all of it.",
-            _python(
-                "from peft import PeftModel",
-                "model = PeftModel.from_pretrained(base, FOLDER, is_trainable=True)  # to train",
-                "model = PeftModel.from_pretrained(base, FOLDER)                     # to run",
-            ),
-            "Its ranks differ from layer to layer. Engines that know one rank take what "
-            '`corda_kernels.export_lora(FOLDER, "my-lora")` writes.'
-            if record.allocation
-            else _serving(rank),
-        )
-    return _card(record.base["source"], "CorDA adapter", made, *uses)
+        return _card(source, "CorDA adapter", made, _PUBLISHED)
+    plain = (
+        f"It is a plain LoRA of rank {rank}, twice the number of components, and starts at zero. "
+        "Train all of it."
+    )
+    serving = (
+        "Its ranks differ from layer to layer. Engines that know one rank take what "
+        '`corda_kernels.export_lora(FOLDER, "my-lora")` writes.'
+        if record.allocation
+        else _serving(rank)
+    )
+    return _card(source, "CorDA adapter", made, plain, _PLAIN, serving)
 
 
 def export_card(source: str | None, rank: int, note: str) -> str:
@@ -65,13 +76,8 @@ def export_card(source: str | None, rank: int, note: str) -> str:
         rank: of every layer.
         note: how it came about.
     """
-    return _card(
-        source,
-        "LoRA",
-        [f"A plain LoRA of rank {rank} for the untouched base. {note}"],
-        _python("from peft import PeftModel", "model = PeftModel.from_pretrained(base, FOLDER)"),
-        _serving(rank),
-    )
+    made = f"A plain LoRA of rank {rank} for the untouched base. {note}"
+    return _card(source, "LoRA", made, _EXPORTED, _serving(rank))
 
 
 def model_card(source: str | None, title: str, made: str) -> str:
@@ -82,16 +88,7 @@ def model_card(source: str | None, title: str, made: str) -> str:
         title: what it is.
         made: how it came about, and what it is for.
     """
-    return _card(
-        source,
-        title,
-        [made],
-        _python(
-            "from transformers import AutoModelForCausalLM",
-            "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
-        ),
-        library="transformers",
-    )
+    return _card(source, title, made, _MODEL, library="transformers")
 
 
 def _serving(rank: int) -> str:
@@ -106,16 +103,9 @@ def _serving(rank: int) -> str:
     )
 
 
-def _python(*lines: str) -> str:
-    return "\n".join(("```python", *lines, "```"))
-
-
-def _card(
-    source: str | None, title: str, made: list[str], *uses: str, library: str = "peft"
-) -> str:
+def _card(source: str | None, title: str, *paragraphs: str, library: str = "peft") -> str:
     """Front matter as the hub reads it, then the text; JSON strings are YAML ones too."""
-    base = [] if source is None else [f"base_model: {json.dumps(source)}"]
-    front = ["---", *base, f"library_name: {library}", "tags:", "- lora", "- corda", "---"]
+    base = "" if source is None else f"base_model: {json.dumps(source)}\n"
+    front = f"---\n{base}library_name: {library}\ntags:\n- lora\n- corda\n---"
     named = "a model without a name" if source is None else f"`{source}`"
-    body = (f"# {title}", f"Base model: {named}.", " ".join(made), *uses)
-    return "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
+    return "\n\n".join((front, f"# {title}", f"Base model: {named}.", *paragraphs)) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,43 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from corda_kernels.adapter.adapter import LayerAdapter
+from corda_kernels.adapter import lora
 from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
-from corda_kernels.adapter.factors import AdapterFactors
+from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.folder import (
     ADAPTER_FILES,
     INITIAL_FILE,
     RECORD_FILE,
     check_adapter_folder,
-    read_initial,
-    with_initial,
+    layer_adapters,
 )
 from corda_kernels.adapter.linear import CordaLinear, detach_linears
-from corda_kernels.adapter.live import (
-    adapter_of,
-    check_start,
-    check_start_is_known,
-    residual_marker,
-)
-from corda_kernels.adapter.lora_files import (
-    base_name,
-    check_finite,
-    factor_key,
-    lora_layers,
-    read_lora,
-    write_lora,
-)
-from corda_kernels.adapter.peft_model import lora_config
+from corda_kernels.adapter.model import adapter_of, check_start, factors_in, residual_marker
 from corda_kernels.arguments import instance_of, readable_path, whole_number
 from corda_kernels.errors import AdapterError, CordaWarning, ModelError, OutputError, RankError
 from corda_kernels.files import write_bytes
 from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.outputs import staged_folder
 from corda_kernels.precision import without_autocast
-
-_SERVED_RANK = SERVED_RANKS[-1]
 
 
 @dataclass(frozen=True)
@@ -67,9 +51,7 @@ class LoraExport:
 
 
 def export_lora(
-    source: nn.Module | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    rank: int | None = None,
+    source: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None
 ) -> LoraExport:
     """Writes what training has learnt as a plain LoRA of one rank, for the untouched base.
 
@@ -111,43 +93,43 @@ def export_lora(
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        check_finite(name, change.A, change.B)
+        lora.check_finite(name, change.A, change.B)
     widest = max(change.rank for change in changes.values())
-    result = LoraExport(widest)
+    cut = rank is not None and rank < widest
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
-    if patterns or result.rank != config["r"] or (rank is not None and rank < widest):
+    if cut or patterns or widest != config["r"]:
         _check_only_factors(others)
-    if rank is not None and rank < widest:
-        cut = {name: _truncated(change, rank) for name, change in changes.items()}
-        changes = {name: change for name, (change, _) in cut.items()}
-        worst = max(cut, key=lambda name: cut[name][1])
-        result = LoraExport(rank, cut[worst][1], worst)
+    result, note = LoraExport(widest), "Nothing was cut off."
+    if rank is not None and cut:
+        errors = {}
+        for name, change in changes.items():
+            changes[name], errors[name] = _truncated(change, rank)
+        worst = max(errors, key=errors.__getitem__)
+        result = LoraExport(rank, errors[worst], worst)
+        note = (
+            f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
+        )
     elif patterns:
         changes = {name: _padded(change, widest) for name, change in changes.items()}
-    _warn_if_too_wide(result.rank)
-    first = next(iter(changes.values()))
-    alpha = first.scaling * result.rank
+    if result.rank > SERVED_RANKS[-1]:
+        warnings.warn(
+            f"the LoRA has rank {result.rank}, and vLLM serves {SERVED_RANKS[-1]} at most: give a "
+            "rank to cut it off at, or merge it",
+            CordaWarning,
+            stacklevel=2,
+        )
     described = config | {
         "r": result.rank,
-        "lora_alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-6 else alpha,
+        "lora_alpha": lora.rounded(next(iter(changes.values())).scaling * result.rank),
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "base_model_name_or_path": base_name(config),
+        "base_model_name_or_path": lora.base_name(config),
     }
-    tensors = dict(others)
-    for name, change in changes.items():
-        tensors[factor_key(name, "A")] = change.A
-        tensors[factor_key(name, "B")] = change.B
-    note = (
-        f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
-        if result.layer
-        else "Nothing was cut off."
-    )
     with staged_folder(folder, replaced=ADAPTER_FILES) as staged:
-        write_lora(staged, described, tensors)
+        lora.write_lora(staged, described, others | lora.factor_tensors(changes))
         card = export_card(described["base_model_name_or_path"], result.rank, note)
         write_bytes(staged / CARD_FILE, card.encode())
     return result
@@ -157,46 +139,24 @@ def _source(
     source: nn.Module | str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
     """A LoRA's configuration, what is saved beside its factors, and these."""
-    from peft import PeftModel, get_peft_model_state_dict
-
+    tensors: dict[str, Tensor] = {}
     if not isinstance(source, nn.Module):
         folder = readable_path(source, AdapterError)
-        config, tensors = read_lora(folder)
-        initial: Mapping[str, AdapterFactors] | None = read_initial(folder)
-        if initial is None:
+        config, tensors = lora.read_lora(folder)
+        layers = layer_adapters(config, tensors, folder)
+        if not lora.fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.
             check_start(config.get("init_lora_weights") or True, str(folder))
     elif isinstance(source, PeftModel):
-        folder = Path("the model")
-        initial = getattr(source, "corda_initial", None)
-        if initial is None:
-            check_start_is_known(source, {})
-        tensors = dict(get_peft_model_state_dict(source, adapter_name=source.active_adapter))
-        config = _with_names(source)
+        layers = {name: layer.detach() for name, layer in factors_in(source).layers.items()}
+        config = source.peft_config[source.active_adapter].to_dict()
+        tensors = get_peft_model_state_dict(source, adapter_name=source.active_adapter)
     else:
         adapter = adapter_of(source)
-        return lora_config(adapter).to_dict(), {}, adapter.layers
-    layers = with_initial(lora_layers(config, tensors, folder), initial, folder)
-    keys = {factor_key(name, factor) for name in layers for factor in "AB"}
-    others = {key: tensor for key, tensor in tensors.items() if key not in keys}
+        config, layers = lora.lora_config(adapter).to_dict(), adapter.layers
+    factors = {lora.factor_key(name, factor) for name in layers for factor in "AB"}
+    others = {key: value.contiguous() for key, value in tensors.items() if key not in factors}
     return config, others, layers
-
-
-def _with_names(model: Any) -> dict[str, Any]:
-    """The active LoRA's configuration, with full names in place of patterns: those were code."""
-    from peft.tuners.lora import LoraLayer
-
-    active = model.active_adapter
-    config: dict[str, Any] = model.peft_config[active].to_dict()
-    if config["rank_pattern"] or config["alpha_pattern"]:
-        layers: dict[str, Any] = {
-            f"^{re.escape(name)}": module
-            for name, module in model.get_base_model().named_modules()
-            if isinstance(module, LoraLayer) and active in module.r
-        }
-        config["rank_pattern"] = {name: layer.r[active] for name, layer in layers.items()}
-        config["alpha_pattern"] = {name: layer.lora_alpha[active] for name, layer in layers.items()}
-    return config
 
 
 def _check_only_factors(others: Mapping[str, Tensor]) -> None:
@@ -231,16 +191,6 @@ def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float
     return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
 
 
-def _warn_if_too_wide(rank: int) -> None:
-    if rank > _SERVED_RANK:
-        warnings.warn(
-            f"the LoRA has rank {rank}, and vLLM serves {_SERVED_RANK} at most: give a rank to "
-            "cut it off at, or merge it",
-            CordaWarning,
-            stacklevel=3,
-        )
-
-
 @without_autocast()
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
@@ -260,9 +210,6 @@ def merge(model: nn.Module) -> nn.Module:
         ModelError: what is given is no model.
         TargetError: a layer is quantised.
     """
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
     instance_of("the model", model, nn.Module, ModelError)
     wrapped: dict[str, Any] = {
         name: module
@@ -277,7 +224,7 @@ def merge(model: nn.Module) -> nn.Module:
             for own, weight in module.named_parameters()
             if own.partition(".")[0] not in ("base", "base_layer")
         ]
-        check_finite(name.removeprefix("base_model.model."), *adapter)
+        lora.check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
         {
             name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()

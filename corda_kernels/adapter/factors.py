@@ -1,22 +1,17 @@
-"""The factors of one layer's adapter: U, Σ and W → a LoRA, or the published A and B."""
+"""The factors of one layer's adapter: U and W → a LoRA that starts at zero."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import instance_of, one_of, real_number, real_tensor
-from corda_kernels.errors import ConfigError, CordaError, DecompositionError
-from corda_kernels.linalg import CoSVD, regularized_inverse
-from corda_kernels.linalg.operand import panels
+from corda_kernels.arguments import instance_of, real_number, real_tensor
+from corda_kernels.errors import CordaError, DecompositionError
+from corda_kernels.linalg import CoSVD
 from corda_kernels.precision import without_autocast
 
-Reconstruction = Literal["projection", "inverse"]
-
-RECONSTRUCTIONS = ("projection", "inverse")
 # Beyond it, and below one over it, factors in float32 overflow or vanish.
 _MOST_HOLD = 1e30
 
@@ -43,11 +38,6 @@ class AdapterFactors:
         """Rows of A."""
         return self.A.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Out, rows and in."""
-        return self.B.shape[0], self.A.shape[0], self.A.shape[1]
-
     def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
         """The same in another dtype or on another device."""
         A, B = self.A.to(where, copy=copy), self.B.to(where, copy=copy)
@@ -60,6 +50,57 @@ class AdapterFactors:
     def product(self) -> Tensor:
         """scaling·B·A (out, in), in float32."""
         return self.scaling * (self.B.float() @ self.A.float())
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAdapter:
+    """One layer: the model computes W x + s·B A x.
+
+    Attributes:
+        trained: A, B and s.
+        initial: where W has lost a part s·B0 A0 to the adapter, that part; else None.
+    """
+
+    trained: AdapterFactors
+    initial: AdapterFactors | None = None
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        """(rows, in), trained."""
+        return self.trained.A
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """(out, rows), trained."""
+        return self.trained.B
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's alpha/rank."""
+        return self.trained.scaling
+
+    def to(self, where: torch.dtype | torch.device) -> LayerAdapter:
+        """The same in another dtype or on another device."""
+        initial = None if self.initial is None else self.initial.to(where)
+        return LayerAdapter(self.trained.to(where), initial)
+
+    def detach(self) -> LayerAdapter:
+        """The same, cut off from autograd."""
+        return LayerAdapter(self.trained.detach(), self.initial)
+
+    def change(self) -> AdapterFactors:
+        """What training has added to the untouched base, as a LoRA.
+
+        Beside a residual that is B A − B0 A0 = [B, ΔB][ΔA; A0], in which no two large products
+        cancel.
+        """
+        if self.initial is None:
+            return self.trained
+        # The weight lacks the initial product as it was, whatever the trained factors were cast to.
+        wide = torch.promote_types(self.A.dtype, self.initial.A.dtype)
+        A, B = self.A.to(wide), self.B.to(wide)
+        A0, B0 = self.initial.A.to(A), self.initial.B.to(B)
+        return AdapterFactors(torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1), self.scaling)
 
 
 @without_autocast()
@@ -102,9 +143,8 @@ def adapter_factors(
             is not that of one of its shape.
     """
     hold = check_hold(hold)
-    _check_fits(weight, co_svd)
+    rows, noise = component_rows(weight, co_svd)
     U = co_svd.U
-    rows, noise = _rows(weight, co_svd)
     length = hold / 3**0.5
     P = length * U / U.norm(dim=0)
     lengths = rows.norm(dim=1)
@@ -141,7 +181,12 @@ def check_factors(factors: object, shape: tuple[int, ...], error: type[CordaErro
         )
 
 
-def _check_fits(weight: Tensor, co_svd: CoSVD) -> None:
+def component_rows(weight: Tensor, co_svd: CoSVD) -> tuple[Tensor, Tensor]:
+    """Each component's row aᵢ = uᵢᵀW, (rank, in), and the length at which it is mere rounding.
+
+    Raises:
+        DecompositionError: the weight or the decomposition is none, or not of the other's size.
+    """
     instance_of("co_svd", co_svd, CoSVD, DecompositionError)
     real_tensor("the weight", weight, DecompositionError)
     if weight.ndim != 2 or co_svd.U.ndim != 2 or len(weight) != len(co_svd.U):
@@ -149,110 +194,8 @@ def _check_fits(weight: Tensor, co_svd: CoSVD) -> None:
             f"a weight {tuple(weight.shape)} and a decomposition with U {tuple(co_svd.U.shape)} do "
             "not go together: give the weight (out, in) that was decomposed"
         )
-
-
-@without_autocast()
-@torch.no_grad()
-def published_factors(
-    weight: Tensor,  # (out, in)
-    co_svd: CoSVD,
-    *,
-    reconstruction: Reconstruction = "projection",
-    covariance: Tensor | None = None,  # (in, in)
-) -> AdapterFactors:
-    """CorDA's A and B as published: a part B·A = U Uᵀ W of the weight, to be taken out of it.
-
-    This is B = U√Σ, A = √Σ VᵀC⁻¹ without its inverse, since VᵀC⁻¹ = Σ⁻¹UᵀW: exact where C is
-    invertible, and defined where it is not. With aᵢ = uᵢᵀW the factors are Aᵢ = aᵢ/βᵢ, Bᵢ = βᵢuᵢ,
-    where βᵢ = √σᵢ is kept above 1e-3·√‖aᵢ‖. A component of W that vanishes gets A = 0 and the
-    median β, so that it can still train. Of a decomposition with an output covariance D the
-    projection is oblique, U (D U)ᵀ W, and aᵢ = (D uᵢ)ᵀ W.
-
-    With the reconstruction as published, aᵢ = σᵢvᵢᵀ(C + λI)⁻¹ = uᵢᵀW(C + λI)·(C + λI)⁻¹. It is the
-    same but for rounding, which grows with the condition of C (`benches/reconstruction.py`), and
-    components that C does not see at all vanish.
-
-    Args:
-        weight: (out, in), any floating dtype.
-        co_svd: its decomposition, U (out, rank).
-        reconstruction: "projection", or "inverse" for A through C⁻¹ as published.
-        covariance: C (in, in), for reconstruction "inverse" only. λ is the decomposition's; where
-            that has none, the inverse takes the least that works, `AdapterFactors.damping`.
-
-    Returns:
-        A (rank, in) and B (out, rank) in the decomposition's dtype, with scaling 1.
-
-    Raises:
-        ConfigError: reconstruction is unknown, or the covariance is missing or out of place.
-        DecompositionError: an input is no dense tensor of floating numbers, the decomposition or
-            the covariance is of another size, or the covariance cannot be inverted.
-
-    Source: CorDA (arXiv:2406.05223), equations 3 to 5.
-    """
-    one_of("reconstruction", reconstruction, RECONSTRUCTIONS)
-    _check_fits(weight, co_svd)
-    if (covariance is not None) != (reconstruction == "inverse"):
-        raise ConfigError('reconstruction="inverse", and no other, needs the covariance')
-    rows, noise = _rows(weight, co_svd)
-    damping = None
-    if covariance is not None:
-        rows, damping = _through_inverse(rows, covariance, float(co_svd.damping))
-    strength = rows.norm(dim=1)
-    live = strength > noise
-    # The columns of U have length 1 but where there is an output covariance.
-    beta = torch.maximum(co_svd.S.sqrt(), 1e-3 * (strength / co_svd.U.norm(dim=0)).sqrt())
-    stand_in = beta[live].median() if bool(live.any()) else beta.new_tensor(1.0)
-    beta = torch.where(live, beta, stand_in)
-    A = torch.where(live[:, None], rows / beta[:, None], 0.0)
-    return AdapterFactors(A, co_svd.U * beta, damping=damping)
-
-
-def _rows(weight: Tensor, co_svd: CoSVD) -> tuple[Tensor, Tensor]:
-    """Each component's row aᵢ = uᵢᵀW, (rank, in), and the length at which it is mere rounding."""
     W = weight.to(co_svd.U.dtype)
     noise = max(W.shape) * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W)
     if co_svd.dual is None:
         return co_svd.U.mT @ W, noise
     return co_svd.dual.mT @ W, noise * co_svd.dual.norm(dim=0)
-
-
-def _through_inverse(
-    projected: Tensor,  # UᵀW, (rank, in)
-    covariance: Tensor,  # (in, in)
-    damping: float,
-) -> tuple[Tensor, float]:
-    """ΣVᵀ(C + λI)⁻¹ with ΣVᵀ = UᵀW(C + λI), and the λ of the inverse.
-
-    Either λ is a multiple of the mean diagonal of C; they differ only where the first, `damping`,
-    is 0 and C cannot be inverted as it is.
-    """
-    inputs = projected.shape[1]
-    real_tensor("the covariance", covariance, DecompositionError)
-    if covariance.shape != (inputs, inputs):
-        raise DecompositionError(
-            f"a weight of {inputs} inputs needs a covariance ({inputs}, {inputs}), "
-            f"got {tuple(covariance.shape)}"
-        )
-    C = covariance.to(projected)
-    image = projected @ C + damping * C.diagonal().mean() * projected
-    found = regularized_inverse(C, damping=damping or None)
-    return image @ found.inverse, float(found.damping)
-
-
-@without_autocast()
-@torch.no_grad()
-def residual(weight: Tensor, factors: AdapterFactors) -> Tensor:
-    """The frozen part W' = W − scaling·B·A (out, in), summed in float64, in the weight's dtype.
-
-    Raises:
-        DecompositionError: the weight is no dense tensor of floating numbers, or the factors are
-            none, or of another layer's size.
-    """
-    real_tensor("the weight", weight, DecompositionError)
-    check_factors(factors, tuple(weight.shape), DecompositionError)
-    A, B = (factor.to(weight.device, torch.float64) for factor in (factors.A, factors.B))
-    left = torch.empty_like(weight)
-    for rows in panels(weight.shape[0], weight.device):
-        part = weight[rows].to(torch.float64, copy=True)
-        left[rows] = part.addmm_(B[rows], A, alpha=-factors.scaling)
-    return left

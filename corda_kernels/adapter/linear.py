@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from corda_kernels.adapter.adapter import Adapter
 from corda_kernels.adapter.factors import AdapterFactors, check_factors
 from corda_kernels.arguments import instance_of
 from corda_kernels.errors import AdapterError, TargetError
@@ -67,15 +66,6 @@ class CordaLinear(nn.Module):
     def out_features(self) -> int:
         """Outputs."""
         return self.B.shape[0]
-
-
-def attach_linears(model: nn.Module, adapter: Adapter, *, copy: bool = True) -> nn.Module:
-    """Replaces the adapter's layers by CordaLinear, in place, and freezes everything else."""
-    model.requires_grad_(False)
-    for name, layer in adapter.layers.items():
-        base = model.get_submodule(name)
-        model.set_submodule(name, CordaLinear(base, layer.trained, copy=copy))
-    return model
 
 
 def detach_linears(model: nn.Module) -> nn.Module:

@@ -1,28 +1,19 @@
-"""The record of an adapter: how it was made, and by what its base is recognised."""
+"""An adapter as plain data: its factors, how it was made, and by what its base is recognised."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from corda_kernels.adapter.lora_files import is_saved
+from corda_kernels import fields
+from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
+from corda_kernels.adapter.lora import exact_targets, is_saved, target_modules
 from corda_kernels.errors import AdapterError
-from corda_kernels.fields import (
-    Check,
-    check_fields,
-    is_names,
-    is_number,
-    is_object,
-    is_positive,
-    is_text,
-    is_texts,
-    is_whole,
-)
+from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/4"
@@ -35,51 +26,48 @@ _SAME_BASE = 5e-3
 # weights of a model that has nothing to do with it are (1.4).
 _SAME_BUT_QUANTISED = 0.15
 
-# What the fields of corda.json may hold.
-_RECORD_FIELDS: dict[str, Check] = {
-    "mode": lambda value: value in ("kpm", "ipm"),
-    "rank": lambda value: is_whole(value, 1),
-    "hold": lambda value: value is None or is_positive(value),
-    "residual": lambda value: value in (None, "weight"),
-    "damping": lambda value: value is None or is_number(value, 0),
-    "base": is_object,
-    "calibration": is_object,
-    "layers": lambda value: is_object(value) and len(value) > 0,
-    "allocation": is_object,
-    "stability": is_object,
-    "measured": is_object,
-    "versions": is_texts,
-    "lora": is_object,
-    "format": is_text,
-}
-_BASE_FIELDS: dict[str, Check] = {
-    "source": lambda value: value is None or is_text(value),
+# What a file says of a base, see `describe_base`.
+BASE_FIELDS: dict[str, fields.Schema] = {
+    "source": fields.maybe(fields.is_text),
     "sample": lambda value: (
-        isinstance(value, list) and len(value) == _SAMPLES and all(map(is_number, value))
+        isinstance(value, list) and len(value) == _SAMPLES and all(map(fields.is_number, value))
     ),
-    "quantised": lambda value: isinstance(value, bool),
-    "target_modules": lambda value: is_text(value) or is_names(value),
-    "fan_in_fan_out": lambda value: isinstance(value, bool),
-    "task_type": lambda value: value in (None, "CAUSAL_LM"),
+    "quantised?": fields.is_flag,
+    "target_modules": lambda value: fields.is_text(value) or fields.is_names(value),
+    "fan_in_fan_out": fields.is_flag,
+    "task_type": fields.one_of(None, "CAUSAL_LM"),
 }
-_ALLOCATION_FIELDS: dict[str, Check] = {
-    "budget": is_whole,
-    "spent": is_whole,
-    "condition": is_text,
-    "ranks": lambda value: is_object(value) and all(map(is_whole, value.values())),
+_FIELDS: dict[str, fields.Schema] = {
+    "mode": fields.one_of("kpm", "ipm"),
+    "rank": fields.whole(1),
+    "hold": fields.maybe(fields.is_positive),
+    "residual": fields.one_of(None, "weight"),
+    "damping": fields.maybe(fields.number(0)),
+    "base": BASE_FIELDS,
+    "layers": {
+        "*": {
+            "rank": fields.whole(1),
+            "tokens": fields.is_whole,
+            "sigma_max": fields.number(0),
+            "sigma_min": fields.number(0),
+            "residual": fields.is_number,
+        }
+    },
+    # Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
+    "lora": {
+        "modules_to_save?": is_saved,
+        "lora_dropout?": lambda value: fields.is_number(value, 0) and value < 1,
+        "use_dora?": fields.is_flag,
+    },
+    "versions": fields.is_texts,
+    "format": fields.is_text,
+    **dict.fromkeys(("calibration", "allocation", "stability", "measured"), fields.is_object),
 }
-_LAYER_FIELDS: dict[str, Check] = {
-    "rank": lambda value: is_whole(value, 1),
-    "tokens": is_whole,
-    "sigma_max": lambda value: is_number(value, 0),
-    "sigma_min": lambda value: is_number(value, 0),
-    "residual": is_number,
-}
-# Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
-_LORA_FIELDS: dict[str, Check] = {
-    "modules_to_save": is_saved,
-    "lora_dropout": lambda value: is_number(value, 0) and value < 1,
-    "use_dora": lambda value: isinstance(value, bool),
+_ALLOCATION_FIELDS: dict[str, fields.Schema] = {
+    "budget": fields.is_whole,
+    "spent": fields.is_whole,
+    "condition": fields.is_text,
+    "ranks": {"*": fields.is_whole},
 }
 
 
@@ -162,52 +150,55 @@ def _check_record(value: Any) -> None:
     Raises:
         ValueError: it says which is wrong.
     """
-    check_fields(value, _RECORD_FIELDS, "the record")
-    check_base_fields(value["base"])
-    check_fields(value["lora"], _LORA_FIELDS, "lora", may_lack=_LORA_FIELDS)
+    fields.check_fields(value, _FIELDS, "the record")
     layers = value["layers"]
-    for name, entry in layers.items():
-        check_fields(entry, _LAYER_FIELDS, name)
+    if not layers:
+        raise ValueError("it has no layers")
     if (value["hold"] is None) != (value["residual"] is not None):
         raise ValueError("hold and residual exclude each other")
     targets = value["base"]["target_modules"]
-    if not (
-        targets == exact_targets(layers) if is_text(targets) else _selects_only(targets, layers)
+    if targets != exact_targets(layers) and (
+        fields.is_text(targets)
+        or not all(any(_ends(name, end) for end in targets) for name in layers)
+        or not all(any(_ends(name, end) for name in layers) for end in targets)
     ):
         raise ValueError("target_modules are not the names of the layers")
     if value["allocation"]:
-        check_fields(value["allocation"], _ALLOCATION_FIELDS, "the allocation")
+        fields.check_fields(value["allocation"], _ALLOCATION_FIELDS, "the allocation")
         ranks = value["allocation"]["ranks"]
         adapted = {name: entry["rank"] for name, entry in layers.items()}
         if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
             raise ValueError("the ranks of the allocation are not the layers' ranks")
 
 
-def check_base_fields(value: Any) -> None:
-    """Makes sure of what a file says of a base; see `describe_base`.
-
-    Raises:
-        ValueError: it says what is wrong.
-    """
-    check_fields(value, _BASE_FIELDS, "base", may_lack=("quantised",))
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
-def exact_targets(names: Collection[str]) -> str:
-    """The regular expression that selects modules of these full names, and no others."""
-    return "|".join(map(re.escape, sorted(names)))
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The adapters of all layers by module name, and their record."""
+
+    layers: dict[str, LayerAdapter]
+    record: AdapterRecord
+
+    @property
+    def initial(self) -> dict[str, AdapterFactors] | None:
+        """What the adapter has taken out of each weight; None if it leaves the base untouched."""
+        return initial_factors(self.layers)
 
 
-def _selects_only(endings: Collection[str], names: Collection[str]) -> bool:
-    """Whether each name has one of the endings, and each ending is one of some name."""
-    used = {
-        ending
-        for name in names
-        for ending in endings
-        if name == ending or name.endswith(f".{ending}")
-    }
-    return used == set(endings) and all(
-        any(name == ending or name.endswith(f".{ending}") for ending in used) for name in names
-    )
+def initial_factors(layers: Mapping[str, LayerAdapter]) -> dict[str, AdapterFactors] | None:
+    """What layers have taken out of their weights; None if they leave the base untouched."""
+    return {name: layer.initial for name, layer in layers.items() if layer.initial} or None
+
+
+def initial_checksum(initial: dict[str, AdapterFactors]) -> str:
+    """SHA-256 of the parts that an adapter has taken out of the weights."""
+    tensors: dict[str, Tensor] = {}
+    for name, factors in initial.items():
+        tensors |= {f"{name}.A": factors.A, f"{name}.B": factors.B}
+    return digest(tensors, repr({name: initial[name].scaling for name in sorted(initial)}))
 
 
 def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -231,22 +222,6 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
         "task_type": "CAUSAL_LM" if causal else None,
     }
-
-
-def target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
-    """What PEFT's LoraConfig has to select to find modules of these full names, and no others.
-
-    Short names, as PEFT and serving engines like them, if they select just the same; a regular
-    expression only where full names would select more.
-    """
-    endings = {name.rpartition(".")[2] for name in names}
-    # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
-    others = {name for name, _ in model.named_modules()}.difference(names)
-    if not any(name.rpartition(".")[2] in endings for name in others):
-        return sorted(endings)
-    if not any(other.endswith(f".{name}") for other in others for name in names):
-        return sorted(names)
-    return exact_targets(names)
 
 
 def _sample(modules: Mapping[str, nn.Module]) -> list[float]:

@@ -124,7 +124,7 @@ def _describe(entry: Mapping[str, Any]) -> list[str]:
 def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, load: _Load | None) -> None:
     from corda_kernels.adapter import read_adapter
     from corda_kernels.adapter.folder import RECORD_FILE
-    from corda_kernels.adapter.lora_files import CONFIG_FILE
+    from corda_kernels.adapter.lora import CONFIG_FILE
     from corda_kernels.calibration import CovarianceSet
 
     if (folder / CONFIG_FILE).is_file() and not (folder / RECORD_FILE).is_file():
@@ -171,7 +171,7 @@ def _inspect_adapter(folder: Path, html: Path | None, cov: Path | None, load: _L
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.lora_files import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
 
     config, tensors = read_lora(folder)
     layers = lora_layers(config, tensors, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,10 +51,7 @@ class Observer:
 
     @torch.no_grad()
     def observe(
-        self,
-        model: nn.Module,
-        modules: Mapping[str, nn.Module],
-        run_model: Callable[[], object],
+        self, model: nn.Module, modules: Mapping[str, nn.Module], run_model: Callable[[], object]
     ) -> dict[str, Observed]:
         """Calls `run_model` and gives the covariances of what each of `modules` that it calls read.
 
@@ -90,7 +87,7 @@ class Observer:
                 f"CPU sums up, which takes longer; if it reads an iterator, {seen} tokens of that "
                 "are used up; memory_limit bounds covariances",
                 OutOfMemoryWarning,
-                stacklevel=6,  # the caller of preprocess_corda; each no_grad wraps
+                stacklevel=5,  # the caller of preprocess_corda; each no_grad wraps
             )
             passes = self._passes(model, modules)
             passes.run(run_model)
@@ -130,23 +127,16 @@ class _Passes:
 
     def run(self, run_model: Callable[[], object]) -> None:
         """Calls `run_model` under watch."""
-        with evaluating(self.model), self.capture, self._watched():
+        with evaluating(self.model), self.capture, contextlib.ExitStack() as hooks:
+            for module in self.model.modules():
+                if module is self.model or _takes_tokens(module):
+                    begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+                    end = module.register_forward_hook(self._end, always_call=True)
+                    hooks.callback(begin.remove)
+                    hooks.callback(end.remove)
             run_model()
         self.capture.end_pass(self.count, (self.tokens, self.tokens))
         self.finished = True
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        handles = []
-        for module in self.model.modules():
-            if module is self.model or _takes_tokens(module):
-                handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._end, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -9,14 +10,15 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 from corda_kernels.errors import CompatibilityError, CompatibilityWarning
-from corda_kernels.peft_corda.eigens import CordaEigens
-from corda_kernels.peft_corda.preprocess import check_choices, preprocess_corda
+from corda_kernels.peft_corda.cache import CordaEigens
+from corda_kernels.peft_corda.preprocess import Options, preprocess_corda
 
 # Versions of PEFT under which the tests of this integration have passed.
 TRIED_VERSIONS = ("0.19.1", "0.20.0", "0.21.2")
@@ -26,7 +28,7 @@ _FUNCTION = "preprocess_corda"
 _PARAMETERS = ["model", "lora_config", "run_model", "hooked_model"]
 
 
-class PeftPatch:
+class PeftPatch(contextlib.AbstractContextManager["PeftPatch"]):
     """A patch in force. `restore` ends it, and so does the end of a `with` block.
 
     Attributes:
@@ -35,71 +37,53 @@ class PeftPatch:
     """
 
     def __init__(self, replacement: Callable[..., None]) -> None:
-        self._undo: list[Callable[[], object]] = []
+        self._undo = contextlib.ExitStack()
         self.modules: list[str] = []
         home = self._home()
         original = getattr(home, _FUNCTION, None)
-        self._set(home, _FUNCTION, replacement)
-        if original is not None:
-            for module in list(sys.modules.values()):
-                self._rebind(module, original, replacement)
+        self._put(home, _FUNCTION, replacement)
+        for module in list(sys.modules.values()) if original is not None else ():
+            if not isinstance(module, ModuleType):
+                continue
+            names = [name for name, value in list(vars(module).items()) if value is original]
+            for name in names:
+                self._put(module, name, replacement)
+            if names:
+                self.modules.append(module.__name__)
 
     def _home(self) -> ModuleType:
         """PEFT's module, or one in its place where PEFT cannot import it for lack of attrs."""
+        tried = f"this integration was tried with peft {', '.join(TRIED_VERSIONS)}"
         try:
             home = importlib.import_module(_HOME)
         except ModuleNotFoundError as error:
             if error.name not in ("attr", "attrs"):
                 raise CompatibilityError(
-                    f"the installed peft {_installed()} has no module {_HOME} ({error}): this "
-                    f"integration was tried with peft {', '.join(TRIED_VERSIONS)}"
+                    f"the installed peft {_installed()} has no module {_HOME} ({error}): {tried}"
                 ) from error
             home = ModuleType(_HOME, "Stands in for PEFT's module, which needs attrs.")
             home.CordaEigens = CordaEigens  # type: ignore[attr-defined]
             sys.modules[_HOME] = home
-            self._undo.append(lambda: sys.modules.pop(_HOME, None))
+            self._undo.callback(sys.modules.pop, _HOME, None)
             parent, _, name = _HOME.rpartition(".")
-            self._set(sys.modules[parent], name, home)
+            self._put(sys.modules[parent], name, home)
             return home
         found = list(inspect.signature(getattr(home, _FUNCTION)).parameters)[: len(_PARAMETERS)]
         if found != _PARAMETERS:
             raise CompatibilityError(
                 f"{_FUNCTION} of the installed peft {_installed()} takes ({', '.join(found)}), not "
-                f"({', '.join(_PARAMETERS)}): this integration was tried with peft "
-                f"{', '.join(TRIED_VERSIONS)}"
+                f"({', '.join(_PARAMETERS)}): {tried}"
             )
         return home
 
-    def _set(self, module: ModuleType, name: str, value: object) -> None:
-        if name in vars(module):
-            self._undo.append(functools.partial(setattr, module, name, vars(module)[name]))
-        else:
-            self._undo.append(functools.partial(delattr, module, name))
-        setattr(module, name, value)
-
-    def _rebind(self, module: object, original: object, replacement: object) -> None:
-        if not isinstance(module, ModuleType):
-            return
-        names = [name for name, value in list(vars(module).items()) if value is original]
-        for name in names:
-            self._set(module, name, replacement)
-        if names:
-            self.modules.append(module.__name__)
+    def _put(self, module: ModuleType, name: str, value: object) -> None:
+        self._undo.enter_context(mock.patch.object(module, name, value, create=True))
 
     def restore(self) -> None:
         """Puts everything back as it was; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
-    def __enter__(self) -> PeftPatch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
 
@@ -111,15 +95,14 @@ def patch_peft(**options: Any) -> PeftPatch:
     they hold it. A reference kept elsewhere, in a local variable or an object, stays PEFT's.
 
     Args:
-        options: keyword-only options of `preprocess_corda`, as defaults for every call.
+        options: those of `preprocess_corda`, see `Options`, as defaults for every call.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
         CompatibilityError: the installed PEFT has no such function, or one of other arguments. With
             a version that is not in `TRIED_VERSIONS` there is a CompatibilityWarning.
     """
-    inspect.signature(preprocess_corda).bind_partial(**options)
-    check_choices(**options)
+    Options(**options)
     if _installed() not in TRIED_VERSIONS:
         warnings.warn(
             f"peft {_installed()} is installed; this integration was tried with "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from corda_kernels.arguments import instance_of, one_of, readable_path, shown, whole_number
@@ -20,24 +22,50 @@ from corda_kernels.errors import (
 from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.outputs import check_output
-from corda_kernels.peft_corda.eigens import CordaEigens, corda_eigens
-from corda_kernels.peft_corda.files import (
-    is_written,
-    read_cache,
-    read_covariances,
-    write_cache,
-    write_covariances,
-)
+from corda_kernels.peft_corda import cache
 from corda_kernels.peft_corda.observe import Observed, Observer
 from corda_kernels.peft_corda.targets import Target, corda_targets, exclude
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig
 
 # What PEFT hangs on a layer beside its result.
 _TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `preprocess_corda` that PEFT's function does not have.
+
+    Attributes:
+        normalize: "peft" divides each call's input by its largest entry and takes the mean over
+            calls, as PEFT does, whose numbers come out; "tokens" for the mean over tokens, another
+            scale of C, by which √σ is split otherwise between A and B.
+        damping: added to each covariance, times its mean diagonal; None for none.
+        method: of the decomposition; see `co_svd`.
+        on_unseen: what to do about targets that were never called: "error", or "skip" to add them
+            to `lora_config.exclude_modules`.
+        memory_limit: bytes that covariances may take; `run_model` is called as often as that needs,
+            each time for some of the layers, and must run the same data each time. None for once.
+
+    Raises:
+        ConfigError: one is not allowed.
+    """
+
+    normalize: Literal["tokens", "peft"] = "peft"
+    damping: float | None = 0.01
+    method: Literal["auto", "exact", "randomized"] = "auto"
+    on_unseen: Literal["error", "skip"] = "error"
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("normalize", self.normalize, ("tokens", "peft"))
+        one_of("method", self.method, ("auto", "exact", "randomized"))
+        one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        check_damping(self.damping)
+        if self.memory_limit is not None:
+            whole_number("memory_limit", self.memory_limit, 0)
 
 
 @torch.no_grad()
@@ -46,12 +74,7 @@ def preprocess_corda(
     lora_config: LoraConfig,
     run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
-    *,
-    normalize: Literal["tokens", "peft"] = "peft",
-    damping: float | None = 0.01,
-    method: Literal["auto", "exact", "randomized"] = "auto",
-    on_unseen: Literal["error", "skip"] = "error",
-    memory_limit: int | None = None,
+    **options: Any,
 ) -> None:
     """Prepares a model for `get_peft_model` with `init_lora_weights="corda"`, in PEFT's place.
 
@@ -70,15 +93,7 @@ def preprocess_corda(
             is called once more, and must run the same data again. None where the cache or the
             covariance file is written already.
         hooked_model: the model that `run_model` runs, if it is another one.
-        normalize: "peft" divides each call's input by its largest entry and takes the mean over
-            calls, as PEFT does, whose numbers come out; "tokens" for the mean over tokens, another
-            scale of C, by which √σ is split otherwise between A and B.
-        damping: added to each covariance, times its mean diagonal; None for none.
-        method: of the decomposition; see `co_svd`.
-        on_unseen: what to do about targets that were never called: "error", or "skip" to add them
-            to `lora_config.exclude_modules`.
-        memory_limit: bytes that covariances may take; `run_model` is called as often as that needs,
-            each time for some of the layers, and must run the same data each time. None for once.
+        options: `normalize`, `damping`, `method`, `on_unseen` and `memory_limit`; see `Options`.
 
     Raises:
         ConfigError: an option is not allowed, or contradicts another.
@@ -90,28 +105,21 @@ def preprocess_corda(
 
     Source: CorDA (arXiv:2406.05223), algorithm 1; PEFT's peft/tuners/lora/corda.py for the form.
     """
-    check_choices(
-        damping=damping,
-        memory_limit=memory_limit,
-        normalize=normalize,
-        method=method,
-        on_unseen=on_unseen,
-    )
+    ours = Options(**options)
     instance_of("the model", model, nn.Module, ModelError)
     instance_of("hooked_model", hooked_model, (nn.Module, type(None)), ModelError)
     if run_model is not None and not callable(run_model):
         raise ConfigError(f"run_model must be a function, got {shown(run_model)}")
-    options = _checked_options(getattr(lora_config, "corda_config", None), memory_limit)
+    theirs = _checked(getattr(lora_config, "corda_config", None), ours.memory_limit)
     targets = corda_targets(model, lora_config)
-    recipe = {"corda_method": options.corda_method, "damping": damping, "normalize": normalize}
-    cache_file, covariance_file = options.cache_file, options.covariance_file
+    cache_file, covariance_file = theirs.cache_file, theirs.covariance_file
     observed: dict[str, Observed] = {}
-    eigens: dict[str, CordaEigens] = {}
+    eigens: dict[str, cache.CordaEigens] = {}
     absent: list[str] = []
 
     def settle(wanted: Mapping[str, Target], found: Mapping[str, object], reason: str) -> None:
         unseen = [name for name in wanted if name not in found]
-        if unseen and on_unseen == "error":
+        if unseen and ours.on_unseen == "error":
             raise CalibrationError(
                 f"{len(unseen)} target layer(s) {reason}: {', '.join(unseen[:5])}"
                 f"{', …' if len(unseen) > 5 else ''}; leave them out of target_modules, or pass "
@@ -119,55 +127,52 @@ def preprocess_corda(
             )
         absent.extend(unseen)
 
-    if is_written(cache_file):
-        eigens = read_cache(cache_file, model, targets, recipe)
+    recipe = {
+        "corda_method": theirs.corda_method,
+        "damping": ours.damping,
+        "normalize": ours.normalize,
+    }
+    if cache.is_written(cache_file):
+        eigens = cache.read_cache(cache_file, model, targets, recipe)
         settle(targets, eigens, f"are not in {cache_file}")
     else:
-        observer = Observer(normalize)
+        observer = Observer(ours.normalize)
         for path in (cache_file, covariance_file):
             if path is not None:
                 check_output(path)
-        for part in _parts(targets, memory_limit):
-            if is_written(covariance_file):
-                covariances = read_covariances(covariance_file, model, part, normalize)
-                settle(part, covariances, f"are not in {covariance_file}")
+        for part in _parts(targets, ours.memory_limit):
+            if cache.is_written(covariance_file):
+                found = cache.read_covariances(covariance_file, model, part, ours.normalize)
+                settle(part, found, f"are not in {covariance_file}")
             else:
-                covariances = _observe(hooked_model or model, part, run_model, observer)
-                settle(part, covariances, "never received a token")
+                if run_model is None:
+                    raise ConfigError(
+                        "run_model is None, but neither the cache nor the covariance file is "
+                        "written yet: pass a function that runs the model on calibration data"
+                    )
+                hooked = dict((hooked_model or model).named_modules())
+                modules = {name: hooked[name] for name in part if name in hooked}
+                found = observer.observe(hooked_model or model, modules, run_model)
+                settle(part, found, "never received a token")
                 if covariance_file is not None:
-                    write_covariances(covariance_file, covariances, model, part, normalize)
-            if not options.prune_temporary_fields:
-                observed = dict(covariances)
-            eigens |= _decompose(covariances, part, options, damping, method)
+                    cache.write_covariances(covariance_file, found, model, part, ours.normalize)
+            if not theirs.prune_temporary_fields:
+                observed = dict(found)
+            eigens |= _decompose(found, part, theirs, ours)
         if cache_file is not None:
-            write_cache(cache_file, eigens, model, targets, recipe)
+            cache.write_cache(cache_file, eigens, model, targets, recipe)
     if absent:
-        _leave_out(lora_config, absent)
-    _attach(targets, eigens, observed, options)
+        exclude(lora_config, absent)
+        warnings.warn(
+            f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was "
+            "nothing to make it from; they were added to lora_config.exclude_modules",
+            LeftOutWarning,
+            stacklevel=3,
+        )
+    _attach(targets, eigens, observed, theirs)
 
 
-def check_choices(
-    *,
-    normalize: str = "tokens",
-    damping: float | None = None,
-    method: str = "auto",
-    on_unseen: str = "error",
-    memory_limit: int | None = None,
-) -> None:
-    """Refuses options of `preprocess_corda` that are not allowed.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    one_of("normalize", normalize, ("tokens", "peft"))
-    one_of("method", method, ("auto", "exact", "randomized"))
-    one_of("on_unseen", on_unseen, ("error", "skip"))
-    check_damping(damping)
-    if memory_limit is not None:
-        whole_number("memory_limit", memory_limit, 0)
-
-
-def _checked_options(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
+def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
     if options is None or options.corda_method not in ("ipm", "kpm"):
         raise ConfigError(
             'corda_config.corda_method must be "ipm" or "kpm": set LoraConfig(init_lora_weights='
@@ -211,29 +216,9 @@ def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[
     yield part
 
 
-def _observe(
-    model: nn.Module,
-    part: Mapping[str, Target],
-    run_model: Callable[[], object] | None,
-    observer: Observer,
-) -> dict[str, Observed]:
-    if run_model is None:
-        raise ConfigError(
-            "run_model is None, but neither the cache nor the covariance file is written yet: pass "
-            "a function that runs the model on the calibration data"
-        )
-    hooked = dict(model.named_modules())
-    modules = {name: hooked[name] for name in part if name in hooked}
-    return observer.observe(model, modules, run_model)
-
-
 def _decompose(
-    covariances: dict[str, Observed],
-    part: Mapping[str, Target],
-    options: CordaConfig,
-    damping: float | None,
-    method: Literal["auto", "exact", "randomized"],
-) -> dict[str, CordaEigens]:
+    covariances: dict[str, Observed], part: Mapping[str, Target], theirs: CordaConfig, ours: Options
+) -> dict[str, cache.CordaEigens]:
     """The layers' components. Uses `covariances` up: each is freed after its last reader."""
     order = list(covariances)
     weights = {name: part[name].weight for name in order}
@@ -243,36 +228,23 @@ def _decompose(
         weights,
         matrices,
         rank={name: part[name].rank for name in order},
-        which="largest" if options.corda_method == "ipm" else "smallest",
-        method=method,
-        damping=damping,
+        which="largest" if theirs.corda_method == "ipm" else "smallest",
+        method=ours.method,
+        damping=ours.damping,
+    )
+    bar = progress_bar(
+        decomposed, description="decomposing", unit="layers", shown=theirs.verbose, total=len(order)
     )
     found = {}
-    for name, components in progress_bar(
-        decomposed,
-        description="decomposing",
-        unit="layers",
-        shown=options.verbose,
-        total=len(order),
-    ):
-        found[name] = corda_eigens(weights[name], components)
+    for name, components in bar:
+        found[name] = cache.corda_eigens(weights[name], components)
         del matrices[name]
     return {name: found[name] for name in order}
 
 
-def _leave_out(config: LoraConfig, absent: Sequence[str]) -> None:
-    exclude(config, absent)
-    warnings.warn(
-        f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was nothing "
-        "to make it from; they were added to lora_config.exclude_modules",
-        LeftOutWarning,
-        stacklevel=4,
-    )
-
-
 def _attach(
     targets: Mapping[str, Target],
-    eigens: Mapping[str, CordaEigens],
+    eigens: Mapping[str, cache.CordaEigens],
     observed: Mapping[str, Observed],
     options: CordaConfig,
 ) -> None:

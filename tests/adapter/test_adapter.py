@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from corda_kernels.adapter import Adapter, AdapterFactors, AdapterRecord, LayerAdapter
-from corda_kernels.adapter.adapter import initial_checksum
+from corda_kernels.adapter.record import initial_checksum
 
 
 def factors(scaling: float = 0.5) -> AdapterFactors:

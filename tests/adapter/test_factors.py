@@ -1,3 +1,5 @@
+"""The plain form: a LoRA that starts at zero."""
+
 from __future__ import annotations
 
 import itertools
@@ -6,65 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from factor_cases import (
+    LAYERS,
+    RANK,
+    all_ends,
+    all_layers,
+    all_shapes,
+    halves,
+    layer,
+    of_tokens,
+    product,
+    random,
+    span,
+)
 from torch import Tensor
 
 from corda_kernels import CordaConfig
-from corda_kernels.adapter.factors import (
-    AdapterFactors,
-    adapter_factors,
-    published_factors,
-    residual,
-)
-from corda_kernels.errors import ConfigError, DecompositionError
+from corda_kernels.adapter.factors import AdapterFactors, adapter_factors
+from corda_kernels.adapter.published import published_factors
+from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import CoSVD, co_svd
 
-RANK = 6
-SHAPES = [(40, 64), (48, 48), (64, 40)]
 HOLDS = [1, 8, 0.25]
-ENDS = ["largest", "smallest"]
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def of_tokens(n: int, channels: int, *, dead: int = 0) -> Tensor:
-    x = random(n, channels)
-    x[:, channels - dead :] = 0
-    return x.T @ x / n
-
-
-LAYERS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
-    "well_conditioned": lambda out, c: (random(out, c), of_tokens(8 * c, c)),
-    "dead_channels": lambda out, c: (random(out, c), of_tokens(8 * c, c, dead=30)),
-    "single_token": lambda out, c: (random(out, c), of_tokens(1, c)),
-    "low_rank_weight": lambda out, c: (random(out, 3) @ random(3, c), of_tokens(8 * c, c)),
-    "zero_weight": lambda out, c: (torch.zeros(out, c, dtype=torch.float64), of_tokens(8 * c, c)),
-    "zero_covariance": lambda out, c: (random(out, c), torch.zeros(c, c, dtype=torch.float64)),
-}
-
-all_ends = pytest.mark.parametrize("which", ENDS)
 all_holds = pytest.mark.parametrize("hold", HOLDS)
-all_layers = pytest.mark.parametrize("name", LAYERS)
-all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square", "tall"])
-
-
-def layer(
-    name: str, shape: tuple[int, int], which: str, rank: int = RANK
-) -> tuple[Tensor, Tensor, CoSVD]:
-    W, C = LAYERS[name](*shape)
-    return W, C, co_svd(W, C, rank=rank, which=which)
-
-
-def product(factors: AdapterFactors) -> Tensor:
-    return factors.scaling * (factors.B @ factors.A)
-
-
-def halves(factors: AdapterFactors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P, Q, R and S of B = [P, Q], A = [R; S]."""
-    P, Q = factors.B.chunk(2, 1)
-    R, S = factors.A.chunk(2, 0)
-    return P, Q, R, S
 
 
 def two_sided(
@@ -73,12 +41,6 @@ def two_sided(
     W, C = LAYERS[name](*shape)
     D = 1e4 * of_tokens(4 * shape[0], shape[0])
     return W, co_svd(W, C, rank=rank, which=which, power=power, output_covariance=D)
-
-
-def span(rows: Tensor) -> Tensor:
-    """The projection onto what the rows span."""
-    Q = torch.linalg.qr(rows.mT).Q
-    return Q @ Q.mT
 
 
 def gradients(factors: AdapterFactors, G: Tensor) -> AdapterFactors:
@@ -307,198 +269,3 @@ def test_factors_do_not_hang_on_the_weights_graph_nor_on_autocast(
     assert not any(factor.requires_grad for factor in (same.A, same.B))
     assert torch.equal(same.A, plain.A)
     assert torch.equal(same.B, plain.B)
-
-
-@all_shapes
-@all_ends
-@all_layers
-def test_published_factors_are_finite_and_trainable_and_of_the_projection(
-    name: str, which: str, shape: tuple[int, int]
-) -> None:
-    W, _, found = layer(name, shape, which)
-    factors = published_factors(W, found)
-    size = 2e-15 * float(W.norm())
-    assert float((product(factors) - found.U @ (found.U.T @ W)).norm()) <= size
-    assert float((product(factors) + residual(W, factors) - W).norm()) <= size
-    assert (factors.A.shape, factors.B.shape) == ((RANK, shape[1]), (shape[0], RANK))
-    assert factors.A.dtype == factors.B.dtype == torch.float64
-    assert bool(torch.isfinite(factors.A).all() & torch.isfinite(factors.B).all())
-    # The gradient of each factor is a product with the other: one of the two must not vanish.
-    assert bool(((factors.A != 0).any(1) | (factors.B != 0).any(0)).all())
-    assert factors.scaling == 1
-
-
-@all_shapes
-@all_ends
-def test_published_factors_are_the_published_formula(which: str, shape: tuple[int, int]) -> None:
-    W, C, found = layer("well_conditioned", shape, which)
-    U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
-    kept = slice(RANK) if which == "largest" else slice(-RANK, None)
-    root = S[kept].sqrt()
-    A = root[:, None] * torch.linalg.solve(C, Vh[kept].T).T
-    B = U[:, kept] * root
-    factors = published_factors(W, found)
-    sign = (factors.B * B).sum(0).sign()
-    torch.testing.assert_close(factors.B, B * sign, rtol=0, atol=1e-11 * float(B.norm()))
-    torch.testing.assert_close(factors.A, A * sign[:, None], rtol=0, atol=1e-11 * float(A.norm()))
-    assert factors.scaling == 1
-
-
-@all_ends
-def test_published_factors_follow_the_units_of_the_covariance(which: str) -> None:
-    W, C, found = layer("well_conditioned", SHAPES[0], which)
-    published = published_factors(W, found)
-    torch.testing.assert_close(published.B.norm(dim=0), found.S.sqrt())
-    scaled = published_factors(W, co_svd(W, 100 * C, rank=RANK, which=which))
-    torch.testing.assert_close(scaled.B.norm(), 10 * published.B.norm())
-    torch.testing.assert_close(scaled.A.norm(), published.A.norm() / 10)
-
-
-@pytest.mark.parametrize("name", ["dead_channels", "single_token", "zero_covariance"])
-def test_published_factors_stay_bounded_where_sigma_vanishes(name: str) -> None:
-    W, _, found = layer(name, (64, 40), "smallest")
-    strength = (found.U.T @ W).norm(dim=1)
-    assert float(strength.min()) > 1e-3
-    factors = published_factors(W, found)
-    torch.testing.assert_close(factors.B.norm(dim=0), 1e-3 * strength.sqrt())
-    torch.testing.assert_close(factors.A.norm(dim=1), 1e3 * strength.sqrt())
-
-
-def test_published_factors_of_vanishing_components_get_the_median_of_the_live_ones() -> None:
-    W, _, found = layer("low_rank_weight", (40, 64), "largest", rank=9)
-    factors = published_factors(W, found)
-    beta = factors.B.norm(dim=0)
-    assert bool((factors.A[:3] != 0).any(1).all())
-    assert not bool(factors.A[3:].any())
-    torch.testing.assert_close(beta[3:], beta[:3].median().expand(6))
-
-
-def test_a_weight_of_zero_gets_a_published_b_of_unit_length() -> None:
-    W, _, found = layer("zero_weight", (40, 64), "largest")
-    factors = published_factors(W, found)
-    assert not bool(factors.A.any())
-    assert torch.equal(factors.B, found.U)
-
-
-def test_scaling_the_weight_scales_both_published_factors_alike() -> None:
-    W, C, found = layer("well_conditioned", (40, 64), "largest")
-    factors = published_factors(W, found)
-    tiny = published_factors(1e-6 * W, co_svd(1e-6 * W, C, rank=RANK))
-    torch.testing.assert_close(1e6 * product(tiny), product(factors))
-    torch.testing.assert_close(1e3 * tiny.A.norm(), factors.A.norm())
-    torch.testing.assert_close(1e3 * tiny.B.norm(), factors.B.norm())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_residual_keeps_the_dtype_and_is_rounded_once(dtype: torch.dtype) -> None:
-    W, C = LAYERS["well_conditioned"](40, 64)
-    W = W.to(dtype).requires_grad_()
-    part = published_factors(W, co_svd(W, C, rank=RANK))
-    factors = AdapterFactors(3 * part.A, 2 * part.B, 1 / 6)
-    rest = residual(W, factors)
-    assert rest.dtype == dtype
-    assert not any(t.requires_grad for t in (rest, factors.A, factors.B))
-    exact = W.detach().double() - product(factors)
-    # Half a unit in the last place, and the sum's own rounding in float64.
-    error = (rest.double() - exact).abs()
-    assert bool((error <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-14).all())
-
-
-@pytest.mark.parametrize("rank", [1, 40])
-@all_ends
-def test_ranks_from_one_to_all(which: str, rank: int) -> None:
-    W, _, found = layer("well_conditioned", (40, 64), which, rank=rank)
-    factors = published_factors(W, found)
-    assert float((product(factors) - found.U @ (found.U.T @ W)).norm()) <= 2e-15 * float(W.norm())
-    lora = adapter_factors(W, found)
-    assert lora.rank == 2 * rank
-    torch.testing.assert_close(span(halves(lora)[0].mT), span(found.U.mT))
-    if rank == 40:
-        assert float(residual(W, factors).norm()) <= 4e-15 * float(W.norm())
-
-
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_published_factors_of_a_two_sided_decomposition_are_its_oblique_projection(
-    power: float, which: str, shape: tuple[int, int]
-) -> None:
-    W, C = LAYERS["well_conditioned"](*shape)
-    D = 1e4 * of_tokens(4 * shape[0], shape[0])
-    found = co_svd(W, C, rank=RANK, which=which, power=power, output_covariance=D)
-    assert found.dual is not None
-    expected = found.U @ (found.dual.T @ W)
-    factors = published_factors(W, found)
-    torch.testing.assert_close(product(factors), expected, rtol=0, atol=1e-13 * float(W.norm()))
-    assert float((expected - found.U @ (found.U.T @ W)).norm()) > 0.1 * float(expected.norm())
-
-
-def test_published_components_that_vanish_two_sidedly_can_still_train() -> None:
-    W, C = LAYERS["low_rank_weight"](40, 64)
-    found = co_svd(W, C, rank=9, output_covariance=1e6 * of_tokens(160, 40))
-    factors = published_factors(W, found)
-    assert bool((factors.A[:3] != 0).any(1).all())
-    assert not bool(factors.A[3:].any())
-    assert bool((factors.B != 0).any(0).all())
-
-
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("damping", [None, 0.01])
-def test_the_published_reconstruction_is_the_projection_but_for_rounding(
-    damping: float | None, which: str, shape: tuple[int, int]
-) -> None:
-    W, C = LAYERS["well_conditioned"](*shape)
-    found = co_svd(W, C, rank=RANK, which=which, damping=damping)
-    plain = published_factors(W, found)
-    inverse = published_factors(W, found, reconstruction="inverse", covariance=C)
-    torch.testing.assert_close(inverse.A, plain.A, rtol=0, atol=1e-11 * float(plain.A.norm()))
-    torch.testing.assert_close(inverse.B, plain.B, rtol=0, atol=1e-11 * float(plain.B.norm()))
-    assert not torch.equal(inverse.A, plain.A)
-    assert inverse.damping == (damping or 0.0)
-    assert plain.damping is None
-
-
-def test_the_published_reconstruction_damps_what_it_cannot_invert() -> None:
-    W, C, found = layer("dead_channels", (40, 64), "largest")
-    factors = published_factors(W, found, reconstruction="inverse", covariance=C)
-    assert factors.damping is not None
-    assert 0 < factors.damping < 1e-5
-    # What C does not see has no part in Vᵀ.
-    expected = found.U @ (found.U.T @ W) * (C.diagonal() > 0)
-    error = (product(factors) - expected).norm() / expected.norm()
-    assert float(error) <= 1e-4
-
-
-@all_ends
-def test_the_published_reconstruction_keeps_components_that_vanish_trainable(which: str) -> None:
-    W, C, found = layer("single_token", (40, 64), which)
-    factors = published_factors(W, found, reconstruction="inverse", covariance=C.float())
-    assert bool(torch.isfinite(factors.A).all() & torch.isfinite(factors.B).all())
-    assert bool(((factors.A != 0).any(1) | (factors.B != 0).any(0)).all())
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"reconstruction": "pinv"}, ConfigError, "reconstruction must be"),
-        ({"reconstruction": "inverse"}, ConfigError, "needs the covariance"),
-        ({"covariance": torch.eye(64)}, ConfigError, "needs the covariance"),
-        (
-            {"reconstruction": "inverse", "covariance": torch.eye(3)},
-            DecompositionError,
-            r"needs a covariance \(64, 64\), got \(3, 3\)",
-        ),
-        (
-            {"reconstruction": "inverse", "covariance": torch.zeros(64, 64)},
-            DecompositionError,
-            "cannot be inverted.*64 channels are dead",
-        ),
-    ],
-)
-def test_a_reconstruction_that_cannot_be_is_refused(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    W, _, found = layer("well_conditioned", (40, 64), "largest")
-    with pytest.raises(error, match=message):
-        published_factors(W, found, **options)

@@ -24,7 +24,7 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import CordaLinear, LayerAdapter, attach, describe_base
-from corda_kernels.adapter.adapter import initial_checksum
+from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.models import target_linears

@@ -18,7 +18,7 @@ from torch import nn
 
 from corda_kernels.errors import CacheError
 from corda_kernels.peft_corda import preprocess_corda
-from corda_kernels.peft_corda.files import (
+from corda_kernels.peft_corda.cache import (
     notes_path,
     read_cache,
     read_components,

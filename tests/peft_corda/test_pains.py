@@ -296,7 +296,7 @@ def test_a_tied_head_is_refused(tiny_model: Callable[..., nn.Module]) -> None:
     get_peft_model(peft, config)
     assert not torch.equal(peft.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
-    with pytest.raises(TargetError, match=r"lm_head is tied to model\.embed_tokens"):
+    with pytest.raises(TargetError, match=r"lm_head shares its weight with model\.embed_tokens"):
         preprocess_corda(model, config, running(model, text(1, 16)))
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter.lora_files import lora_layers, read_lora
+from corda_kernels.adapter.lora import lora_layers, read_lora
 from corda_kernels.errors import AdapterError
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]

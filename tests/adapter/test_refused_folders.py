@@ -1,0 +1,213 @@
+"""Folders that are damaged, or put together from several adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, Calibrated, same
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corda_kernels import export_lora, load_for_training
+from corda_kernels.adapter import read_adapter
+from corda_kernels.errors import AdapterError
+
+pytestmark = pytest.mark.filterwarnings(NO_BASE)
+
+
+def edit(folder: Path, change: Callable[[Any], object], file: str = "corda.json") -> None:
+    value = json.loads((folder / file).read_text())
+    change(value)
+    (folder / file).write_text(json.dumps(value))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def key(factor: str) -> str:
+    return f"base_model.model.{FIRST}.lora_{factor}.weight"
+
+
+RECORD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "record cut": (lambda f: truncate(f / "corda.json"), "corda.json is not JSON .*copy it again"),
+    "record empty": (lambda f: (f / "corda.json").write_text(""), "corda.json is not JSON"),
+    "record binary": (lambda f: (f / "corda.json").write_bytes(b"\xff"), "corda.json is not JSON"),
+    "record a list": (lambda f: (f / "corda.json").write_text("[]"), "corda.json was altered: it"),
+    "field gone": (lambda f: edit(f, lambda v: v.pop("layers")), "field 'layers' is missing"),
+    "field added": (lambda f: edit(f, lambda v: v.update(x=1)), "field 'x' is missing or unknown"),
+    "later format": (lambda f: edit(f, lambda v: v.update(format="2")), "has format '2'"),
+    "another rank": (
+        lambda f: edit(f, lambda v: v["layers"][FIRST].update(rank=5)),
+        f"lacks factors of 5 components for layer {FIRST}: its files belong to different adapters",
+    ),
+    "layer without fields": (
+        lambda f: edit(f, lambda v: v["layers"].update({FIRST: {}})),
+        f"field 'rank' is missing or unknown in {FIRST}",
+    ),
+    "base without fields": (lambda f: edit(f, lambda v: v["base"].clear()), "unknown in base"),
+}
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no such adapter folder"),
+    "no trained": (
+        lambda f: (f / WEIGHTS).unlink(),
+        f"{WEIGHTS} is missing: it holds the trained factors; copy it from where it was made",
+    ),
+    "trained pickled": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+        r"adapter_model\.bin is not read here: load the folder with PeftModel\.from_pretrained",
+    ),
+    "trained cut": (
+        lambda f: truncate(f / WEIGHTS),
+        f"{WEIGHTS} is truncated or not a safetensors file .*copy it again",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG} is missing: copy it from where"),
+    "config cut": (lambda f: truncate(f / CONFIG), f"{CONFIG} is not JSON .*copy it again"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG} was altered: it holds"),
+    "no lora": (
+        lambda f: edit(f, lambda v: v.update(peft_type="IA3"), CONFIG),
+        "holds no LoRA, but 'IA3'",
+    ),
+    "config without rank": (
+        lambda f: edit(f, lambda v: v.pop("r"), CONFIG),
+        f"{CONFIG} was altered: r is None",
+    ),
+    "config of no alpha": (
+        lambda f: edit(f, lambda v: v.update(lora_alpha=0), CONFIG),
+        f"{CONFIG} was altered: lora_alpha is 0",
+    ),
+    "config of another rank": (
+        lambda f: edit(f, lambda v: v.update(r=16), CONFIG),
+        f"has rank 8, but {CONFIG} says 16: its files belong to different adapters",
+    ),
+    "layer without A": (
+        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop(key("A"))),
+        f"lacks a factor of layer {FIRST}, or its A and B do not fit",
+    ),
+    "layer of two ranks": (
+        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): torch.ones(5, 32)})),
+        f"lacks a factor of layer {FIRST}, or its A and B do not fit",
+    ),
+    "no layers": (
+        lambda f: save_file({}, f / WEIGHTS),
+        f"{WEIGHTS} holds no factors of a LoRA's linear layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused(calibrated: Calibrated, folder: Path, damage: str) -> None:
+    break_it, message = DAMAGE[damage]
+    break_it(folder)
+    for use_peft in (True, False):
+        with pytest.raises(AdapterError, match=message):
+            load_for_training(calibrated()[0], folder, use_peft=use_peft)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(folder)
+    with pytest.raises(AdapterError, match=message):
+        export_lora(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE)
+def test_a_damaged_record_is_refused_where_it_is_read(
+    calibrated: Calibrated, folder: Path, damage: str
+) -> None:
+    break_it, message = RECORD_DAMAGE[damage]
+    break_it(folder)
+    for use_peft in (True, False):
+        with pytest.raises(AdapterError, match=message):
+            load_for_training(calibrated()[0], folder, use_peft=use_peft)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(folder)
+    export_lora(folder, folder.parent / "out")
+
+
+def test_a_layer_that_is_gone_is_noticed_by_the_record(
+    calibrated: Calibrated, folder: Path
+) -> None:
+    edit_tensors(folder / WEIGHTS, lambda t: [t.pop(key(factor)) for factor in "AB"])
+    with pytest.raises(AdapterError, match=f"lacks factors of 4 components for layer {FIRST}: its"):
+        load_for_training(calibrated()[0], folder)
+
+
+INITIAL_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (
+        lambda f: (f / INITIAL).unlink(),
+        f"lacks {INITIAL}, the part of the base that its adapter has taken over: copy it",
+    ),
+    "cut": (
+        lambda f: truncate(f / INITIAL),
+        f"{INITIAL} is truncated or not a safetensors file .*copy it again",
+    ),
+    "layer without B": (
+        lambda f: edit_tensors(f / INITIAL, lambda t: t.pop(key("B"))),
+        f"lacks a factor of layer {FIRST}",
+    ),
+    "layer gone": (
+        lambda f: edit_tensors(f / INITIAL, lambda t: [t.pop(key(factor)) for factor in "AB"]),
+        f"{INITIAL} and {WEIGHTS} differ in layer {FIRST}: they belong to different adapters; copy",
+    ),
+    "another shape": (
+        lambda f: edit_tensors(f / INITIAL, lambda t: t.update({key("A"): torch.ones(4, 5)})),
+        f"{INITIAL} and {WEIGHTS} differ in layer {FIRST}",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", INITIAL_DAMAGE)
+def test_damaged_initial_factors_are_refused_and_the_base_left_alone(
+    calibrated: Calibrated, published: Path, damage: str
+) -> None:
+    break_it, message = INITIAL_DAMAGE[damage]
+    break_it(published)
+    base, _ = calibrated()
+    before = copy.deepcopy(base.state_dict())
+    for use_peft in (True, False):
+        with pytest.raises(AdapterError, match=message):
+            load_for_training(base, published, use_peft=use_peft)
+    with pytest.raises(AdapterError, match=message):
+        export_lora(published, published.parent / "out")
+    assert not (published.parent / "out").exists()
+    assert same(dict(base.state_dict()), dict(before))
+
+
+def test_initial_factors_beside_another_adapters_record_are_refused(
+    calibrated: Calibrated, folder: Path, published: Path
+) -> None:
+    shutil.copy(folder / "corda.json", published)
+    with pytest.raises(AdapterError, match=r"corda\.json belongs to another adapter: copy it"):
+        load_for_training(calibrated()[0], published)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("trained cut", f"{WEIGHTS} is truncated or not a safetensors file"),
+        ("no trained", "PEFT cannot load .*: "),
+        ("config of another rank", "PEFT cannot load .*: "),
+        ("no config", f"{CONFIG} is missing: copy it from where"),
+    ],
+)
+def test_a_damaged_checkpoint_without_record_is_refused(
+    calibrated: Calibrated, folder: Path, damage: str, message: str
+) -> None:
+    (folder / "corda.json").unlink()
+    DAMAGE[damage][0](folder)
+    with pytest.raises(AdapterError, match=message):
+        load_for_training(calibrated()[0], folder)
