@@ -91,7 +91,7 @@ def bench_syrk(
         torch.randn(tokens, channels, device=device, generator=generator).to(dtype)
         for _ in range(copies)
     ]
-    exact = _float64_gram(inputs[0])
+    exact = inputs[0].double().T @ inputs[0].double()
     c = torch.zeros(channels, channels, device=device)
     absmax = torch.zeros(channels, device=device)
     count = torch.zeros(channels, dtype=torch.int64, device=device)
@@ -104,7 +104,8 @@ def bench_syrk(
 
     timed = partial(measure, inputs=inputs, device=device, ahead=True)
     rate = 2 * tokens * channels**2 / timed(lambda x: x.T @ x).p50
-    peak = _peak(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in card), None)
     base = math.nan
     other = "cpu" if device.type == "cuda" else "triton"  # for another kind of device
     reasons = available_backends("syrk_")
@@ -130,14 +131,6 @@ def bench_syrk(
         yield Row(*facts, timing, plain.p50, speedup, useful / 1e12, ceiling, share)
 
 
-def _float64_gram(x: Tensor) -> Tensor:
-    total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for chunk in torch.split(x, 4096):
-        rows = chunk.double()
-        total.addmm_(rows.T, rows)
-    return total
-
-
 def addmm_baseline(c: Tensor, x: Tensor) -> None:
     """c (d, d) += xᵀx by the best that torch has: in place, in float32, on a GPU uncopied."""
     if x.dtype == torch.float32:
@@ -147,13 +140,6 @@ def addmm_baseline(c: Tensor, x: Tensor) -> None:
     else:
         rows = x.float()
         c.addmm_(rows.T, rows)
-
-
-def _peak(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
 
 
 @dataclass(frozen=True)
@@ -190,6 +176,7 @@ def bench_calibration(model: PreTrainedModel) -> CalibrationRow:
     def calibration(_: None) -> None:
         calibrate(model, batches, progress=False)
 
-    times = [measure(run, [None], model.device, repeats=3) for run in (bare, calibration)]
-    ratio = times[1].p50 / times[0].p50
-    return CalibrationRow(model.name_or_path, tokens.numel(), *times, ratio)
+    base = measure(bare, [None], model.device, repeats=3)
+    timing = measure(calibration, [None], model.device, repeats=3)
+    ratio = timing.p50 / base.p50
+    return CalibrationRow(model.name_or_path, tokens.numel(), base, timing, ratio)

@@ -130,7 +130,7 @@ def _begin(device: torch.device, *tables: str) -> dict[str, Any]:
 
     described = environment(device)
     echo(", ".join(f"{key} {value}" for key, value in described.items()))
-    return {"environment": described} | {table: [] for table in tables}
+    return {"environment": described, **{table: [] for table in tables}}
 
 
 def _add(results: dict[str, Any], table: str, row: Any, file: Path | None) -> None:
