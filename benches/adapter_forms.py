@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ from finetuning.forms import Component, attach, changes, components
 from finetuning.likelihood import answer_nll
 from finetuning.profiles import PROFILES
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from corda_kernels import load_model
-from corda_kernels.bench.timing import environment
+from corda_kernels.bench.timing import environment, measure
 from corda_kernels.files import write_json
 from corda_kernels.linears import linear_shape
 from corda_kernels.memory import peak_bytes
@@ -155,18 +154,18 @@ def one(model: str, form: str, out: Path) -> None:
     torch.manual_seed(0)
     adapted: Any = COSTS[form](load_base(model))
     optimizer = torch.optim.AdamW(trained(adapted), lr=1e-4)
-    times = []
-    for _ in range(STEPS + 1):
-        ids = torch.randint(100, 1000, (SEQUENCES, TOKENS))
-        begun = time.perf_counter()
+
+    def step(ids: Tensor) -> None:
         adapted(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - begun)
+
+    batches = list(torch.randint(100, 1000, (STEPS + 1, SEQUENCES, TOKENS)))
+    timing = measure(step, batches, torch.device("cpu"), repeats=STEPS, warm_up=1)
     write_json(
         out,
         {
-            "seconds": statistics.median(times[1:]),
+            "seconds": timing.p50,
             "peak_bytes": peak_bytes(),
             "trained": sum(each.numel() for each in trained(adapted)),
         },

@@ -24,8 +24,9 @@ from transformers.utils import logging
 
 from corda_kernels import CovarianceSet, load_model
 from corda_kernels.bench.accuracy import (
+    EPS,
+    Reference,
     adapter_error,
-    bottom_gap,
     reference,
     tail_energy_ratio,
 )
@@ -82,6 +83,21 @@ def measured(
         )
 
     return list(parallel_map(errors, weights))
+
+
+def bottom_gap(exact: Reference, rank: int) -> float:
+    """σ of the last component left out over the first of the `rank` smallest, less 1.
+
+    NaN where the former is zero to working precision: which null directions are meant is then a
+    question to W, which the singular values do not answer; infinite if there are none left out.
+    """
+    R = exact.S.shape[0]
+    if rank == R:
+        return math.inf
+    above, below = float(exact.S[R - rank - 1]), float(exact.S[R - rank])
+    if above <= R * EPS * float(exact.S[0]):
+        return math.nan
+    return above / below - 1 if below > 0 else math.inf
 
 
 def report(title: str, attribute: str, bound: float, rows: list[Errors]) -> bool:

@@ -85,14 +85,14 @@ pipeline() {
     fi
     local sizes=()
     [[ -n $small ]] && sizes=(--samples 2 --seq-len 32 --rank 2 --only init_corda)
-    part pipeline 90 "$python" -m corda_kernels bench pipeline "$model" --device "$device" \
+    part pipeline 90 "$python" benches/pipeline.py "$model" --device "$device" \
         "${sizes[@]}" --json "$out/$name-pipeline.json"
 }
 
 batched() { # Many small matrices
     local sizes=()
     [[ -n $small ]] && sizes=(--sizes 8 --batch 4)
-    part svd-batched 60 "$python" -m corda_kernels.bench.batched_svd --device "$device" \
+    part svd-batched 60 "$python" benches/batched_svd.py --device "$device" \
         "${sizes[@]}" --json "$out/$name-svd-batched.json"
 }
 

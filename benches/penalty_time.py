@@ -9,9 +9,7 @@ its gradient.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,11 @@ from corda_kernels import (
     init_corda,
     load_model,
 )
-from corda_kernels.bench.timing import environment
+from corda_kernels.bench.timing import environment, measure
 from corda_kernels.files import write_json
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """The median time of a call, after one that does not count."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def measure(arguments: argparse.Namespace, kind: Any, residual: Any) -> dict[str, float]:
+def added(arguments: argparse.Namespace, kind: Any, residual: Any) -> dict[str, float]:
     """A penalty on an adapter of the form that it is made for."""
     torch.manual_seed(0)
     model: Any = load_model(arguments.model, dtype="float32")
@@ -51,16 +38,17 @@ def measure(arguments: argparse.Namespace, kind: Any, residual: Any) -> dict[str
     model = init_corda(model, covariances, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step() -> None:
+    def step(_: None) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    taken = seconds(step, 3)
+    cpu = torch.device("cpu")
+    taken = measure(step, [None], cpu, repeats=3, warm_up=1).p50
     started = time.perf_counter()
     penalty = kind(model, covariances)
     made = time.perf_counter() - started
-    found = seconds(lambda: penalty().backward(), 5)
+    found = measure(lambda _: penalty().backward(), [None], cpu, warm_up=1).p50
     return {"step": taken, "made": made, "seconds": found, "share": found / taken}
 
 
@@ -76,7 +64,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
     for kind, residual in ((DriftPenalty, None), (CompactnessPenalty, "weight")):
-        found = measure(arguments, kind, residual)
+        found = added(arguments, kind, residual)
         result[kind.__name__] = found
         print(
             f"{kind.__name__:18} {1e3 * found['seconds']:6.0f} ms, {found['share']:.1%} of a step "

@@ -2,7 +2,7 @@
 
 The error is that of B A relative to float64 for IPM, and for KPM the norm of the tail over the
 least possible, less 1: the worst layer, each contestant on its own covariances. Nothing is attached
-yet, so that rounds can be repeated. `corda-kernels bench pipeline` takes a real model.
+yet, so that rounds can be repeated. `benches/pipeline.py` takes a real model.
 """
 
 from __future__ import annotations

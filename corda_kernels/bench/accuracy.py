@@ -69,18 +69,3 @@ def tail_energy_ratio(U: Tensor, exact: Reference) -> float:
     if max(energy, least) <= level:
         return 1.0
     return math.sqrt(max(energy, level) / max(least, level))
-
-
-def bottom_gap(exact: Reference, rank: int) -> float:
-    """σ of the last component left out over the first of the `rank` smallest, less 1.
-
-    NaN where the former is zero to working precision: which null directions are meant is then a
-    question to W, which the singular values do not answer; infinite if there are none left out.
-    """
-    R = exact.S.shape[0]
-    if rank == R:
-        return math.inf
-    above, below = float(exact.S[R - rank - 1]), float(exact.S[R - rank])
-    if above <= R * EPS * float(exact.S[0]):
-        return math.nan
-    return above / below - 1 if below > 0 else math.inf

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corda_kernels.bench.timing import Timing, measure
 from corda_kernels.calibration import calibrate
 from corda_kernels.kernels import available_backends, symmetrize_, syrk_, use_backend
 from corda_kernels.models import decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Relative Frobenius error of C up to which a speed is worth printing: rounding of float32 sums on a
 # CPU, and on a GPU the truncation of the tensor cores over 8,192 tokens.
@@ -20,6 +26,12 @@ _ALLOWED = {"cpu": 1e-5, "cuda": 5e-5}
 _PEAK_FLOPS = {"H100": 800e12, "H200": 800e12, "A100": 312e12}  # dense bf16, as sustained
 _ROTATED_BYTES = 256 << 20
 _BASELINE = "addmm"
+
+HEADER = (
+    f"{'backend':<10} {'tokens':>7} {'d':>6} {'dtype':>9} {'p20 ms':>9} {'p50 ms':>9} "
+    f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} {'of peak':>8} "
+    f"{'stats':>7} {'error':>8}"
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,18 @@ class Row:
     ceiling: float | None = None
     peak: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
+    def line(self) -> str:
+        """As printed below HEADER."""
+        case = f"{self.backend:<10} {self.tokens:>7} {self.channels:>6} {self.dtype:>9}"
+        if self.timing is None:
+            return f"{case} {'wrong: no speed':>71} {self.error:>8.1e}"
+        peak = "" if self.peak is None else f"{self.peak:.0%}"
+        statistics = self.timing.p50 / (self.plain or math.nan) - 1
+        return (
+            f"{case} {self.timing.milliseconds()} {self.speedup:>8.2f} {self.tflops:>8.2f} "
+            f"{self.ceiling:>8.0%} {peak:>8} {statistics:>+7.1%} {self.error:>8.1e}"
+            f"{'' if self.passed else ' wrong'}"
+        )
 
 
 @torch.no_grad()
@@ -65,71 +86,49 @@ def bench_syrk(
 ) -> Iterator[Row]:
     """Yields the baseline's row, then one of every backend that can run on the device."""
     generator = torch.Generator(device).manual_seed(0)
-    size = tokens * channels * dtype.itemsize
-    copies = max(1, min(8, _ROTATED_BYTES // size))
+    copies = max(1, min(8, _ROTATED_BYTES // (tokens * channels * dtype.itemsize)))
     inputs = [
         torch.randn(tokens, channels, device=device, generator=generator).to(dtype)
         for _ in range(copies)
     ]
-    truth = _float64_gram(inputs[0])
+    exact = inputs[0].double().T @ inputs[0].double()
     c = torch.zeros(channels, channels, device=device)
-    flops = tokens * channels * (channels + 1)
-    gemm = measure(lambda x: x.T @ x, inputs, device, ahead=True).p50
-    rate = 2 * tokens * channels**2 / gemm
-    peak = _peak(device)
-
-    def row(
-        backend: str, run: Callable[[Tensor], object], plain: Callable[[Tensor], object] | None
-    ) -> Row:
-        c.zero_()
-        run(inputs[0])
-        error = float((symmetrize_(c).double() - truth).norm() / truth.norm())
-        facts = (backend, tokens, channels, str(dtype).removeprefix("torch."), error)
-        passed = error <= _ALLOWED[device.type]
-        if not passed and backend != _BASELINE:
-            return Row(*facts, passed=False)
-        timing = measure(run, inputs, device, ahead=True)
-        without = timing.p50 if plain is None else measure(plain, inputs, device, ahead=True).p50
-        useful = flops / timing.p50
-        return Row(
-            *facts,
-            passed=passed,
-            timing=timing,
-            plain=without,
-            tflops=useful / 1e12,
-            speedup=(timing.p50 if base is None else base) / timing.p50,
-            ceiling=useful / rate,
-            peak=useful / peak if peak else None,
-        )
-
-    base: float | None = None
-    first = row(_BASELINE, lambda x: addmm_baseline(c, x), None)
-    assert first.timing is not None
-    base = first.timing.p50
-    yield first
     absmax = torch.zeros(channels, device=device)
     count = torch.zeros(channels, dtype=torch.int64, device=device)
-    for backend, reason in available_backends("syrk_").items():
-        if reason is None and backend not in _elsewhere(device):
-            with use_backend(backend):
-                yield row(
-                    backend,
-                    lambda x: syrk_(c, x, absmax=absmax, outlier_count=count),
-                    lambda x: syrk_(c, x),
-                )
 
+    def baseline(x: Tensor) -> None:
+        addmm_baseline(c, x)
 
-def _elsewhere(device: torch.device) -> tuple[str, ...]:
-    """Backends that are for another kind of device."""
-    return ("cpu",) if device.type == "cuda" else ("triton",)
+    def with_statistics(x: Tensor) -> None:
+        syrk_(c, x, absmax=absmax, outlier_count=count)
 
-
-def _float64_gram(x: Tensor) -> Tensor:
-    total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for chunk in torch.split(x, 4096):
-        rows = chunk.double()
-        total.addmm_(rows.T, rows)
-    return total
+    timed = partial(measure, inputs=inputs, device=device, ahead=True)
+    rate = 2 * tokens * channels**2 / timed(lambda x: x.T @ x).p50
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in card), None)
+    base = math.nan
+    other = "cpu" if device.type == "cuda" else "triton"  # for another kind of device
+    reasons = available_backends("syrk_")
+    here = [name for name, reason in reasons.items() if reason is None and name != other]
+    for backend in (_BASELINE, *here):
+        first = backend == _BASELINE
+        run = baseline if first else with_statistics
+        with nullcontext() if first else use_backend(backend):
+            c.zero_()
+            run(inputs[0])
+            error = float((symmetrize_(c).double() - exact).norm() / exact.norm())
+            passed = error <= _ALLOWED[device.type]
+            facts = (backend, tokens, channels, str(dtype).removeprefix("torch."), error, passed)
+            if not (passed or first):
+                yield Row(*facts)
+                continue
+            timing = timed(run)
+            plain = timing if first else timed(lambda x: syrk_(c, x))
+        base = timing.p50 if first else base
+        useful = tokens * channels * (channels + 1) / timing.p50
+        share = useful / peak if peak else None
+        speedup, ceiling = base / timing.p50, useful / rate
+        yield Row(*facts, timing, plain.p50, speedup, useful / 1e12, ceiling, share)
 
 
 def addmm_baseline(c: Tensor, x: Tensor) -> None:
@@ -143,48 +142,41 @@ def addmm_baseline(c: Tensor, x: Tensor) -> None:
         c.addmm_(rows.T, rows)
 
 
-def _peak(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
-
-
 @dataclass(frozen=True)
 class CalibrationRow:
-    """Calibration of a model against its bare forward pass without logits, in seconds."""
+    """Calibration of a model against its bare forward pass without logits, in seconds; `ratio` is
+    that of the medians."""
 
     model: str
     tokens: int
     forward: Timing
     calibration: Timing
+    ratio: float
 
-    @property
-    def ratio(self) -> float:
-        """Calibration's median over the forward pass's."""
-        return self.calibration.p50 / self.forward.p50
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self) | {"ratio": self.ratio}
+    def line(self) -> str:
+        """As printed."""
+        return (
+            f"calibration of {self.model}, {self.tokens} tokens: {self.calibration.p50:.1f} s, "
+            f"bare forward pass {self.forward.p50:.1f} s, ratio {self.ratio:.2f}"
+        )
 
 
 @torch.no_grad()
-def bench_calibration(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> CalibrationRow:
-    """Times `calibrate` and the decoder alone over the same batches."""
-    device = next(model.parameters()).device
+def bench_calibration(model: PreTrainedModel) -> CalibrationRow:
+    """Times `calibrate` and the decoder alone over the same 16 × 512 random tokens."""
     runner = decoder(model.eval())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (4, 4, 512), generator=generator)
+    batches = list(tokens.to(model.device))
 
-    def forward(_: None) -> None:
-        for batch in batches:
-            runner(input_ids=batch["input_ids"].to(device), use_cache=False)
+    def bare(_: None) -> None:
+        for ids in batches:
+            runner(input_ids=ids, use_cache=False)
 
     def calibration(_: None) -> None:
         calibrate(model, batches, progress=False)
 
-    return CalibrationRow(
-        str(getattr(model, "name_or_path", "")),
-        sum(batch["input_ids"].numel() for batch in batches),
-        measure(forward, [None], device, repeats=3),
-        measure(calibration, [None], device, repeats=3),
-    )
+    base = measure(bare, [None], model.device, repeats=3)
+    timing = measure(calibration, [None], model.device, repeats=3)
+    ratio = timing.p50 / base.p50
+    return CalibrationRow(model.name_or_path, tokens.numel(), base, timing, ratio)

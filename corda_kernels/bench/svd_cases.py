@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,13 @@ DAMPING = 0.01  # PEFT's, and the default of `init`
 # (out, in) of the linear layers of a block, those with the same input together.
 _SMOLLM2 = [[(576, 576), (192, 576), (192, 576)], [(576, 576)], [(1536, 576)] * 2, [(576, 1536)]]
 _LLAMA2 = [[(4096, 4096)] * 3, [(4096, 4096)], [(11008, 4096)] * 2, [(4096, 11008)]]
-_BLOCKS = {"smollm2-block": (1, _SMOLLM2), "llama2-7b": (32, _LLAMA2)}
-_SINGLE = {f"{out}x{width}": (out, width) for layers in _LLAMA2 for out, width in layers}
-
-CASES = ("model", *_BLOCKS, *_SINGLE)
+# Cases by name: the number of blocks, and the shapes of one.
+_BLOCKS = {
+    "smollm2-block": (1, _SMOLLM2),
+    "llama2-7b": (32, _LLAMA2),
+    **{f"{out}x{width}": (1, [[(out, width)]]) for shapes in _LLAMA2 for out, width in shapes},
+}
+CASES = ("model", *_BLOCKS)
 
 _SAMPLED = 12  # layers of a model that errors are taken of, about
 
@@ -49,22 +53,20 @@ class Case:
     def memory_bound(self, groups: int) -> int:
         """Bytes of three float64 copies of what is worked on at a time: the `groups` largest of the
         covariances, each with the layers that share it."""
-        sizes: dict[int, int] = {}
+        sizes = Counter({id(C): C.numel() for C in self.covariances.values()})
         for name, weight in self.weights.items():
-            C = self.covariances[name]
-            sizes.setdefault(id(C), 8 * C.numel())
-            sizes[id(C)] += 8 * weight.numel()
-        return 3 * sum(sorted(sizes.values(), reverse=True)[:groups])
+            sizes[id(self.covariances[name])] += weight.numel()
+        return 3 * 8 * sum(size for _, size in sizes.most_common(groups))
 
 
 def make_case(
     name: str,
     device: torch.device,
     rank: int | None = None,
-    model: str | None = None,
-    cov: str | None = None,
+    source: tuple[str, str] | None = None,
 ) -> Case:
-    """The case of that name; `rank` None for 32 with SmolLM2 and 128 with LLaMA-2.
+    """The case of that name; `rank` None for 32 with SmolLM2 and 128 with LLaMA-2, `source` the
+    model and its covariance file, of the case "model" only.
 
     Cases other than "model" are made up: Gaussian weights, covariances by `realistic_covariance`.
     Each of the 32 blocks of "llama2-7b" has the tensors of the first.
@@ -72,16 +74,25 @@ def make_case(
     Raises:
         ConfigError: as in `check_case`.
     """
-    check_case(name, rank, model, cov)
-    if rank is None:
-        rank = 32 if name in ("model", "smollm2-block") else 128
-    if model is not None and cov is not None and name == "model":
-        return _model_case(model, cov, rank, device)
-    blocks, shapes = _BLOCKS[name] if name in _BLOCKS else (1, [[_SINGLE[name]]])
-    return _made_up(name, blocks, shapes, rank, device)
+    check_case(name, rank, source)
+    rank = rank or (32 if name in ("model", "smollm2-block") else 128)
+    if name == "model" and source is not None:
+        return _model_case(*source, rank, device)
+    generator = torch.Generator(device).manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    covariances: dict[str, Tensor] = {}
+    blocks, inputs = _BLOCKS[name]
+    for index, shapes in enumerate(inputs):
+        C = realistic_covariance(shapes[0][1], generator)
+        for number, (out, width) in enumerate(shapes):
+            W = torch.randn(out, width, device=device, generator=generator) / math.sqrt(width)
+            layers = [f"{block}.{index}.{number}" for block in range(blocks)]
+            weights |= dict.fromkeys(layers, W)
+            covariances |= dict.fromkeys(layers, C)
+    return Case(name, weights, covariances, rank, [key for key in weights if key.startswith("0.")])
 
 
-def check_case(name: str, rank: int | None, model: str | None, cov: str | None) -> None:
+def check_case(name: str, rank: int | None, source: tuple[str, str] | None) -> None:
     """Makes sure, before any work is done, that `make_case` knows the case.
 
     Raises:
@@ -90,7 +101,7 @@ def check_case(name: str, rank: int | None, model: str | None, cov: str | None) 
     """
     if name not in CASES:
         raise ConfigError(f"there is no case {name!r}: give some of {', '.join(CASES)}")
-    if name == "model" and (model is None or cov is None):
+    if name == "model" and source is None:
         raise ConfigError("the case model needs --model and --cov, its covariance file")
     if rank is not None and rank < 1:
         raise ConfigError(f"the rank must be at least 1, not {rank}")
@@ -99,42 +110,17 @@ def check_case(name: str, rank: int | None, model: str | None, cov: str | None) 
 def _model_case(model: str, cov: str, rank: int, device: torch.device) -> Case:
     logging.disable_progress_bar()
     network = load_model(model)
-    covariances = CovarianceSet.load(cov)
-    moved = {id(c): c.matrix.to(device) for c, _ in covariances.groups()}
+    found = CovarianceSet.load(cov)
+    moved = {id(c): c.matrix.to(device) for c, _ in found.groups()}
     # Copies: pages of a mapped file would otherwise be read while the clock runs.
     weights = {
         name: linear_weight(network.get_submodule(name)).detach().to(device, copy=True)
-        for name in covariances
+        for name in found
     }
-    names = list(weights)
+    covariances = {name: moved[id(found[name])] for name in found}
     # An odd stride, 17 of the 210 layers of SmolLM2, does not keep meeting the same kinds.
-    sampled = names[:: max(1, len(names) // _SAMPLED) | 1]
-    return Case(
-        Path(model).name,
-        weights,
-        {name: moved[id(covariances[name])] for name in names},
-        rank,
-        sampled,
-    )
-
-
-def _made_up(
-    name: str,
-    blocks: int,
-    shapes: list[list[tuple[int, int]]],
-    rank: int,
-    device: torch.device,
-) -> Case:
-    generator = torch.Generator(device).manual_seed(0)
-    weights, covariances = {}, {}
-    for index, shared in enumerate(shapes):
-        C = realistic_covariance(shared[0][1], generator)
-        for number, (out, width) in enumerate(shared):
-            W = torch.randn(out, width, device=device, generator=generator) / math.sqrt(width)
-            for block in range(blocks):
-                weights[f"{block}.{index}.{number}"] = W
-                covariances[f"{block}.{index}.{number}"] = C
-    return Case(name, weights, covariances, rank, [key for key in weights if key.startswith("0.")])
+    sampled = list(found)[:: max(1, len(found) // _SAMPLED) | 1]
+    return Case(Path(model).name, weights, covariances, rank, sampled)
 
 
 def realistic_covariance(channels: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +29,10 @@ class Timing:
     p20: float
     p50: float
     p80: float
+
+    def milliseconds(self) -> str:
+        """All three as columns of a table."""
+        return " ".join(f"{1e3 * value:>9.3f}" for value in (self.p20, self.p50, self.p80))
 
 
 def measure(
@@ -56,51 +60,33 @@ def measure(
     rotation = cycle(inputs)
     for _ in range(warm_up):
         run(next(rotation))
-    timed = _on_cuda(run, rotation, ahead) if device.type == "cuda" else _on_cpu(run, rotation)
     durations: list[float] = []
     while len(durations) < repeats or (
         sum(durations) < _BUDGET_S[device.type] and len(durations) < _MAX_REPEATS
     ):
-        durations.append(next(timed))
+        durations.append(_seconds(run, next(rotation), device, ahead))
     if len(durations) == 1:
         return Timing(durations[0], durations[0], durations[0])
     p20, _, _, p80 = statistics.quantiles(durations, n=5)
     return Timing(p20, statistics.median(durations), p80)
 
 
-def _on_cpu(run: Callable[[Any], object], rotation: Iterator[Any]) -> Iterator[float]:
-    while True:
-        argument = next(rotation)
+def _seconds(
+    run: Callable[[Any], object], argument: object, device: torch.device, ahead: bool
+) -> float:
+    if device.type != "cuda":
         started = time.perf_counter()
         run(argument)
-        yield time.perf_counter() - started
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _on_cuda(run: Callable[[Any], object], rotation: Iterator[Any], ahead: bool) -> Iterator[float]:
-    while True:
-        argument = next(rotation)
-        begin, end = (_event() for _ in range(2))
-        if ahead:
-            torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
-        begin.record()
-        run(argument)
-        end.record()
-        end.synchronize()
-        yield begin.elapsed_time(end) / 1e3
-
-
-def _cpu() -> str:
-    """The CPU's name as Linux gives it; elsewhere what Python knows of it."""
-    try:
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        about = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or "an unknown CPU"
+        return time.perf_counter() - started
+    event: Any = torch.cuda.Event  # whose methods have no types
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    if ahead:
+        torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
+    begin.record()
+    run(argument)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -118,3 +104,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         described["cuda"] = torch.version.cuda
         described["clock_mhz"] = torch.cuda.clock_rate(device)
     return described
+
+
+def _cpu() -> str:
+    """The CPU's name as Linux gives it; elsewhere what Python knows of it."""
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        about = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "an unknown CPU"

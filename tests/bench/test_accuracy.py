@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +8,6 @@ from corda_kernels.bench.accuracy import (
     EPS,
     Reference,
     adapter_error,
-    bottom_gap,
     reference,
     tail_energy_ratio,
 )
@@ -30,7 +27,7 @@ def diagonal(values: list[float]) -> Reference:
     return Reference(identity, torch.diag(S), identity, S)
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (9, 9), (12, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 9), (12, 9)], ids=str)
 def test_the_reference_is_the_svd_of_the_damped_product(shape: tuple[int, int]) -> None:
     W, C = matrices(*shape)
     exact = reference(W, C, 0.01)
@@ -65,12 +62,3 @@ def test_energy_at_rounding_level_counts_as_none() -> None:
     assert tail_energy_ratio(tilted, exact) == 1.0
     worse = exact.U[:, -1:] + 100 * level * exact.U[:, :1]
     assert tail_energy_ratio(worse, exact) == pytest.approx(100)
-
-
-def test_the_gap_is_behind_the_smallest_that_are_wanted() -> None:
-    exact = diagonal([8.0, 4.0, 2.0, 1.0])
-    assert bottom_gap(exact, 1) == pytest.approx(1.0)
-    assert bottom_gap(exact, 4) == math.inf
-    null = diagonal([1.0, 0.5, 0.0, 0.0])
-    assert bottom_gap(null, 2) == math.inf
-    assert math.isnan(bottom_gap(null, 1))

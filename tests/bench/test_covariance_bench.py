@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from corda_kernels.bench import covariance
 from corda_kernels.bench.timing import measure
@@ -60,18 +62,22 @@ def test_inputs_rotate_and_calls_are_repeated() -> None:
     assert seen == [1, 2, 3, 1, 2, 3, 1]
 
 
+def bench(monkeypatch: pytest.MonkeyPatch, options: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "covariance", *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
 def test_command_prints_a_table_and_writes_all_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
-    command = f"corda-kernels bench covariance --dims 20,33 --tokens 50 --device cpu --json {out}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
+    assert bench(monkeypatch, f"--dims 20,33 --tokens 50 --device cpu --json {out}") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "versions" in lines[0]
     assert len(lines) == 2 + 2 * 2 * 3
+    assert {line.split()[0] for line in lines[2:]} == {"addmm", "reference", "cpu"}
     results: dict[str, Any] = json.loads(out.read_text())
     assert {(row["channels"], row["dtype"]) for row in results["syrk"]} == {
         (20, "float32"),
@@ -84,22 +90,17 @@ def test_command_prints_a_table_and_writes_all_results(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--dims big", "--dims must be numbers"),
-        ("--dims 20,0", "--dims must be at least 1, not 0"),
-        ("--dims 20 --tokens 0", "--tokens must be at least 1, not 0"),
-        ("--dims 20 --tokens -3", "--tokens must be at least 1, not -3"),
+        ("--dims 20,big", "--dims must be numbers from 1 on, separated by commas"),
+        ("--dims 20,0", "--dims must be numbers from 1 on, separated by commas"),
+        ("--dims 20 --tokens 0", "--tokens must be a whole number of at least 1, got 0"),
         ("--dims 20 --dtypes float32,int3", "dtype 'int3' is not one of float32"),
-        ("--dims 20 --device gpu", "--device 'gpu' is not there"),
         ("--dims 20 --device meta", "device meta holds no numbers: choose cpu or cuda"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, said: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["corda-kernels", "bench", "covariance", *options.split()])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
+    assert bench(monkeypatch, options) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {said}")
@@ -108,17 +109,36 @@ def test_what_cannot_be_measured_is_refused_first(
 def test_who_stops_it_keeps_the_rows_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = covariance.bench_syrk
+    whole = covariance.bench_syrk
 
     def stopped_at_33(tokens: int, width: int, *more: Any) -> Any:
         if width == 33:
             raise KeyboardInterrupt
-        return bench(tokens, width, *more)
+        return whole(tokens, width, *more)
 
     monkeypatch.setattr(covariance, "bench_syrk", stopped_at_33)
     out = tmp_path / "results.json"
-    command = f"corda-kernels bench covariance --dims 20,33 --tokens 50 --device cpu --json {out}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(SystemExit):
-        main()
+    bench(monkeypatch, f"--dims 20,33 --tokens 50 --device cpu --json {out}")
     assert {row["channels"] for row in json.loads(out.read_text())["syrk"]} == {20}
+
+
+def test_calibration_of_a_model_is_measured_around_its_forward_pass(
+    tmp_path: Path,
+    tiny_model: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(covariance, "measure", measured_once)
+    out = tmp_path / "results.json"
+    options = f"--dims 20 --tokens 50 --dtypes float32 --device cpu --model {tmp_path / 'model'}"
+    assert bench(monkeypatch, f"{options} --json {out}") == 0
+    found = json.loads(out.read_text())["calibration"]
+    assert list(found) == ["model", "tokens", "forward", "calibration", "ratio"]
+    assert found["tokens"] == 16 * 512
+    assert found["ratio"] == found["calibration"]["p50"] / found["forward"]["p50"]
+    assert f"ratio {found['ratio']:.2f}" in capsys.readouterr().out
+
+
+def measured_once(run: Any, inputs: list[Any], device: torch.device, **_: Any) -> Any:
+    return measure(run, inputs, device, repeats=1, warm_up=0)

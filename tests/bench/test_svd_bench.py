@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from corda_kernels.bench import svd, svd_memory, svd_methods
+from corda_kernels.bench import svd, svd_methods
 from corda_kernels.bench.svd_cases import Case, make_case, realistic_covariance
 from corda_kernels.bench.timing import measure
 from corda_kernels.cli import main
@@ -34,7 +34,7 @@ def small() -> Case:
 
 
 def test_every_method_is_compared_with_the_published_procedure() -> None:
-    rows = list(svd.bench_case(small()))
+    rows = list(svd.bench_case(small(), svd_methods.methods(CPU)))
     assert [(row.method, row.which) for row in rows] == [
         ("published", "largest"),
         ("published", "smallest"),
@@ -53,7 +53,7 @@ def test_every_method_is_compared_with_the_published_procedure() -> None:
         assert row.error < (1e-5 if row.which == "largest" else 1.001)
 
 
-def test_a_wrong_result_has_no_speed_but_for_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_has_no_speed_but_for_the_baseline() -> None:
     def wrong(case: Case, ends: Iterable[svd_methods.End]) -> svd_methods.Parts:
         # The other end.
         flipped = svd_methods.ENDS[::-1]
@@ -61,13 +61,12 @@ def test_a_wrong_result_has_no_speed_but_for_the_baseline(monkeypatch: pytest.Mo
         turned = dict(zip(svd_methods.ENDS, (parts[end] for end in flipped), strict=True))
         return {which: turned[which] for which in ends}
 
-    exact = svd_methods._ours
+    exact = svd_methods.ours
     found = svd_methods.methods(CPU)
     replaced = {name: dataclasses.replace(found[name], run=wrong) for name in ("published", "ours")}
-    monkeypatch.setattr(svd, "methods", lambda device: replaced)
-    for row in svd.bench_case(small()):
+    for row in svd.bench_case(small(), replaced):
         assert not row.passed
-        assert (row.timing is None) == (row.method == "ours")
+        assert (row.timing is None) == ("no speed" in row.line()) == (row.method == "ours")
 
 
 def test_without_attrs_the_published_procedure_is_left_out(
@@ -82,8 +81,9 @@ def test_without_attrs_the_published_procedure_is_left_out(
 
 def test_large_layers_are_checked_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(svd, "_QUICK", 8)
-    (unchecked, _) = svd.bench_case(small(), ["ours"])
-    (checked, _) = svd.bench_case(small(), ["ours"], exact=True)
+    methods = svd_methods.methods(CPU, ["ours"])
+    (unchecked, _) = svd.bench_case(small(), methods)
+    (checked, _) = svd.bench_case(small(), methods, exact=True)
     assert unchecked.error is None
     assert unchecked.timing is not None
     assert unchecked.speedup is None
@@ -123,9 +123,8 @@ def test_growth_is_the_peak_and_not_what_remains(
         torch.ones(64 << 20, dtype=torch.uint8)
         return {}
 
-    method = dataclasses.replace(svd_methods.methods(CPU)["ours"], run=ours)
-    monkeypatch.setattr(svd_memory, "methods", lambda device: {"ours": method})
-    svd_memory.main(["smollm2-block", "smallest", "--rank", "4"])
+    monkeypatch.setattr(svd, "ours", ours)
+    svd.print_growth("smollm2-block", "smallest", 4, None)
     assert 60 << 20 < int(capsys.readouterr().out) < 80 << 20
 
 
@@ -141,9 +140,10 @@ def test_memory_is_measured_in_a_child_process_for_the_same_case(
 
     monkeypatch.setattr("subprocess.run", child)
     case = dataclasses.replace(small(), name="some-model")
-    largest, smallest = svd_memory.bench_memory(case, CPU, "folder", "file")
-    assert [command[3:5] for command in commands] == [["model", "largest"], ["model", "smallest"]]
-    assert commands[0][5:] == ["--rank", "4", "--model", "folder", "--cov", "file"]
+    largest, smallest = svd.bench_memory(case, CPU, ("folder", "file"))
+    assert [json.loads(command[-1]) for command in commands] == [
+        ["model", which, 4, ["folder", "file"]] for which in svd_methods.ENDS
+    ]
     assert (largest.which, smallest.which, largest.grown) == ("largest", "smallest", 1 << 20)
     assert "ABOVE three float64 copies" in largest.line()
 
@@ -183,18 +183,6 @@ def test_command_prints_a_table_and_writes_all_results(
     assert [row["method"] for row in results["rows"]] == [line.split()[4] for line in lines[2:]]
 
 
-def test_the_table_of_batched_svd_is_a_case_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("corda_kernels.bench.batched_svd.SIZES", (4, 5))
-    out = tmp_path / "results.json"
-    assert run(monkeypatch, "--cases", "batched", "--device", "cpu", "--json", str(out)) == 0
-    rows = json.loads(out.read_text())["batched_svd"]
-    assert [row["size"] for row in rows] == [4, 4, 5, 5] * 2
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines[-len(rows) :]] == [row["method"] for row in rows]
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -202,7 +190,6 @@ def test_the_table_of_batched_svd_is_a_case_too(
         ("--cases smollm2-block,huge", "there is no case 'huge'"),
         ("--cases smollm2-block,model", "the case model needs --model and --cov"),
         ("--rank 0", "the rank must be at least 1, not 0"),
-        ("--rank -1", "the rank must be at least 1, not -1"),
         ("--device gpu", "--device 'gpu' is not there"),
     ],
 )
@@ -217,7 +204,7 @@ def test_what_cannot_be_measured_is_refused_first(
 
 def test_a_rank_above_that_of_a_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank 9 is not possible for layer 0.0.1 of .* \(8 × 24"):
-        next(svd.bench_case(make_case("smollm2-block", CPU, 9)))
+        next(svd.bench_case(make_case("smollm2-block", CPU, 9), {}))
 
 
 def test_who_stops_it_keeps_the_rows_so_far(
@@ -226,7 +213,7 @@ def test_who_stops_it_keeps_the_rows_so_far(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(svd_memory, "bench_memory", stopped)
+    monkeypatch.setattr(svd, "bench_memory", stopped)
     out = tmp_path / "results.json"
     options = f"--cases smollm2-block --rank 4 --methods ours --device cpu --json {out}"
     run(monkeypatch, *options.split())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Exp
 
 
 def test_the_best_rate_is_not_chosen_before_another_process_has_done_its_run(
-    open_: Callable[..., Experiment],
+    open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = replace(PROFILE, methods=(("lora",),), learning_rates=2, seeds=(2,))
     first, second = METHODS["lora"].learning_rates[:2]
@@ -162,10 +163,18 @@ def test_the_best_rate_is_not_chosen_before_another_process_has_done_its_run(
     done: list[Run] = []
     _with_losses(experiment, done, {first: 1.0, second: 0.9})
     taken = Run(METHODS["lora"], second, 0)
+    waits = threading.Event()
+
+    def noted(path: Path, *, wait: bool = False) -> AbstractContextManager[bool]:
+        if wait and path.stem == taken.name:
+            waits.set()
+        return claim(path, wait=wait)
+
+    monkeypatch.setattr("finetuning.experiment.claim", noted)
     with claim(experiment.work / f"{taken.name}.lock"):
         worker = threading.Thread(target=experiment.go_on)
         worker.start()
-        worker.join(timeout=0.5)
+        assert waits.wait(timeout=30)
         assert worker.is_alive()
         assert [run.learning_rate for run in done] == [first]
         experiment.do(taken)
@@ -199,7 +208,10 @@ def test_after_its_minutes_no_run_is_begun(
     assert not done
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Of what is held the least and the most stand for those between.
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if not name.endswith(("-hold4", "-hold8"))]
+)
 def test_every_method_starts_at_the_base_with_the_same_budget(
     name: str,
     calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],

@@ -1,4 +1,4 @@
-"""Ways from tokens to an adapter: ours, and what PEFT offers, each timed by stage."""
+"""Ways from tokens to an adapter that benches/pipeline.py compares: ours, and what PEFT offers."""
 
 from __future__ import annotations
 

@@ -3,10 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import batched_svd as bench
 import pytest
 import torch
-
-from corda_kernels.bench import batched_svd as bench
 
 CPU = torch.device("cpu")
 

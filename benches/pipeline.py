@@ -1,28 +1,41 @@
 """The whole initialisation against PEFT's own: the same model, tokens, layers and rank.
 
-Every contestant runs in a process of its own, so that none finds memory or caches that another has
-left.
+    python benches/pipeline.py MODEL --rounds 2 --only peft,patch_peft,init_corda --json OUT
+
+init_corda and the patched PEFT against PEFT's CorDA, PiSSA and EVA, with memory. The text is
+Python's own help topics, or --data FILE. PEFT takes one sequence at a time. Every contestant runs
+in a process of its own, so that none finds memory or caches that another has left.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline_methods import METHODS, Stages, Subject, Task, larger_batches
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from corda_kernels.bench.pipeline_methods import METHODS, Stages, Subject, Task, larger_batches
-from corda_kernels.errors import CordaError
+from corda_kernels.arguments import whole_number
+from corda_kernels.bench.timing import environment
+from corda_kernels.cli.options import torch_device
+from corda_kernels.errors import ConfigError, CordaError
+from corda_kernels.files import write_json
 from corda_kernels.memory import forget_peak, peak_bytes
+from corda_kernels.models import decoder, load_model, load_tokenizer
+from corda_kernels.outputs import check_output
+from corda_kernels.text import help_topics, token_batches
 
 CONTESTANTS = tuple(METHODS)
 
@@ -162,8 +175,6 @@ def _in_child(name: str, task: Task, folder: Path) -> PipelineRow:
 
 
 def _report(name: str, task: Task, folder: Path, sender: Any) -> None:
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # what is measured is no adapter that anyone trains
     try:
@@ -174,8 +185,6 @@ def _report(name: str, task: Task, folder: Path, sender: Any) -> None:
 
 def run(name: str, task: Task, folder: Path) -> PipelineRow:
     """Runs one contestant in this process; those of PEFT's form leave a cache in `folder`."""
-    from corda_kernels.models import decoder, load_model
-
     device = task.device
     model = load_model(task.model, device=device)
     task = replace(task, batches=[ids.to(device) for ids in task.batches])
@@ -222,3 +231,95 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+HEADER = (
+    f"{'':<11} {'seconds':>9} {' '.join(f'{stage:>13}' for stage in STAGES)} {'beyond':>9} "
+    f"{'growth':>10} {'× PEFT':>8} {'beyond':>8} {'growth':>8} {'overlap':>9}"
+)
+
+
+def line(row: PipelineRow, peft: PipelineRow | None) -> str:
+    """A row as printed below HEADER, with its ratios to PEFT's if that has run."""
+    if not row.passed:
+        return f"{row.name} computes something else (overlap {row.overlap:.4f}): no speed"
+    stages = " ".join(
+        f"{row.stages[stage]:>13.1f}" if stage in row.stages else " " * 13 for stage in STAGES
+    )
+    ratios = ""
+    if peft is not None:
+        beyond = f"{peft.beyond / row.beyond:.2f}" if row.beyond > 0 else "–"
+        ratios = (
+            f"{peft.seconds / row.seconds:>8.2f} {beyond:>8} "
+            f"{row.growth / peft.growth if peft.growth else 0:>8.2f}"
+        )
+    overlap = "" if row.overlap is None else f"{row.overlap:.6f}"
+    return (
+        f"{row.name:<11} {row.seconds:>9.1f} {stages} {row.beyond:>9.1f} "
+        f"{row.growth / 2**20:>6.0f} MiB {ratios:>26} {overlap:>9}"
+    )
+
+
+def sequences(model: str, data: Path | None, samples: int, seq_len: int) -> list[Tensor]:
+    """Token ids (1, seq_len) each."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = data or help_topics(Path(folder) / "python-help.txt")
+        batches = token_batches(text, load_tokenizer(model), samples=samples, seq_len=seq_len)
+    return [batch["input_ids"] for batch in batches]
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Prints the table, and writes the file after every row."""
+    if given.json is not None:
+        check_output(given.json)
+    names = CONTESTANTS if given.only is None else tuple(map(str.strip, given.only.split(",")))
+    if not set(names) <= set(CONTESTANTS):
+        raise ConfigError(f"--only must be of {', '.join(CONTESTANTS)}, got {given.only!r}")
+    whole_number("--rank", given.rank, 1)
+    whole_number("--rounds", given.rounds, 1)
+    device = torch_device(given.device)
+    described = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    batches = sequences(given.model, given.data, given.samples, given.seq_len)
+    tokens = sum(ids.numel() for ids in batches)
+    print(
+        f"{given.model}, {given.mode}, rank {given.rank}, {len(batches)} sequences, {tokens} tokens"
+    )
+    print(HEADER, flush=True)
+    about = {"model": Path(given.model).name, "mode": given.mode, "rank": given.rank}
+    rows: list[dict[str, Any]] = []
+    results = {"environment": described, "task": about | {"tokens": tokens}, "pipeline": rows}
+    peft: PipelineRow | None = None
+    task = Task(given.model, batches, given.mode, given.rank, device)
+    for row in bench_pipeline(task, names, given.rounds):
+        peft = row if row.name == "peft" else peft
+        print(line(row, peft), flush=True)
+        rows.append(row.to_json())
+        if given.json is not None:
+            write_json(given.json, results)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="a folder, a hub id or a GGUF file")
+    parser.add_argument("--data", type=Path, help="calibration text: a text file or JSON lines")
+    parser.add_argument("--samples", type=int, default=16, help="number of sequences")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in each")
+    parser.add_argument("--rank", type=int, default=32, help="components of each layer")
+    parser.add_argument("--mode", choices=("ipm", "kpm"), default="ipm")
+    parser.add_argument("--only", help=f"contestants by commas: {', '.join(CONTESTANTS)}")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="runs of each, in turn; the one in the middle counts"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="a file for all results")
+    try:
+        compare(parser.parse_args(arguments))
+    except CordaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,12 @@
 """The Jacobi kernel against what torch offers for the SVD of many small matrices.
 
-python -m corda_kernels.bench.batched_svd --sizes 64,128,192,224 --json results.json
+python benches/batched_svd.py --sizes 64,128,192,224 --json results.json
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +25,6 @@ from corda_kernels.outputs import check_output
 # Largest of the errors below up to which a speed is worth printing. The Gram matrix squares: its
 # small singular values are only right to the root of eps, which is its own bound.
 _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-7}
-SIZES = (64, 96, 128, 160, 192, 224)
-BATCH = 128
 _SMALLEST = 1e-6  # of the singular values, the largest being 1
 
 Method = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -53,10 +52,6 @@ class Row:
     error: float
     timing: Timing | None = None
     speedup: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -131,36 +126,15 @@ def line(row: Row) -> str:
     case = f"{row.method:<10} {row.batch:>5} {row.size:>4} {row.dtype:>8}"
     if row.timing is None:
         return f"{case} {'wrong: no speed':>38} {row.error:>8.1e}"
-    milliseconds = " ".join(
-        f"{1e3 * value:>9.3f}" for value in (row.timing.p20, row.timing.p50, row.timing.p80)
-    )
     speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
-    return f"{case} {milliseconds} {speedup:>8} {row.error:>8.1e}"
+    return f"{case} {row.timing.milliseconds()} {speedup:>8} {row.error:>8.1e}"
 
 
-def print_table(sizes: Sequence[int], batch: int, device: torch.device) -> list[Row]:
-    """Prints the rows of all sizes as they come, in float32 and then in float64; returns them."""
-    reason = available_backends("batched_svd")["cuda"]
-    if reason is not None:
-        print(f"without backend cuda: {reason}")
-    print(
-        f"{'method':<10} {'batch':>5} {'l':>4} {'dtype':>8} {'p20 ms':>9} {'p50 ms':>9} "
-        f"{'p80 ms':>9} {'× gram':>8} {'error':>8}"
-    )
-    rows: list[Row] = []
-    for dtype in (torch.float32, torch.float64):
-        for size in sizes:
-            for row in bench_batched_svd(batch, size, dtype, device):
-                rows.append(row)
-                print(line(row), flush=True)
-    return rows
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table of all cases, and writes them to a file if one is named."""
-    parser = argparse.ArgumentParser(prog="python -m corda_kernels.bench.batched_svd")
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="separated by commas")
-    parser.add_argument("--batch", type=int, default=BATCH, help="number of matrices")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", default="64,96,128,160,192,224", help="separated by commas")
+    parser.add_argument("--batch", type=int, default=128, help="number of matrices")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="a file for all results")
     options = parser.parse_args(arguments)
@@ -173,10 +147,20 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     described = environment(device)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
-    rows = print_table(sizes, options.batch, device)
-    if options.json is not None:
-        results = {"environment": described, "rows": [row.to_json() for row in rows]}
-        write_json(options.json, results)
+    reason = available_backends("batched_svd")["cuda"]
+    if reason is not None:
+        print(f"without backend cuda: {reason}")
+    print(
+        f"{'method':<10} {'batch':>5} {'l':>4} {'dtype':>8} {'p20 ms':>9} {'p50 ms':>9} "
+        f"{'p80 ms':>9} {'× gram':>8} {'error':>8}"
+    )
+    rows: list[dict[str, Any]] = []
+    for dtype, size in itertools.product((torch.float32, torch.float64), sizes):
+        for row in bench_batched_svd(options.batch, size, dtype, device):
+            print(line(row), flush=True)
+            rows.append(asdict(row))
+            if options.json is not None:
+                write_json(options.json, {"environment": described, "rows": rows})
 
 
 if __name__ == "__main__":
