@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Test processes side by side, and those that they start, would otherwise fight for the cores. It
+# must be set before torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from torch import Tensor, nn
 
