@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
@@ -42,9 +43,9 @@ def layer(shape: tuple[int, int], *, tokens: int = 100) -> tuple[Tensor, Tensor]
     return weight, x.T @ x / tokens
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "damping", "condition"), pairs(list(SHAPES.values()), [0.0, 0.01, 0.5], CONDITIONS)
+)
 def test_the_score_is_its_definition(
     shape: tuple[int, int], damping: float, condition: Any
 ) -> None:
