@@ -13,7 +13,7 @@ from peft.tuners.lora.corda import preprocess_corda as peft_own
 from corda_kernels import load_model, load_tokenizer, token_batches
 from corda_kernels.peft_corda import preprocess_corda
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RANK = 32
 LAYERS = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj")

@@ -30,7 +30,7 @@ from corda_kernels.models import target_linears
 from corda_kernels.planning import layer_spectra, uniform_budget
 from corda_kernels.planning.compactness import CONDITIONS
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RANK = 32
 BLOCKS = 5
