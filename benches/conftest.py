@@ -1,6 +1,6 @@
 """What the suites share: sizes that shrink with --tiny, and how a call is timed and checked.
 
-    python -m pytest benches --benchmark-json=out.json
+    python -m pytest benches -n 0 --benchmark-json=out.json
 
 Every group holds one task; its first contestant is the honest baseline. `extra_info["error"]` is
 how far the result is from float64, in the terms that the suite names.

@@ -53,7 +53,7 @@ PYTHON
 }
 
 tests() {
-    part tests 150 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+    part tests 150 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/gpu
 }
 
 covariance() {

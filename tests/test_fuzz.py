@@ -304,6 +304,7 @@ def test_an_adapter_folder_with_an_edited_configuration(
             use()
 
 
+@pytest.mark.slow
 @given(edit=edits, kind=st.sampled_from(["adapter", "published", "judged", "planned"]))
 @settings(FUZZ, max_examples=120)
 def test_an_adapter_folder_with_an_edited_record(
@@ -385,6 +386,7 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
 }
 
 
+@pytest.mark.slow
 @given(
     command=st.sampled_from(["init", "calibrate", "inspect", "export", "merge", "plan", "doctor"]),
     positional=st.lists(

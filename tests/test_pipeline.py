@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -54,21 +55,22 @@ MODELS = [
 FORMS: list[dict[str, Any]] = [{}, {"hold": 8}, {"residual": "weight"}]
 
 
-@pytest.mark.parametrize("use_peft", [True, False])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("mode", ["kpm", "ipm"])
-@pytest.mark.parametrize(("architecture", "changes"), MODELS)
+@pytest.mark.parametrize(
+    ("family", "mode", "form", "use_peft"),
+    pairs(MODELS, ["kpm", "ipm"], FORMS, [True, False]),
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_the_start_is_the_base(
     calibrated: Calibrated,
     logits: Logits,
     same_logits: Callable[..., bool],
-    architecture: str,
-    changes: dict[str, Any],
+    family: tuple[str, dict[str, Any]],
     mode: str,
     form: dict[str, Any],
     use_peft: bool,
 ) -> None:
+    architecture, changes = family
     model, covariances = calibrated(architecture, **changes)
     untouched = copy.deepcopy(model)
     parameters = dict(model.named_parameters())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from pairs import pairs
 from peft import PeftModel
 from stages import one_stage
 from torch import Tensor, nn
@@ -61,19 +62,19 @@ def components(adapter: Any) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("condition", ["ratio", "tight"])
-@pytest.mark.parametrize("damping", [0.01, 0.1, None])
-@pytest.mark.parametrize("mode", ["kpm", "ipm"])
-@pytest.mark.parametrize(("residual", "rows"), [(None, 2), ("weight", 1)])
+@pytest.mark.parametrize(
+    ("residual", "mode", "damping", "condition"),
+    pairs([None, "weight"], ["kpm", "ipm"], [0.01, 0.1, None], ["ratio", "tight"]),
+)
 def test_the_ranks_are_those_of_the_damped_layers(
     calibrated: Calibrated,
     residual: Any,
-    rows: int,
     mode: Any,
     damping: float | None,
     condition: Any,
 ) -> None:
     model, covariances = calibrated()
+    rows = 1 if residual else 2
     budget = BUDGET // 2 * rows
     options = config(mode, damping=damping, condition=condition, residual=residual, budget=budget)
     adapter = corda_adapter(model, covariances, options)

@@ -3,6 +3,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -43,15 +46,14 @@ def documented(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", corda_kernels.__all__)
-def test_a_public_name_is_its_homes_object(name: str) -> None:
-    value = getattr(corda_kernels, name)
-    if name in MODULES:
-        assert value is importlib.import_module(f"corda_kernels.{name}")
-    elif name != "__version__":
+def test_a_public_name_is_its_homes_object() -> None:
+    for name in HOMES:
         home = importlib.import_module(f"corda_kernels.{HOMES[name]}")
-        assert value is getattr(home, name)
-        assert value.__module__.startswith(f"corda_kernels.{HOMES[name]}")
+        value = getattr(corda_kernels, name)
+        assert value is getattr(home, name), name
+        assert value.__module__.startswith(f"corda_kernels.{HOMES[name]}"), name
+    for name in MODULES:
+        assert getattr(corda_kernels, name) is importlib.import_module(f"corda_kernels.{name}")
 
 
 def test_all_lists_agree() -> None:
@@ -61,11 +63,20 @@ def test_all_lists_agree() -> None:
     assert dir(corda_kernels) == sorted(corda_kernels.__all__)
 
 
-@pytest.mark.parametrize("part", ["calibration", "linalg", "adapter", "planning", "training"])
-def test_a_home_lists_its_public_names(part: str) -> None:
-    home = importlib.import_module(f"corda_kernels.{part}")
-    assert {name for name in HOMES if HOMES[name] == part} <= set(home.__all__)
-    assert all(hasattr(home, name) for name in home.__all__)
+def test_a_home_lists_its_public_names() -> None:
+    for part in ("calibration", "linalg", "adapter", "planning", "training"):
+        home = importlib.import_module(f"corda_kernels.{part}")
+        assert {name for name in HOMES if HOMES[name] == part} <= set(home.__all__)
+
+
+def test_every_listed_name_exists_once() -> None:
+    modules = pkgutil.walk_packages(corda_kernels.__path__, "corda_kernels.")
+    packages = ["corda_kernels", *(module.name for module in modules if module.ispkg)]
+    for package in packages:
+        module = importlib.import_module(package)
+        names = getattr(module, "__all__", [])
+        assert len(set(names)) == len(names), package
+        assert [name for name in names if not hasattr(module, name)] == [], package
 
 
 def test_star_import_gives_the_public_names() -> None:
@@ -74,30 +85,51 @@ def test_star_import_gives_the_public_names() -> None:
     assert names.keys() - {"__builtins__"} == set(corda_kernels.__all__)
 
 
-@pytest.mark.parametrize("name", sorted(HOMES))
-def test_what_is_public_is_documented(name: str) -> None:
-    for what, value in documented(name).items():
-        assert value.__doc__, what
-        first = value.__doc__.strip().partition("\n")[0]
-        # A dataclass without a docstring gets its signature for one.
-        assert not first.startswith(f"{name}("), what
+def test_what_is_public_is_documented() -> None:
+    public = {what: value for name in HOMES for what, value in documented(name).items()}
+    # A dataclass without a docstring gets its signature for one.
+    bare = [
+        what
+        for what, value in public.items()
+        if not value.__doc__ or value.__doc__.strip().startswith(f"{what}(")
+    ]
+    assert not bare
 
 
-@pytest.mark.parametrize("name", [n for n in vars(corda_kernels.errors) if n[0].isupper()])
-def test_an_error_is_documented_and_can_be_caught_as_ours(name: str) -> None:
-    error = getattr(corda_kernels.errors, name)
-    assert error.__doc__
-    assert issubclass(error, corda_kernels.errors.CordaError | corda_kernels.errors.CordaWarning)
+def test_an_error_is_documented_and_can_be_caught_as_ours() -> None:
+    errors = corda_kernels.errors
+    found = {name: error for name, error in vars(errors).items() if name[0].isupper()}
+    ours = errors.CordaError, errors.CordaWarning
+    assert [
+        name for name, error in found.items() if not error.__doc__ or not issubclass(error, ours)
+    ] == []
 
 
-@pytest.mark.parametrize("name", ["nothing", "_private", "CordaModel"])
-def test_an_unknown_name_is_an_attribute_error(name: str) -> None:
-    with pytest.raises(AttributeError, match=f"'corda_kernels' has no attribute '{name}'"):
-        getattr(corda_kernels, name)
-    assert not hasattr(corda_kernels, name)
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    for name in ("nothing", "_private", "CordaModel"):
+        with pytest.raises(AttributeError, match=f"'corda_kernels' has no attribute '{name}'"):
+            getattr(corda_kernels, name)
+        assert not hasattr(corda_kernels, name)
 
 
 def test_a_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(vars(corda_kernels), "CordaConfig", raising=False)
     value = corda_kernels.CordaConfig
     assert vars(corda_kernels)["CordaConfig"] is value
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh process has loaded once it has run the code."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    assert "torch" not in loaded_by("import corda_kernels")
+
+
+def test_importing_the_kernels_starts_no_cuda_and_loads_no_model_library() -> None:
+    code = "import corda_kernels.kernels, torch; assert not torch.cuda.is_initialized()"
+    heavy = {"transformers", "peft", "accelerate", "cupy", "matplotlib"}
+    assert heavy & loaded_by(code) == set()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig as PeftConfig
 from torch import Tensor, nn
@@ -109,9 +110,7 @@ def test_weights_are_what_the_layers_multiply_by(folder: Path, kind: str) -> Non
             assert close(module(x).detach(), x @ linear_weight(module).float().T, kind)
 
 
-@pytest.mark.parametrize("use_peft", [True, False])
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "mode", "use_peft"), pairs(KINDS, ["ipm", "kpm"], [True, False]))
 def test_an_adapter_leaves_the_outputs_as_they_were_and_is_trained(
     folder: Path, tmp_path: Path, kind: str, mode: str, use_peft: bool
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_trial_leaves_the_committed_results_alone(stub: Path, tmp_path: Path) 
     assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_smallest_parts_run_on_a_cpu(tmp_path: Path) -> None:
     settings = {"DEVICE": "cpu", "SMALL": "1", "OUT": str(tmp_path)}
     code, printed = run("llama", "batched", python=Path(sys.executable).parent, **settings)

@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 
+import pytest
 from render import ROOT
 
 
+@pytest.mark.slow
 def test_the_suites_run_on_tiny_sizes() -> None:
     """Every case once, untimed: what is timed in earnest takes minutes."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benches", "--tiny"]
     ran = subprocess.run(
-        [*command, "--benchmark-disable"],
+        [*command, "-n", "0", "--benchmark-disable"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -55,6 +55,7 @@ def killed_while_calibrating(arguments: list[str], checkpoint: Path) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "more"),
     [("1", ()), ("2", ()), ("block-0", ("--memory-limit", "65KB"))],

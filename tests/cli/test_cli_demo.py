@@ -54,6 +54,7 @@ def test_a_demo_that_was_stopped_while_unpacking_unpacks_again(
     load_model(tmp_path / "out" / "base")
 
 
+@pytest.mark.slow
 def test_the_demo_runs_through_on_any_model(
     invoke: Callable[..., str], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.linalg.operand import Operand
+from corda_kernels.linalg.operand import Operand, near_one
 
 ROWS, COLUMNS = 1000, 700  # more rows than are converted at a time, and not a multiple
 
@@ -62,3 +62,13 @@ def test_float32_neither_overflows_nor_vanishes(size: float, shifted: bool) -> N
     product, exact = (matrix / matrix.abs().max() for matrix in (product, exact))
     torch.testing.assert_close(product, exact, rtol=0, atol=1e-6)
     assert not single.double()[1].any()
+
+
+def test_matrices_are_scaled_by_powers_of_two() -> None:
+    W = torch.randn(6, 5, dtype=torch.float64)
+    batch = torch.stack([W * 1e-310, W * 1e300, W * 0])
+    scaled = near_one(batch)
+    largest = scaled.abs().amax((-2, -1))
+    assert ((largest >= 1) & (largest < 2)).tolist() == [True, True, False]
+    assert not scaled[2].any()
+    assert torch.frexp(scaled[1] / batch[1]).mantissa.unique().tolist() == [0.5]

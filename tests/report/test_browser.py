@@ -70,6 +70,7 @@ def browser() -> str:
     pytest.skip("no Chromium to open the page in: install the package chromium")
 
 
+@pytest.mark.slow
 def test_nothing_overflows_or_is_cut_at_any_width(large_page: str, tmp_path: Path) -> None:
     frames = "".join(
         f'<iframe width="{width}" height="900" srcdoc="{html.escape(large_page)}"></iframe>'

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from fsdp_script import step
 from peft import PeftModel
@@ -19,6 +20,7 @@ from corda_kernels import CovarianceSet, save_adapter
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 
+@pytest.mark.slow
 def test_two_ranks_of_fsdp2_train_and_save_what_one_process_does(
     calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
     adapt: Callable[..., nn.Module],

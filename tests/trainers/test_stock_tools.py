@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -63,10 +64,10 @@ def bfloat16(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("hold", [1.0, 8.0])
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "mode", "ranks", "hold"),
+    pairs(FAMILIES, ["ipm", "kpm"], list(RANKS), [1.0, 8.0]),
+)
 def test_every_tool_reads_the_trained_model(
     calibrated: Calibrated,
     logits: Logits,

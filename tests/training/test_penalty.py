@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -84,10 +85,11 @@ def plain_lora(calibrated: Calibrated) -> Callable[..., tuple[Any, CovarianceSet
     return make
 
 
-@pytest.mark.parametrize("mode", ["kpm", "ipm"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("use_peft", [True, False])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("form", "mode", "use_peft", "architecture"),
+    pairs(FORMS, ["kpm", "ipm"], [True, False], ["llama", "gpt2"]),
+    ids=str,
+)
 def test_drift_is_the_mean_squared_change_of_the_outputs(
     calibrated: Calibrated,
     adapt: Make,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -96,9 +97,11 @@ def test_the_full_rank_changes_no_bit(adapted: Callable[..., Any], mode: str) ->
     assert ranks.average_rank == 4.0
 
 
-@pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
-@pytest.mark.parametrize("use_peft", [True, False])
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+@pytest.mark.parametrize(
+    ("form", "mode", "use_peft"),
+    pairs([{}, {"hold": 8}, {"residual": "weight"}], ["ipm", "kpm"], [True, False]),
+    ids=str,
+)
 def test_components_beyond_the_rank_are_as_they_were_at_the_start(
     adapted: Callable[..., Any], mode: str, use_peft: bool, form: dict[str, Any]
 ) -> None:
