@@ -42,7 +42,8 @@ class PeftPatch(contextlib.AbstractContextManager["PeftPatch"]):
         home = self._home()
         original = getattr(home, _FUNCTION, None)
         self._put(home, _FUNCTION, replacement)
-        for module in list(sys.modules.values()) if original is not None else ():
+        loaded: list[object] = [] if original is None else list(sys.modules.values())
+        for module in loaded:
             if not isinstance(module, ModuleType):
                 continue
             names = [name for name, value in list(vars(module).items()) if value is original]
