@@ -103,6 +103,7 @@ def init(
     )
     from corda_kernels.models import MODEL_FILES, load_tokenizer, save_model
     from corda_kernels.planning import mix_covariances
+    from corda_kernels.report import describe_mixture, describe_ranks
 
     if sum(bool(source) for source in (data, cov, mix)) != 1:
         raise ConfigError("give one of --data, --cov and --mix")
@@ -174,11 +175,11 @@ def init(
     write_adapter(adapter, out)
     form = "" if residual == "weight" else f": a LoRA of rank {config.rows * adapter.record.rank}"
     echo(
-        f"{out}: {mode.upper()} adapter of {options.describe_ranks(adapter.record)} for "
+        f"{out}: {mode.upper()} adapter of {describe_ranks(adapter.record)} for "
         f"{len(adapter.layers)} layers of {adapter.record.base_name}{form}"
     )
     if mix:
-        mixed = options.describe_mixture(adapter.record.calibration["mixture"])
+        mixed = describe_mixture(adapter.record.calibration["mixture"])
         echo(f"mixture: {mixed}")
     options.report_selection(adapter.record.calibration)
     _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)

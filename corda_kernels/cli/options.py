@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from corda_kernels.adapter import AdapterRecord
-
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file.", metavar="MODEL")]
 Data = Annotated[
     Path | None, typer.Option(help="Calibration text: a text file or JSON lines (.jsonl).")
@@ -339,32 +337,9 @@ def parse_mixture(parts: Sequence[str]) -> dict[Path, float]:
     return mixture
 
 
-def describe_mixture(mixture: Mapping[str, Any]) -> str:
-    """What was mixed, in one line."""
-    files = mixture.get("files") or [f"set {index}" for index in range(len(mixture["sources"]))]
-    equal = ", their traces made equal" if mixture["normalize"] == "trace" else ""
-    if isinstance(mixture["weights"], Mapping):
-        return f"{' + '.join(files)}, weights by layer{equal}"
-    parts = zip(mixture["weights"], files, strict=True)
-    return " + ".join(f"{weight:.3g} {file}" for weight, file in parts) + equal
-
-
 def report_selection(provenance: Mapping[str, Any]) -> None:
     """Says how the candidates compared, if there were several."""
     from corda_kernels.planning import Selection
 
     if "selection" in provenance:
         echo(f"selection: {Selection.from_json(provenance['selection']).summary()}")
-
-
-def describe_ranks(record: AdapterRecord) -> str:
-    """The ranks of an adapter in a few words."""
-    if not record.allocation:
-        return f"rank {record.rank}"
-    ranks = record.allocation["ranks"].values()
-    none = sum(rank == 0 for rank in ranks)
-    return (
-        f"ranks {min(rank for rank in ranks if rank)} to {record.rank}"
-        f"{f' (and 0 in {none} layers)' if none else ''}, "
-        f"{record.allocation['spent']:,} of {record.allocation['budget']:,} parameters,"
-    )

@@ -1,21 +1,41 @@
-"""What a report shows, as plain data."""
+"""What is known of an adapter or of covariances, as plain data."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from corda_kernels.errors import CordaError, CovarianceError
+from corda_kernels.fields import is_number
 from corda_kernels.planning import Selection, Stability
 
+# What is raised by code that reads a note of another form than it expects.
+_ALTERED = (CovarianceError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
-def size(value: Any) -> float:
+
+@contextlib.contextmanager
+def unaltered(note: str) -> Iterator[None]:
+    """Turns what reading an altered note raises into an error that says so.
+
+    Raises:
+        CordaError: the note was altered.
+    """
+    try:
+        yield
+    except _ALTERED as error:
+        raise CordaError(
+            f"the note on {note} was altered ({error!r}): calibrate again, or copy the file"
+        ) from error
+
+
+def size(value: Any) -> Any:
     """A finite number, not negative."""
-    number = float(value)
-    if not 0 <= number < math.inf:
+    if not is_number(value, 0):
         raise ValueError(f"{value!r} is no size")
-    return number
+    return value
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,9 @@ class Input:
         outliers: channels in which any |x| exceeded `threshold`.
         threshold: in units of x.
         spectrum: eigenvalues of C over their mean; None where they were not computed.
-        condition: λmax/λmin of C with the damping of the report; None where not computed.
+        largest: eigenvalue of C over the mean; None where not computed, or C is zero.
+        smallest: likewise; 0 where C is singular.
+        effective_rank: (Σλ)²/Σλ²; None where no eigenvalues were computed.
     """
 
     layers: tuple[str, ...]
@@ -79,29 +101,25 @@ class Input:
     outliers: int
     threshold: float
     spectrum: Spectrum | None = None
-    condition: float | None = None
+    largest: float | None = None
+    smallest: float = 0.0
+    effective_rank: float | None = None
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], damping: float) -> Input:
+    def from_json(cls, note: Mapping[str, Any]) -> Input:
         """Reads what `measured_input` or `measure_inputs` gave."""
-        spectrum = value.get("spectrum")
-        smallest = size(value.get("smallest", 0.0)) + damping
-        condition = None
-        if "largest" in value:
-            largest = size(value["largest"]) + damping
-            condition = largest / smallest if smallest else math.inf
-        return cls(
-            tuple(str(name) for name in value["layers"]),
-            int(value["tokens"]),
-            int(value["channels"]),
-            tuple(size(entry) for entry in value["absmax"]),
-            size(value["median"]),
-            int(value["channel"]),
-            int(value["outliers"]),
-            size(value["threshold"]),
-            None if spectrum is None else Spectrum.from_json(spectrum),
-            condition,
-        )
+        absmax, spectrum = tuple(map(size, note["absmax"])), note.get("spectrum")
+        found = {name: size(note[name]) for name in note.keys() - {"layers", "absmax", "spectrum"}}
+        if spectrum is not None:
+            found["spectrum"] = Spectrum.from_json(spectrum)
+        return cls(layers=tuple(map(str, note["layers"])), absmax=absmax, **found)
+
+    def condition(self, damping: float) -> float | None:
+        """λmax/λmin of C damped, infinite where it is singular; None where not computed."""
+        if self.largest is None:
+            return None if self.effective_rank is None else math.inf
+        smallest = self.smallest + damping
+        return (self.largest + damping) / smallest if smallest else math.inf
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class Layer:
     Attributes:
         shape: (out, in).
         rank: 0 where it has no adapter, None where there is none at all.
+        tokens: that its covariance comes from.
         sigma: the largest and the smallest singular value of W·C that the adapter took.
         spectrum: singular values of W·C, damped.
         condition: λmax/λmin of C, damped.
@@ -118,6 +137,7 @@ class Layer:
 
     shape: tuple[int, int] | None = None
     rank: int | None = None
+    tokens: int | None = None
     sigma: tuple[float, float] | None = None
     spectrum: Spectrum | None = None
     condition: float | None = None
@@ -136,15 +156,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows.
+    """What `inspect` and a page show.
 
     Attributes:
         name: of the file or folder.
-        model: name or path of the base.
-        summary: label and text of each line at the top.
+        title: what it holds, in one line.
+        summary: label and text of further lines.
         layers: by name, in the model's order.
-        inputs: of the layers.
         damping: of the covariances in conditions and spectra of W·C, times their mean diagonal.
+        inputs: of the layers.
         mode: "ipm" or "kpm"; None where there is no adapter.
         allocation: how a budget was shared out; {} without one.
         trainable: adapter parameters.
@@ -156,11 +176,11 @@ class Report:
     """
 
     name: str
-    model: str
+    title: str
     summary: tuple[tuple[str, str], ...]
     layers: dict[str, Layer]
-    inputs: tuple[Input, ...]
     damping: float
+    inputs: tuple[Input, ...] = ()
     mode: str | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
     trainable: int = 0
@@ -176,14 +196,9 @@ class Report:
 
     def conditions(self) -> dict[str, float]:
         """λmax/λmin of C damped, by layer."""
-        inputs = self.input_of()
-        found = {}
-        for name, layer in self.layers.items():
-            entry = inputs.get(name)
-            value = layer.condition if entry is None else entry.condition or layer.condition
-            if value is not None:
-                found[name] = value
-        return found
+        known = {name: entry.condition(self.damping) for name, entry in self.input_of().items()}
+        found = {name: known.get(name) or layer.condition for name, layer in self.layers.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def uniform_rank(self) -> float | None:
         """The rank that the same number of parameters would pay for in all layers."""

@@ -1,9 +1,13 @@
-"""Where in a model a layer stands, by its name."""
+"""Names of layers: where in a model one stands, and how it is shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
+
+_BLOCK = re.compile(r"(?:(.*?)\.)?([0-9]{1,6})(?:\.(.*))?", re.DOTALL)
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,6}(?![^.])")
 
 
 class Place(NamedTuple):
@@ -20,16 +24,11 @@ class Place(NamedTuple):
 
 def place(name: str) -> Place:
     """The place of a layer, by the first number in its name; further numbers become "*"."""
-    parts = name.split(".")
-    numbered = [part.isascii() and part.isdigit() and len(part) < 7 for part in parts]
-    if not any(numbered):
+    match = _BLOCK.fullmatch(name)
+    if match is None:
         return Place(name, 0)
-    first = numbered.index(True)
-    rest = [
-        "*" if number else part
-        for part, number in zip(parts[first + 1 :], numbered[first + 1 :], strict=True)
-    ]
-    return Place(".".join(rest) or ".".join(parts[:first]) or name, int(parts[first]))
+    before, number, rest = match.groups(default="")
+    return Place(_NUMBER.sub("*", rest) or before or name, int(number))
 
 
 def by_kind(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
@@ -39,3 +38,14 @@ def by_kind(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
         kind, block = place(name)
         kinds.setdefault(kind, []).append((block, name))
     return kinds
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what cannot be shown, such as control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def short(name: str, longest: int = 30) -> str:
+    """A printable name that fits: of a long one its end, which tells more."""
+    name = printable(name)
+    return name if len(name) <= longest else "…" + name[1 - longest :]

@@ -1,135 +1,135 @@
-"""The table of all layers, the numbers behind the figures."""
+"""A table, as a terminal and a page show it; and that of a report's layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 
 from corda_kernels.report.content import Input, Report
-from corda_kernels.report.text import escaped, short
 
-_LONGEST_NAME = 40
+# The columns in their order, and what they mean.
+_MEANINGS = {
+    "tokens": "number of tokens that the layer read",
+    "rank": "number of components trained",
+    "in": "number of input channels",
+    "out × in": "shape of the weight",
+    "σ max": "largest singular value of W·C trained",
+    "σ min": "smallest singular value of W·C trained",
+    "cond C": "largest over smallest eigenvalue of C",
+    "cond C damped": "the same of C damped by {damping:g} times its mean diagonal",
+    "cond W·C": "largest over smallest singular value of W·C",
+    "eff. rank": "effective rank (Σλ)²/Σλ² of C",
+    "head": "largest eigenvalue of C over the mean",
+    "tail": "smallest eigenvalue of C over the mean",
+    "outliers": "number of channels with |x| above {threshold}",
+    "max |x|": "largest input, and its channel",
+    "chosen": "candidate with the lowest score, summed over the layers that read one input; or all",
+    "score min": "lowest score of the candidates, log π(C)·Σσ/σmax of the layer",
+    "max": "highest score of the candidates",
+    "spread": "standard deviation of the candidates' scores over their mean",
+    "top": "overlap of the {rank} largest components between the two halves of the text",
+    "bottom": "how quiet the smallest components of one half are in the other, from random "
+    "directions (0) to the quietest there (1, on a logarithmic scale)",
+    "verdict": "whether the halves agree",
+}
 
 
 @dataclass(frozen=True)
-class _Column:
-    """Heading, what it means, and the cells by layer; a column without cells is left out."""
+class Table:
+    """A table.
 
-    heading: str
-    meaning: str
-    cells: Mapping[str, str]
+    Attributes:
+        title: one line on what it is of.
+        columns: headings, one for each cell of a row.
+        rows: cells; the first of each names the row.
+        notes: lines on what the columns mean, and on what follows from the numbers.
+    """
 
-
-def layer_table(report: Report) -> str:
-    """An HTML table, one row a layer, of the columns of which something is known."""
-    columns = _known_columns(report)
-    heads = "".join(f'<th scope="col">{escaped(column.heading)}</th>' for column in columns)
-    rows = []
-    for name in report.layers:
-        cells = "".join(f"<td>{escaped(column.cells.get(name, ''))}</td>" for column in columns)
-        full, label = escaped(name), escaped(short(name, _LONGEST_NAME))
-        title = "" if label == full else f' title="{full}"'
-        rows.append(f'<tr><th scope="row"{title}>{label}</th>{cells}</tr>')
-    return (
-        f'<table><caption>{len(rows)} layers</caption><thead><tr><th scope="col">layer</th>{heads}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
-def legend(report: Report) -> str:
-    """What the table's columns mean, as an HTML list."""
-    meanings = "".join(
-        f"<li><b>{escaped(column.heading)}</b>: {escaped(column.meaning)}</li>"
-        for column in _known_columns(report)
-    )
-    return f'<ul class="legend">{meanings}</ul>'
-
-
-def _known_columns(report: Report) -> list[_Column]:
-    return [column for column in _columns(report) if any(column.cells.values())]
-
-
-def _columns(report: Report) -> list[_Column]:
-    layers = report.layers
-    inputs = report.input_of()
-    shapes = {n: f"{e.shape[0]} × {e.shape[1]}" for n, e in layers.items() if e.shape}
-    sigmas = {name: entry.sigma for name, entry in layers.items() if entry.sigma}
-    whole = {
-        name: entry.spectrum.condition
-        for name, entry in layers.items()
-        if entry.spectrum and entry.spectrum.condition
+def layer_table(report: Report) -> Table:
+    """The layers of a report, one a row, with the columns of which something is known."""
+    inputs, conditions = report.input_of(), report.conditions()
+    damped = "cond C damped" if report.damping else "cond C"
+    rows: dict[str, dict[str, str]] = {}
+    for name, layer in report.layers.items():
+        row = rows[name] = {} if name not in inputs else _input_cells(inputs[name])
+        if name in conditions:
+            row[damped] = _ratio(conditions[name])
+        if layer.tokens is not None:
+            row.setdefault("tokens", f"{layer.tokens:,}")
+        if layer.rank is not None:
+            row["rank"] = str(layer.rank)
+        if layer.shape is not None:
+            row["out × in"] = f"{layer.shape[0]} × {layer.shape[1]}"
+            row.pop("in", None)
+        if layer.sigma is not None:
+            row["σ max"], row["σ min"] = (f"{value:.2e}" for value in layer.sigma)
+        if layer.spectrum is not None and layer.spectrum.condition is not None:
+            row["cond W·C"] = _ratio(layer.spectrum.condition)
+    for name, cells in (*_selection_cells(report), *_stability_cells(report)):
+        if name in rows:
+            rows[name] |= cells
+    columns = [column for column in _MEANINGS if any(row.get(column) for row in rows.values())]
+    facts = {
+        "damping": report.damping,
+        "threshold": " or ".join(sorted({f"{entry.threshold:g}" for entry in inputs.values()})),
+        "rank": report.stability.rank if report.stability else 0,
     }
+    return Table(
+        f"{report.name}: {report.title}",
+        ("layer", *columns),
+        tuple((name, *(row.get(column, "") for column in columns)) for name, row in rows.items()),
+        tuple(f"{column}: {_MEANINGS[column].format(**facts)}" for column in columns),
+    )
+
+
+def _input_cells(entry: Input) -> dict[str, str]:
+    row = {"tokens": f"{entry.tokens:,}", "in": str(entry.channels)}
+    row["outliers"] = str(entry.outliers)
+    if entry.absmax:
+        row["max |x|"] = f"{max(entry.absmax):.3g} ({entry.channel})"
+    condition = entry.condition(0.0)
+    if condition is not None:
+        row["cond C"] = _ratio(condition)
+        row["eff. rank"] = f"{entry.effective_rank:.1f}"
+        row["head"] = f"{entry.largest:.1e}" if entry.largest else ""
+        row["tail"] = f"{entry.smallest:.1e}" if entry.smallest else "0"
+    return row
+
+
+def _selection_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
+    selection = report.selection
+    if selection is None:
+        return []
+    winners = selection.winners()
     return [
-        _Column("out × in", "shape of the weight", shapes),
-        _Column(
-            "rank",
-            "components trained",
-            {n: str(e.rank) for n, e in layers.items() if e.rank is not None},
-        ),
-        _Column(
-            "σ max", "largest singular value trained", {n: f"{s[0]:.2e}" for n, s in sigmas.items()}
-        ),
-        _Column(
-            "σ min",
-            "smallest singular value trained",
-            {n: f"{s[1]:.2e}" for n, s in sigmas.items()},
-        ),
-        _Column(
-            "cond C",
-            "largest over smallest eigenvalue of the damped covariance",
-            {name: f"{value:.1e}" for name, value in report.conditions().items()},
-        ),
-        _Column(
-            "cond W·C",
-            "largest over smallest singular value",
-            {name: f"{value:.1e}" for name, value in whole.items()},
-        ),
-        *_of_inputs({name: inputs[name] for name in layers if name in inputs}),
-        *_judgements(report),
+        (
+            name,
+            {
+                "chosen": str(winners[name] + 1) if selection.method == "argmin" else "all",
+                "score min": f"{min(selection.scores[name]):.4g}",
+                "max": f"{max(selection.scores[name]):.4g}",
+                "spread": f"{spread:.1%}",
+            },
+        )
+        for names, spread in zip(selection.groups, selection.spreads(), strict=True)
+        for name in names
     ]
 
 
-def _of_inputs(inputs: Mapping[str, Input]) -> list[_Column]:
-    thresholds = {f"{entry.threshold:g}" for entry in inputs.values()}
-    return [
-        _Column("tokens", "seen by the layer", {n: f"{e.tokens:,}" for n, e in inputs.items()}),
-        _Column(
-            "outliers",
-            f"channels with |x| above {' or '.join(sorted(thresholds))}",
-            {name: str(entry.outliers) for name, entry in inputs.items()},
-        ),
-        _Column(
-            "max |x|",
-            "largest input, and its channel",
-            {n: f"{max(e.absmax):.3g} ({e.channel})" for n, e in inputs.items() if e.absmax},
-        ),
-    ]
+def _stability_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
+    cells = []
+    for name, layer in report.stability.layers.items() if report.stability else ():
+        shares = {"top": layer.top, "bottom": layer.bottom}
+        row = {end: f"{share:.2f}" for end, share in shares.items() if share is not None}
+        cells.append((name, row | {"verdict": report.stability.verdict(layer)}))
+    return cells
 
 
-def _judgements(report: Report) -> list[_Column]:
-    columns = []
-    if report.stability is not None:
-        stability = report.stability
-        for heading, field, meaning in (
-            ("top", "top", "overlap of the largest components between the halves of the text"),
-            ("bottom", "bottom", "how quiet one half's smallest components are in the other"),
-        ):
-            values = {n: getattr(entry, field) for n, entry in stability.layers.items()}
-            cells = {n: f"{value:.2f}" for n, value in values.items() if value is not None}
-            columns.append(_Column(heading, meaning, cells))
-        verdicts = {n: stability.verdict(entry) for n, entry in stability.layers.items()}
-        columns.append(_Column("verdict", "whether the halves agree", verdicts))
-    if report.selection is not None:
-        selection = report.selection
-        pooled = selection.method != "argmin"
-        chosen = {n: "all" if pooled else str(w + 1) for n, w in selection.winners().items()}
-        spreads = {
-            name: f"{spread:.1%}"
-            for names, spread in zip(selection.groups, selection.spreads(), strict=True)
-            for name in names
-        }
-        columns += [
-            _Column("chosen", "candidate that the layer keeps", chosen),
-            _Column("spread", "standard deviation of the candidates' scores over mean", spreads),
-        ]
-    return columns
+def _ratio(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "singular"

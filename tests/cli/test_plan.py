@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,12 @@ LLAMA_2_7B = {
 
 
 def shown(*arguments: object) -> dict[str, list[str]]:
-    """The printed table by its first column."""
+    """The printed lines: cells, which stand two spaces apart, by the first of them."""
     result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
     if result.exception is not None:
         raise result.exception
-    lines = [line for line in result.stdout.splitlines() if line]
-    table = {line[:24].strip(): line[24:].rsplit(maxsplit=0)[0].split("  ") for line in lines}
-    return {key: [cell.strip() for cell in cells if cell.strip()] for key, cells in table.items()}
+    rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines() if line]
+    return {first: cells for first, *cells in rows}
 
 
 def test_a_7b_model_is_planned_without_its_weights(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 
 import corda_kernels.cli
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.cli.printing import echo
+from corda_kernels.cli.printing import echo, show
+from corda_kernels.report import Table
 
 NAME = "l.0\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r"
 
@@ -21,6 +22,25 @@ def test_what_does_not_print_is_escaped(capsys: pytest.CaptureFixture[str], err:
     echo(f"σ {NAME}\n\tend", err=err)
     shown = r"σ l.0\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r\n\tend" + "\n"
     assert capsys.readouterr() == (("", shown) if err else (shown, ""))
+
+
+def test_a_table_in_a_log_is_plain_and_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "20"}.items():
+        monkeypatch.setenv(name, value)
+    long = 40 * "model.layers."
+    rows = ((long, "1", "7"), ("[red]a[/red] :smile:", "22", ""), (NAME, "", "3"))
+    show(Table(f"title {NAME}", ("layer", "[b]n", "x"), rows, ("note",)))
+    title, head, *shown, note = capsys.readouterr().out.splitlines()
+    assert (title, note) == (r"title l.0\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r", "note")
+    assert head.split() == ["layer", "[b]n", "x"]
+    assert [line.split() for line in shown] == [
+        [long, "1", "7"],
+        ["[red]a[/red]", ":smile:", "22"],
+        [r"l.0\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r", "3"],
+    ]
+    assert {len(line) for line in (head, *shown)} == {len(long) + len("  [b]n  x")}
 
 
 def test_names_in_a_covariance_file_are_escaped(invoke: Callable[..., str], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from corda_kernels.report import (
     html_page,
     measure_inputs,
     measure_spectra,
+    with_covariances,
 )
 from corda_kernels.report.content import Input, Layer
 
@@ -57,14 +58,14 @@ def large(blocks: int = 32, kinds: tuple[str, ...] = KINDS) -> Report:
         about = {"layers": [name], "tokens": 10**6, "channels": 11008, "absmax": absmax}
         about |= {"median": 1.5, "channel": 11007, "outliers": 12, "threshold": 6.0}
         about |= {"spectrum": spectrum, "largest": 900.0, "smallest": 1e-7}
-        inputs.append(Input.from_json(about, 0.01))
+        inputs.append(Input.from_json(about | {"effective_rank": 3.0}))
     scores = {name: [choose.uniform(900, 1000) for _ in range(5)] for name in names}
     groups = [[name] for name in names]
     agreement = {n: LayerStability(choose.random(), choose.random()) for n in names}
     return Report(
         name=HOSTILE[0],
-        model=HOSTILE[1],
-        summary=(("Model", HOSTILE[1]), (HOSTILE[0], "word " * 40)),
+        title=HOSTILE[1],
+        summary=(("model", HOSTILE[1]), (HOSTILE[0], "word " * 40)),
         layers=layers,
         inputs=tuple(inputs),
         damping=0.01,
@@ -125,5 +126,7 @@ def reports(
         name: adapter_report(name, read_adapter(run / name))
         for name in ("ipm", "kpm", "pool", "published", "old")
     }
-    found["covariances"] = covariance_report("cov", covariances, inputs=inputs, spectra=spectra)
+    found["covariances"] = with_covariances(
+        covariance_report("cov", covariances, inputs), inputs, spectra
+    )
     return found

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from corda_kernels.report.names import by_kind, place
-from corda_kernels.report.text import escaped, short
+from corda_kernels.report.names import by_kind, place, printable, short
 
 
 @pytest.mark.parametrize(
@@ -18,6 +17,8 @@ from corda_kernels.report.text import escaped, short
         ("", "", 0),
         ("a.99999999999.b", "a.99999999999.b", 0),
         ("a.²3.b", "a.²3.b", 0),
+        ("a.3x.4", "a.3x", 4),
+        ("m.0.1.2", "*.*", 0),
     ],
 )
 def test_a_name_tells_kind_and_block(name: str, kind: str, block: int) -> None:
@@ -34,6 +35,6 @@ def test_layers_of_a_kind_come_together_in_the_models_order() -> None:
 
 
 def test_what_cannot_be_shown_is_replaced() -> None:
-    assert escaped('<b a="1">\ud800\x00\n') == "&lt;b a=&quot;1&quot;&gt;���"
+    assert printable('<b a="1">\ud800\x00\n') == '<b a="1">���'
     assert short("abc\x07", 4) == "abc�"
     assert short("abcdef", 4) == "…def"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from corda_kernels.errors import MissingExtraError
-from corda_kernels.report import Report, drawing, html_page, write_page
+from corda_kernels.report import Report, html_page, page, write_page
 from corda_kernels.report.content import Layer
+from corda_kernels.report.drawing import power_of_ten
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "use", "path", "rect", "image", "stop"}
 SECTIONS = {
@@ -134,9 +135,9 @@ def test_a_page_shows_what_is_known_and_says_what_is_not(
     reports: dict[str, Report], name: str
 ) -> None:
     report = reports[name]
-    page = html_page(report)
-    check(page)
-    found = sections(page)
+    text = html_page(report)
+    check(text)
+    found = sections(text)
     assert found.keys() >= SECTIONS - ({"Ranks"} if name == "covariances" else set())
     order = ["Ranks", "Spectra of W·C", "Spectra of C", "Conditions", "Outlier channels"]
     order += ["Selection", "Stability", "Time and memory"]
@@ -147,8 +148,9 @@ def test_a_page_shows_what_is_known_and_says_what_is_not(
         assert len(list(found[title].all("figure"))) == count, title
         assert len(next(found[title].all("p")).text) > 20
     summary = found["Summary"].text
-    for label, text in report.summary:
-        assert label + text in summary
+    assert report.title in summary
+    for label, line in report.summary:
+        assert label + line in summary
     rows = [row.text for row in next(found["Layers"].all("tbody")).all("tr")]
     assert len(rows) == len(report.layers) == 14
 
@@ -157,14 +159,16 @@ def test_the_summary_tells_mode_rank_tokens_parameters_and_verdicts(
     reports: dict[str, Report],
 ) -> None:
     ipm, kpm = (dict(reports[name].summary) for name in ("ipm", "kpm"))
-    assert ipm["Mode"].startswith("IPM")
-    assert ipm["Rank"] == "4 in every layer"
-    assert ipm["Calibration tokens"] == "480"
-    assert ipm["Trainable parameters"] == f"{reports['ipm'].trainable:,}"
-    assert "layers stable" in ipm["Samples"]
-    assert "parameters" in kpm["Rank"]
-    assert kpm["Selection"].startswith("3 candidates")
-    assert kpm["Samples"] == "not measured"
+    assert reports["ipm"].title.startswith("IPM adapter of rank 4 for 14 layers of")
+    assert ipm["trains"] == "the largest components"
+    assert ipm["calibration tokens"] == "480"
+    assert ipm["trainable parameters"] == f"{reports['ipm'].trainable:,}"
+    assert "layers stable" in ipm["samples"]
+    spent = f"{reports['kpm'].allocation['spent']:,} of {reports['kpm'].allocation['budget']:,}"
+    assert f"{spent} parameters" in reports["kpm"].title
+    assert kpm["trains"] == "the smallest components"
+    assert kpm["selection"].startswith("3 candidates")
+    assert kpm["samples"] == "their stability was not measured"
 
 
 def test_the_uniform_rank_costs_what_was_spent(reports: dict[str, Report]) -> None:
@@ -187,8 +191,8 @@ def test_the_form_of_an_adapter_decides_its_size(reports: dict[str, Report]) -> 
     # A LoRA is all that is kept; the published A and B have A0 and B0 beside them.
     assert lora.memory["adapter"] == 4 * lora.trainable
     assert published.memory["adapter"] == 2 * 4 * published.trainable
-    assert dict(lora.summary)["Options"] == "hold 1, damping 0.01"
-    assert dict(published.summary)["Options"] == "residual weight, damping 0.01"
+    assert lora.title.endswith("(hold 1, damping 0.01)")
+    assert published.title.endswith("(residual weight, damping 0.01)")
     assert {layer.rank for layer in (*lora.layers.values(), *published.layers.values())} == {4}
 
 
@@ -203,7 +207,7 @@ def test_a_large_page_is_sound_and_small(large_page: str) -> None:
     check(large_page)
     assert len(large_page.encode()) < 2 << 20
     assert "<script" not in large_page
-    assert "&lt;/script&gt;&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in large_page
+    assert "&lt;/script&gt;&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;" in large_page
     assert "&lt;img src=x" in large_page
     found = sections(large_page)
     # Of more than twelve kinds of layers the most frequent are drawn; the table has them all.
@@ -219,7 +223,7 @@ def test_two_pages_of_one_report_are_the_same(reports: dict[str, Report]) -> Non
 def test_without_matplotlib_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, reports: dict[str, Report], tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "corda_kernels\[report\]"'):
         write_page(reports["old"], tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
@@ -230,4 +234,4 @@ def test_without_matplotlib_the_error_names_the_extra(
     [(1e-3, "10⁻³"), (0.01, "0.01"), (1.0, "1"), (1000.0, "1000"), (1e10, "10¹⁰"), (2e4, "")],
 )
 def test_ticks_of_a_logarithmic_axis_are_powers_of_ten(value: float, text: str) -> None:
-    assert drawing.power_of_ten(value) == text
+    assert power_of_ten(value) == text
