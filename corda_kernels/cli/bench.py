@@ -86,21 +86,20 @@ def svd(
     json: Json = None,
 ) -> None:
     """Time the decomposition of layers at both ends against PEFT's and torch's."""
+    from corda_kernels.bench import svd_methods
     from corda_kernels.bench.svd import HEADER, bench_case, bench_memory
     from corda_kernels.bench.svd_cases import check_case, make_case
-    from corda_kernels.bench.svd_methods import methods as methods_here
-    from corda_kernels.bench.svd_methods import published_missing
 
     where = _device(device, json)
     source = None if model is None or cov is None else (model, str(cov))
-    chosen = methods_here(where, [] if methods is None else _parts(methods))
+    chosen = svd_methods.methods(where, [] if methods is None else _parts(methods))
     if cases is None:
         cases = f"{'smollm2-block' if model is None else 'model'},4096x4096"
     names = _parts(cases)
     for name in names:
         check_case(name, rank, source)
     results = _begin(where, "rows", "memory")
-    missing = published_missing()
+    missing = svd_methods.published_missing()
     if missing is not None:
         echo(f"without published: {missing}")
     echo(HEADER)
