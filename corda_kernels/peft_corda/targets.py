@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             kind = type(module.weight).__name__ if is_quantised(module) else module.weight.dtype
             raise TargetError(
                 f"layer {name} ({type(module).__name__}) holds its weight as {kind}, into which "
-                "PEFT cannot write W − B·A: load the model in float32, float16 or bfloat16, and "
-                "quantise the residual afterwards; or take init_corda, which leaves the base as is"
+                "PEFT cannot write W − B·A: load it in float32, float16 or bfloat16, and quantise "
+                "the residual afterwards; or take init_corda, which leaves the base as it is"
             )
         outputs, inputs = target.weight.shape
         if not 1 <= target.rank <= min(outputs, inputs):
@@ -115,6 +114,9 @@ def exclude(config: LoraConfig, names: Sequence[str]) -> None:
 
 
 def _resolve(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    # PEFT's own, which another version may have elsewhere: `patch_peft` warns of those first.
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
     resolved = copy.copy(config)
     if resolved.target_modules is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)

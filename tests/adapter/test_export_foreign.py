@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapter_files import Calibrated, Logits, Make, described, written
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from corda_kernels import export_lora, save_adapter
 from corda_kernels.errors import AdapterError
@@ -143,3 +144,12 @@ def test_initial_factors_that_another_adapter_left_behind_are_named(
     adapt(calibrated(), rank=4).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"corda_initial\.safetensors is left over"):
         export_lora(tmp_path, tmp_path / "out")
+
+
+def test_a_lora_of_a_convolution_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(AdapterError, match="adapts 0, which is no linear layer but a convolution"):
+        export_lora(model, tmp_path / "out")
+    with pytest.raises(AdapterError, match="layer 0, or its A and B do not fit"):
+        export_lora(tmp_path / "saved", tmp_path / "out")
