@@ -70,14 +70,14 @@ def kinds_shown(names: Iterable[str], most: int = _MOST_KINDS) -> dict[str, _Ent
 
 def _each_kind(
     names: Iterable[str],
-    plot: Callable[[Axes, _Entries], str],
+    plot: Callable[[_Entries, Axes], str],
     x: str,
     y: str,
     prefix: str = "",
 ) -> list[Panel]:
     """A chart for each kind of layers."""
     return [
-        draw(prefix + short(kind), x, y, partial(plot, entries=sorted(entries)))
+        draw(prefix + short(kind), x, y, partial(plot, sorted(entries)))
         for kind, entries in kinds_shown(names).items()
     ]
 
@@ -89,7 +89,7 @@ def _ranks(report: Report) -> list[Panel]:
     ranks = {name: layer.rank or 0 for name, layer in report.layers.items()}
     uniform = report.uniform_rank()
 
-    def plot(axes: Axes, entries: _Entries) -> str:
+    def plot(entries: _Entries, axes: Axes) -> str:
         shown = [ranks[name] for _, name in entries]
         axes.bar([block for block, _ in entries], shown, width=0.8, color=COLOURS[0])
         if uniform is not None:
@@ -122,7 +122,7 @@ def _spectra(
     shares, values = zip(*(point for line in lines.values() for point in line), strict=True)
     corners = [(min(shares), min(values)), (max(shares), max(values))]
 
-    def plot(axes: Axes, entries: _Entries) -> str:
+    def plot(entries: _Entries, axes: Axes) -> str:
         first, last = entries[0][0], entries[-1][0]
         labels = {block: f"block {block}" for block in (first, last)}
         for block, name in entries:
@@ -136,7 +136,7 @@ def _spectra(
         axes.update_datalim(corners)
         axes.margins(0.06)
         axes.xaxis.set_major_locator(FixedLocator(_ticks(axes)))
-        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(loc="best", handlelength=1.2)
         falls = [lines[name][0][1] / lines[name][-1][1] for _, name in entries]
@@ -154,7 +154,8 @@ def _ticks(axes: Axes) -> list[float]:
     logit = axes.xaxis.get_transform()
     first, last = logit.transform([low, high])
     places = [first + (last - first) * step / 8 for step in (1, 3, 5, 7)]
-    return [float(f"{share:.1g}") for share in logit.inverted().transform(places)]
+    shares = logit.inverted().transform(places)
+    return [float(f"{s:.1g}") if s < 0.5 else 1 - float(f"{1 - s:.1g}") for s in shares]
 
 
 def _conditions(report: Report) -> list[Panel]:
@@ -204,7 +205,7 @@ def _outliers(inputs: Iterable[Input]) -> list[Panel]:
     ratios = {n: [value / e.median for value in e.absmax] for n, e in known.items()}
     peak = max([10.0, *(max(row) for row in ratios.values())])
 
-    def plot(axes: Axes, entries: _Entries) -> str:
+    def plot(entries: _Entries, axes: Axes) -> str:
         channels = max(known[name].channels for _, name in entries)
         runs = max(len(ratios[name]) for _, name in entries)
         image = axes.imshow(
@@ -243,7 +244,7 @@ def _selection(report: Report) -> list[Panel]:
     chosen = [winners[name] for name in scores]
     counts = {str(number + 1): chosen.count(number) for number in range(selection.rounds)}
 
-    def plot(axes: Axes, entries: _Entries) -> str:
+    def plot(entries: _Entries, axes: Axes) -> str:
         blocks = [block for block, _ in entries]
         rows = []
         for _, name in entries:

@@ -123,11 +123,14 @@ def _selection_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
 
 
 def _stability_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
+    stability = report.stability
+    if stability is None:
+        return []
     cells = []
-    for name, layer in report.stability.layers.items() if report.stability else ():
+    for name, layer in stability.layers.items():
         shares = {"top": layer.top, "bottom": layer.bottom}
         row = {end: f"{share:.2f}" for end, share in shares.items() if share is not None}
-        cells.append((name, row | {"verdict": report.stability.verdict(layer)}))
+        cells.append((name, row | {"verdict": stability.verdict(layer)}))
     return cells
 
 

@@ -155,6 +155,16 @@ def test_a_page_shows_what_is_known_and_says_what_is_not(
     assert len(rows) == len(report.layers) == 14
 
 
+@pytest.mark.parametrize("name", ["ipm", "pool", "covariances"])
+def test_ticks_of_shares_are_round(reports: dict[str, Report], name: str) -> None:
+    shown = sections(html_page(reports[name]))["Spectra of W·C"]
+    ticks = [text for node in shown.all("text") if (text := node.text.strip()).endswith("%")]
+    assert len(set(ticks)) > 2
+    for tick in ticks:
+        value = float(tick.rstrip("%"))
+        assert any(x == pytest.approx(float(f"{x:.1g}")) for x in (value, 100 - value)), tick
+
+
 def test_the_summary_tells_mode_rank_tokens_parameters_and_verdicts(
     reports: dict[str, Report],
 ) -> None:
