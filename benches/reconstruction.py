@@ -28,9 +28,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corda_kernels import CoSVD, CovarianceSet, co_svd, load_model, published_factors
+from corda_kernels import CovarianceSet, co_svd, load_model
+from corda_kernels.adapter import published_factors
 from corda_kernels.bench.timing import environment
 from corda_kernels.files import write_json
+from corda_kernels.linalg import CoSVD
 from corda_kernels.linalg.exact import End
 from corda_kernels.linears import linear_weight
 from corda_kernels.outputs import check_output

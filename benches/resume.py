@@ -114,7 +114,8 @@ def kill_and_resume(kills: int) -> int:
 
 
 def cost(model_folder: str, text: str, field: str) -> int:
-    from corda_kernels import CalibrationCheckpoint, calibrate, load_model, load_tokenizer
+    from corda_kernels import calibrate, load_model, load_tokenizer
+    from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.journal import Journal
     from corda_kernels.text import token_batches
 

@@ -14,8 +14,8 @@ import torch
 from conftest import DEVICE, Contest, Sized
 from torch import Tensor
 
-from corda_kernels import compactness
 from corda_kernels.bench.svd_cases import DAMPING, realistic_covariance
+from corda_kernels.planning import compactness
 
 # (out, in) of a layer.
 CASES = [(576, 576), (1536, 576), (576, 1536)]

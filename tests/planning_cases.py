@@ -24,7 +24,13 @@ from wrong_arguments import (
 )
 
 import corda_kernels as ck
-from corda_kernels.planning import drift_weights, parse_budget, uniform_budget
+from corda_kernels.planning import (
+    Stability,
+    drift_weights,
+    parse_budget,
+    subspace_stability,
+    uniform_budget,
+)
 from corda_kernels.planning.stability import LayerStability
 
 SPECTRUM = torch.tensor([2.0, 1.0])
@@ -105,7 +111,7 @@ PLANNING: dict[str, Case] = {
         },
     ),
     "subspace_stability": Case(
-        ck.subspace_stability,
+        subspace_stability,
         lambda w: {
             "modules": w.modules,
             "first": w.covariances,
@@ -133,12 +139,12 @@ PLANNING: dict[str, Case] = {
         },
     ),
     "Stability.verdict": Case(
-        lambda layer: ck.Stability(2, None, (1, 1), {}).verdict(layer),
+        lambda layer: Stability(2, None, (1, 1), {}).verdict(layer),
         lambda w: {"layer": LayerStability(0.5)},
         {"layer": [*OTHERS, LayerStability()]},
     ),
     "Stability.at": Case(
-        lambda end: ck.Stability(2, None, (1, 1), {}).at(end, []),
+        lambda end: Stability(2, None, (1, 1), {}).at(end, []),
         lambda w: {"end": "largest"},
         {"end": [*CHOICES, None]},
     ),

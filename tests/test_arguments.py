@@ -55,10 +55,15 @@ from wrong_arguments import (
 
 import corda_kernels as ck
 from corda_kernels import kernels
+from corda_kernels.adapter import AdapterFactors, published_factors, residual
 from corda_kernels.arguments import shown
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.errors import CordaError
 from corda_kernels.integrations import statistics
+from corda_kernels.linalg import extreme_eigenvalues, singular_values
+from corda_kernels.planning import compactness
 from corda_kernels.planning.compactness import log_condition
+from corda_kernels.training import compactness_penalty, drift_penalty
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def world(calibrated: Any, save_tokenizer: Any, tmp_path_factory: pytest.TempPat
 
 
 FOUND = ck.co_svd(W, C, rank=2)
-FACTORS = ck.published_factors(W, FOUND)
+FACTORS = published_factors(W, FOUND)
 CALIBRATION: dict[str, list[Any]] = {
     "model": OTHERS,
     "batches": [None, 5, [None], ["text"], {"input_ids": 1}, [[1, 2]], []],
@@ -119,7 +124,7 @@ CASES: dict[str, Case] = (
             },
         ),
         "singular_values": Case(
-            ck.singular_values,
+            singular_values,
             lambda w: {"weight": W, "covariance": C},
             {"weight": WEIGHTS, "covariance": COVARIANCES, "damping": DAMPINGS, "tail": FLAGS},
         ),
@@ -129,10 +134,10 @@ CASES: dict[str, Case] = (
             {"matrix": SQUARES, "damping": DAMPINGS, "max_condition": [*REAL, 0.5]},
         ),
         "extreme_eigenvalues": Case(
-            ck.extreme_eigenvalues, lambda w: {"matrix": C}, {"matrix": [*SQUARES, C * NAN]}
+            extreme_eigenvalues, lambda w: {"matrix": C}, {"matrix": [*SQUARES, C * NAN]}
         ),
         "compactness": Case(
-            ck.compactness,
+            compactness,
             lambda w: {"weight": W, "covariance": C},
             {
                 "weight": WEIGHTS,
@@ -156,7 +161,7 @@ CASES: dict[str, Case] = (
             },
         ),
         "published_factors": Case(
-            ck.published_factors,
+            published_factors,
             lambda w: {
                 "weight": W,
                 "co_svd": FOUND,
@@ -171,11 +176,11 @@ CASES: dict[str, Case] = (
             },
         ),
         "residual": Case(
-            ck.residual,
+            residual,
             lambda w: {"weight": W, "factors": FACTORS},
             {
                 "weight": [*odd_tensors(W), W[:5], W[0]],
-                "factors": [*OTHERS, ck.AdapterFactors(FACTORS.A, FACTORS.B[:5])],
+                "factors": [*OTHERS, AdapterFactors(FACTORS.A, FACTORS.B[:5])],
             },
         ),
         "CordaLinear": Case(
@@ -185,9 +190,9 @@ CASES: dict[str, Case] = (
                 "base": [*OTHERS, nn.ReLU(), nn.Linear(6, 5)],
                 "factors": [
                     *OTHERS,
-                    ck.AdapterFactors("A", "B"),  # type: ignore[arg-type]
-                    ck.AdapterFactors(FACTORS.A.to(torch.complex64), FACTORS.B),
-                    ck.AdapterFactors(FACTORS.A[0], FACTORS.B),
+                    AdapterFactors("A", "B"),  # type: ignore[arg-type]
+                    AdapterFactors(FACTORS.A.to(torch.complex64), FACTORS.B),
+                    AdapterFactors(FACTORS.A[0], FACTORS.B),
                 ],
             },
         ),
@@ -229,7 +234,7 @@ CASES: dict[str, Case] = (
             {"path": PATHS, "device": DEVICES},
         ),
         "CalibrationCheckpoint": Case(
-            ck.CalibrationCheckpoint,
+            CalibrationCheckpoint,
             lambda w: {"path": w.folder / "run"},
             {"path": PATHS, "every": [*WHOLE, -1], "resume": FLAGS},
         ),
@@ -364,12 +369,12 @@ CASES: dict[str, Case] = (
             scheduled, lambda w: {"model": adapted(w)}, {"model": [*OTHERS, nn.ReLU()]}
         ),
         "DriftPenalty": Case(
-            ck.drift_penalty,
+            drift_penalty,
             lambda w: {"model": adapted(w), "covariances": w.covariances},
             {"model": [*OTHERS, nn.ReLU()], "covariances": OTHERS},
         ),
         "CompactnessPenalty": Case(
-            ck.compactness_penalty,
+            compactness_penalty,
             lambda w: {"model": adapted(w), "covariances": w.covariances},
             {"model": [*OTHERS, nn.ReLU()], "covariances": OTHERS},
         ),

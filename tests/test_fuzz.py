@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from corda_kernels import (
-    CalibrationCheckpoint,
     CordaConfig,
     CovarianceSet,
     calibrate,
@@ -30,6 +29,7 @@ from corda_kernels import (
     load_for_training,
 )
 from corda_kernels.adapter import read_adapter, save_adapter, write_adapter
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.cli import main
 from corda_kernels.errors import AdapterError, CheckpointError, CordaError, CovarianceFileError
 from corda_kernels.files import write_checked

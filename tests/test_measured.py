@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from corda_kernels import CordaConfig, singular_values
+from corda_kernels import CordaConfig
 from corda_kernels.adapter import read_adapter, write_adapter
 from corda_kernels.calibration import Covariance
 from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import measured_input, sampled_spectrum
+from corda_kernels.linalg import singular_values
 from corda_kernels.models import target_linears
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]

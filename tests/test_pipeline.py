@@ -11,8 +11,9 @@ from pairs import pairs
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from corda_kernels import CordaConfig, Covariance, CovarianceSet, calibrate, init_corda
+from corda_kernels import CordaConfig, CovarianceSet, calibrate, init_corda
 from corda_kernels.adapter import adapter_of
+from corda_kernels.calibration import Covariance
 from corda_kernels.errors import (
     ConfigError,
     CordaError,

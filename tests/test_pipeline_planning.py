@@ -17,7 +17,6 @@ from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import (
-    CalibrationCheckpoint,
     CordaConfig,
     CovarianceSet,
     export_lora,
@@ -27,6 +26,7 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import adapter_of, read_adapter
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import (
     BatchError,

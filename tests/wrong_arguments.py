@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import corda_kernels as ck
 from corda_kernels import kernels
+from corda_kernels.calibration import Covariance
 from corda_kernels.peft_corda import patch_peft, preprocess_corda
+from corda_kernels.planning import Stability
 
 NAN, INF = math.nan, math.inf
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -105,7 +107,7 @@ def batch(**changes: Any) -> dict[str, Any]:
     return {"input_ids": ones, "attention_mask": ones} | changes
 
 
-def covariance(**changes: Any) -> ck.Covariance:
+def covariance(**changes: Any) -> Covariance:
     values = {
         "matrix": C,
         "tokens": 10,
@@ -114,7 +116,7 @@ def covariance(**changes: Any) -> ck.Covariance:
         "outlier_count": torch.zeros(5, dtype=torch.int64),
         "outlier_threshold": 6.0,
     }
-    return ck.Covariance(**(values | changes))
+    return Covariance(**(values | changes))
 
 
 def covariance_set(**changes: Any) -> ck.CovarianceSet:
@@ -161,10 +163,10 @@ def mixed(world: World, **options: Any) -> Any:
     return ck.mix_covariances(**({"sets": [world.covariances] * 2, "weights": [1, 1]} | options))
 
 
-def stability_of(entry: Any, **changes: Any) -> ck.Stability:
+def stability_of(entry: Any, **changes: Any) -> Stability:
     layers = {"a": entry}
     note = {"rank": 4, "damping": 0.01, "tokens": [5, 5], "layers": layers}
-    return ck.Stability.from_json(note | changes)
+    return Stability.from_json(note | changes)
 
 
 @dataclass(frozen=True)

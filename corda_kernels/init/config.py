@@ -65,7 +65,7 @@ class CordaConfig:
             each a sample of its own.
         selection: "argmin" keeps for each layer the candidate with the lowest score, as CorDA++
             does; "pool" takes all of them together. See `select_covariance`.
-        condition: π in the scores of selection and budget; see `corda_kernels.compactness`.
+        condition: π in the scores of selection and budget; see `planning.compactness`.
         hold: how firmly training is held to what the components span; see `adapter_factors`. Twice
             as much about quarters the share of the change that leaves them.
         residual: None for a plain LoRA that starts at zero on the untouched base; "weight" for the

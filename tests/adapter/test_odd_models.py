@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, Mamba2Config
 
 from corda_kernels import (
     CordaConfig,
-    Covariance,
     CovarianceSet,
     export_lora,
     init_corda,
@@ -25,6 +24,7 @@ from corda_kernels import (
 )
 from corda_kernels.adapter import CordaLinear, LayerAdapter, attach, describe_base
 from corda_kernels.adapter.record import initial_checksum
+from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.models import target_linears

@@ -20,7 +20,6 @@ import torch
 import torch.distributed
 
 from corda_kernels import (
-    CalibrationCheckpoint,
     CordaConfig,
     calibrate,
     calibrate_blocks,
@@ -29,6 +28,7 @@ from corda_kernels import (
     select_covariance,
 )
 from corda_kernels.adapter import write_adapter
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import CordaError, DistributedError

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate_blocks
+from corda_kernels import CovarianceSet, calibrate_blocks
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration import capture as capture_module
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks

@@ -13,7 +13,8 @@ import torch
 from damage import damaged_bytes, damaged_json, damaged_tensors, header_size, seal
 from torch import nn
 
-from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.journal import FORMAT as CHECKPOINT
 from corda_kernels.errors import (
     CheckpointError,

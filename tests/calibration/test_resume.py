@@ -12,7 +12,8 @@ import torch
 from stages import one_stage
 from torch import Tensor, nn
 
-from corda_kernels import CalibrationCheckpoint, CovarianceSet, calibrate
+from corda_kernels import CovarianceSet, calibrate
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.journal import Journal

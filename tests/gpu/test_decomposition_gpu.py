@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels import (
-    co_svd,
-    co_svd_layers,
-    extreme_eigenvalues,
-    regularized_inverse,
-    singular_values,
-)
+from corda_kernels import co_svd, co_svd_layers, regularized_inverse
 from corda_kernels.bench.accuracy import adapter_error, reference, tail_energy_ratio
 from corda_kernels.bench.svd_cases import realistic_covariance
 from corda_kernels.kernels import use_backend
-from corda_kernels.linalg import layers
+from corda_kernels.linalg import extreme_eigenvalues, layers, singular_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from corda_kernels import drift_penalty
+from corda_kernels.training import drift_penalty
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 

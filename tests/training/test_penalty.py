@@ -14,18 +14,17 @@ from torch import Tensor, nn
 
 from corda_kernels import (
     CompactnessPenalty,
-    Covariance,
     CovarianceSet,
     DriftPenalty,
     calibrate,
-    compactness_penalty,
-    drift_penalty,
     load_for_training,
     save_adapter,
 )
 from corda_kernels.adapter import LayerAdapter, adapter_of
+from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linears import linear_weight
+from corda_kernels.training import compactness_penalty, drift_penalty
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
