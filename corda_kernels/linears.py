@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from corda_kernels.errors import CordaWarning, TargetError
+from corda_kernels.errors import CordaWarning, TargetError, warn
 
 
 @contextlib.contextmanager
@@ -57,12 +56,11 @@ def unpack(modules: Mapping[str, nn.Module]) -> None:
     for name in packed:
         _unpack(modules[name])
     if packed:
-        warnings.warn(
+        warn(
             f"bitsandbytes had packed the weights of {len(packed)} layer(s) for inference, among "
             f"them {packed[0]}, which rounded their scales to bfloat16: they are unpacked again, "
             "and the adapter is made of what is left; make it before the model is run",
             CordaWarning,
-            stacklevel=2,
         )
 
 

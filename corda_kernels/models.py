@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,14 @@ from corda_kernels.arguments import (
     shown,
     usable_device,
 )
-from corda_kernels.errors import CordaError, CordaWarning, ModelError, OutputError, TargetError
+from corda_kernels.errors import (
+    CordaError,
+    CordaWarning,
+    ModelError,
+    OutputError,
+    TargetError,
+    warn,
+)
 from corda_kernels.linears import is_linear
 from corda_kernels.outputs import staged_folder
 
@@ -209,7 +215,7 @@ def save_model(
     try:
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        warnings.warn(f"{path} gets no tokenizer: {error}", CordaWarning, stacklevel=2)
+        warn(f"{path} gets no tokenizer: {error}", CordaWarning)
     with staged_folder(path, replaced=MODEL_FILES) as folder:
         try:
             model.save_pretrained(folder)

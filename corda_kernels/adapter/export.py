@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,14 @@ from corda_kernels.adapter.folder import (
 from corda_kernels.adapter.linear import CordaLinear, detach_linears
 from corda_kernels.adapter.model import adapter_of, check_start, factors_in, residual_marker
 from corda_kernels.arguments import instance_of, readable_path, whole_number
-from corda_kernels.errors import AdapterError, CordaWarning, ModelError, OutputError, RankError
+from corda_kernels.errors import (
+    AdapterError,
+    CordaWarning,
+    ModelError,
+    OutputError,
+    RankError,
+    warn,
+)
 from corda_kernels.files import write_bytes
 from corda_kernels.linears import check_writable, linear_weight
 from corda_kernels.outputs import staged_folder
@@ -112,11 +118,10 @@ def export_lora(
     elif patterns:
         changes = {name: _padded(change, widest) for name, change in changes.items()}
     if result.rank > SERVED_RANKS[-1]:
-        warnings.warn(
+        warn(
             f"the LoRA has rank {result.rank}, and vLLM serves {SERVED_RANKS[-1]} at most: give a "
             "rank to cut it off at, or merge it",
             CordaWarning,
-            stacklevel=2,
         )
     described = config | {
         "r": result.rank,

@@ -10,7 +10,6 @@ X = U_I (D U_I)ᵀ W, a projection that is oblique.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from corda_kernels.arguments import (
     shown,
     whole_number,
 )
-from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError
+from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError, warn
 from corda_kernels.linalg.exact import (
     End,
     exact,
@@ -191,11 +190,10 @@ def singular_values(
 def warn_given_up(error: Tensor, prefix: str = "") -> None:
     """Warns where the iteration gave up, at an error (*batch) that is 0 where it did not."""
     if bool((error != 0).any()):
-        warnings.warn(
+        warn(
             f"{prefix}the randomised method did not converge (error {float(error.max()):.1e}): "
             "the exact one ran instead",
             ConvergenceWarning,
-            stacklevel=4,
         )
 
 

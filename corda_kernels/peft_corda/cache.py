@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from corda_kernels.adapter import (
 )
 from corda_kernels.adapter.lora import target_modules
 from corda_kernels.adapter.record import BASE_FIELDS, base_difference
-from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning
+from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
 from corda_kernels.linears import is_linear
@@ -320,11 +319,10 @@ def _check_notes(
     """Makes sure that a file was made for a model with what is wanted; warns where nobody knows."""
     if not notes:
         facts = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
-        warnings.warn(
+        warn(
             f"{path} has no notes beside it, as PEFT writes it: it is taken as made for this model "
             f"with {facts}, which cannot be checked",
             CompatibilityWarning,
-            stacklevel=6,  # the caller of preprocess_corda, which no_grad wraps
         )
         return
     for key, value in wanted.items():

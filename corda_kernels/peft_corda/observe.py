@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.passes import evaluating
-from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning
+from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning, warn
 from corda_kernels.memory import has_own_memory
 from corda_kernels.models import input_device
 
@@ -82,12 +81,11 @@ class Observer:
             self.on_host, seen = True, passes.tokens
         if self.on_host and not passes.finished:
             # Outside of the handler, for the error holds on to the first sums.
-            warnings.warn(
+            warn(
                 "memory ran out while run_model ran: it is called again, with covariances that the "
                 f"CPU sums up, which takes longer; if it reads an iterator, {seen} tokens of that "
                 "are used up; memory_limit bounds covariances",
                 OutOfMemoryWarning,
-                stacklevel=5,  # the caller of preprocess_corda; each no_grad wraps
             )
             passes = self._passes(model, modules)
             passes.run(run_model)
@@ -174,12 +172,11 @@ class _Passes:
     def _warn_of_padding(self, ids: object, given: str) -> None:
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if pad is not None and isinstance(ids, Tensor) and looks_padded(ids, pad):
-            warnings.warn(
+            warn(
                 f"call {self.count} of the model (counted from 0) is padded (token {pad}) but was "
                 f"given {given}: the padding counts as text and inflates the covariances; pass "
                 "attention_mask to the model in run_model",
                 PaddingWarning,
-                stacklevel=2,
             )
 
 

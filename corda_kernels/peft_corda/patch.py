@@ -8,7 +8,6 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from unittest import mock
 
 from torch import nn
 
-from corda_kernels.errors import CompatibilityError, CompatibilityWarning
+from corda_kernels.errors import CompatibilityError, CompatibilityWarning, warn
 from corda_kernels.peft_corda.cache import CordaEigens
 from corda_kernels.peft_corda.preprocess import Options, preprocess_corda
 
@@ -105,11 +104,10 @@ def patch_peft(**options: Any) -> PeftPatch:
     """
     Options(**options)
     if _installed() not in TRIED_VERSIONS:
-        warnings.warn(
+        warn(
             f"peft {_installed()} is installed; this integration was tried with "
             f"{', '.join(TRIED_VERSIONS)}: check the first adapter",
             CompatibilityWarning,
-            stacklevel=2,
         )
 
     @functools.wraps(preprocess_corda)

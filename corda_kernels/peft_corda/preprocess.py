@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from corda_kernels.errors import (
     ConfigError,
     LeftOutWarning,
     ModelError,
+    warn,
 )
 from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linalg.operand import check_damping
@@ -163,11 +163,10 @@ def preprocess_corda(
             cache.write_cache(cache_file, eigens, model, targets, recipe)
     if absent:
         exclude(lora_config, absent)
-        warnings.warn(
+        warn(
             f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was "
             "nothing to make it from; they were added to lora_config.exclude_modules",
             LeftOutWarning,
-            stacklevel=3,
         )
     _attach(targets, eigens, observed, theirs)
 
@@ -182,11 +181,10 @@ def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConf
         if path is not None:
             readable_path(path, ConfigError)
     if options.use_float16_for_covariance:
-        warnings.warn(
+        warn(
             "use_float16_for_covariance is not followed: a float16 sum overflows; covariances that "
             "layers share are held once, and memory_limit bounds them",
             CompatibilityWarning,
-            stacklevel=4,
         )
     keeps_covariances = options.covariance_file is not None or not options.prune_temporary_fields
     if memory_limit is not None and keeps_covariances:
