@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 
 def pairs(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
     """One value of each option per case; a case is the one that adds the most new pairs.
@@ -28,3 +30,8 @@ def pairs(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
         tuple(option[index] for option, index in zip(options, case, strict=True))
         for case in sorted(chosen)
     ]
+
+
+def pairwise(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """`pytest.mark.parametrize` over the pairs of named options."""
+    return pytest.mark.parametrize(tuple(axes), pairs(*axes.values()), ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import pairwise
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend

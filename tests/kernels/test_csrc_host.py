@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairwise import pairwise
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels.kernels import cuda, reference

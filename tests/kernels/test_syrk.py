@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairwise import pairwise
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels import kernels

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import pairwise
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels.errors import ConfigError, DecompositionError
