@@ -62,7 +62,7 @@ from corda_kernels.errors import CordaError
 from corda_kernels.integrations import statistics
 from corda_kernels.linalg import extreme_eigenvalues, singular_values
 from corda_kernels.planning import compactness
-from corda_kernels.planning.compactness import log_condition
+from corda_kernels.planning.scores import log_condition
 from corda_kernels.training import compactness_penalty, drift_penalty
 
 

@@ -19,8 +19,8 @@ from corda_kernels.errors import ConfigError
 from corda_kernels.init.covariances import CalibrationPlan
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.models import check_selection
-from corda_kernels.planning.compactness import CONDITIONS, Condition
 from corda_kernels.planning.ranks import check_bounds, parse_budget
+from corda_kernels.planning.scores import CONDITIONS, Condition
 from corda_kernels.planning.selection import METHODS, Method
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.

@@ -36,7 +36,7 @@ from corda_kernels.planning import (
     select_covariance,
     subspace_stability,
 )
-from corda_kernels.planning.compactness import SCORING_DAMPING, Condition
+from corda_kernels.planning.scores import SCORING_DAMPING, Condition
 from corda_kernels.planning.selection import Method
 from corda_kernels.usage import Stopwatch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from corda_kernels.calibration import Covariance
 from corda_kernels.memory import cuda_peak_bytes, peak_bytes
-from corda_kernels.planning.compactness import Condition, LayerSpectrum
+from corda_kernels.planning.scores import Condition, LayerSpectrum
 from corda_kernels.usage import Stopwatch
 
 # Values kept of a whole spectrum, and maxima of a layer's input.

@@ -14,7 +14,7 @@ from corda_kernels.errors import RankError
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.linears import is_linear, is_quantised, linear_shape
 from corda_kernels.planning import allocate_ranks, layer_spectra, parse_budget, uniform_budget
-from corda_kernels.planning.compactness import SCORING_DAMPING, LayerSpectrum
+from corda_kernels.planning.scores import SCORING_DAMPING, LayerSpectrum
 from corda_kernels.usage import Stopwatch
 
 

@@ -25,7 +25,7 @@ from corda_kernels.fields import (
     is_whole,
 )
 from corda_kernels.outputs import check_output
-from corda_kernels.planning.compactness import CONDITIONS, Condition, check_condition, layer_spectra
+from corda_kernels.planning.scores import CONDITIONS, Condition, check_condition, layer_spectra
 
 Method = Literal["argmin", "pool"]
 

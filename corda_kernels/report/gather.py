@@ -9,7 +9,7 @@ from typing import Any
 from corda_kernels.adapter import Adapter, AdapterRecord
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.planning import Selection, Stability
-from corda_kernels.planning.compactness import SCORING_DAMPING
+from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.report.content import Input, Layer, Report, size, unaltered
 
 # Of covariances where no adapter says with which damping they are used.

@@ -15,7 +15,7 @@ from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.init.measured import measured_input, sampled_spectrum
 from corda_kernels.linalg import extreme_eigenvalues, parallel_map
 from corda_kernels.linears import linear_shape
-from corda_kernels.planning.compactness import layer_spectra
+from corda_kernels.planning.scores import layer_spectra
 from corda_kernels.progress import progress_bar
 
 # Up to this many channels all eigenvalues are computed; beyond, only the extreme ones.

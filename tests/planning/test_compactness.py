@@ -15,7 +15,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning import compactness, layer_spectra
-from corda_kernels.planning.compactness import CONDITIONS, log_condition
+from corda_kernels.planning.scores import CONDITIONS, log_condition
 
 SHAPES = {"wide": (12, 30), "square": (20, 20), "tall": (30, 12)}
 

@@ -25,7 +25,7 @@ from corda_kernels import (
 from corda_kernels.errors import CordaWarning
 from corda_kernels.models import target_linears
 from corda_kernels.planning import layer_spectra, uniform_budget
-from corda_kernels.planning.compactness import CONDITIONS
+from corda_kernels.planning.scores import CONDITIONS
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
