@@ -136,18 +136,23 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         AdapterError: the folder is not there, incomplete or altered.
     """
     folder = Path(path)
+    if folder.is_dir():  # first, for what is no adapter at all has neither file
+        _check_recorded(folder)
     return _adapter(*lora.read_lora(folder), folder)
 
 
-def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
-    """The adapter in a folder, from what `read_lora` gave."""
-    record = read_record(folder)
-    if record is None:
+def _check_recorded(folder: Path) -> None:
+    if not (folder / RECORD_FILE).is_file():
         raise AdapterError(
             f"{folder} has no {RECORD_FILE}: it was not written by this package, or the file was "
             "left behind; copy it from the folder of the fresh adapter. PEFT does not need it: "
             "PeftModel.from_pretrained loads the folder as it is"
         )
+
+
+def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
+    """The adapter in a folder, from what `read_lora` gave."""
+    record = read_record(folder)
     layers = layer_adapters(config, tensors, folder)
     if lora.fits_residual(config) == (record.residual is None):
         raise AdapterError(f"{folder / RECORD_FILE} belongs to another adapter: copy it again")
@@ -167,14 +172,14 @@ def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: P
     return Adapter({name: layers[name] for name in record.layers}, record)
 
 
-def read_record(folder: Path) -> AdapterRecord | None:
-    """How the adapter in a folder was made; None where nothing says so.
+def read_record(folder: Path) -> AdapterRecord:
+    """How the adapter in a folder was made.
 
     Raises:
-        AdapterError: the record was altered.
+        AdapterError: the record is not there, or was altered.
     """
-    file = folder / RECORD_FILE
-    return AdapterRecord.from_json(lora.read_json(file)) if file.is_file() else None
+    _check_recorded(folder)
+    return AdapterRecord.from_json(lora.read_json(folder / RECORD_FILE))
 
 
 def layer_adapters(

@@ -87,7 +87,7 @@ class AdapterRecord:
         allocation: how a budget was shared out: `budget` and `spent` in adapter parameters,
             `condition`, and `ranks` by layer, 0 for layers without an adapter; {} without a budget.
         stability: how well the two halves of the calibration text agree, by layer.
-        measured: what a report shows of the run that made it, see `pipeline/measured.py`: `layers`
+        measured: what a report shows of the run that made it, see `init/measured.py`: `layers`
             (by name: shape and spectrum), `inputs` (channel statistics), `seconds` by stage and
             `peak_bytes` by device; {} where nothing was measured. Two runs that make the same
             adapter take different times: it does not count when records are compared.

@@ -1,1 +1,1 @@
-"""The library inside other tools: PEFT's CorDA, and statistics for other methods."""
+"""Statistics for other methods, and the former address of `corda_kernels.peft_corda`."""
