@@ -51,6 +51,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "covariance": Table(tables.covariances, ("cpu-covariance", "cpu-covariance-4096")),
+    "covariance-avx2": Table(tables.covariances, ("cpu-covariance-avx2",)),
     "svd": Table(tables.decompositions, ("cpu-svd", "cpu-svd-4096", "cpu-svd-11008")),
     "accuracy": Table(tables.accuracies, ("cpu-decomposition-accuracy",)),
     "reconstruction": Table(tables.reconstructions, ("cpu-reconstruction",)),
