@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import CordaConfig
+from corda_runs import LAYERS, lora, running, text
+from peft import get_peft_model
 from peft.tuners.lora.corda import calib_cov_distribution
 from peft.tuners.lora.corda import preprocess_corda as peft_own
 from torch import Tensor, nn
@@ -30,32 +30,7 @@ from corda_kernels.errors import (
 )
 from corda_kernels.peft_corda import preprocess, preprocess_corda
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PAD = 0
-
-
-def lora(targets: Any = LAYERS, *, method: str = "ipm", **corda: Any) -> LoraConfig:
-    return LoraConfig(
-        r=4,
-        target_modules=targets,
-        init_lora_weights="corda",
-        corda_config=CordaConfig(corda_method=method, **corda),
-    )
-
-
-def text(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def running(model: nn.Module, *batches: Any) -> Callable[[], None]:
-    """A `run_model` as users write it."""
-
-    @torch.no_grad()
-    def run() -> None:
-        for batch in batches:
-            model(**batch) if isinstance(batch, dict) else model(batch)
-
-    return run
 
 
 def covariance_of(model: nn.Module, layer: str = "model.layers.1.mlp.down_proj") -> Tensor:
