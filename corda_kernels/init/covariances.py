@@ -309,8 +309,7 @@ def _with_stability(
             second,
             rank=plan.rank,
             damping=plan.damping,
-            top="largest" in plan.ends,
-            bottom="smallest" in plan.ends,
+            ends=plan.ends,
             progress=plan.progress and ranks.rank == 0,
         )
     agreement = {

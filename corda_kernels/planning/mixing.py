@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError, ModelError
 from corda_kernels.linalg import co_svd
 from corda_kernels.linears import linear_weight
-from corda_kernels.planning.selection import model_layer
+from corda_kernels.planning.selection import check_alike, model_layer
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
@@ -23,6 +23,7 @@ Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 _MOST_WEIGHT = 1e100  # sums of such are finite
 _MOST_STEPS = 10_000
+_NOT_NOTED = ("stability", "versions")  # long, or said already
 
 
 @torch.no_grad()
@@ -83,12 +84,21 @@ def mix_covariances(
         parts = [part[names[0]] for part in sets]
         covariance = _mixture(parts, shares[names[0]], normalize, names[0])
         mixed.update(dict.fromkeys(names, covariance))
-    first = sets[0]
+    sources = [
+        {note: value for note, value in part.provenance.items() if note not in _NOT_NOTED}
+        for part in sets
+    ]
+    each = shares if isinstance(weights, Mapping) else next(iter(shares.values()))
     return CovarianceSet(
-        {name: mixed[name] for name in first},
-        normalize=first.normalize,
+        {name: mixed[name] for name in sets[0]},
+        normalize=sets[0].normalize,
         left_out={name: reason for part in sets for name, reason in part.left_out.items()},
-        provenance=_provenance(sets, weights, shares, normalize),
+        provenance={
+            "model": sources[0].get("model", ""),
+            "tokens": sum(source.get("tokens", 0) for source in sources),
+            "versions": library_versions(),
+            "mixture": {"normalize": normalize, "weights": each, "sources": sources},
+        },
     )
 
 
@@ -137,9 +147,7 @@ def drift_weights(
     whole_number("rank", rank, 1)
     whole_number("steps", steps, 1, _MOST_STEPS)
     instance_of("model", model, nn.Module, ModelError)
-    _check_sets(sets)
-    instance_of("held_out", held_out, Sequence, CovarianceError)
-    _check_sets([*sets, *held_out])
+    _check_sets(sets, held_out)
     if len(held_out) != len(sets):
         raise ConfigError(f"{len(sets)} domains need as many held-out sets, got {len(held_out)}")
     grid = [
@@ -147,7 +155,7 @@ def drift_weights(
         for counts in itertools.product(range(steps + 1), repeat=len(sets))
         if sum(counts) == steps
     ]
-    alone = [grid.index(tuple(float(d == e) for e in range(len(sets)))) for d in range(len(sets))]
+    alone = [grid.index(tuple(row)) for row in torch.eye(len(sets)).tolist()]
     chosen: dict[str, tuple[float, ...]] = {}
     for names in progress_bar(
         _shared_by_all([*sets, *held_out]), description="drift", unit="inputs", shown=progress
@@ -187,24 +195,14 @@ def _drift(
     return (moved / whole.clamp_min(1e-300)).clamp_min(1e-14)
 
 
-def _check_sets(sets: Sequence[CovarianceSet]) -> None:
+def _check_sets(sets: Sequence[CovarianceSet], held_out: Sequence[CovarianceSet] = ()) -> None:
     instance_of("sets", sets, Sequence, CovarianceError)
-    for part in sets:
-        instance_of("each set", part, CovarianceSet, CovarianceError)
+    instance_of("held_out", held_out, Sequence, CovarianceError)
     if not sets:
         raise CovarianceError("there are no covariances to mix: give at least one set")
-    for index, part in enumerate(sets[1:], 1):
-        if part.normalize != sets[0].normalize:
-            raise CovarianceError(
-                f'covariances normalised by "{sets[0].normalize}" and "{part.normalize}" cannot be '
-                "mixed: calibrate all alike"
-            )
-        odd = sorted(part.keys() ^ sets[0].keys())
-        if odd:
-            raise CovarianceError(
-                f"sets 0 and {index} cover different layers ({odd[0]} and {len(odd) - 1} more are "
-                "in one only): calibrate all with the same model and targets"
-            )
+    for index, part in enumerate([*sets, *held_out]):
+        instance_of("each set", part, CovarianceSet, CovarianceError)
+        check_alike(f"sets 0 and {index}", part, sets[0].normalize, sets[0])
 
 
 def _shared_by_all(sets: Sequence[CovarianceSet]) -> list[list[str]]:
@@ -217,30 +215,27 @@ def _shared_by_all(sets: Sequence[CovarianceSet]) -> list[list[str]]:
 
 def _shares(weights: Weights, sets: Sequence[CovarianceSet]) -> dict[str, tuple[float, ...]]:
     """Weights of each layer, their sum 1."""
-    if not isinstance(weights, Mapping):
-        return dict.fromkeys(sets[0], _normalized(weights, len(sets), "the weights"))
-    odd = sorted(weights.keys() ^ sets[0].keys())
-    if odd:
+    by_layer = weights if isinstance(weights, Mapping) else dict.fromkeys(sets[0], weights)
+    if odd := sorted(by_layer.keys() ^ sets[0].keys()):
         raise ConfigError(
             f"weights by layer must name the layers of the sets; {odd[0]} is in one only"
         )
-    return {name: _normalized(weights[name], len(sets), name) for name in sets[0]}
+    return {name: _normalized(by_layer[name], len(sets), name) for name in sets[0]}
 
 
-def _normalized(weights: Sequence[float], count: int, whose: str) -> tuple[float, ...]:
+def _normalized(weights: Sequence[float], count: int, layer: str) -> tuple[float, ...]:
     rule = (
         f"{count} sets need {count} weights of at least 0, not all of them 0, and below "
         f"{_MOST_WEIGHT:.0e}"
     )
+    refused = ConfigError(f"{rule}, got {shown(weights)} for layer {layer}")
     if not isinstance(weights, Sequence) or len(weights) != count:
-        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
-    each = [
-        real_number(whose, weight, f"numbers: {rule}", lambda x: 0 <= x < _MOST_WEIGHT)
-        for weight in weights
-    ]
+        raise refused
+    whose, holds = f"each weight of layer {layer}", lambda x: 0 <= x < _MOST_WEIGHT
+    each = [real_number(whose, weight, f"a number: {rule}", holds) for weight in weights]
     total = math.fsum(each)
     if not total:
-        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
+        raise refused
     return tuple(weight / total for weight in each)
 
 
@@ -273,26 +268,3 @@ def _mixture(
         outlier_count=torch.stack(counts).sum(0),
         outlier_threshold=parts[0].outlier_threshold,
     )
-
-
-def _provenance(
-    sets: Sequence[CovarianceSet],
-    weights: Weights,
-    shares: Mapping[str, tuple[float, ...]],
-    normalize: str,
-) -> dict[str, Any]:
-    by_layer = isinstance(weights, Mapping)
-    sources = [dict(part.provenance) for part in sets]
-    for source in sources:
-        for note in ("stability", "versions"):  # long, or said already
-            source.pop(note, None)
-    return {
-        "model": sources[0].get("model", ""),
-        "tokens": sum(source.get("tokens", 0) for source in sources),
-        "versions": library_versions(),
-        "mixture": {
-            "normalize": normalize,
-            "weights": dict(shares) if by_layer else next(iter(shares.values())),
-            "sources": sources,
-        },
-    }

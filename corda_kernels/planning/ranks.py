@@ -29,6 +29,7 @@ from corda_kernels.errors import ConfigError, RankError
 Shapes = Mapping[str, tuple[int, int]]
 
 _MOST = 2**40  # of a rank or a size: more than any layer has, and products fit into int64
+_LAST = torch.full((1,), torch.inf, dtype=torch.float64)  # score of a layer's last component
 _DIGITS = 99  # of a budget: more than any that is meant, and fewer than Python refuses to read
 
 
@@ -98,10 +99,7 @@ def allocate_ranks(
     rows = whole_number("rows", rows, 1, 1024)
     check_bounds(min_rank, max_rank, rank_multiple)
     _check_names(spectra, log_condition, shapes)
-    for name, shape in shapes.items():
-        _check_shape(name, shape)
     values = [_checked_spectrum(name, spectra[name], shapes[name]) for name in spectra]
-    factors = [_checked_log_condition(name, log_condition[name]) for name in spectra]
     if not values:
         return {}
 
@@ -112,7 +110,7 @@ def allocate_ranks(
     _check_paid(guaranteed // multiple * costs, budget, min_rank)
 
     # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
-    order = _filtering_order(values, factors)
+    order = _filtering_order(values, list(spectra), log_condition)
     layer = torch.repeat_interleave(torch.arange(len(values)), sizes)
     nth = torch.arange(len(layer)) - (sizes.cumsum(0) - sizes)[layer] + 1
     if mode == "ipm":
@@ -234,25 +232,28 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows
     )
 
 
-def _filtering_order(spectra: list[Tensor], factors: list[float]) -> Tensor:
+def _filtering_order(
+    spectra: list[Tensor], names: list[str], log_condition: Mapping[str, float]
+) -> Tensor:
     """Indices into all components, layer by layer and ascending, in the order of filtering.
 
     Within a layer the scores never fall: the next component is no smaller, the sum over what
     remains no larger, and rounding keeps both orders. The loop, which takes the lowest of
     all layers' next scores and the earlier layer's of equals, therefore merges sorted lists.
     """
-    scores = [_scores(*layer) for layer in zip(spectra, factors, strict=True)]
+    rule = (
+        "finite and at least 0 (damp a singular covariance, and divide one by its mean diagonal "
+        "where the condition depends on its scale)"
+    )
+    scores = []
+    for name, spectrum in zip(names, spectra, strict=True):
+        what = f"layer {name}: its log condition"
+        factor = real_number(what, log_condition[name], rule, lambda x: 0 <= x < math.inf)
+        tail = spectrum.flip(0)  # the smallest component first
+        # Summed from the largest down: a difference of sums would not be rounded in order.
+        remaining = spectrum.cumsum(0)[:-1].flip(0)
+        scores += [(factor * tail[:-1] / remaining).masked_fill(tail[:-1] == 0, 0), _LAST]
     return torch.sort(torch.cat(scores), stable=True).indices
-
-
-def _scores(spectrum: Tensor, factor: float) -> Tensor:
-    """Scores of a layer's components, (R,), the smallest component first."""
-    tail = spectrum.flip(0)
-    scores = torch.full_like(tail, torch.inf)
-    # Summed from the largest down: a difference of sums would not be rounded in order.
-    remaining = spectrum.cumsum(0)[:-1].flip(0)
-    scores[:-1] = (factor * tail[:-1] / remaining).masked_fill(tail[:-1] == 0, 0)
-    return scores
 
 
 def _check_names(
@@ -270,23 +271,19 @@ def _check_names(
             )
 
 
-def _check_shape(name: str, shape: tuple[int, int]) -> None:
+def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The spectrum in float64 on the CPU; the shape is checked too."""
     what = f"layer {name}: its shape"
     instance_of(what, shape, (tuple, list))
     if len(shape) != 2:
         raise ConfigError(f"{what} must be (out, in), got {shown(shape)}")
     for size in shape:
         whole_number(f"each size in {what}", size, 1, _MOST)
-
-
-def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The spectrum in float64 on the CPU."""
-    real_tensor(f"layer {name}: its spectrum", spectrum, ConfigError)
+    what = f"layer {name}: its spectrum"
+    real_tensor(what, spectrum, ConfigError)
     spectrum = spectrum.detach().cpu().double()
     if spectrum.ndim != 1 or not len(spectrum):
-        raise ConfigError(
-            f"layer {name}: a spectrum is a vector of singular values, got {tuple(spectrum.shape)}"
-        )
+        raise ConfigError(f"{what} is a vector of singular values, got {tuple(spectrum.shape)}")
     if len(spectrum) > min(shape):
         raise RankError(
             f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[0]} × "
@@ -294,20 +291,9 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
         )
     if not bool(spectrum.sum().isfinite()):
         raise ConfigError(
-            f"layer {name}: its spectrum holds NaN or Inf, or sums up to Inf: check its weight and "
-            "covariance, or compute the spectrum in a wider dtype"
+            f"{what} holds NaN or Inf, or sums up to Inf: check its weight and covariance, or "
+            "compute the spectrum in a wider dtype"
         )
     if bool(spectrum[-1] < 0) or bool((spectrum.diff() > 0).any()):
-        raise ConfigError(
-            f"layer {name}: its singular values must be descending and at least 0; "
-            "were they eigenvalues, or sorted the other way round?"
-        )
+        raise ConfigError(f"{what} must be descending and at least 0: was it sorted otherwise?")
     return spectrum
-
-
-def _checked_log_condition(name: str, value: float) -> float:
-    rule = (
-        "finite and at least 0 (damp a singular covariance, and divide one by its mean diagonal "
-        "where the condition depends on its scale)"
-    )
-    return real_number(f"layer {name}: its log condition", value, rule, lambda x: 0 <= x < math.inf)

@@ -5,9 +5,8 @@ Selection scores every candidate by it, rank allocation reads the same two parts
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from corda_kernels.arguments import instance_of, one_of, real_tensor, whole_number
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.covariance import Group
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
 from corda_kernels.linalg import extreme_eigenvalues, parallel_map, singular_values
@@ -34,11 +34,7 @@ SCORING_DAMPING = 0.01
 # Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
 _SMALL = 2048
 
-# A covariance and the layers that read that input.
-_Group = tuple[Tensor, list[str]]
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -103,7 +99,8 @@ def log_condition(
         condition: which π.
 
     Returns:
-        (*batch) float64. λmax and λmin come from Lanczos steps (`extreme_eigenvalues`).
+        (*batch) float64. λmax and λmin come from all eigenvalues up to 2048 channels, beyond from
+        Lanczos steps (`extreme_eigenvalues`).
 
     Raises:
         ConfigError: damping, condition or outputs is not possible.
@@ -206,46 +203,53 @@ def layer_spectra(
         },
     )
     share = ranks.share_layers(modules)
-    members = [
-        (covariance.matrix, [name for name in names if name in share])
-        for covariance, names in covariances.groups()
-    ]
-    groups = [(matrix, names) for matrix, names in members if names]
+    members = ((part, [n for n in names if n in share]) for part, names in covariances.groups())
+    groups = [group for group in members if group[1]]
     score = partial(_group_spectra, modules=share, damping=damping, condition=condition, tail=tail)
-    small: list[_Group] = []
-    large: list[_Group] = []
-    for group in groups:
-        device = share[group[1][0]].weight.device
-        beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
-        (small if beside else large).append(group)
-    found: dict[str, LayerSpectrum] = {}
     shown = progress and ranks.rank == 0
     bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
+    found: dict[str, LayerSpectrum] = {}
+    cpu = torch.device("cpu")
     with bar:
-        for part in itertools.chain(parallel_map(score, small), map(score, large)):
+        for part in each_input(
+            score, groups, lambda group: share[group[1][0]].weight.device == cpu
+        ):
             found.update(part)
             bar.update(len(part))
-    found = {
-        name: spectrum for part in ranks.gather(found, "spectra") for name, spectrum in part.items()
-    }
-    return {name: found[name] for name in modules}
+    gathered = ranks.gather(found, "spectra")
+    return {name: next(part[name] for part in gathered if name in part) for name in modules}
+
+
+def each_input(
+    function: Callable[[Group], Result],
+    groups: Iterable[Group],
+    on_cpu: Callable[[Group], bool],
+) -> Iterator[Result]:
+    """`function` of each covariance and the layers that read that input, small ones side by side.
+
+    Args:
+        function: see `parallel_map`.
+        groups: the covariances.
+        on_cpu: whether that is where a group's work is done.
+    """
+    small: list[Group] = []
+    large: list[Group] = []
+    for group in groups:
+        (small if on_cpu(group) and len(group[0].matrix) <= _SMALL else large).append(group)
+    yield from parallel_map(function, small)
+    yield from map(function, large)
 
 
 def _group_spectra(
-    group: _Group,
-    modules: Mapping[str, nn.Module],
-    damping: float,
-    condition: Condition,
-    tail: bool,
+    group: Group, modules: Mapping[str, nn.Module], damping: float, condition: Condition, tail: bool
 ) -> dict[str, LayerSpectrum]:
     """Those of the layers that read one input."""
-    matrix, names = group
     found: dict[str, LayerSpectrum] = {}
     spread = 0.0
-    for name in names:
+    for name in group[1]:
         with weights_at_hand(modules[name]):
             weight = linear_weight(modules[name]).detach()
-            C = matrix.to(weight.device)
+            C = group[0].matrix.to(weight.device)
             try:
                 spectrum = singular_values(weight, C, damping=damping, tail=tail)
                 if not found:

@@ -145,13 +145,12 @@ class Layer:
     def seen(self, note: Mapping[str, Any]) -> Layer:
         """With what `measured_layers` or `measure_spectra` gave."""
         outputs, inputs = note["shape"]
-        spectrum, condition = note.get("spectrum"), note.get("condition")
-        return replace(
-            self,
-            shape=(int(outputs), int(inputs)),
-            spectrum=self.spectrum if spectrum is None else Spectrum.from_json(spectrum),
-            condition=self.condition if condition is None else size(condition),
-        )
+        found: dict[str, Any] = {"shape": (int(outputs), int(inputs))}
+        if note.get("spectrum") is not None:
+            found["spectrum"] = Spectrum.from_json(note["spectrum"])
+        if note.get("condition") is not None:
+            found["condition"] = size(note["condition"])
+        return replace(self, **found)
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,12 @@ def covariance_report(
     Raises:
         CordaError: the notes in the file were altered.
     """
-    notes = dict(covariances.provenance)
-    stability, selection, verdicts = _judged(notes.pop("stability", {}), notes.pop("selection", {}))
+    selection, stability, lines = _told(covariances.provenance)
     tokens = max((covariance.tokens for covariance in covariances.values()), default=0)
     report = Report(
         name=name,
         title=f"{len(covariances)} layers, {len(covariances.groups())} covariances",
-        summary=(("calibration tokens", f"{tokens:,}"), *_shown(notes), *verdicts),
+        summary=(("calibration tokens", f"{tokens:,}"), *lines),
         layers=dict.fromkeys(covariances, Layer()),
         damping=DAMPING,
         stability=stability,
@@ -58,33 +57,30 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
     Raises:
         CordaError: the record's notes were altered.
     """
-    record = adapter.record
-    notes = dict(record.calibration)
-    stability, selection, verdicts = _judged(
-        record.stability, notes.pop("selection", {}), record.rank
-    )
+    record, measured = adapter.record, adapter.record.measured
+    notes = record.calibration | {"stability": record.stability}
+    selection, stability, lines = _told(notes, record.rank)
     layers = dict.fromkeys(record.allocation.get("ranks") or record.layers, Layer(rank=0))
     for layer, factors in adapter.layers.items():
         entry = record.layers[layer]
-        shape = (len(factors.B), factors.A.shape[1])
-        sigma = (entry["sigma_max"], entry["sigma_min"])
+        shape, sigma = (
+            (len(factors.B), factors.A.shape[1]),
+            (entry["sigma_max"], entry["sigma_min"]),
+        )
         layers[layer] = Layer(shape, entry["rank"], entry["tokens"], sigma)
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
     tokens = max((entry["tokens"] for entry in record.layers.values()), default=0)
-    form = "residual weight" if record.hold is None else f"hold {record.hold:g}"
-    form = ", ".join(
-        [form, f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
-    )
+    form = ["residual weight" if record.hold is None else f"hold {record.hold:g}"]
+    form += [f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
     report = Report(
         name=name,
         title=f"{record.mode.upper()} adapter of {describe_ranks(record)} for {len(record.layers)} "
-        f"layers of {record.base_name} ({form})",
+        f"layers of {record.base_name} ({', '.join(form)})",
         summary=(
             ("trains", f"the {'largest' if record.mode == 'ipm' else 'smallest'} components"),
             ("trainable parameters", f"{trainable:,}"),
             ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
-            *_shown(notes),
-            *verdicts,
+            *lines,
         ),
         layers=layers,
         damping=record.damping or (SCORING_DAMPING if record.allocation else 0.0),
@@ -95,17 +91,16 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         selection=selection,
         memory={"adapter": 4 * trainable * (1 if adapter.initial is None else 2)},
     )
-    if run:
-        with unaltered("the run"):
-            measured = record.measured
-            report = with_covariances(report, measured.get("inputs", ()), measured.get("layers"))
-            peaks = {
-                f"peak of {'the process' if place == 'process' else place}": size(peak)
-                for place, peak in measured.get("peak_bytes", {}).items()
-            }
-            seconds = {stage: size(time) for stage, time in measured.get("seconds", {}).items()}
-            report = replace(report, seconds=seconds, memory=peaks | report.memory)
-    return report
+    if not run:
+        return report
+    with unaltered("the run"):
+        report = with_covariances(report, measured.get("inputs", ()), measured.get("layers"))
+        seconds = {stage: size(time) for stage, time in measured.get("seconds", {}).items()}
+        peaks = {
+            f"peak of {'the process' if place == 'process' else place}": size(peak)
+            for place, peak in measured.get("peak_bytes", {}).items()
+        }
+        return replace(report, seconds=seconds, memory=peaks | report.memory)
 
 
 def with_covariances(
@@ -120,9 +115,9 @@ def with_covariances(
         inputs: what `measure_inputs` gave.
         layers: what `measure_spectra` gave with the report's damping; None to do without.
     """
-    known = layers or {}
+    notes = layers or {}
     seen = {
-        name: layer if (note := known.get(name)) is None else layer.seen(note)
+        name: layer if (note := notes.get(name)) is None else layer.seen(note)
         for name, layer in report.layers.items()
     }
     found = tuple(map(Input.from_json, inputs))
@@ -131,27 +126,12 @@ def with_covariances(
     return replace(report, layers=seen, inputs=found, memory=memory)
 
 
-def _judged(
-    stability: Any, selection: Any, rank: int | None = None
-) -> tuple[Stability | None, Selection | None, list[tuple[str, str]]]:
-    """Both as read from notes, {} where there is none, and their lines in the summary."""
-    lines: list[tuple[str, str]] = []
-    chosen: Selection | None = None
-    agreed: Stability | None = None
-    with unaltered("the selection"):
-        if selection:
-            chosen = Selection.from_json(selection)
-            chosen.spreads()  # so that scores too large to be summed up are told here
-            lines.append(("selection", chosen.summary()))
-    with unaltered("stability"):
-        if stability:
-            agreed = Stability.from_json(stability)
-        samples = agreed.summary(rank) if agreed else "their stability was not measured"
-    return agreed, chosen, [*lines, ("samples", samples)]
-
-
-def _shown(notes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a file says of the text and how it was calibrated, as lines of a summary."""
+def _told(
+    notes: Mapping[str, Any], rank: int | None = None
+) -> tuple[Selection | None, Stability | None, list[tuple[str, str]]]:
+    """Selection and stability, where there are notes on them, and the lines of a summary."""
+    selection, stability = None, None
+    samples = "their stability was not measured"
     lines = []
     for name, value in notes.items():
         if name == "mixture":
@@ -159,8 +139,18 @@ def _shown(notes: Mapping[str, Any]) -> list[tuple[str, str]]:
                 value = describe_mixture(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
-        lines.append((name, str(value)))
-    return lines
+        if name not in ("selection", "stability"):
+            lines.append((name, str(value)))
+    with unaltered("the selection"):
+        if notes.get("selection"):
+            selection = Selection.from_json(notes["selection"])
+            selection.spreads()  # so that scores too large to be summed up are told here
+            lines.append(("selection", selection.summary()))
+    with unaltered("stability"):
+        if notes.get("stability"):
+            stability = Stability.from_json(notes["stability"])
+            samples = stability.summary(rank)
+    return selection, stability, [*lines, ("samples", samples)]
 
 
 def describe_mixture(mixture: Mapping[str, Any]) -> str:

@@ -53,12 +53,7 @@ def html_page(report: Report) -> str:
     from corda_kernels.report.figures import draw_sections
 
     environment = Environment(
-        autoescape=True,
-        finalize=_shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["short"] = short
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")

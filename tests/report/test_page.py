@@ -13,7 +13,7 @@ import pytest
 from corda_kernels.errors import MissingExtraError
 from corda_kernels.report import Report, html_page, page, write_page
 from corda_kernels.report.content import Layer
-from corda_kernels.report.drawing import power_of_ten
+from corda_kernels.report.figures import power_of_ten
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "use", "path", "rect", "image", "stop"}
 SECTIONS = {
