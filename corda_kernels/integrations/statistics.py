@@ -6,7 +6,7 @@ covariance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import CovarianceError, DecompositionError, ModelError, RankError
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import linear_weight
+from corda_kernels.planning.selection import model_layer
 
 T = TypeVar("T")
 
@@ -124,10 +125,9 @@ def smoothquant_scales(
     real_number("alpha", alpha, "between 0 and 1", lambda x: 0 <= x <= 1)
     _check_tokens(covariances)
     instance_of("the model", model, nn.Module, ModelError)
-    modules = dict(model.named_modules())
     scales: dict[str, Tensor] = {}
     for covariance, names in covariances.groups():
-        heights = [_column_maximum(modules, name, covariance) for name in names]
+        heights = [_column_maximum(model, name, covariance) for name in names]
         weight = torch.stack(heights).amax(0).clamp_min(_SMALLEST_MAGNITUDE)
         activation = covariance.absmax.to(weight).clamp_min(_SMALLEST_MAGNITUDE)
         scale = (activation**alpha / weight ** (1 - alpha)).clamp_min(_SMALLEST_MAGNITUDE)
@@ -186,14 +186,13 @@ def _check_tokens(covariances: CovarianceSet) -> None:
         )
 
 
-def _column_maximum(modules: Mapping[str, nn.Module], name: str, covariance: Covariance) -> Tensor:
+def _column_maximum(model: nn.Module, name: str, covariance: Covariance) -> Tensor:
     """max|W| of each column, (in,) float32."""
-    if name not in modules:
-        raise CovarianceError(f"the model has no layer {name}: give the one that was calibrated")
-    weight = linear_weight(modules[name])
-    if weight.shape[1] != covariance.matrix.shape[0]:
+    weight = linear_weight(model_layer(model, name))
+    channels = len(covariance.matrix)
+    if weight.shape[1] != channels:
         raise CovarianceError(
-            f"layer {name} has {weight.shape[1]} inputs, but its covariance "
-            f"{covariance.matrix.shape[0]} channels: give the model that was calibrated"
+            f"layer {name} has {weight.shape[1]} inputs, but its covariance {channels} channels: "
+            "give the model that was calibrated"
         )
     return weight.abs().amax(0).float()

@@ -21,7 +21,6 @@ from corda_kernels.versions import library_versions
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
-_MOST_WEIGHT = 1e100  # sums of such are finite
 _MOST_STEPS = 10_000
 _NOT_NOTED = ("stability", "versions")  # long, or said already
 
@@ -81,8 +80,7 @@ def mix_covariances(
             raise ConfigError(
                 f"{names[0]} and {names[-1]} read one input and need the same weights"
             )
-        parts = [part[names[0]] for part in sets]
-        covariance = _mixture(parts, shares[names[0]], normalize, names[0])
+        covariance = _mixture(sets, names[0], shares[names[0]], normalize)
         mixed.update(dict.fromkeys(names, covariance))
     sources = [
         {note: value for note, value in part.provenance.items() if note not in _NOT_NOTED}
@@ -157,38 +155,30 @@ def drift_weights(
     ]
     alone = [grid.index(tuple(row)) for row in torch.eye(len(sets)).tolist()]
     chosen: dict[str, tuple[float, ...]] = {}
-    for names in progress_bar(
-        _shared_by_all([*sets, *held_out]), description="drift", unit="inputs", shown=progress
-    ):
+    groups = _shared_by_all([*sets, *held_out])
+    for names in progress_bar(groups, description="drift", unit="inputs", shown=progress):
         layers = [linear_weight(model_layer(model, name)).detach() for name in names]
-        parts = [part[names[0]] for part in sets]
         outside = [part[names[0]].matrix for part in held_out]
-        mixtures = (_mixture(parts, shares, normalize, names[0]).matrix for shares in grid)
+        mixtures = (_mixture(sets, names[0], shares, normalize).matrix for shares in grid)
         drifts = torch.stack([_drift(layers, C, outside, rank, damping) for C in mixtures])
-        best = drifts[alone].diagonal()
-        worst = (drifts / best).amax(1)
+        worst = (drifts / drifts[alone].diagonal()).amax(1)
         chosen.update(dict.fromkeys(names, grid[int(worst.argmin())]))
     return {name: chosen[name] for name in sets[0]}
 
 
 def _drift(
-    layers: Sequence[Tensor],
-    mixture: Tensor,
-    outside: Sequence[Tensor],
-    rank: int,
-    damping: float | None,
+    layers: list[Tensor], mixture: Tensor, outside: list[Tensor], rank: int, damping: float | None
 ) -> Tensor:
     """Drift of each domain's held-out outputs, (domains), summed over layers of one input."""
     moved = torch.zeros(len(outside), dtype=torch.float64)
     whole = torch.zeros_like(moved)
     for weight in layers:
-        device = weight.device
-        k = min(rank, *weight.shape)
-        part = co_svd(weight, mixture.to(device), rank=k, which="smallest", damping=damping)
+        k, C = min(rank, *weight.shape), mixture.to(weight.device)
+        part = co_svd(weight, C, rank=k, which="smallest", damping=damping)
         W = weight.double()
         trained = part.U.mT @ W
         for domain, matrix in enumerate(outside):
-            C = matrix.to(device).double()
+            C = matrix.to(W)
             moved[domain] += float(((trained @ C) * trained).sum())
             whole[domain] += float(((W @ C) * W).sum())
     # Below this it is rounding, of which there is no ratio.
@@ -217,31 +207,28 @@ def _shares(weights: Weights, sets: Sequence[CovarianceSet]) -> dict[str, tuple[
     """Weights of each layer, their sum 1."""
     by_layer = weights if isinstance(weights, Mapping) else dict.fromkeys(sets[0], weights)
     if odd := sorted(by_layer.keys() ^ sets[0].keys()):
-        raise ConfigError(
-            f"weights by layer must name the layers of the sets; {odd[0]} is in one only"
-        )
-    return {name: _normalized(by_layer[name], len(sets), name) for name in sets[0]}
-
-
-def _normalized(weights: Sequence[float], count: int, layer: str) -> tuple[float, ...]:
-    rule = (
-        f"{count} sets need {count} weights of at least 0, not all of them 0, and below "
-        f"{_MOST_WEIGHT:.0e}"
-    )
-    refused = ConfigError(f"{rule}, got {shown(weights)} for layer {layer}")
-    if not isinstance(weights, Sequence) or len(weights) != count:
-        raise refused
-    whose, holds = f"each weight of layer {layer}", lambda x: 0 <= x < _MOST_WEIGHT
-    each = [real_number(whose, weight, f"a number: {rule}", holds) for weight in weights]
-    total = math.fsum(each)
-    if not total:
-        raise refused
-    return tuple(weight / total for weight in each)
+        raise ConfigError(f"weights by layer must be of the sets' layers: {odd[0]} is in one only")
+    count = len(sets)
+    rule = f"{count} sets need {count} weights of at least 0, not all of them 0, and below 1e100"
+    shares = {}
+    for name in sets[0]:
+        given, what = by_layer[name], f"weights of layer {name}"
+        each: list[float] = []
+        if isinstance(given, Sequence) and len(given) == count:
+            # Sums of such are finite.
+            each = [
+                real_number(what, x, f"numbers: {rule}", lambda x: 0 <= x < 1e100) for x in given
+            ]
+        if not any(each):
+            raise ConfigError(f"{what}: {rule}, got {shown(given)}")
+        shares[name] = tuple(weight / math.fsum(each) for weight in each)
+    return shares
 
 
 def _mixture(
-    parts: Sequence[Covariance], shares: Sequence[float], normalize: str, name: str
+    sets: Sequence[CovarianceSet], name: str, shares: Sequence[float], normalize: str
 ) -> Covariance:
+    parts = [part[name] for part in sets]
     thresholds = {part.outlier_threshold for part in parts}
     widths = {part.matrix.shape[0] for part in parts}
     if len(thresholds) > 1 or len(widths) > 1:

@@ -145,12 +145,7 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
 
 
 def check_guaranteed(
-    shapes: Shapes,
-    budget: int,
-    min_rank: int,
-    max_rank: int | None,
-    rank_multiple: int,
-    rows: int = 1,
+    shapes: Shapes, budget: int, min_rank: int, max_rank: int | None, rank_multiple: int, rows: int
 ) -> None:
     """Refuses a budget that does not hold `min_rank` in every layer, before spectra are known.
 
@@ -226,9 +221,8 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows
         if share.is_finite() and 0 < share <= 1:
             return int(share * total_parameters)
     raise ConfigError(
-        f"{shown(value)} is not a budget: write a whole number of parameters (2500000), a share of "
-        "the model (0.01 or 1%, above 0 and at most all of it), or the rank it would hold in all "
-        "layers (r=128)"
+        f"{shown(value)} is not a budget: write a number of parameters (2500000), a share of the "
+        "model (0.01 or 1%, at most all of it), or the rank it would hold in all layers (r=128)"
     )
 
 
@@ -241,10 +235,7 @@ def _filtering_order(
     remains no larger, and rounding keeps both orders. The loop, which takes the lowest of
     all layers' next scores and the earlier layer's of equals, therefore merges sorted lists.
     """
-    rule = (
-        "finite and at least 0 (damp a singular covariance, and divide one by its mean diagonal "
-        "where the condition depends on its scale)"
-    )
+    rule = "finite and at least 0 (damp a singular covariance)"
     scores = []
     for name, spectrum in zip(names, spectra, strict=True):
         what = f"layer {name}: its log condition"
@@ -262,8 +253,7 @@ def _check_names(
     instance_of("spectra", spectra, Mapping)
     for what, given in (("log_condition", log_condition), ("shapes", shapes)):
         instance_of(what, given, Mapping)
-        odd = sorted(spectra.keys() ^ given.keys())
-        if odd:
+        if odd := sorted(spectra.keys() ^ given.keys()):
             there, absent = ("spectra", what) if odd[0] in spectra else (what, "spectra")
             raise ConfigError(
                 f"layer {odd[0]} is in {there} but not in {absent} ({len(odd)} such layers): take "
@@ -291,8 +281,7 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
         )
     if not bool(spectrum.sum().isfinite()):
         raise ConfigError(
-            f"{what} holds NaN or Inf, or sums up to Inf: check its weight and covariance, or "
-            "compute the spectrum in a wider dtype"
+            f"{what} holds NaN or Inf, or sums up to Inf: check weight and covariance"
         )
     if bool(spectrum[-1] < 0) or bool((spectrum.diff() > 0).any()):
         raise ConfigError(f"{what} must be descending and at least 0: was it sorted otherwise?")

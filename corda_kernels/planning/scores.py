@@ -6,9 +6,8 @@ Selection scores every candidate by it, rank allocation reads the same two parts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -110,14 +109,9 @@ def log_condition(
     check_condition(damping, condition)
     whole_number("outputs", outputs, 1)
     real_tensor("the covariance", covariance, DecompositionError)
-    if (
-        covariance.ndim < 2
-        or covariance.shape[-2] != covariance.shape[-1]
-        or not covariance.numel()
-    ):
-        raise DecompositionError(
-            f"a covariance must be (*batch, in, in), got {tuple(covariance.shape)}"
-        )
+    shape = tuple(covariance.shape)
+    if len(shape) < 2 or shape[-2] != shape[-1] or not covariance.numel():
+        raise DecompositionError(f"a covariance must be (*batch, in, in), got {shape}")
     damped = near_one(covariance)
     mean = damped.diagonal(dim1=-2, dim2=-1).mean(-1)
     if bool((mean == 0).any()):
@@ -192,28 +186,37 @@ def layer_spectra(
     check_condition(damping, condition)
     instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     ranks = Ranks.of(distributed)
+    options = {"damping": damping, "condition": condition, "tail": tail}
     ranks.agree(
         "layer_spectra",
-        lambda: {
-            **layers_given(modules, modules),
-            **covariances_given(covariances),
-            "damping": damping,
-            "condition": condition,
-            "tail": tail,
-        },
+        lambda: layers_given(modules, modules) | covariances_given(covariances) | options,
     )
     share = ranks.share_layers(modules)
+
+    def scored(group: Group) -> dict[str, LayerSpectrum]:
+        """The layers that read one input."""
+        spectra: dict[str, LayerSpectrum] = {}
+        for name in group[1]:
+            with weights_at_hand(share[name]):
+                weight = linear_weight(share[name]).detach()
+                C = group[0].matrix.to(weight.device)
+                try:
+                    values = singular_values(weight, C, damping=damping, tail=tail)
+                    if not spectra:
+                        first = float(log_condition(C, 1, damping=damping, condition=condition))
+                except DecompositionError as error:
+                    raise DecompositionError(f"layer {name}: {error}") from error
+            spectra[name] = LayerSpectrum(values.cpu(), first + math.log(weight.shape[0]) / 2)
+        return spectra
+
     members = ((part, [n for n in names if n in share]) for part, names in covariances.groups())
     groups = [group for group in members if group[1]]
-    score = partial(_group_spectra, modules=share, damping=damping, condition=condition, tail=tail)
+    on_cpu = [share[names[0]].weight.device == torch.device("cpu") for _, names in groups]
     shown = progress and ranks.rank == 0
     bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
     found: dict[str, LayerSpectrum] = {}
-    cpu = torch.device("cpu")
     with bar:
-        for part in each_input(
-            score, groups, lambda group: share[group[1][0]].weight.device == cpu
-        ):
+        for part in each_input(scored, groups, on_cpu):
             found.update(part)
             bar.update(len(part))
     gathered = ranks.gather(found, "spectra")
@@ -221,43 +224,21 @@ def layer_spectra(
 
 
 def each_input(
-    function: Callable[[Group], Result],
-    groups: Iterable[Group],
-    on_cpu: Callable[[Group], bool],
+    function: Callable[[Group], Result], groups: Sequence[Group], on_cpu: Sequence[bool]
 ) -> Iterator[Result]:
     """`function` of each covariance and the layers that read that input, small ones side by side.
 
     Args:
         function: see `parallel_map`.
         groups: the covariances.
-        on_cpu: whether that is where a group's work is done.
+        on_cpu: of each, whether that is where its work is done.
     """
     small: list[Group] = []
     large: list[Group] = []
-    for group in groups:
-        (small if on_cpu(group) and len(group[0].matrix) <= _SMALL else large).append(group)
+    for group, here in zip(groups, on_cpu, strict=True):
+        (small if here and len(group[0].matrix) <= _SMALL else large).append(group)
     yield from parallel_map(function, small)
     yield from map(function, large)
-
-
-def _group_spectra(
-    group: Group, modules: Mapping[str, nn.Module], damping: float, condition: Condition, tail: bool
-) -> dict[str, LayerSpectrum]:
-    """Those of the layers that read one input."""
-    found: dict[str, LayerSpectrum] = {}
-    spread = 0.0
-    for name in group[1]:
-        with weights_at_hand(modules[name]):
-            weight = linear_weight(modules[name]).detach()
-            C = group[0].matrix.to(weight.device)
-            try:
-                spectrum = singular_values(weight, C, damping=damping, tail=tail)
-                if not found:
-                    spread = float(log_condition(C, 1, damping=damping, condition=condition))
-            except DecompositionError as error:
-                raise DecompositionError(f"layer {name}: {error}") from error
-        found[name] = LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
-    return found
 
 
 def check_condition(damping: float, condition: str) -> None:

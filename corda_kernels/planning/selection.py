@@ -275,9 +275,7 @@ def _deviation(kinds: Sequence[Sequence[float]]) -> float:
 def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[str]) -> Selection:
     """The report in a state file, after a check that it belongs to the selection asked for."""
     if "selection" not in chosen.provenance:
-        raise ConfigError(
-            f"{path} holds covariances, but no selection to go on with: choose another file"
-        )
+        raise ConfigError(f"{path} holds no selection to go on with: choose another file")
     found = Selection.from_json(chosen.provenance["selection"])
     _check_comparable(chosen, chosen.normalize, found.groups)
     for option in ("method", "damping", "condition"):

@@ -44,23 +44,14 @@ def draw_sections(report: Report) -> dict[str, list[Panel]]:
     """The charts of every section, none where nothing is known."""
     inputs = {entry.layers[0]: entry for entry in report.inputs if entry.layers}
     products = {name: layer.spectrum for name, layer in report.layers.items() if layer.spectrum}
+    values = {name: entry.spectrum for name, entry in inputs.items() if entry.spectrum}
     mebibytes = {what: size / 2**20 for what, size in report.memory.items() if size}
     seconds = {stage: report.seconds[stage] for stage in _STAGES if stage in report.seconds}
     with rc_context(fname=Path(__file__).with_name("figures.mplstyle")):
         return {
             "ranks": _ranks(report),
-            "products": _spectra(
-                products,
-                "component, from the largest (share of all)",
-                "σ / largest σ known (ratio)",
-                relative=True,
-            ),
-            "eigenvalues": _spectra(
-                {name: entry.spectrum for name, entry in inputs.items() if entry.spectrum},
-                "eigenvalue, from the largest (share of all)",
-                "λ / mean λ (ratio)",
-                prefix=_INPUT,
-            ),
+            "products": _spectra(products, "component", "σ / largest σ known", relative=True),
+            "eigenvalues": _spectra(values, "eigenvalue", "λ / mean λ", prefix=_INPUT),
             "conditions": _conditions(report),
             "outliers": _outliers(inputs),
             "selection": _selection(report),
@@ -91,7 +82,7 @@ def _ranks(report: Report) -> list[Panel]:
 
 
 def _spectra(
-    spectra: Mapping[str, Spectrum], x: str, y: str, *, prefix: str = "", relative: bool = False
+    spectra: Mapping[str, Spectrum], what: str, ratio: str, prefix: str = "", relative: bool = False
 ) -> list[Panel]:
     """Spectra, one line a block, all on the same axes so that they can be compared.
 
@@ -126,7 +117,8 @@ def _spectra(
         falls = [lines[name][0, 1] / lines[name][-1, 1] for _, name in entries]
         return f"falling by a factor of {statistics.median(falls):.2g} in the median layer"
 
-    return _each_kind(lines, plot, x, y, prefix)
+    x = f"{what}, from the largest (share of all)"
+    return _each_kind(lines, plot, x, f"{ratio} (ratio)", prefix)
 
 
 def _ticks(axes: Axes) -> list[float]:

@@ -36,7 +36,7 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
         DecompositionError: a covariance is not finite.
     """
     groups = covariances.groups()
-    notes = each_input(_measured, groups, lambda group: group[0].matrix.is_cpu)
+    notes = each_input(_measured, groups, [part.matrix.is_cpu for part, _ in groups])
     bar: dict[str, Any] = {"description": "spectra", "unit": "covariances", "total": len(groups)}
     found = {note["layers"][0]: note for note in progress_bar(notes, shown=progress, **bar)}
     return [found[names[0]] for _, names in groups]
