@@ -73,7 +73,7 @@ def svd_llm_whitening(
 
     check_damping(damping)
 
-    def whiten(covariance: Covariance, layer: str) -> Tensor:
+    def whiten(covariance: Covariance, names: list[str]) -> Tensor:
         total = covariance.matrix.double() * covariance.tokens
         if damping:
             total.diagonal().add_(damping * total.diagonal().mean())
@@ -81,7 +81,7 @@ def svd_llm_whitening(
         factor, info = torch.linalg.cholesky_ex(total)
         if int(info):
             raise DecompositionError(
-                f"the covariance of layer {layer} is singular (minor {int(info)} of "
+                f"the covariance of layer {names[0]} is singular (minor {int(info)} of "
                 f"{total.shape[0]}): calibrate on more tokens, or pass a damping, such as 0.01"
             )
         return factor
@@ -123,16 +123,15 @@ def smoothquant_scales(
     Source: SmoothQuant (arXiv:2211.10438), equation 4.
     """
     real_number("alpha", alpha, "between 0 and 1", lambda x: 0 <= x <= 1)
-    _check_tokens(covariances)
     instance_of("the model", model, nn.Module, ModelError)
-    scales: dict[str, Tensor] = {}
-    for covariance, names in covariances.groups():
+
+    def scale(covariance: Covariance, names: list[str]) -> Tensor:
         heights = [_column_maximum(model, name, covariance) for name in names]
         weight = torch.stack(heights).amax(0).clamp_min(_SMALLEST_MAGNITUDE)
         activation = covariance.absmax.to(weight).clamp_min(_SMALLEST_MAGNITUDE)
-        scale = (activation**alpha / weight ** (1 - alpha)).clamp_min(_SMALLEST_MAGNITUDE)
-        scales.update(dict.fromkeys(names, scale))
-    return {name: scales[name] for name in covariances}
+        return (activation**alpha / weight ** (1 - alpha)).clamp_min(_SMALLEST_MAGNITUDE)
+
+    return _by_group(covariances, scale)
 
 
 @torch.no_grad()
@@ -151,11 +150,11 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
 
     whole_number("rank", rank, 1, error=RankError)
 
-    def decompose(covariance: Covariance, layer: str) -> InputComponents:
+    def decompose(covariance: Covariance, names: list[str]) -> InputComponents:
         channels = covariance.matrix.shape[0]
         if rank > channels:
             raise RankError(
-                f"rank {shown(rank)} is not possible for layer {layer} of {channels} inputs"
+                f"rank {shown(rank)} is not possible for layer {names[0]} of {channels} inputs"
             )
         values, vectors = torch.linalg.eigh(covariance.matrix.double())
         values = values.clamp_min(0).flip(0)
@@ -168,22 +167,20 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
     return _by_group(covariances, decompose)
 
 
-def _by_group(covariances: CovarianceSet, compute: Callable[[Covariance, str], T]) -> dict[str, T]:
-    """One result for each distinct covariance, by the names of all its layers."""
-    _check_tokens(covariances)
-    results: dict[str, T] = {}
-    for covariance, names in covariances.groups():
-        results.update(dict.fromkeys(names, compute(covariance, names[0])))
-    return {name: results[name] for name in covariances}
-
-
-def _check_tokens(covariances: CovarianceSet) -> None:
+def _by_group(
+    covariances: CovarianceSet, compute: Callable[[Covariance, list[str]], T]
+) -> dict[str, T]:
+    """One result for each distinct covariance and its layers, by the names of these."""
     instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     if covariances.normalize != "tokens":
         raise CovarianceError(
             f'these covariances were taken with normalize="{covariances.normalize}", which divides '
             'each call by its own scale: calibrate with normalize="tokens"'
         )
+    results: dict[str, T] = {}
+    for covariance, names in covariances.groups():
+        results.update(dict.fromkeys(names, compute(covariance, names)))
+    return {name: results[name] for name in covariances}
 
 
 def _column_maximum(model: nn.Module, name: str, covariance: Covariance) -> Tensor:

@@ -77,9 +77,7 @@ def mix_covariances(
     mixed: dict[str, Covariance] = {}
     for names in _shared_by_all(sets):
         if any(shares[name] != shares[names[0]] for name in names):
-            raise ConfigError(
-                f"{names[0]} and {names[-1]} read one input and need the same weights"
-            )
+            raise ConfigError(f"{names[0]} and {names[-1]} read one input: weigh both the same")
         covariance = _mixture(sets, names[0], shares[names[0]], normalize)
         mixed.update(dict.fromkeys(names, covariance))
     sources = [
@@ -233,8 +231,8 @@ def _mixture(
     widths = {part.matrix.shape[0] for part in parts}
     if len(thresholds) > 1 or len(widths) > 1:
         raise CovarianceError(
-            f"layer {name}: covariances of {sorted(widths)} channels and outlier thresholds "
-            f"{sorted(thresholds)} cannot be mixed: calibrate all with the same model and options"
+            f"layer {name}: {sorted(widths)} channels and outlier thresholds {sorted(thresholds)} "
+            "do not mix: calibrate all with the same model and options"
         )
     scales = list(shares)
     if normalize == "trace":
@@ -242,16 +240,11 @@ def _mixture(
         mean = math.fsum(share * trace for share, trace in zip(shares, traces, strict=True))
         scales = [s * mean / trace if trace else s for s, trace in zip(shares, traces, strict=True)]
     # A part of weight 0 leaves no trace, not even of an Inf.
-    used = [(part, scale) for part, scale in zip(parts, scales, strict=True) if scale]
+    used = [part for part, scale in zip(parts, scales, strict=True) if scale]
     matrix = torch.zeros_like(parts[0].matrix)
-    for part, scale in used:
+    for part, scale in zip(used, filter(None, scales), strict=True):
         matrix.add_(part.matrix.to(matrix), alpha=scale)
-    counts = [part.outlier_count.to(matrix.device) for part, _ in used]
-    return Covariance(
-        matrix,
-        tokens=sum(part.tokens for part, _ in used),
-        calls=sum(part.calls for part, _ in used),
-        absmax=torch.stack([part.absmax.to(matrix.device) for part, _ in used]).amax(0),
-        outlier_count=torch.stack(counts).sum(0),
-        outlier_threshold=parts[0].outlier_threshold,
-    )
+    tokens, calls = sum(part.tokens for part in used), sum(part.calls for part in used)
+    absmax = torch.stack([part.absmax.to(matrix.device) for part in used]).amax(0)
+    counts = torch.stack([part.outlier_count.to(matrix.device) for part in used]).sum(0)
+    return Covariance(matrix, tokens, calls, absmax, counts, parts[0].outlier_threshold)

@@ -116,8 +116,7 @@ def log_condition(
     mean = damped.diagonal(dim1=-2, dim2=-1).mean(-1)
     if bool((mean == 0).any()):
         raise DecompositionError(
-            "all its inputs are zero on this text, so that there is nothing to score: leave it out "
-            "of the targets, or use other text"
+            "all its inputs are zero on this text: leave it out of the targets, or use other text"
         )
     damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean[..., None])
     largest, smallest = extreme_eigenvalues(damped)

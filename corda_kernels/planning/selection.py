@@ -101,9 +101,10 @@ def select_covariance(
     instance_of("candidates", candidates, Iterable, CovarianceError)
     if distributed and state is not None:
         raise ConfigError("a distributed selection keeps no state: leave one of them out")
+    scoring: Any = {"damping": damping, "condition": condition}
     ranks = Ranks.of(distributed)
-    options = {"selection": selection, "damping": damping, "condition": condition}
-    ranks.agree("select_covariance", lambda: options)
+    ranks.agree("select_covariance", lambda: {"selection": selection, **scoring})
+    scoring |= {"tail": False, "distributed": distributed, "progress": progress}
     report = Selection(selection, damping, condition, [], [], {}, [])
     kept: dict[str, Covariance] = {}
     about: dict[str, Any] = {}
@@ -118,15 +119,8 @@ def select_covariance(
         if about:
             _check_comparable(candidate, about["normalize"], report.groups)
         about = about or _about(candidate)
-        spectra = layer_spectra(
-            {name: model_layer(model, name) for name in candidate},
-            candidate,
-            damping=damping,
-            condition=condition,
-            tail=False,
-            distributed=distributed,
-            progress=progress,
-        )
+        modules = {name: model_layer(model, name) for name in candidate}
+        spectra = layer_spectra(modules, candidate, **scoring)
         report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
         _adopt(kept, candidate, report)
         del entry, candidate  # before the next is made
@@ -294,8 +288,8 @@ def _check_comparable(
     check_alike("the candidates", candidate, normalize, itertools.chain(*groups))
     if {frozenset(names) for _, names in candidate.groups()} != set(map(frozenset, groups)):
         raise CovarianceError(
-            "layers share their inputs in one candidate that do not in another, so that they "
-            "cannot decide together: calibrate all with the same model"
+            "layers share their inputs in one candidate that do not in another: calibrate all with "
+            "the same model"
         )
 
 
@@ -362,7 +356,5 @@ def model_layer(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise CovarianceError(
-            f"the model has no layer {name}, of which there is a covariance: calibrate the model "
-            "that the adapter is for"
-        ) from error
+        what = f"the model has no layer {name}, of which there is a covariance"
+        raise CovarianceError(f"{what}: give the model that was calibrated") from error

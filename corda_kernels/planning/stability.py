@@ -188,9 +188,7 @@ def subspace_stability(
     for half in halves:
         instance_of("each half", half, CovarianceSet, CovarianceError)
         if missing := [name for name in modules if name not in half]:
-            raise CovarianceError(
-                f"a half has no covariance of layer {missing[0]}: calibrate it with that target"
-            )
+            raise CovarianceError(f"a half has no covariance of layer {missing[0]}: calibrate it")
     for each in ends:
         one_of("each end", each, tuple(_AT))
     if not ends:

@@ -31,9 +31,8 @@ def _unaltered(note: str) -> Iterator[None]:
     try:
         yield
     except _ALTERED as error:
-        raise CordaError(
-            f"the note on {note} was altered ({error!r}): calibrate again, or copy the file"
-        ) from error
+        what = f"the note on {note} was altered ({error!r})"
+        raise CordaError(f"{what}: calibrate again, or copy the file") from error
 
 
 def _size(value: Any) -> Any:
@@ -260,10 +259,8 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
     layers = dict.fromkeys(record.allocation.get("ranks") or record.layers, Layer(rank=0))
     for layer, factors in adapter.layers.items():
         entry = record.layers[layer]
-        shape, sigma = (
-            (len(factors.B), factors.A.shape[1]),
-            (entry["sigma_max"], entry["sigma_min"]),
-        )
+        shape = (len(factors.B), factors.A.shape[1])
+        sigma = (entry["sigma_max"], entry["sigma_min"])
         layers[layer] = Layer(shape, entry["rank"], entry["tokens"], sigma)
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
     tokens = max((entry["tokens"] for entry in record.layers.values()), default=0)

@@ -164,8 +164,7 @@ def _outliers(inputs: Mapping[str, Input]) -> list[Panel]:
         )
         axes.grid(False)
         axes.set_yticks(*_some([block for block, _ in entries]))
-        steps = [10.0**step for step in range(1 + math.floor(math.log10(peak)))]
-        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=steps, format="%g×")
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30, format="%g×")
         bar.minorticks_off()
         bar.set_label("|x| max / median channel's (ratio)", fontsize=7)
         block, name = max(entries, key=lambda entry: max(ratios[entry[1]]))

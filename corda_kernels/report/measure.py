@@ -51,7 +51,7 @@ def _measured(group: Group) -> dict[str, Any]:
         return note | {"effective_rank": 0.0}
     if not bool(matrix.isfinite().all()):
         raise DecompositionError(
-            f"layer {names[0]}: the covariance holds NaN or Inf: calibrate again"
+            f"layer {names[0]}: its covariance holds NaN or Inf: calibrate again"
         )
     scaled = matrix / mean
     note["effective_rank"] = channels**2 / float(scaled.square().sum())
@@ -85,8 +85,7 @@ def measure_spectra(
     covered = {name: module for name, module in modules.items() if name in covariances}
     if not covered:
         raise CovarianceError(
-            "the covariances cover none of the model's layers: give the model that they were "
-            "taken from"
+            "the covariances cover none of the model's layers: give the model that they come from"
         )
     spectra = layer_spectra(covered, covariances, damping=damping or 0.0, progress=progress)
     return measured_layers(layer_shapes(covered), {}, spectra, "ratio")

@@ -25,10 +25,7 @@ def check_matplotlib() -> None:
         MissingExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(
-            "the report's figures need matplotlib, which is not installed; get it by: "
-            'pip install "corda_kernels[report]"'
-        )
+        raise MissingExtraError('figures need matplotlib: pip install "corda_kernels[report]"')
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:

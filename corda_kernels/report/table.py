@@ -90,8 +90,11 @@ def layer_table(report: Report) -> Table:
 
 
 def _input_cells(entry: Input) -> dict[str, str]:
-    row = {"tokens": f"{entry.tokens:,}", "in": str(entry.channels)}
-    row["outliers"] = str(entry.outliers)
+    row = {
+        "tokens": f"{entry.tokens:,}",
+        "in": f"{entry.channels}",
+        "outliers": f"{entry.outliers}",
+    }
     if entry.absmax:
         row["max |x|"] = f"{max(entry.absmax):.3g} ({entry.channel})"
     condition = entry.condition(0.0)
@@ -110,15 +113,9 @@ def _selection_cells(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
     for names, spread in zip(selection.groups, selection.spreads(), strict=True):
         for name in names:
             scores = selection.scores[name]
-            yield (
-                name,
-                {
-                    "chosen": str(winners[name] + 1) if selection.method == "argmin" else "all",
-                    "score min": f"{min(scores):.4g}",
-                    "max": f"{max(scores):.4g}",
-                    "spread": f"{spread:.1%}",
-                },
-            )
+            chosen = str(winners[name] + 1) if selection.method == "argmin" else "all"
+            row = {"chosen": chosen, "score min": f"{min(scores):.4g}", "max": f"{max(scores):.4g}"}
+            yield name, row | {"spread": f"{spread:.1%}"}
 
 
 def _stability_cells(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
