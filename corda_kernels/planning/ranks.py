@@ -105,9 +105,8 @@ def allocate_ranks(
 
     sizes = torch.tensor([len(value) for value in values])
     multiple = int(rank_multiple)
-    costs = rows * multiple * torch.tensor([sum(shapes[name]) for name in spectra])
-    most, guaranteed = _bounds(sizes, min_rank, max_rank, multiple)
-    _check_paid(guaranteed // multiple * costs, budget, min_rank)
+    costs = rows * torch.tensor([sum(shapes[name]) for name in spectra])
+    most, guaranteed = _bounds(sizes, costs, budget, min_rank, max_rank, multiple)
 
     # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
     order = _filtering_order(values, list(spectra), log_condition)
@@ -122,7 +121,7 @@ def allocate_ranks(
     first = nth <= guaranteed[layer]
     layer = torch.cat([layer[first], layer[~first]])
 
-    spent = costs[layer].cumsum(0)
+    spent = multiple * costs[layer].cumsum(0)
     # A budget beyond int64 is no more than all of it.
     paid = int((spent <= min(budget, int((sizes * costs).sum()))).sum())
     ranks = torch.bincount(layer[:paid], minlength=len(values)) * multiple
@@ -153,26 +152,28 @@ def check_guaranteed(
         RankError: it does not.
     """
     sizes = torch.tensor([min(shape) for shape in shapes.values()])
-    _, guaranteed = _bounds(sizes, min_rank, max_rank, rank_multiple)
     costs = rows * torch.tensor([sum(shape) for shape in shapes.values()])
-    _check_paid(guaranteed * costs, budget, min_rank)
+    _bounds(sizes, costs, budget, min_rank, max_rank, rank_multiple)
 
 
 def _bounds(
-    sizes: Tensor, min_rank: int, max_rank: int | None, multiple: int
+    sizes: Tensor, costs: Tensor, budget: int, least: int, most: int | None, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """What each layer gets at most, and what before all others; multiples both."""
-    most = sizes if max_rank is None else sizes.clamp_max(max_rank)
-    most = most - most % multiple
-    return most, most.clamp_max(-(-min_rank // multiple) * multiple)
+    """What each layer gets at most, and what before all others; multiples both.
 
-
-def _check_paid(needed: Tensor, budget: int, min_rank: int) -> None:
-    if int(needed.sum()) > budget:
+    Raises:
+        RankError: the budget does not pay for the latter.
+    """
+    limit = sizes if most is None else sizes.clamp_max(most)
+    limit = limit - limit % multiple
+    guaranteed = limit.clamp_max(-(-least // multiple) * multiple)
+    needed = int((guaranteed * costs).sum())
+    if needed > budget:
         raise RankError(
-            f"min_rank {min_rank} needs {int(needed.sum())} adapter parameters over {len(needed)} "
-            f"layers, the budget holds {budget}: lower min_rank or raise the budget"
+            f"min_rank {least} needs {needed} adapter parameters over {len(sizes)} layers, the "
+            f"budget holds {budget}: lower min_rank or raise the budget"
         )
+    return limit, guaranteed
 
 
 def uniform_budget(shapes: Shapes, rank: int, rows: int = 1) -> int:
