@@ -34,6 +34,7 @@ _MARKERS = "osD^vPX"
 # The verdicts' colours differ in lightness too.
 _VERDICTS = {"stable": "#2c7fb8", "fair": "#fec44f", "unstable": "#a50f15"}
 _STAGES = ("calibration", "stability", "selection", "allocation", "decomposition")
+_SHARES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
 # What a chart is of, and its SVG element, which says what it shows to those who do not see it.
 Panel = tuple[str, Markup]
@@ -105,7 +106,7 @@ def _spectra(
         for block, name in entries:
             # Its upper end is too pale for white paper.
             colour = colormaps["viridis"](0.82 * (block - first) / max(last - first, 1))
-            axes.plot(*lines[name].T, color=colour, label=labels.pop(block, None))
+            axes.plot(*lines[name].T, color=colour, label=labels.pop(block, None), lw=0.8)
         axes.set_xscale("logit")
         _logarithmic(axes)
         axes.update_datalim([points.min(0), points.max(0)])
@@ -122,9 +123,13 @@ def _spectra(
 
 
 def _ticks(axes: Axes) -> list[float]:
-    """Shares to label, at about even distances: round ones, or what is left of all is round."""
+    """Shares to label: round ones within the limits, and finer ones where few of those are."""
+    low, high = axes.get_xlim()
+    inside = [share for share in _SHARES if low <= share <= high]
+    if len(inside) >= 3:
+        return inside
     logit = axes.xaxis.get_transform()
-    first, last = logit.transform(axes.get_xlim())
+    first, last = logit.transform([low, high])
     shares = logit.inverted().transform(np.linspace(first, last, 9)[1::2])
     return [float(f"{s:.1g}") if s < 0.5 else 1 - float(f"{1 - s:.1g}") for s in shares]
 
