@@ -30,6 +30,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of a model by name, in its order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer's weight is packed in a way that PEFT can unpack: by bitsandbytes, in
     4 or 8 bits, or by torchao."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from corda_kernels.arguments import (
     flag,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_JSON_LINES = f"JSON lines, one object a document, in a file that ends in {_JSON_SUFFIXES[0]}"
 # Tokens of prose average four to five characters: at six a document seldom falls short.
 _CHARS_PER_TOKEN = 6
 # What is behind so many characters for each token that is asked for need not be read: a tokenizer
@@ -45,12 +47,8 @@ _CHARS_OF_LONG_TOKENS = 100
 _ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8})?")
 _PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
 
-
-_TOKENS_AT_A_TIME = {"cpu": 2_048}
-_TOKENS_AT_A_TIME_ELSEWHERE = 8_192
-
-# What a document is put together from: literal text, and the keys that lead to a value.
-_Part = str | tuple[str, ...]
+# What a document is put together from: literal text, each with the keys to the value behind it.
+_Parts = list[tuple[str, Sequence[str]]]
 
 
 def token_batches(
@@ -120,19 +118,18 @@ def token_batches(
     )
     if pack:
         sequences = _packed(documents, samples, seq_len)
-        complete = sum(len(ids) == seq_len for ids in sequences)
     else:
         sequences = [
             ids[:seq_len] for ids in itertools.islice(documents, min(samples, sys.maxsize))
         ]
-        complete = len(sequences)
+    complete = sum(len(ids) == seq_len for ids in sequences) if pack else len(sequences)
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")
     if complete < samples:
         warn(
             f"{path} is used up after {complete} of {samples} sequences of {seq_len} tokens "
-            f"({sum(map(len, sequences))} tokens in all): give more text, or lower "
-            "--samples or --seq-len",
+            f"({sum(map(len, sequences))} tokens in all): give more text, or lower --samples or "
+            "--seq-len",
             DataWarning,
         )
     size = batch_size(len(sequences)) if callable(batch_size) else batch_size
@@ -140,8 +137,8 @@ def token_batches(
     groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     if pack:
         return [{"input_ids": torch.tensor(group, dtype=torch.int64)} for group in groups]
-    padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad = next(token for token in padding if token is not None)
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in known if token is not None)
     return [_padded(group, pad) for group in groups]
 
 
@@ -165,8 +162,7 @@ def fitting_batch_size(samples: int, seq_len: int, device: str = "cpu") -> int:
         ConfigError: a count is not positive.
     """
     _check_positive(samples=samples, seq_len=seq_len)
-    tokens = _TOKENS_AT_A_TIME.get(device, _TOKENS_AT_A_TIME_ELSEWHERE)
-    most = max(1, tokens // seq_len)
+    most = max(1, (2_048 if device == "cpu" else 8_192) // seq_len)
     count = 2 * math.ceil(samples / (2 * most))
     return math.ceil(samples / count)
 
@@ -212,27 +208,27 @@ def read_texts(
             "the tokenizer has no chat template: leave --chat-template out, or take the "
             "tokenizer of an instruction-tuned model"
         )
-    if readable_path(path, DataError).suffix.lower() in _TABLE_SUFFIXES:
-        raise DataError(
-            f"{path} is a table, whose lines are no prose: turn it into JSON lines, one object a "
-            f"row, in a file that ends in {_JSON_SUFFIXES[0]}"
-        )
+    kind = readable_path(path, DataError).suffix.lower()
+    if kind in _TABLE_SUFFIXES:
+        raise DataError(f"{path} is a table, whose lines are no prose: turn it into {_JSON_LINES}")
     content = _read(path)
     records: Iterator[tuple[str, dict[str, Any]]]
-    if Path(path).suffix.lower() in _JSON_SUFFIXES:
+    if kind in _JSON_SUFFIXES:
         # Not splitlines: JSON strings may hold U+2028 and its like as they are.
         numbered = enumerate(content.split("\n"), 1)
         lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
         records = ((where, _parse(line, where)) for where, line in _ordered(lines, seed))
-    elif parts is not None:
+    elif field is not None or template is not None:
         raise DataError(
             f"{path} is plain text and has no fields: leave --field and --template out, or give "
-            f"JSON lines, in a file that ends in {_JSON_SUFFIXES[0]}"
+            f"{_JSON_LINES}"
         )
     else:
-        spans = _spans(content, min_chars)
-        records = ((f"{path}", {"text": span}) for span in _ordered(spans, seed))
-    return _rendered(records, parts, chat_tokenizer)
+        spans = _ordered(_spans(content, min_chars), seed)
+        records = ((str(path), {"text": span}) for span in spans)
+    texts = (_text(record, where, parts, chat_tokenizer) for where, record in records)
+    # JSON may escape half of a surrogate pair, which no tokenizer takes.
+    return (text.encode("utf-8", "replace").decode("utf-8") for text in texts if text.strip())
 
 
 def decode_escapes(template: str) -> str:
@@ -261,49 +257,46 @@ def _check_positive(**counts: int) -> None:
         whole_number(name, count, 1)
 
 
-def _parts(field: str | None, template: str | None) -> Sequence[_Part] | None:
+def _parts(field: str | None, template: str | None) -> _Parts | None:
     for name, given in (("field", field), ("template", template)):
         instance_of(name, given, (str, type(None)))
     if field is not None and template is not None:
         raise ConfigError("field and template exclude each other: a template names its own fields")
-    if field is not None:
-        return [(field,)]
-    return None if template is None else _parse_template(template)
-
-
-def _parse_template(template: str) -> list[_Part]:
+    if template is None:
+        return None if field is None else [("", [field])]
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise DataError(
             f"template {template!r}: {error}; a literal brace is written twice, {{{{ or }}}}"
         ) from error
-    parts: list[_Part] = []
+    parts: _Parts = []
     for literal, placeholder, spec, conversion in pieces:
-        parts.append(literal)
+        match = _PLACEHOLDER.fullmatch(placeholder or "")
         if placeholder is None:
-            continue
-        match = _PLACEHOLDER.fullmatch(placeholder)
-        if match is None or match["name"].isdecimal() or spec or conversion:
+            parts.append((literal, []))
+        elif match is None or match["name"].isdecimal() or spec or conversion:
             raise DataError(
                 f"template {template!r}: {{{placeholder}}} must be {{name}}, {{name[0]}} or "
                 "{name[key]}, without attributes, conversions or formats"
             )
-        parts.append((match["name"], *re.findall(r"[^\[\]]+", match["indices"])))
-    if all(isinstance(part, str) for part in parts):
+        else:
+            keys = re.findall(r"[^\[\]]+", match["indices"])
+            parts.append((literal, [match["name"], *keys]))
+    if not any(keys for _, keys in parts):
         raise DataError(f"template {template!r} names no field, such as {{question}}")
     return parts
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        content = readable_path(path, DataError).read_text(encoding="utf-8-sig")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such data file; check the path") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder: give one text or JSON lines file in it") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; give one text or JSON lines file"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (at byte {error.start}): it is binary, compressed or in "
@@ -340,83 +333,72 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _rendered(
-    records: Iterable[tuple[str, dict[str, Any]]],
-    parts: Sequence[_Part] | None,
+def _text(
+    record: dict[str, Any],
+    where: str,
+    parts: _Parts | None,
     chat_tokenizer: PreTrainedTokenizerBase | None,
-) -> Iterator[str]:
-    for where, record in records:
-        if chat_tokenizer is not None and parts is None and "messages" in record:
-            text = _conversation(record["messages"], where, chat_tokenizer)
-        elif parts is None and "text" not in record and "messages" in record:
-            raise DataError(
-                f"{where} holds a conversation, 'messages': give --chat-template "
-                "(chat_template=True), by which the tokenizer lays it out"
-            )
-        else:
-            text = "".join(
-                part if isinstance(part, str) else _value(record, part, where)
-                for part in parts or [("text",)]
-            )
-            if chat_tokenizer is not None and text.strip():
-                text = _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
-        if text.strip():
-            # JSON may escape half of a surrogate pair, which no tokenizer takes.
-            yield text.encode("utf-8", "replace").decode("utf-8")
+) -> str:
+    """The document of a record; blank where it has none."""
+    conversation = parts is None and "messages" in record
+    if conversation and chat_tokenizer is not None:
+        return _conversation(record["messages"], where, chat_tokenizer)
+    if conversation and "text" not in record:
+        raise DataError(
+            f"{where} holds a conversation, 'messages': give --chat-template "
+            "(chat_template=True), by which the tokenizer lays it out"
+        )
+    pieces = [("", ["text"])] if parts is None else parts
+    text = "".join(
+        literal + (_value(record, keys, where) if keys else "") for literal, keys in pieces
+    )
+    if chat_tokenizer is None or not text.strip():
+        return text
+    return _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
 
 
-def _value(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+def _value(record: dict[str, Any], keys: Sequence[str], where: str) -> str:
+    """What the keys lead to in a record, as text."""
     value: Any = record
-    for depth, key in enumerate(keys, 1):
+    name = wrong = ""
+    for key in keys:
+        name += f"[{key}]" if name else key
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, ValueError, TypeError) as error:
+            there = f"a {type(value).__name__} has no items, leave the last [ ] out"
+            if isinstance(value, dict):
+                there = f"present: {', '.join(value) or '(none)'}"
+            elif isinstance(value, list):
+                there = f"the list has {len(value)} items, the first is [0]"
             raise DataError(
-                f"{where} has no field '{_written(keys[:depth])}': {_offer(value)}; choose what "
-                "there is with --field or --template"
+                f"{where} has no field '{name}': {there}; choose what there is with --field or "
+                "--template"
             ) from error
-    name = _written(keys)
     if keys[0] == "messages" and isinstance(record["messages"], list):
-        raise DataError(
-            f"{where}: 'messages' is a conversation, of which one field is no text to calibrate "
-            "on: give --chat-template in place of --field or --template"
-        )
-    if value is None:
-        raise DataError(f"{where}: '{name}' is null; choose another field or leave the line out")
-    if isinstance(value, list | dict):
+        wrong = "is of a conversation, no text to calibrate on: give --chat-template instead"
+    elif value is None:
+        wrong = "is null; choose another field or leave the line out"
+    elif isinstance(value, list | dict):
         index = 0 if isinstance(value, list) else next(iter(value), "key")
-        raise DataError(
-            f"{where}: '{name}' is a {type(value).__name__}, not a text; take one item with "
-            f"--template, such as {{{name}[{index}]}}"
+        wrong = (
+            f"is a {type(value).__name__}, not a text; take one item with --template, such as "
+            f"{{{name}[{index}]}}"
         )
+    if wrong:
+        raise DataError(f"{where}: '{name}' {wrong}")
     return str(value)
 
 
-def _written(keys: tuple[str, ...]) -> str:
-    return keys[0] + "".join(f"[{key}]" for key in keys[1:])
-
-
-def _offer(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"present: {', '.join(value) or '(none)'}"
-    if isinstance(value, list):
-        return f"the list has {len(value)} items, the first is [0]"
-    return f"a {type(value).__name__} has no items, leave the last [ ] out"
-
-
 def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    roles = isinstance(messages, list) and [
-        isinstance(message, dict) and "role" in message for message in messages
-    ]
-    if not roles or not all(roles):
+    listed = messages if isinstance(messages, list) else []
+    if not listed or not all(isinstance(each, dict) and "role" in each for each in listed):
         raise DataError(f"{where}: 'messages' must be a list of objects with role and content")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is code of the model's author: it may raise anything
-        reason = str(error).strip().split("\n", 1)[0]
-        raise DataError(
-            f"{where}: the tokenizer's chat template refuses it: {reason or type(error).__name__}"
-        ) from error
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise DataError(f"{where}: the tokenizer's chat template refuses it: {reason}") from error
 
 
 def _tokenized(
@@ -444,13 +426,10 @@ def _packed(documents: Iterable[list[int]], samples: int, seq_len: int) -> list[
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    shape = len(sequences), max(map(len, sequences))
-    input_ids = torch.full(shape, pad, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    kept = [torch.ones_like(row) for row in rows]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return {"input_ids": input_ids, "attention_mask": pad_sequence(kept, batch_first=True)}
 
 
 def help_topics(path: str | os.PathLike[str]) -> Path:

@@ -277,7 +277,7 @@ class TestRefused:
             read_texts(tmp_path / "none.txt")
 
     def test_a_folder(self, tmp_path):
-        with pytest.raises(DataError, match="is a folder"):
+        with pytest.raises(DataError, match="cannot be read: Is a directory; give one text"):
             read_texts(tmp_path)
 
     def test_what_the_system_refuses_to_read(self, tmp_path):

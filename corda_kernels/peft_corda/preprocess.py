@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ from corda_kernels.linalg.operand import check_damping
 from corda_kernels.outputs import check_output
 from corda_kernels.peft_corda import cache
 from corda_kernels.peft_corda.observe import Observed, Observer
-from corda_kernels.peft_corda.targets import Target, corda_targets, exclude
+from corda_kernels.peft_corda.targets import Target, corda_targets
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -113,62 +114,67 @@ def preprocess_corda(
     theirs = _checked(getattr(lora_config, "corda_config", None), ours.memory_limit)
     targets = corda_targets(model, lora_config)
     cache_file, covariance_file = theirs.cache_file, theirs.covariance_file
-    observed: dict[str, Observed] = {}
+    method, normalize = theirs.corda_method, ours.normalize
+    recipe = {"corda_method": method, "damping": ours.damping, "normalize": normalize}
     eigens: dict[str, cache.CordaEigens] = {}
-    absent: list[str] = []
+    kept: dict[str, Observed] = {}
 
-    def settle(wanted: Mapping[str, Target], found: Mapping[str, object], reason: str) -> None:
-        unseen = [name for name in wanted if name not in found]
-        if unseen and ours.on_unseen == "error":
+    def check_all(wanted: Mapping[str, Target], found: Mapping[str, object], lack: str) -> None:
+        absent = [name for name in wanted if name not in found]
+        if absent and ours.on_unseen == "error":
             raise CalibrationError(
-                f"{len(unseen)} target layer(s) {reason}: {', '.join(unseen[:5])}"
-                f"{', …' if len(unseen) > 5 else ''}; leave them out of target_modules, or pass "
+                f"{len(absent)} target layer(s) {lack}: {', '.join(absent[:5])}"
+                f"{', …' if len(absent) > 5 else ''}; leave them out of target_modules, or pass "
                 'on_unseen="skip"'
             )
-        absent.extend(unseen)
 
-    recipe = {
-        "corda_method": theirs.corda_method,
-        "damping": ours.damping,
-        "normalize": ours.normalize,
-    }
     if cache.is_written(cache_file):
-        eigens = cache.read_cache(cache_file, model, targets, recipe)
-        settle(targets, eigens, f"are not in {cache_file}")
+        eigens, _ = cache.read_cache(cache_file, targets, recipe, model)
+        check_all(targets, eigens, f"are not in {cache_file}")
     else:
-        observer = Observer(ours.normalize)
         for path in (cache_file, covariance_file):
             if path is not None:
                 check_output(path)
+        stored = cache.is_written(covariance_file)
+        if run_model is None and not stored:
+            raise ConfigError(
+                "run_model is None, but neither the cache nor the covariance file is written yet: "
+                "pass a function that runs the model on calibration data"
+            )
+        observer = Observer(hooked_model or model, run_model, normalize)
+        hooked = dict(observer.model.named_modules())
         for part in _parts(targets, ours.memory_limit):
-            if cache.is_written(covariance_file):
-                found = cache.read_covariances(covariance_file, model, part, ours.normalize)
-                settle(part, found, f"are not in {covariance_file}")
+            if stored:
+                found = cache.read_covariances(covariance_file, part, normalize, model)
+                check_all(part, found, f"are not in {covariance_file}")
             else:
-                if run_model is None:
-                    raise ConfigError(
-                        "run_model is None, but neither the cache nor the covariance file is "
-                        "written yet: pass a function that runs the model on calibration data"
-                    )
-                hooked = dict((hooked_model or model).named_modules())
-                modules = {name: hooked[name] for name in part if name in hooked}
-                found = observer.observe(hooked_model or model, modules, run_model)
-                settle(part, found, "never received a token")
+                found = observer.observe({name: hooked[name] for name in part if name in hooked})
+                check_all(part, found, "never received a token")
                 if covariance_file is not None:
-                    cache.write_covariances(covariance_file, found, model, part, ours.normalize)
+                    cache.write_covariances(covariance_file, found, model, normalize)
             if not theirs.prune_temporary_fields:
-                observed = dict(found)
+                kept = dict(found)
             eigens |= _decompose(found, part, theirs, ours)
         if cache_file is not None:
-            cache.write_cache(cache_file, eigens, model, targets, recipe)
+            cache.write_cache(cache_file, eigens, model, recipe)
+    absent = [name for name in targets if name not in eigens]
     if absent:
-        exclude(lora_config, absent)
+        _exclude(lora_config, absent)
         warn(
             f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was "
             "nothing to make it from; they were added to lora_config.exclude_modules",
             LeftOutWarning,
         )
-    _attach(targets, eigens, observed, theirs)
+    for name, target in targets.items():
+        module: Any = target.module
+        for field in _TEMPORARY:
+            vars(module).pop(field, None)
+        if name in eigens:
+            module.eigens = eigens[name]
+            if not theirs.prune_temporary_fields:
+                module.corda_method, module.rank = method, target.rank
+        if name in kept:
+            module.covariance_matrix, module.sample_count = kept[name].matrix, kept[name].calls
 
 
 def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
@@ -195,23 +201,25 @@ def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConf
     return options
 
 
-def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[dict[str, Target]]:
+def _parts(targets: dict[str, Target], memory_limit: int | None) -> list[dict[str, Target]]:
     """Consecutive layers whose covariances, taken as shared by none, fit into the limit."""
-    part: dict[str, Target] = {}
-    used = 0
+    if memory_limit is None:
+        return [targets]
+    parts: list[dict[str, Target]] = []
+    room = 0
     for name, target in targets.items():
         size = 4 * target.weight.shape[1] ** 2
-        if memory_limit is not None and size > memory_limit:
+        if size > memory_limit:
             raise ConfigError(
                 f"the covariance of layer {name} alone takes {size} bytes, more than "
                 f"memory_limit={memory_limit}"
             )
-        if memory_limit is not None and used + size > memory_limit:
-            yield part
-            part, used = {}, 0
-        part[name] = target
-        used += size
-    yield part
+        if size > room or not parts:
+            parts.append({})
+            room = memory_limit
+        parts[-1][name] = target
+        room -= size
+    return parts
 
 
 def _decompose(
@@ -240,21 +248,10 @@ def _decompose(
     return {name: found[name] for name in order}
 
 
-def _attach(
-    targets: Mapping[str, Target],
-    eigens: Mapping[str, cache.CordaEigens],
-    observed: Mapping[str, Observed],
-    options: CordaConfig,
-) -> None:
-    for name, target in targets.items():
-        module: Any = target.module
-        for field in _TEMPORARY:
-            if hasattr(module, field):
-                delattr(module, field)
-        if name in eigens:
-            module.eigens = eigens[name]
-            if not options.prune_temporary_fields:
-                module.corda_method, module.rank = options.corda_method, target.rank
-        if name in observed:
-            module.covariance_matrix = observed[name].matrix
-            module.sample_count = observed[name].calls
+def _exclude(config: LoraConfig, names: Sequence[str]) -> None:
+    """Adds layers to `config.exclude_modules`, in place: `get_peft_model` then passes them by."""
+    present = config.exclude_modules or []
+    if isinstance(present, str):
+        config.exclude_modules = "|".join([f"(?:{present})", *map(re.escape, names)])
+    else:
+        config.exclude_modules = {*present, *names}
