@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,10 +44,10 @@ _CHARS_PER_TOKEN = 6
 # takes minutes for a document of many megabytes.
 _CHARS_OF_LONG_TOKENS = 100
 _ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8})?")
-_PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
-
-# What a document is put together from: literal text, each with the keys to the value behind it.
-_Parts = list[tuple[str, Sequence[str]]]
+# Of a template: a brace that is written twice, a field with its indices and keys, or a mistake.
+_FIELD = re.compile(
+    r"\{\{|\}\}|\{(?!\d+[\[}])(?P<name>[^.!:\[\]{}]+)(?P<keys>(\[[^\[\]{}]+\])*)\}|(?P<odd>[{}])"
+)
 
 
 def token_batches(
@@ -113,15 +112,12 @@ def token_batches(
         seed=seed,
     )
     most = _CHARS_OF_LONG_TOKENS * seq_len * (samples if pack else 1)
-    documents = _tokenized(
-        (text[:most] for text in texts), tokenizer, special_tokens=not chat_template, close=pack
-    )
+    documents = _tokenized((text[:most] for text in texts), tokenizer, not chat_template, pack)
     if pack:
         sequences = _packed(documents, samples, seq_len)
     else:
-        sequences = [
-            ids[:seq_len] for ids in itertools.islice(documents, min(samples, sys.maxsize))
-        ]
+        some = itertools.islice(documents, min(samples, sys.maxsize))
+        sequences = [ids[:seq_len] for ids in some]
     complete = sum(len(ids) == seq_len for ids in sequences) if pack else len(sequences)
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")
@@ -202,7 +198,12 @@ def read_texts(
     _check_positive(min_chars=min_chars)
     if seed is not None:
         seed_number("seed", seed)
-    parts = _parts(field, template)
+    for name, given in (("field", field), ("template", template)):
+        instance_of(name, given, (str, type(None)))
+    if field is not None and template is not None:
+        raise ConfigError("field and template exclude each other: a template names its own fields")
+    if template is not None:
+        _check_template(template)
     if chat_tokenizer is not None and not chat_tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template: leave --chat-template out, or take the "
@@ -226,9 +227,7 @@ def read_texts(
     else:
         spans = _ordered(_spans(content, min_chars), seed)
         records = ((str(path), {"text": span}) for span in spans)
-    texts = (_text(record, where, parts, chat_tokenizer) for where, record in records)
-    # JSON may escape half of a surrogate pair, which no tokenizer takes.
-    return (text.encode("utf-8", "replace").decode("utf-8") for text in texts if text.strip())
+    return _rendered(records, field, template, chat_tokenizer)
 
 
 def decode_escapes(template: str) -> str:
@@ -257,35 +256,16 @@ def _check_positive(**counts: int) -> None:
         whole_number(name, count, 1)
 
 
-def _parts(field: str | None, template: str | None) -> _Parts | None:
-    for name, given in (("field", field), ("template", template)):
-        instance_of(name, given, (str, type(None)))
-    if field is not None and template is not None:
-        raise ConfigError("field and template exclude each other: a template names its own fields")
-    if template is None:
-        return None if field is None else [("", [field])]
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
+def _check_template(template: str) -> None:
+    matches = list(_FIELD.finditer(template))
+    odd = next((match for match in matches if match["odd"]), None)
+    if odd is not None:
         raise DataError(
-            f"template {template!r}: {error}; a literal brace is written twice, {{{{ or }}}}"
-        ) from error
-    parts: _Parts = []
-    for literal, placeholder, spec, conversion in pieces:
-        match = _PLACEHOLDER.fullmatch(placeholder or "")
-        if placeholder is None:
-            parts.append((literal, []))
-        elif match is None or match["name"].isdecimal() or spec or conversion:
-            raise DataError(
-                f"template {template!r}: {{{placeholder}}} must be {{name}}, {{name[0]}} or "
-                "{name[key]}, without attributes, conversions or formats"
-            )
-        else:
-            keys = re.findall(r"[^\[\]]+", match["indices"])
-            parts.append((literal, [match["name"], *keys]))
-    if not any(keys for _, keys in parts):
+            f"template {template!r}: what begins at {template[odd.start() :][:20]!r} must be "
+            "{name}, {name[0]} or {name[key]}; a literal brace is written twice"
+        )
+    if not any(match["name"] for match in matches):
         raise DataError(f"template {template!r} names no field, such as {{question}}")
-    return parts
 
 
 def _read(path: str | os.PathLike[str]) -> str:
@@ -321,72 +301,81 @@ def _ordered(items: list[Any], seed: int | None) -> list[Any]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    expected = "one object a line is expected (jq -c '.[]' turns an array into such lines)"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         # The decoder's own line number would contradict the file's.
-        reason = str(error).partition(": line ")[0]
-        raise DataError(f"{where} is not valid JSON: {reason}; {expected}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is a JSON {type(record).__name__}, not an object; {expected}")
-    return record
-
-
-def _text(
-    record: dict[str, Any],
-    where: str,
-    parts: _Parts | None,
-    chat_tokenizer: PreTrainedTokenizerBase | None,
-) -> str:
-    """The document of a record; blank where it has none."""
-    conversation = parts is None and "messages" in record
-    if conversation and chat_tokenizer is not None:
-        return _conversation(record["messages"], where, chat_tokenizer)
-    if conversation and "text" not in record:
-        raise DataError(
-            f"{where} holds a conversation, 'messages': give --chat-template "
-            "(chat_template=True), by which the tokenizer lays it out"
-        )
-    pieces = [("", ["text"])] if parts is None else parts
-    text = "".join(
-        literal + (_value(record, keys, where) if keys else "") for literal, keys in pieces
+        wrong = f"is not valid JSON: {str(error).partition(': line ')[0]}"
+    else:
+        if isinstance(record, dict):
+            return record
+        wrong = f"is a JSON {type(record).__name__}, not an object"
+    raise DataError(
+        f"{where} {wrong}; one object a line is expected (jq -c '.[]' makes such lines of an array)"
     )
-    if chat_tokenizer is None or not text.strip():
-        return text
-    return _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
+
+
+def _rendered(
+    records: Iterable[tuple[str, dict[str, Any]]],
+    field: str | None,
+    template: str | None,
+    chat_tokenizer: PreTrainedTokenizerBase | None,
+) -> Iterator[str]:
+    whole = chat_tokenizer is not None and field is None and template is None
+    for where, record in records:
+        messages = record.get("messages")
+        if not (whole and "messages" in record):
+            text = _document(record, where, field, template)
+            if not text.strip():
+                continue
+            messages = [{"role": "user", "content": text}]
+        if chat_tokenizer is not None:
+            text = _conversation(messages, where, chat_tokenizer)
+        if text.strip():
+            # JSON may escape half of a surrogate pair, which no tokenizer takes.
+            yield text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _document(record: dict[str, Any], where: str, field: str | None, template: str | None) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match[0][0]
+        return _value(record, [match["name"], *re.findall(r"[^\[\]]+", match["keys"])], where)
+
+    if template is not None:
+        return _FIELD.sub(value, template)
+    return _value(record, ["text" if field is None else field], where)
 
 
 def _value(record: dict[str, Any], keys: Sequence[str], where: str) -> str:
     """What the keys lead to in a record, as text."""
+    asked = keys[0] == "messages" or keys[0] not in record
+    if asked and isinstance(record.get("messages"), list):
+        raise DataError(
+            f"{where} holds a conversation, 'messages': give --chat-template (chat_template=True) "
+            "alone, by which the tokenizer lays it out"
+        )
     value: Any = record
-    name = wrong = ""
+    name = ""
     for key in keys:
         name += f"[{key}]" if name else key
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, ValueError, TypeError) as error:
-            there = f"a {type(value).__name__} has no items, leave the last [ ] out"
-            if isinstance(value, dict):
-                there = f"present: {', '.join(value) or '(none)'}"
-            elif isinstance(value, list):
-                there = f"the list has {len(value)} items, the first is [0]"
+            present = f"nothing, a {type(value).__name__} has no items"
+            if isinstance(value, list | dict):
+                each = value if isinstance(value, dict) else map(str, range(len(value)))
+                present = ", ".join(each) or "nothing"
             raise DataError(
-                f"{where} has no field '{name}': {there}; choose what there is with --field or "
-                "--template"
+                f"{where} has no field '{name}': present: {present}; choose what there is with "
+                "--field or --template"
             ) from error
-    if keys[0] == "messages" and isinstance(record["messages"], list):
-        wrong = "is of a conversation, no text to calibrate on: give --chat-template instead"
-    elif value is None:
-        wrong = "is null; choose another field or leave the line out"
-    elif isinstance(value, list | dict):
-        index = 0 if isinstance(value, list) else next(iter(value), "key")
-        wrong = (
-            f"is a {type(value).__name__}, not a text; take one item with --template, such as "
-            f"{{{name}[{index}]}}"
+    if value is None or isinstance(value, list | dict):
+        item = next(iter(value or ["key"])) if isinstance(value, dict) else 0
+        raise DataError(
+            f"{where}: '{name}' is a {type(value).__name__}, not a text; choose another field, or "
+            f"one item with --template, such as {{{name}[{item}]}}"
         )
-    if wrong:
-        raise DataError(f"{where}: '{name}' {wrong}")
     return str(value)
 
 
@@ -402,7 +391,7 @@ def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase)
 
 
 def _tokenized(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool, close: bool
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool, close: bool
 ) -> Iterator[list[int]]:
     eos = tokenizer.eos_token_id
     for text in texts:

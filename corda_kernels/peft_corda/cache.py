@@ -18,16 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from corda_kernels import fields
-from corda_kernels.adapter import (
-    Adapter,
-    AdapterFactors,
-    AdapterRecord,
-    LayerAdapter,
-    describe_base,
-    published_factors,
-    write_adapter,
-)
+from corda_kernels import adapter, fields
 from corda_kernels.adapter.lora import target_modules
 from corda_kernels.adapter.record import BASE_FIELDS, base_difference
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
@@ -41,7 +32,6 @@ from corda_kernels.versions import library_versions
 
 StrPath = str | os.PathLike[str]
 Facts = Mapping[str, Any]
-Schema = Mapping[str, fields.Schema]
 
 _FORMAT = "corda_kernels.peft/1"
 # What to do about a bad file.
@@ -50,20 +40,17 @@ _CHOOSE = "delete it or choose another path"
 # PEFT keeps covariances in float16 if it is asked to.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# What the notes on a cache and on covariances may say.
-_NOTES: Schema = {
+# What the notes may say: the last field is of covariances, the two before it are of a cache.
+_NOTES: Mapping[str, fields.Schema] = {
     "format": fields.one_of(_FORMAT),
     "sha256": fields.is_text,
     "layers": lambda value: fields.is_names(value) and len(value) > 0,
     "base": BASE_FIELDS,
     "normalize": fields.one_of("tokens", "peft"),
+    "corda_method?": fields.one_of("ipm", "kpm"),
+    "damping?": fields.maybe(fields.number(0)),
+    "calls?": {"*": fields.is_whole},
 }
-_OF_CACHE: Schema = {
-    **_NOTES,
-    "corda_method": fields.one_of("ipm", "kpm"),
-    "damping": fields.maybe(fields.number(0)),
-}
-_OF_COVARIANCES: Schema = {**_NOTES, "calls": {"*": fields.is_whole}}
 
 
 @dataclass(eq=False)
@@ -92,7 +79,7 @@ def corda_eigens(weight: Tensor, part: CoSVD) -> CordaEigens:
         weight: (out, in), any floating dtype.
         part: its decomposition, U (out, r).
     """
-    factors = published_factors(weight, part)
+    factors = adapter.published_factors(weight, part)
     beta = factors.B.norm(dim=0)
     order = beta.argsort(descending=True, stable=True)
     S = beta[order].square()
@@ -157,7 +144,7 @@ def _write(
         "format": _FORMAT,
         "sha256": checksum,
         "layers": list(modules),
-        "base": describe_base(model, modules),
+        "base": adapter.describe_base(model, modules),
     }
     write_json(notes_path(path), notes | dict(facts))
 
@@ -180,7 +167,7 @@ def read_cache(
         CacheError: the file is damaged, was made for another base or with other options than
             `recipe`, or holds components of another shape or rank.
     """
-    tensors, notes = _load(path, _OF_CACHE, recipe, model)
+    tensors, notes = _load(path, recipe, model)
     eigens = {}
     for name, target in targets.items():
         if f"{name}.eigens.S_WC" in tensors:
@@ -206,7 +193,7 @@ def read_covariances(
         CacheError: the file is damaged, was made for another base or with another `normalize`, or
             holds matrices of another size.
     """
-    tensors, notes = _load(path, _OF_COVARIANCES, {"normalize": normalize}, model)
+    tensors, notes = _load(path, {"normalize": normalize}, model)
     shared: dict[tuple[int, torch.Size], Tensor] = {}
     covariances = {}
     for name in [name for name in targets if name in tensors]:
@@ -238,10 +225,10 @@ def _copied(
 
 
 def _load(
-    path: StrPath, schema: Schema, wanted: Facts, model: nn.Module | None
+    path: StrPath, wanted: Facts, model: nn.Module | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file's tensors, on the CPU, and its notes, which are empty where PEFT wrote it."""
-    notes = _read_notes(path, schema)
+    notes = _read_notes(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Tensors of numbers, in memory as they should be.
@@ -263,13 +250,13 @@ def _load(
     return tensors, notes
 
 
-def _read_notes(path: StrPath, schema: Schema) -> dict[str, Any]:
+def _read_notes(path: StrPath) -> dict[str, Any]:
     beside = notes_path(path)
     if not beside.is_file():
         return {}
     try:
         notes: dict[str, Any] = fields.parse_json(beside.read_text(encoding="utf-8"))
-        fields.check_fields(notes, schema)
+        fields.check_fields(notes, _NOTES)
         if notes["sha256"] != _checksum(path):
             raise ValueError("the file does not match the checksum in it")
     except ValueError as error:
@@ -291,9 +278,9 @@ def _check_notes(path: StrPath, notes: Facts, wanted: Facts, model: nn.Module) -
         )
         return
     wrong = [
-        f"with {key}={notes[key]!r}, but {value!r} is asked for"
+        f"with {key}={notes.get(key)!r}, but {value!r} is asked for"
         for key, value in wanted.items()
-        if notes[key] != value
+        if key not in notes or notes[key] != value
     ]
     linears = linear_layers(model)
     missing = set(notes["layers"]) - linears.keys()
@@ -348,23 +335,26 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
     loras = {n: m for n, m in base.named_modules() if active in getattr(m, "lora_A", ())}
     targets = {name: Target(lora.get_base_layer(), lora.r[active]) for name, lora in loras.items()}
     eigens, notes = read_cache(options.cache_file, targets, {}, None)
-    if not notes or eigens.keys() != targets.keys():
-        why = "belongs to another adapter" if notes else "was written by PEFT, without its base"
+    noted = {"corda_method", "damping"} <= notes.keys()
+    if not noted or eigens.keys() != targets.keys():
+        why = "belongs to another adapter" if noted else "was written by PEFT, without its base"
         raise AdapterError(
             f"{options.cache_file} {why}: make it again with this package's preprocess_corda"
         )
-    layers: dict[str, LayerAdapter] = {}
+    layers: dict[str, adapter.LayerAdapter] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, lora in loras.items():
         scaling, S = lora.scaling[active], eigens[name].S_WC
         A, B = (p[active].weight.detach().float() for p in (lora.lora_A, lora.lora_B))
         root = (S / scaling).sqrt()
         A0, B0 = (eigens[name].V_WC * root).mT.contiguous(), eigens[name].U_WC * root
-        layers[name] = LayerAdapter(AdapterFactors(A, B, scaling), AdapterFactors(A0, B0, scaling))
+        layers[name] = adapter.LayerAdapter(
+            adapter.AdapterFactors(A, B, scaling), adapter.AdapterFactors(A0, B0, scaling)
+        )
         # What the cache does not tell is 0.
         entries[name] = {"rank": len(S), "sigma_max": float(S[0]), "sigma_min": float(S[-1])}
         entries[name] |= {"tokens": 0, "residual": 0.0}
-    record = AdapterRecord(
+    record = adapter.AdapterRecord(
         mode=notes["corda_method"],
         rank=max(layer.trained.rank for layer in layers.values()),
         hold=None,
@@ -375,4 +365,4 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
         layers=entries,
         versions=library_versions(),
     )
-    write_adapter(Adapter(layers, record), path)
+    adapter.write_adapter(adapter.Adapter(layers, record), path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,15 +53,15 @@ class Observer:
     on_host: bool = False
 
     @torch.no_grad()
-    def observe(self, modules: Mapping[str, nn.Module]) -> dict[str, Observed]:
-        """Calls `run_model` and gives the covariances of what each of `modules` that it calls read.
+    def observe(self, names: Iterable[str]) -> dict[str, Observed]:
+        """Calls `run_model` and gives the covariances of what each layer that it calls read.
 
         The model is in eval mode meanwhile; its modes, and hooks of others, are as before
         afterwards, whatever happens. Where a device's memory runs out there is a warning, and
         another call with sums on the host.
 
         Args:
-            modules: layers within the model, by name.
+            names: of the layers; those that this model does not have are passed by.
 
         Raises:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` counts the model's calls.
@@ -69,6 +69,8 @@ class Observer:
                 holds something else than ones and zeros; or a second call of `run_model` ran less
                 than the first.
         """
+        every = dict(self.model.named_modules())
+        modules = {name: every[name] for name in names if name in every}
         seen = 0
         while True:
             capture = InputCapture(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +68,20 @@ class Options:
         if self.memory_limit is not None:
             whole_number("memory_limit", self.memory_limit, 0)
 
+    def check_seen(self, wanted: Iterable[str], found: Container[str], lack: str) -> None:
+        """Refuses layers that are missing from `found`, unless they are to be skipped.
+
+        Raises:
+            CalibrationError: there are some.
+        """
+        absent = [name for name in wanted if name not in found]
+        if absent and self.on_unseen == "error":
+            raise CalibrationError(
+                f"{len(absent)} target layer(s) {lack}: {', '.join(absent[:5])}"
+                f"{', …' if len(absent) > 5 else ''}; leave them out of target_modules, or pass "
+                'on_unseen="skip"'
+            )
+
 
 @torch.no_grad()
 def preprocess_corda(
@@ -113,50 +127,24 @@ def preprocess_corda(
         raise ConfigError(f"run_model must be a function, got {shown(run_model)}")
     theirs = _checked(getattr(lora_config, "corda_config", None), ours.memory_limit)
     targets = corda_targets(model, lora_config)
-    cache_file, covariance_file = theirs.cache_file, theirs.covariance_file
     method, normalize = theirs.corda_method, ours.normalize
     recipe = {"corda_method": method, "damping": ours.damping, "normalize": normalize}
     eigens: dict[str, cache.CordaEigens] = {}
     kept: dict[str, Observed] = {}
-
-    def check_all(wanted: Mapping[str, Target], found: Mapping[str, object], lack: str) -> None:
-        absent = [name for name in wanted if name not in found]
-        if absent and ours.on_unseen == "error":
-            raise CalibrationError(
-                f"{len(absent)} target layer(s) {lack}: {', '.join(absent[:5])}"
-                f"{', …' if len(absent) > 5 else ''}; leave them out of target_modules, or pass "
-                'on_unseen="skip"'
-            )
-
-    if cache.is_written(cache_file):
-        eigens, _ = cache.read_cache(cache_file, targets, recipe, model)
-        check_all(targets, eigens, f"are not in {cache_file}")
+    if cache.is_written(theirs.cache_file):
+        eigens, _ = cache.read_cache(theirs.cache_file, targets, recipe, model)
+        ours.check_seen(targets, eigens, f"are not in {theirs.cache_file}")
     else:
-        for path in (cache_file, covariance_file):
+        for path in (theirs.cache_file, theirs.covariance_file):
             if path is not None:
                 check_output(path)
-        stored = cache.is_written(covariance_file)
-        if run_model is None and not stored:
-            raise ConfigError(
-                "run_model is None, but neither the cache nor the covariance file is written yet: "
-                "pass a function that runs the model on calibration data"
-            )
-        observer = Observer(hooked_model or model, run_model, normalize)
-        hooked = dict(observer.model.named_modules())
-        for part in _parts(targets, ours.memory_limit):
-            if stored:
-                found = cache.read_covariances(covariance_file, part, normalize, model)
-                check_all(part, found, f"are not in {covariance_file}")
-            else:
-                found = observer.observe({name: hooked[name] for name in part if name in hooked})
-                check_all(part, found, "never received a token")
-                if covariance_file is not None:
-                    cache.write_covariances(covariance_file, found, model, normalize)
+        observer = Observer(hooked_model or model, run_model, normalize) if run_model else None
+        for found in _covariances(model, targets, theirs, ours, observer):
             if not theirs.prune_temporary_fields:
                 kept = dict(found)
-            eigens |= _decompose(found, part, theirs, ours)
-        if cache_file is not None:
-            cache.write_cache(cache_file, eigens, model, recipe)
+            eigens |= _decompose(found, targets, theirs, ours)
+        if theirs.cache_file is not None:
+            cache.write_cache(theirs.cache_file, eigens, model, recipe)
     absent = [name for name in targets if name not in eigens]
     if absent:
         _exclude(lora_config, absent)
@@ -192,8 +180,8 @@ def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConf
             "layers share are held once, and memory_limit bounds them",
             CompatibilityWarning,
         )
-    keeps_covariances = options.covariance_file is not None or not options.prune_temporary_fields
-    if memory_limit is not None and keeps_covariances:
+    freed = options.covariance_file is None and options.prune_temporary_fields
+    if memory_limit is not None and not freed:
         raise ConfigError(
             "memory_limit frees covariances as it goes: it cannot be combined with covariance_file "
             "or prune_temporary_fields=False"
@@ -222,18 +210,48 @@ def _parts(targets: dict[str, Target], memory_limit: int | None) -> list[dict[st
     return parts
 
 
+def _covariances(
+    model: nn.Module,
+    targets: dict[str, Target],
+    theirs: CordaConfig,
+    ours: Options,
+    observer: Observer | None,
+) -> Iterator[dict[str, Observed]]:
+    """The layers' covariances, from their file or from passes of `run_model`; all, or in parts."""
+    file = theirs.covariance_file
+    if cache.is_written(file):
+        found = cache.read_covariances(file, targets, ours.normalize, model)
+        ours.check_seen(targets, found, f"are not in {file}")
+        yield found
+        return
+    if observer is None:
+        raise ConfigError(
+            "run_model is None, but neither the cache nor the covariance file is written yet: pass "
+            "a function that runs the model on calibration data"
+        )
+    for part in _parts(targets, ours.memory_limit):
+        found = observer.observe(part)
+        ours.check_seen(part, found, "never received a token")
+        if file is not None:
+            cache.write_covariances(file, found, model, ours.normalize)
+        yield found
+
+
 def _decompose(
-    covariances: dict[str, Observed], part: Mapping[str, Target], theirs: CordaConfig, ours: Options
+    covariances: dict[str, Observed],
+    targets: Mapping[str, Target],
+    theirs: CordaConfig,
+    ours: Options,
 ) -> dict[str, cache.CordaEigens]:
     """The layers' components. Uses `covariances` up: each is freed after its last reader."""
     order = list(covariances)
-    weights = {name: part[name].weight for name in order}
+    weights = {name: targets[name].weight for name in order}
     # The very same tensor for layers that share it.
     matrices = {name: covariances.pop(name).matrix for name in order}
     decomposed = co_svd_layers(
         weights,
         matrices,
-        rank={name: part[name].rank for name in order},
+        rank={name: targets[name].rank for name in order},
         which="largest" if theirs.corda_method == "ipm" else "smallest",
         method=ours.method,
         damping=ours.damping,
