@@ -37,6 +37,10 @@ class Observed:
 class Observer:
     """Watches the forward passes of `run_model`.
 
+    It tells the capture where a pass begins and ends, and which of its rows are padding. A pass is
+    a call of the model, or of a part of it that takes token ids (the decoder without its head),
+    that lies in no other such call.
+
     Attributes:
         model: what `run_model` runs; the attention mask that it is called with tells which rows
             count.
@@ -51,6 +55,11 @@ class Observer:
     run_model: Callable[[], object]
     normalize: str
     on_host: bool = False
+    _capture: InputCapture = field(init=False)
+    _passes: int = field(default=0, init=False)
+    _tokens: int = field(default=0, init=False)  # of the passes that have ended
+    _size: int = field(default=0, init=False)  # tokens of the present pass
+    _depth: int = field(default=0, init=False)
 
     @torch.no_grad()
     def observe(self, names: Iterable[str]) -> dict[str, Observed]:
@@ -73,61 +82,45 @@ class Observer:
         modules = {name: every[name] for name in names if name in every}
         seen = 0
         while True:
-            capture = InputCapture(
-                modules, normalize=self.normalize, statistics=False, on_host=self.on_host
-            )
-            passes = _Passes(self.model, capture)
             try:
-                passes.run(self.run_model)
+                self._run(modules)
                 break
             except torch.OutOfMemoryError:
                 if self.on_host or not has_own_memory(input_device(self.model)):
                     raise
             # Outside of the handler, for the error holds on to the first sums.
-            self.on_host, seen = True, passes.tokens
+            self.on_host, seen = True, self._tokens
             warn(
                 "memory ran out while run_model ran: it is called again, with covariances that the "
                 f"CPU sums up, which takes longer; if it reads an iterator, {seen} tokens of that "
                 "are used up; memory_limit bounds covariances",
                 OutOfMemoryWarning,
             )
-        if passes.tokens < seen:
+        if self._tokens < seen:
             raise CalibrationError(
-                f"memory ran out while run_model ran, and its second call ran {passes.tokens} "
+                f"memory ran out while run_model ran, and its second call ran {self._tokens} "
                 f"tokens where the first had run {seen}: let it run the same data each time (a "
                 "list, not an iterator that is used up), or pass memory_limit"
             )
-        found = capture.covariances()
+        found = self._capture.covariances()
+        del self._capture  # whoever decomposes them frees them one by one
         return {name: Observed(each.matrix, each.calls) for name, each in found.items()}
 
-
-@dataclass
-class _Passes:
-    """Tells the capture where a forward pass begins and ends, and which of its rows are padding.
-
-    A pass is a call of the model, or of a part of it that takes token ids (the decoder without its
-    head), that lies in no other such call.
-    """
-
-    model: nn.Module
-    capture: InputCapture
-    count: int = field(default=0, init=False)
-    tokens: int = field(default=0, init=False)
-    _depth: int = field(default=0, init=False)
-    _size: int = field(default=0, init=False)  # tokens of the present pass
-
-    def run(self, run_model: Callable[[], object]) -> None:
-        """Calls `run_model` under watch."""
-        taken = {"input_ids", "attention_mask"}
-        with evaluating(self.model), self.capture, contextlib.ExitStack() as hooks:
+    def _run(self, modules: dict[str, nn.Module]) -> None:
+        """Calls `run_model` under watch, with new sums."""
+        self._passes = self._tokens = self._depth = 0
+        self._capture = InputCapture(
+            modules, normalize=self.normalize, statistics=False, on_host=self.on_host
+        )
+        with evaluating(self.model), self._capture, contextlib.ExitStack() as hooks:
             for module in self.model.modules():
-                names = inspect.signature(module.forward).parameters
-                if module is self.model or taken <= names.keys():
+                names = inspect.signature(module.forward).parameters.keys()
+                if module is self.model or names >= {"input_ids", "attention_mask"}:
                     begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
                     hooks.enter_context(begin)
                     hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
-            run_model()
-        self.capture.end_pass(self.count, (self.tokens, self.tokens))
+            self.run_model()
+        self._capture.end_pass(self._passes, (self._tokens, self._tokens))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
@@ -144,19 +137,19 @@ class _Passes:
         if isinstance(mask, Tensor) and mask.ndim == len(shape) == 2:
             if not ones_and_zeros(mask):
                 raise CalibrationError(
-                    f"call {self.count} of the model (counted from 0) was given {ODD_MASK}"
+                    f"call {self._passes} of the model (counted from 0) was given {ODD_MASK}"
                 )
             # With a cache the mask covers earlier tokens too, which are not run again.
             kept = mask[:, -shape[1] :].to(torch.bool)
             self._size = int(kept.sum())
-            self.capture.row_mask = None if bool(kept.all()) else kept
+            self._capture.row_mask = None if bool(kept.all()) else kept
             return
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if pad is not None and isinstance(ids, Tensor) and looks_padded(ids, pad):
             given = "no attention mask" if mask is None else "no attention mask of (batch, tokens)"
             warn(
-                f"call {self.count} of the model (counted from 0) is padded (token {pad}) but was "
-                f"given {given}: the padding counts as text and inflates the covariances; pass "
+                f"call {self._passes} of the model (counted from 0) is padded (token {pad}) but "
+                f"was given {given}: the padding counts as text and inflates the covariances; pass "
                 "attention_mask to the model in run_model",
                 PaddingWarning,
             )
@@ -166,7 +159,7 @@ class _Passes:
         if self._depth:
             return
         if output is not None:  # nothing comes out of a pass that raised
-            self.capture.end_pass(self.count, (self.tokens, self.tokens + self._size))
-        self.capture.row_mask = None
-        self.count += 1
-        self.tokens += self._size
+            self._capture.end_pass(self._passes, (self._tokens, self._tokens + self._size))
+        self._capture.row_mask = None
+        self._passes += 1
+        self._tokens += self._size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,16 +238,13 @@ def _covariances(
 
 
 def _decompose(
-    covariances: dict[str, Observed],
-    targets: Mapping[str, Target],
-    theirs: CordaConfig,
-    ours: Options,
+    found: dict[str, Observed], targets: dict[str, Target], theirs: CordaConfig, ours: Options
 ) -> dict[str, cache.CordaEigens]:
-    """The layers' components. Uses `covariances` up: each is freed after its last reader."""
-    order = list(covariances)
+    """The layers' components. Uses `found` up: each is freed after its last reader."""
+    order = list(found)
     weights = {name: targets[name].weight for name in order}
     # The very same tensor for layers that share it.
-    matrices = {name: covariances.pop(name).matrix for name in order}
+    matrices = {name: found.pop(name).matrix for name in order}
     decomposed = co_svd_layers(
         weights,
         matrices,
@@ -259,11 +256,11 @@ def _decompose(
     bar = progress_bar(
         decomposed, description="decomposing", unit="layers", shown=theirs.verbose, total=len(order)
     )
-    found = {}
+    eigens = {}
     for name, components in bar:
-        found[name] = cache.corda_eigens(weights[name], components)
+        eigens[name] = cache.corda_eigens(weights[name], components)
         del matrices[name]
-    return {name: found[name] for name in order}
+    return {name: eigens[name] for name in order}
 
 
 def _exclude(config: LoraConfig, names: Sequence[str]) -> None:
