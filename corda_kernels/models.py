@@ -99,16 +99,12 @@ def load_model(
     try:
         return model.eval().to(place)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"cannot move the model to device {device!r}: {_first_line(error)}"
-        ) from error
+        reason = _first_line(error)
+        raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
 
 
 def load_skeleton(
-    source: StrPath,
-    *,
-    dtype: str | torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    source: StrPath, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model on the meta device, of which only the config is read.
 
@@ -188,16 +184,15 @@ def save_model(
     Raises:
         OutputError: the folder cannot be written; what was there is as it was.
     """
-    tokenizer = None
+    saved: list[Any] = [model]
     try:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        saved.append(load_tokenizer(source, trust_remote_code=trust_remote_code))
     except ModelError as error:
         warn(f"{path} gets no tokenizer: {error}", CordaWarning)
     with staged_folder(path, replaced=MODEL_FILES) as folder:
         try:
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            for each in saved:
+                each.save_pretrained(folder)
             if card is not None:
                 (folder / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # as in _loading_errors; this may be a full disk
@@ -275,8 +270,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, blocks in decoder(model).named_modules()
         if isinstance(blocks, nn.ModuleList)
     ]
-    linears, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
-    if not linears or found is None:
+    count, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
+    if not count or found is None:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks: calibrate it in one pass"
         )
@@ -458,17 +453,16 @@ def unreached_weights(model: nn.Module) -> dict[str, str]:
     of a layer, which come first, and their routers. Embeddings, convolutions and the output head
     are left out on purpose and not listed.
     """
-    fused: dict[str, str] = {}
-    bare: dict[str, str] = {}
+    found: dict[str, tuple[int, str]] = {}
     inside = set(decoder(model).modules())
     for prefix, module in model.named_modules():
         if module not in inside or is_linear(module) or isinstance(module, _NOT_ADAPTED):
             continue
-        kind = type(module).__name__
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim == 3 and min(parameter.shape) > 1:  # a class token is 1 × 1 × width
-                count = parameter.shape[0]
-                fused[name] = f"{count} experts fused in one 3-D parameter of {kind}"
-            elif parameter.ndim == 2 and min(parameter.shape) > 1:
-                bare[name] = f"a bare 2-D parameter of {kind}"
-    return {name: f"{reason}, not a linear layer" for name, reason in (fused | bare).items()}
+        for name, weight in module.named_parameters(prefix, recurse=False):
+            if weight.ndim in (2, 3) and min(weight.shape) > 1:  # a class token is 1 × 1 × width
+                experts = f"{len(weight)} experts fused in one 3-D parameter"
+                kind = experts if weight.ndim == 3 else "a bare 2-D parameter"
+                reason = f"{kind} of {type(module).__name__}, not a linear layer"
+                found[name] = weight.ndim, reason
+    fused_first = sorted(found, key=lambda name: -found[name][0])
+    return {name: found[name][1] for name in fused_first}
