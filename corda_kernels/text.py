@@ -258,10 +258,9 @@ def _check_positive(**counts: int) -> None:
 
 def _check_template(template: str) -> None:
     matches = list(_FIELD.finditer(template))
-    odd = next((match for match in matches if match["odd"]), None)
-    if odd is not None:
+    for odd in [match.start() for match in matches if match["odd"]]:
         raise DataError(
-            f"template {template!r}: what begins at {template[odd.start() :][:20]!r} must be "
+            f"template {template!r}: what begins with {template[odd : odd + 20]!r} must be "
             "{name}, {name[0]} or {name[key]}; a literal brace is written twice"
         )
     if not any(match["name"] for match in matches):

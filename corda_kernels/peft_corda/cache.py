@@ -312,8 +312,8 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
 
     Raises:
         AdapterError: the model's active adapter is not CorDA's, or trains more than A and B; or its
-            cache is gone, of PEFT's own making, or another layer's.
-        CacheError: the cache is damaged.
+            cache is gone, of PEFT's own making, or lacks a layer.
+        CacheError: the cache is damaged, or holds components of other shapes.
         OutputError: the folder cannot be written.
     """
     active = model.active_adapter

@@ -162,11 +162,11 @@ def test_a_covariance_that_overflowed_where_it_was_made_ends_in_an_error(tmp_pat
 
 def test_bfloat16_sum_does_not_stall() -> None:
     config = lora(["proj"], use_float16_for_covariance=True, prune_temporary_fields=False)
-    calls = [torch.ones(1, 1, 4, dtype=torch.bfloat16)] * 1024
+    calls = [torch.ones(1, 1, 4, dtype=torch.bfloat16)] * 512
 
     peft = Line(torch.bfloat16)
     calib_cov_distribution(peft, config, running(peft, *calls), None, None)
-    assert float(peft.proj.covariance_matrix[0, 0]) == 0.25
+    assert float(peft.proj.covariance_matrix[0, 0]) == 0.5
 
     ours = Line(torch.bfloat16)
     with pytest.warns(CompatibilityWarning):
