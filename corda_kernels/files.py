@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,9 +125,8 @@ def read_checked(
                     f"(format {seal[0][:40]!r}, expected {format_!r})"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if not mapped:
-                for name, tensor in tensors.items():
-                    tensors[name] = tensor.clone()
+            for name, tensor in () if mapped else tensors.items():
+                tensors[name] = tensor.clone()
     except (SafetensorError, OSError) as reason:
         raise error(
             f"{path} is truncated or not a safetensors file ({reason}): {remedy}"
@@ -152,8 +150,3 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def utf8_name(path: Path) -> str:
-    """The last part of a path, to stand in a record: what of it is not UTF-8 is replaced."""
-    return os.fsencode(path.name).decode(errors="replace")
