@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch import Tensor
 from corda_kernels.arguments import readable_path
 from corda_kernels.errors import CordaError
 from corda_kernels.fields import parse_json
-from corda_kernels.outputs import atomic_path
+from corda_kernels.outputs import AnyPath, atomic_path
 
 # The one entry of a checked file's metadata. There is only one because safetensors writes several
 # in an order that differs from run to run, and equal contents should make equal files.
 _SEAL = "corda"
 
 
-def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Writes `value` as indented JSON, atomically.
 
     Raises:
@@ -37,7 +36,7 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
+def write_bytes(path: AnyPath, contents: bytes) -> None:
     """Writes a file of these contents, atomically.
 
     Raises:
@@ -48,7 +47,7 @@ def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file, atomically.
 
@@ -65,7 +64,7 @@ def write_tensors(
 
 
 def write_checked(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     format_: str,
     header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -88,7 +87,7 @@ def write_checked(
 
 
 def read_checked(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     format_: str,
     *,
     what: str,

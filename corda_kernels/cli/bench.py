@@ -32,16 +32,15 @@ def covariance(
     json: Json = None,
 ) -> None:
     """Time C += XᵀX with outlier statistics, and the calibration of a model around it."""
-    from corda_kernels.arguments import whole_number
+    from corda_kernels import arguments, models
     from corda_kernels.bench.covariance import HEADER, bench_calibration, bench_syrk
-    from corda_kernels.models import parse_dtype
 
     where = options.torch_device(device)
     widths = _parts(dims)
     if not all(width.isdecimal() and int(width) for width in widths):
         raise ConfigError(f"--dims must be numbers from 1 on, separated by commas, got {dims!r}")
-    whole_number("--tokens", tokens, 1)
-    types = [parse_dtype(dtype) for dtype in _parts(dtypes)]
+    arguments.whole_number("--tokens", tokens, 1)
+    types = [models.parse_dtype(dtype) for dtype in _parts(dtypes)]
     results = _Results(where, json, {"syrk": []}, HEADER)
     for dtype, width in itertools.product(types, widths):
         for row in bench_syrk(tokens, int(width), dtype, where):
@@ -60,36 +59,34 @@ def svd(
         ),
     ] = None,
     model: Annotated[str | None, Option(help="Model of the case model.")] = None,
-    cov: Annotated[Path | None, Option(help="Its covariances, from `calibrate`.")] = None,
-    rank: Annotated[int | None, Option(help="Components; by default 32, LLaMA-2: 128.")] = None,
+    cov: Annotated[Path | None, Option(help="Covariances of that model, from `calibrate`.")] = None,
+    rank: Annotated[int | None, Option(help="Components; 32, for LLaMA-2's shapes 128.")] = None,
     methods: Annotated[
         str | None,
         Option(help="Methods, by commas: published, ours, svd_lowrank, on a GPU torch's drivers."),
     ] = None,
-    exact: Annotated[bool, Option("--exact", help="Check large layers too: minutes.")] = False,
+    exact: Annotated[bool, Option("--exact", help="Check large layers too (minutes).")] = False,
     memory: Annotated[bool, Option(help="Measure the peak memory of ours as well.")] = True,
     device: options.Device = "auto",
     json: Json = None,
 ) -> None:
     """Time the decomposition of layers at both ends against PEFT's and torch's."""
-    from corda_kernels.bench import svd_methods
-    from corda_kernels.bench.svd import HEADER, bench_case, bench_memory
-    from corda_kernels.bench.svd_cases import check_case, make_case
+    from corda_kernels.bench import svd, svd_cases, svd_methods
 
     where = options.torch_device(device)
     source = None if model is None or cov is None else (model, str(cov))
     chosen = svd_methods.methods(where, [] if methods is None else _parts(methods))
     names = _parts(cases or f"{'smollm2-block' if model is None else 'model'},4096x4096")
     for name in names:
-        check_case(name, rank, source)
+        svd_cases.check_case(name, rank, source)
     missing = svd_methods.published_missing()
     head = [] if missing is None else [f"without published: {missing}"]
-    results = _Results(where, json, {"rows": [], "memory": []}, *head, HEADER)
+    results = _Results(where, json, {"rows": [], "memory": []}, *head, svd.HEADER)
     for name in names:
-        case = make_case(name, where, rank, source)
-        for row in bench_case(case, chosen, exact=exact):
+        case = svd_cases.make_case(name, where, rank, source)
+        for row in svd.bench_case(case, chosen, exact=exact):
             results.add("rows", row)
-        for grown in bench_memory(case, where, source) if memory else ():
+        for grown in svd.bench_memory(case, where, source) if memory else ():
             results.add("memory", grown)
 
 

@@ -41,6 +41,7 @@ def calibrate(
         int | None,
         Option(
             min=0,
+            metavar="TOKENS",
             help="Tokens after which what is done is kept for --resume; 0 for never. By default so "
             "many that keeping takes 1 % of the time on a CPU; never on a GPU, which it slows.",
         ),
@@ -52,12 +53,10 @@ def calibrate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
-    from corda_kernels.calibration import CalibrationCheckpoint
-    from corda_kernels.calibration.covariance import save_pieces
+    from corda_kernels import linears, models
+    from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
-    from corda_kernels.linears import linear_shape
-    from corda_kernels.models import load_tokenizer, target_linears
 
     first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
@@ -77,14 +76,14 @@ def calibrate(
             f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
             "delete the file"
         )
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         widths = {
-            (name.rpartition(".")[0], linear_shape(module)[1])
-            for name, module in target_linears(network, context.params["targets"]).items()
+            (name.rpartition(".")[0], linears.linear_shape(module)[1])
+            for name, module in models.target_linears(network, targets).items()
         }
         outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
     layers = groups = 0
@@ -109,7 +108,7 @@ def calibrate(
             distributed=distributed,
         )
         if first:
-            save_pieces(noted(), out, united_provenance)
+            covariance.save_pieces(noted(), out, united_provenance)
         else:
             for _ in noted():
                 pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -55,7 +54,6 @@ def demo(
     """
     from corda_kernels import init, models, text
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.usage import Stopwatch
 
     source, base, started = _gguf_file(), out / "base", time.perf_counter()
     outputs.check_output(base, folder=True, needed_bytes=1 << 30)
@@ -76,9 +74,8 @@ def demo(
     calibration, training = sequences[4 : 4 + samples], sequences[4 + samples :] or sequences[-1:]
 
     echo(f"2. calibrating on {sum(ids.numel() for ids in calibration)} tokens")
-    file, clock = out / "covariances.safetensors", Stopwatch()
-    model, plan = options.load(str(base), None, "cpu"), init.CalibrationPlan(rank=rank)
-    for found in init.covariance_stages(model, calibration, plan, clock=clock):
+    file, model = out / "covariances.safetensors", options.load(str(base), None, "cpu")
+    for found in init.covariance_stages(model, calibration, init.CalibrationPlan(rank=rank)):
         found.save(file)
     covariances = CovarianceSet.load(file)
     for number, mode in enumerate(_MODES, 3):
@@ -88,7 +85,7 @@ def demo(
     pages = importlib.util.find_spec("matplotlib") is not None
     if pages:
         echo("5. writing pages with figures")
-        _write_pages(out, models.load_model(base), covariances, clock.seconds)
+        _write_pages(out, models.load_model(base), covariances)
     else:
         echo('5. no pages: they need matplotlib, pip install "corda_kernels[report]"')
     seconds = time.perf_counter() - started
@@ -174,9 +171,7 @@ def _train(model: nn.Module, sequences: list[Tensor]) -> None:
         optimizer.zero_grad()
 
 
-def _write_pages(
-    out: Path, model: nn.Module, covariances: CovarianceSet, seconds: dict[str, float]
-) -> None:
+def _write_pages(out: Path, model: nn.Module, covariances: CovarianceSet) -> None:
     """A page for the adapter of each mode, with whole spectra of C and W·C."""
     from corda_kernels import report
     from corda_kernels.adapter import read_adapter
@@ -186,6 +181,4 @@ def _write_pages(
     spectra = report.measure_spectra(layers, covariances, damping=report.DAMPING)
     for mode in _MODES:
         page = report.adapter_report(mode, read_adapter(out / mode))
-        page = report.with_covariances(page, inputs, spectra)
-        page = replace(page, seconds=seconds | page.seconds)
-        report.write_page(page, out / f"{mode}.html")
+        report.write_page(report.with_covariances(page, inputs, spectra), out / f"{mode}.html")

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from corda_kernels.calibration import CovarianceSet
 
 
-def _residual(form: str) -> str | None:
-    return None if form == "none" else form
-
-
 def init(
     context: Context,
     model: options.Model,
@@ -31,7 +27,9 @@ def init(
     mode: Annotated[Literal["kpm", "ipm"], Option(help="kpm keeps knowledge, ipm learns a task.")],
     data: options.Data = None,
     cov: Annotated[Path | None, Option(help="Covariance file, instead of --data.")] = None,
-    mix: Annotated[list[str] | None, Option(help="Covariance FILE=WEIGHT to mix.")] = None,
+    mix: Annotated[
+        list[str] | None, Option(metavar="FILE=WEIGHT", help="Covariance file to mix; repeatable.")
+    ] = None,
     rank: Annotated[int, Option(help="Components of a layer, half the LoRA's rank.")] = 32,
     budget: Annotated[
         str | None,
@@ -50,14 +48,10 @@ def init(
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
-    exclude_modules: Annotated[
-        str | None,
-        Option("--exclude", callback=options.parse_targets, help="Layers to leave out of these."),
-    ] = None,
-    hold: Annotated[float, Option(help="Hold of the training to the components, as 8.")] = 1.0,
+    exclude_modules: options.Exclude = None,
+    hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 8.")] = 1.0,
     residual: Annotated[
-        Literal["none", "weight"],
-        Option(callback=_residual, help="weight: the published form, with W − BA in the base."),
+        Literal["none", "weight"], Option(help="weight: the published form, W − BA in the base.")
     ] = "none",
     damping: options.Damping = 0.01,
     method: Annotated[
@@ -97,7 +91,8 @@ def init(
             "--save-base stores the base without the part that --residual weight takes out of it: "
             "otherwise the adapter sits on MODEL as it is"
         )
-    config = options.options_of(CordaConfig, context)
+    form = "weight" if published else None
+    config = options.options_of(CordaConfig, context, residual=form)
     if first:
         adapter.check_adapter_folder(out)
         options.check_output(out, overwrite, adapter.ADAPTER_FILES, folder=True)
@@ -128,10 +123,10 @@ def init(
     if text:
         record.calibration["data"] = text
     adapter.write_adapter(made, out)
-    form = "" if published else f": a LoRA of rank {config.rows * record.rank}"
+    lora = "" if published else f": a LoRA of rank {config.rows * record.rank}"
     echo(
         f"{out}: {mode.upper()} adapter of {describe_ranks(record)} for {len(made.layers)} layers "
-        f"of {record.base_name}{form}"
+        f"of {record.base_name}{lora}"
     )
     if mix:
         echo(f"mixture: {describe_mixture(record.calibration['mixture'])}")
@@ -161,7 +156,15 @@ def _covariances(cov: Path | None, mix: list[str] | None) -> CovarianceSet:
 
     if cov is not None:
         return CovarianceSet.load(cov)
-    mixture = options.parse_mixture(mix or ())
+    parts = mix or []
+    try:
+        mixture = {Path(file): float(weight) for file, weight in (p.rsplit("=", 1) for p in parts)}
+    except ValueError as error:
+        raise ConfigError(
+            f"--mix {' '.join(parts)!r} is not FILE=WEIGHT, such as knowledge.safetensors=0.7"
+        ) from error
+    if len(mixture) < len(parts):
+        raise ConfigError("--mix names a file twice: give each one weight")
     mixed = mix_covariances([CovarianceSet.load(file) for file in mixture], [*mixture.values()])
     mixed.provenance["mixture"]["files"] = [file.name for file in mixture]
     return mixed

@@ -31,12 +31,10 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
+    from corda_kernels import models
     from corda_kernels import report as reports
-    from corda_kernels.adapter import read_adapter
-    from corda_kernels.adapter.folder import RECORD_FILE
-    from corda_kernels.adapter.lora import CONFIG_FILE
+    from corda_kernels.adapter import folder, lora
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.models import target_linears
 
     if html is None and (cov or model):
         raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
@@ -47,12 +45,12 @@ def inspect(
     if html is not None:
         reports.check_matplotlib()
         outputs.check_output(html)
-    if (file / CONFIG_FILE).is_file() and not (file / RECORD_FILE).is_file():
+    if (file / lora.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
     inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
     if file.is_dir():
-        found = read_adapter(file)
+        found = folder.read_adapter(file)
         # What is shown here does without the notes on the run, which may have been altered.
         _show(file, reports.adapter_report(file.name, found, run=False))
         report = reports.adapter_report(file.resolve().name, found, run=html is not None)
@@ -67,7 +65,7 @@ def inspect(
         inputs, spectra = inputs or reports.measure_inputs(covariances), None
         if model is not None:
             base = options.load(model, None, "auto", trust_remote_code=trust_remote_code)
-            layers = target_linears(base)
+            layers = models.target_linears(base)
             spectra = reports.measure_spectra(layers, covariances, damping=report.damping)
         report = reports.with_covariances(report, inputs, spectra)
     reports.write_page(report, html)

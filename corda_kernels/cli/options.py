@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -72,6 +72,10 @@ Targets = Annotated[
     str,
     Option(callback=parse_targets, help="all-linear, endings by commas, or a regular expression."),
 ]
+Exclude = Annotated[
+    str | None,
+    Option("--exclude", callback=parse_targets, help="Layers to leave out, written as --targets."),
+]
 Candidates = Annotated[
     int, Option(help="Number of samples of the text, each of --samples sequences, to select from.")
 ]
@@ -90,12 +94,17 @@ Dtype = Annotated[
     str | None, Option(help="float32, bfloat16 or float16; by default the checkpoint's own.")
 ]
 TrustRemoteCode = Annotated[
-    bool, Option("--trust-remote-code", help="Run Python code that comes with MODEL; read it.")
+    bool,
+    Option("--trust-remote-code", help="Run the Python code beside MODEL; read it first."),
 ]
 Stability = Annotated[bool, Option(help="Judge whether there are enough samples; takes longer.")]
 MemoryLimit = Annotated[
     str | None,
-    Option(callback=parse_size, help="Covariances beyond this size, such as 8GB, go by block."),
+    Option(
+        metavar="SIZE",
+        callback=parse_size,
+        help="Memory for covariances, such as 8GB; if they take more, the model runs by block.",
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace a result that is in OUT already.")]
 
@@ -248,22 +257,6 @@ def torch_device(device: str) -> torch.device:
             f"--device {device!r} is not there ({error}): choose cpu or cuda"
         ) from error
     return found.device
-
-
-def parse_mixture(parts: Sequence[str]) -> dict[Path, float]:
-    """Weights by covariance file, of arguments such as a.safetensors=0.7."""
-    mixture: dict[Path, float] = {}
-    for part in parts:
-        file, _, weight = part.rpartition("=")
-        try:
-            mixture[Path(file)] = float(weight if file else "")
-        except ValueError as error:
-            raise ConfigError(
-                f"--mix {part!r} is not FILE=WEIGHT, such as knowledge.safetensors=0.7"
-            ) from error
-    if len(mixture) < len(parts):
-        raise ConfigError("--mix names a file twice: give each one weight")
-    return mixture
 
 
 def report_selection(provenance: Mapping[str, Any]) -> None:
