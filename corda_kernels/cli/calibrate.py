@@ -68,7 +68,8 @@ def calibrate(
         checkpoint_every = 0
     checkpoint = CalibrationCheckpoint(f"{out}.checkpoint", checkpoint_every, resume)
     if first:
-        options.check_output(out, overwrite)
+        outputs.check_output(out)
+        options.check_unused(out, overwrite)
         if checkpoint_every != 0:
             outputs.check_output(checkpoint.longest_path())
     if not resume and (left := checkpoint.kept()):

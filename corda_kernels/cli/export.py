@@ -26,7 +26,8 @@ def export(
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
     from corda_kernels.adapter import ADAPTER_FILES, export_lora
 
-    options.check_output(out, overwrite, ADAPTER_FILES, folder=True)
+    outputs.check_output(out, folder=True)
+    options.check_unused(out, overwrite, ADAPTER_FILES)
     written = export_lora(adapter, out, rank)
     lost = f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
     echo(
@@ -52,6 +53,7 @@ def merge(
     from corda_kernels.models import MODEL_FILES, save_model
 
     source = model or base_name(read_lora(adapter)[0])
+    outputs.check_output(out, folder=True)
     if source is None:
         raise ModelError(f"{adapter} does not say where its base is: say so with --model")
     if any((out / name).exists() for name in ("adapter_config.json", "corda.json")):
@@ -61,7 +63,7 @@ def merge(
         )
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
-    options.check_output(out, overwrite, MODEL_FILES, folder=True)
+    options.check_unused(out, overwrite, MODEL_FILES)
     try:
         network = options.load(source, dtype, device, trust_remote_code=trust_remote_code)
     except ModelError as error:

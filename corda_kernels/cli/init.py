@@ -95,9 +95,9 @@ def init(
     config = options.options_of(CordaConfig, context, residual=form)
     if first:
         adapter.check_adapter_folder(out)
-        options.check_output(out, overwrite, adapter.ADAPTER_FILES, folder=True)
+        options.check_unused(out, overwrite, adapter.ADAPTER_FILES)
         if save_base:
-            options.check_output(out / "base", overwrite, models.MODEL_FILES, folder=True)
+            options.check_unused(out / "base", overwrite, models.MODEL_FILES)
     text: dict[str, Any] = {}
     source: CovarianceSet | list[dict[str, Tensor]]
     if data is None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from typer import Argument, CallbackParam, Context, Option
 
-from corda_kernels import outputs
 from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError, DistributedError, OutputError
 
@@ -77,7 +76,7 @@ Exclude = Annotated[
     Option("--exclude", callback=parse_targets, help="Layers to leave out, written as --targets."),
 ]
 Candidates = Annotated[
-    int, Option(help="Number of samples of the text, each of --samples sequences, to select from.")
+    int, Option(min=1, help="Samples of the text, each of --samples sequences, to select from.")
 ]
 Selection = Annotated[
     Literal["argmin", "pool"],
@@ -183,18 +182,14 @@ def ranks(device: str) -> Iterator[bool]:
     torch.distributed.destroy_process_group()
 
 
-def check_output(
-    path: Path, overwrite: bool, files: re.Pattern[str] | None = None, *, folder: bool = False
-) -> None:
-    """Refuses an output that cannot be written, or a result to replace if that is not asked for.
+def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = None) -> None:
+    """Refuses to replace a result that is there already, unless that is asked for.
 
     Args:
-        path: a file or, with `folder`, a folder.
-        overwrite: whether a result may be replaced.
+        path: a file, or the folder that `files` are in.
+        overwrite: whether it is.
         files: names of the files in a folder that are the result; None for the path itself.
-        folder: whether `path` is a folder.
     """
-    outputs.check_output(path, folder=folder)
     found = [path] if files is None else sorted(path.glob("*"))
     for file in found if not overwrite else ():
         if file.exists() and (files is None or files.fullmatch(file.name)):

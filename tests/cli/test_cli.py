@@ -113,6 +113,7 @@ def test_a_terminal_without_greek_letters_shows_what_it_can(
         (("calibrate", "model", "out"), "--data"),
         (("calibrate", "m", "o", "--data", "d", "--checkpoint-every", "-1"), "--checkpoint-every"),
         (("init", "model", "out", "--mode", "ipm", "--samples", "0"), "--samples"),
+        (("calibrate", "m", "o", "--data", "d", "--candidates", "0"), "--candidates"),
         (("plan", "model", "--samples", "0"), "--samples"),
         (("plan", "model", "--seq-len", "0"), "--seq-len"),
         (("demo", "--steps", "0"), "--steps"),
