@@ -82,10 +82,8 @@ def calibrate(
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
-        widths = {
-            (name.rpartition(".")[0], linears.linear_shape(module)[1])
-            for name, module in models.target_linears(network, targets).items()
-        }
+        modules = models.target_linears(network, targets)
+        widths = {(n.rpartition(".")[0], linears.linear_shape(m)[1]) for n, m in modules.items()}
         outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
     layers = groups = 0
     notes: list[dict[str, Any]] = []
