@@ -133,8 +133,8 @@ def references(case: Case) -> dict[str, Reference]:
     def one(name: str) -> Reference:
         return reference(case.weights[name].cpu(), case.covariances[name].cpu(), DAMPING)
 
-    workers = None if _largest(case) <= _QUICK else 1
-    return dict(zip(case.sampled, parallel_map(one, case.sampled, workers=workers), strict=True))
+    several = parallel_map if _largest(case) <= _QUICK else map
+    return dict(zip(case.sampled, several(one, case.sampled), strict=True))
 
 
 def end_error(parts: dict[str, Part], truths: dict[str, Reference], which: End) -> float:

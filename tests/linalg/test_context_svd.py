@@ -169,9 +169,9 @@ def test_solving_with_the_factors_leads_to_the_same_directions(
 ) -> None:
     monkeypatch.setattr(krylov, "_SOLVED_BLOCKS", 0)
     made: list[object] = []
-    of = krylov.InverseOfFactors.of
+    of = krylov.inverse_of_factors
     monkeypatch.setattr(
-        krylov.InverseOfFactors, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1]
+        krylov, "inverse_of_factors", lambda *a, **k: made.append(of(*a, **k)) or made[-1]
     )
     W, C = (matrix.clone() for matrix in problem(name, shape))
     test_keeps_the_directions_that_a_plain_svd_keeps(name, ("smallest", "randomized"), shape)

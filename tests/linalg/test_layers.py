@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corda_kernels import kernels
 from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
-from corda_kernels.linalg import co_svd, co_svd_layers, layers, parallel, parallel_map
+from corda_kernels.linalg import co_svd, co_svd_layers, layers, parallel_map
 
 SHAPES = {"q": (300, 300), "k": (64, 300), "v": (64, 300), "up": (700, 300), "down": (300, 700)}
 
@@ -138,7 +138,7 @@ def test_every_worker_is_told_of_its_one_thread(
 
     set_num_threads = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", noted)
-    workers = set(parallel_map(lambda _: threading.get_ident(), range(8), workers=threads))
+    workers = set(parallel_map(lambda _: threading.get_ident(), range(8)))
     assert {(worker, 1) for worker in workers} <= told
 
 
@@ -162,8 +162,8 @@ def test_items_on_streams_keep_their_order_and_few_streams_serve_all(
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "caller"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(parallel, "_stream", lambda device, index: _Stream(log, str(index)))
-    found = parallel.streamed_map(lambda item: 10 * item, range(20), cpu, 3)
+    monkeypatch.setattr(layers, "_stream", lambda device, index: _Stream(log, str(index)))
+    found = layers.streamed_map(lambda item: 10 * item, range(20), cpu, 3)
     assert list(found) == [10 * item for item in range(20)]
     waits = [entry for entry in log if entry.endswith("waits for caller")]
     assert len(waits) == 20
@@ -175,7 +175,7 @@ def test_items_on_streams_keep_their_order_and_few_streams_serve_all(
             raise torch.OutOfMemoryError("too little")
         return item
 
-    running = parallel.streamed_map(failing, range(20), cpu, 2)
+    running = layers.streamed_map(failing, range(20), cpu, 2)
     assert [next(running), next(running)] == [0, 1]
     with pytest.raises(torch.OutOfMemoryError, match="too little"):
         next(running)
