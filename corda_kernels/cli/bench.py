@@ -86,7 +86,7 @@ def svd(
     json: Json = None,
 ) -> None:
     """Time the decomposition of layers at both ends against PEFT's and torch's."""
-    from corda_kernels.bench import svd_methods
+    from corda_kernels.bench import svd as svd_methods
     from corda_kernels.bench.svd import HEADER, bench_case, bench_memory
     from corda_kernels.bench.svd_cases import check_case, make_case
 

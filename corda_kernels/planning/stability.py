@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ from corda_kernels.arguments import instance_of, one_of, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
 from corda_kernels.fields import Check, check_fields, is_number, is_object, is_whole
-from corda_kernels.linalg import CoSVD, co_svd_layers
+from corda_kernels.linalg import CoSVD, End, co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
-
-End = Literal["largest", "smallest"]
 
 _FIELDS: dict[str, Check] = {
     "rank": lambda value: is_whole(value, 1),
