@@ -22,7 +22,6 @@ from corda_kernels.arguments import (
     one_of,
     real_number,
     real_tensor,
-    shown,
     whole_number,
 )
 from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError, warn
@@ -123,19 +122,16 @@ def co_svd(
     instance_of("generator", generator, (torch.Generator, type(None)))
     C = damped(covariance.to(weight.device), damping)
     if power != 1.0:
-        C = Operand(input_root(C.double()))
+        C = replace(C, matrix=input_root(C.double()), shift=None, symmetric=False)
+    M, P = weight, None
+    if output_covariance is not None:
+        P = _output_root(weight, output_covariance, damping)
+        M = P.mT @ weight.double()
     start = 0 if generator is None else generator
-    if output_covariance is None:
-        found, given_up = decompose(weight, C, rank, which, method, damping, start)
-        warn_given_up(given_up)
-        return found
-    wanted = "an output covariance (*batch, out, out)"
-    _check_side(weight, -2, output_covariance, "output covariance", wanted)
-    check_entries("output covariance", output_covariance, "check the model's weights")
-    P = _output_root(damped(output_covariance.to(weight.device), damping).double())
-    M = P.mT @ weight.double()
-    found, given_up = decompose(M, C, rank, which, method, damping, start)
+    found, given_up = decompose(M, C, rank, which, method, start)
     warn_given_up(given_up)
+    if P is None:
+        return found
     U = torch.linalg.solve_triangular(P.mT, found.U, upper=True)
     return replace(found, U=U, dual=P @ found.U)
 
@@ -198,12 +194,8 @@ def check(
     check_damping(damping)
     check_shapes(weight, covariance)
     outputs, inputs = weight.shape[-2:]
-    number = whole_number("rank", rank, error=RankError)
-    if not 1 <= number <= min(outputs, inputs):
-        raise RankError(
-            f"rank {shown(rank)} is not possible for a weight of {outputs} × {inputs}: "
-            f"it must be between 1 and {min(outputs, inputs)}"
-        )
+    name, most = f"the rank for a weight of {outputs} × {inputs}", min(outputs, inputs)
+    number = whole_number(name, rank, 1, most, error=RankError)
     # Some rows are compared with the columns. NaN is another matter.
     some = torch.linspace(0, inputs - 1, _PROBED, device=covariance.device).long()
     rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
@@ -241,18 +233,19 @@ def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: st
 
 @without_autocast()
 def decompose(
-    W: Tensor,  # (*batch, out, in)
-    C: Operand,  # (*batch, in, in)
-    rank: int,
-    which: End,
-    method: Method,
-    damping: float | None,
-    start: torch.Generator | int,
+    W: Tensor, C: Operand, rank: int, which: End, method: Method, start: torch.Generator | int
 ) -> tuple[CoSVD, Tensor]:
-    """One end of the singular value decomposition of W·C, already damped; see `co_svd`.
+    """One end of the singular value decomposition of W·C; see `co_svd`.
 
     By iteration or by the exact method, which also takes those of a batch where the former fails.
-    The start of an iteration is random, from a generator or a seed.
+
+    Args:
+        W: (*batch, out, in).
+        C: (*batch, in, in), damped, or a root of that.
+        rank: how many pairs.
+        which: see `co_svd`.
+        method: see `co_svd`.
+        start: a generator or a seed of the random start of an iteration.
 
     Returns:
         The decomposition, and the error (*batch) at which the iteration gave up, 0 where it did
@@ -274,21 +267,23 @@ def decompose(
         for index in map(tuple, torch.nonzero(null | lost).tolist()):
             U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
             error[index] = 0
-    return CoSVD(U, S, torch.full_like(error, float(damping or 0.0)), error), given_up
+    return CoSVD(U, S, torch.full_like(error, C.damping), error), given_up
 
 
-def _output_root(D: Tensor) -> Tensor:
-    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64.
+def _output_root(weight: Tensor, output_covariance: Tensor, damping: float | None) -> Tensor:
+    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64, damped.
 
     Raises:
-        DecompositionError: a D is not positive definite to working precision, so that X would be
-            free in directions that D does not see.
+        DecompositionError: D is of another kind or shape, or is not positive definite to working
+            precision, so that X would be free in directions that D does not see.
     """
-    P, ratio = _cholesky(D)
-    sound = ratio > D.shape[-1] * torch.finfo(D.dtype).eps
-    if not bool(sound.all()):
+    wanted = "an output covariance (*batch, out, out)"
+    _check_side(weight, -2, output_covariance, "output covariance", wanted)
+    check_entries("output covariance", output_covariance, "check the model's weights")
+    P, ratio = _cholesky(damped(output_covariance.to(weight.device), damping).double())
+    if bool((ratio <= P.shape[-1] * torch.finfo(P.dtype).eps).any()):
         raise DecompositionError(
-            f"an output covariance ({D.shape[-1]} outputs) is singular or indefinite, from too few "
+            f"an output covariance ({P.shape[-1]} outputs) is singular or indefinite, from too few "
             "tokens or with dead outputs: use a damping, such as 0.01"
         )
     return P

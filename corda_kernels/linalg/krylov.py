@@ -136,8 +136,7 @@ def _factored(W: Operand, C: Operand) -> Operators:
 
 def inverse_of_product(M: Tensor) -> Operators:
     """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
-    L = _floored(lower_triangle(M))
-    return partial(_solve, L, upper=False), partial(_solve, L.mT, upper=True)
+    return _solves(_floored(lower_triangle(M)), upper=False)
 
 
 def inverse_of_factors(
@@ -169,23 +168,24 @@ def inverse_of_factors(
         # A zero on the diagonal is an entry below the floor.
         packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
     _floored(packed)
-    return _solves(packed, pivots, root), _solves(packed.float(), pivots, root.float())
+    single = packed.float(), pivots, root.float()
+    return _factor_solves(packed, pivots, root), _factor_solves(*single)
 
 
-def _solves(packed: Tensor, pivots: Tensor | None, root: Tensor) -> Operators:
+def _factor_solves(packed: Tensor, pivots: Tensor | None, root: Tensor) -> Operators:
     """Of C's Cholesky factor and the LU factors of Wᵀ or, without pivots, an upper triangular W."""
+    lower, upper = _solves(root, upper=False)
     if pivots is None:
-        weight, transposed = (
-            partial(_solve, packed, upper=True),
-            partial(_solve, packed.mT, upper=False),
-        )
+        weight, transposed = _solves(packed, upper=True)
     else:
-        weight, transposed = (
-            partial(torch.linalg.lu_solve, packed, pivots, adjoint=adjoint)
-            for adjoint in (True, False)
-        )
-    lower, upper = partial(_solve, root, upper=False), partial(_solve, root.mT, upper=True)
+        solve = partial(torch.linalg.lu_solve, packed, pivots)
+        weight, transposed = partial(solve, adjoint=True), solve
     return lambda X: upper(lower(weight(X))), lambda Y: transposed(upper(lower(Y)))
+
+
+def _solves(triangle: Tensor, *, upper: bool) -> Operators:
+    """Products with T⁻¹ and T⁻ᵀ."""
+    return partial(_solve, triangle, upper=upper), partial(_solve, triangle.mT, upper=not upper)
 
 
 def _floored(triangle: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from corda_kernels.errors import DecompositionError, RankError
 from corda_kernels.kernels import batched_svd
 from corda_kernels.linalg.context_svd import CoSVD, Method, check, decompose, warn_given_up
 from corda_kernels.linalg.exact import End
-from corda_kernels.linalg.operand import Operand, damped
+from corda_kernels.linalg.operand import damped
 from corda_kernels.memory import free_bytes
 
 # Up to this many rows or columns on the longer side, layers run side by side on a CPU, and in
@@ -93,16 +94,15 @@ def co_svd_layers(
     def on_cpu(names: list[str]) -> list[Entry]:
         C = damped(covariances[names[0]].cpu(), damping)
         if which == "smallest" and len(names) > 1:  # converted once for all of them
-            C = Operand(C.double(), symmetric=True)
+            C = replace(C, matrix=C.double(), shift=None)
         return [
-            (name, *decompose(weights[name], C, ranks[name], which, method, damping, seed))
-            for name in names
+            (name, *decompose(weights[name], C, ranks[name], which, method, seed)) for name in names
         ]
 
     def in_batch(names: list[str]) -> list[Entry]:
         W = torch.stack([weights[name] for name in names])
         C = damped(torch.stack([covariances[name].to(W.device) for name in names]), damping)
-        found, error = decompose(W, C, ranks[names[0]], which, method, damping, seed)
+        found, error = decompose(W, C, ranks[names[0]], which, method, seed)
         parts = map(CoSVD, found.U, found.S, found.damping, found.residual)
         return list(zip(names, parts, error, strict=True))
 

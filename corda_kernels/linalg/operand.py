@@ -36,11 +36,13 @@ class Operand:
         matrix: (*batch, rows, columns), any floating dtype.
         shift: (*batch, 1, 1) float64, for square matrices; None for none.
         symmetric: whether the matrix is.
+        damping: the shift as a multiple of the mean diagonal, or 0.
     """
 
     matrix: Tensor
     shift: Tensor | None = None
     symmetric: bool = False
+    damping: float = 0.0
     # Kept from product to product: fresh memory costs more than the conversion.
     _buffer: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -132,11 +134,11 @@ def check_damping(damping: float | None) -> None:
 
 def damped(covariance: Tensor, damping: float | None) -> Operand:
     """C + λI for C (*batch, in, in), λ of each matrix the damping times its mean diagonal."""
-    shift = None
-    if damping:
+    share, shift = float(damping or 0.0), None
+    if share:
         mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-        shift = (float(damping) * mean)[..., None, None]
-    return Operand(covariance, shift, symmetric=True)
+        shift = (share * mean)[..., None, None]
+    return Operand(covariance, shift, symmetric=True, damping=share)
 
 
 def largest_entry(matrix: Tensor) -> Tensor:
