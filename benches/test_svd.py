@@ -48,7 +48,7 @@ def test_svd(
     method = methods(DEVICE).get(name)
     if method is None:
         pytest.skip("PEFT's CorDA cannot be imported: install attrs")
-    if which not in method.ends:
+    if which not in method.allowed:
         pytest.skip(f"{name} is not meant for the {which} components")
     case = make(layers, *map(sized, (outputs, inputs, rank)))
 

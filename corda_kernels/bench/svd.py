@@ -42,8 +42,6 @@ HEADER = (
     f"{'case':<13} {'layers':>6} {'r':>4} {'end':<8} {'method':<11} {'p50 s':>9} "
     f"{'× published':>11} {'error':>11}"
 )
-
-
 Parts = dict[End, dict[str, Part]]
 
 
@@ -53,13 +51,12 @@ class Method:
 
     Attributes:
         run: the case and the ends wanted → the parts, by end and layer.
-        ends: the ends that it is meant for.
-        at_once: whether one run yields them all.
-        allowed: the largest errors, by end, up to which its speed is worth printing.
+        at_once: whether one run yields all ends that it is meant for.
+        allowed: the largest errors up to which its speed is worth printing, by the ends that it is
+            meant for.
     """
 
     run: Callable[[Case, Iterable[End]], Parts]
-    ends: tuple[End, ...]
     at_once: bool
     allowed: Mapping[End, float]
 
@@ -77,13 +74,13 @@ def methods(device: torch.device, names: Sequence[str] = ()) -> dict[str, Method
     """
     found = {}
     if published_missing() is None:
-        found["published"] = Method(partial(_by_layer, _published), ENDS, True, _SINGLE)
-    found["ours"] = Method(ours, ENDS, False, _EXACT)
-    found["svd_lowrank"] = Method(partial(_by_layer, _lowrank), ("largest",), False, _SINGLE)
+        found["published"] = Method(partial(_by_layer, _published), True, _SINGLE)
+    found["ours"] = Method(ours, False, _EXACT)
+    found["svd_lowrank"] = Method(partial(_by_layer, _lowrank), True, {"largest": 1e-2})
     for driver in _DRIVERS if device.type == "cuda" else ():
         with contextlib.suppress(RuntimeError):
             torch.linalg.svd(torch.eye(2, device=device), driver=driver)
-            found[driver] = Method(partial(_by_layer, partial(_full, driver)), ENDS, True, _EXACT)
+            found[driver] = Method(partial(_by_layer, partial(_full, driver)), True, _EXACT)
     for name in names:
         if name not in found:
             raise ConfigError(f"there is no method {name!r} here: give some of {list(found)}")
@@ -222,12 +219,12 @@ def bench_case(
     base: float | None = None
     found: Parts = {}
 
-    def run(asked: tuple[Method, tuple[End, ...]]) -> None:
+    def run(asked: tuple[Method, list[End]]) -> None:
         found.update(asked[0].run(case, asked[1]))
 
     for name, method in contestants.items():
-        method.run(warm_up, method.ends)
-        for ends in [method.ends] if method.at_once else [(which,) for which in method.ends]:
+        method.run(warm_up, method.allowed)
+        for ends in [[*method.allowed]] if method.at_once else [[end] for end in method.allowed]:
             timing = measure(run, [(method, ends)], device, repeats=1, warm_up=0)
             base = timing.p50 if name == BASELINE else base
             for which in ends:

@@ -64,16 +64,15 @@ def regularized_inverse(
     flat = _flat(matrix)
     eps = torch.finfo(matrix.dtype).eps
     limit = 0.1 / eps if max_condition is None else max_condition
-    broken = torch.nonzero(~torch.isfinite(flat.tril()).all(-1).all(-1))
-    if broken.numel():
-        raise _not_invertible(flat, int(broken[0]), damping or 0.0)
     mean_diagonal = flat.diagonal(dim1=-2, dim2=-1).mean(-1)
-
     share = torch.full_like(mean_diagonal, float(damping or 0.0))
+    _require(torch.isfinite(flat.tril()).all(-1).all(-1), flat, share)
+
     attempts = torch.zeros_like(share, dtype=torch.int64)
     factor = torch.zeros_like(flat)
-    pending = torch.arange(flat.shape[0], device=flat.device)
+    done = torch.zeros_like(share, dtype=torch.bool)
     for attempt in range(_ATTEMPTS if damping is None else 1):
+        pending = torch.nonzero(~done)[:, 0]
         if not pending.numel():
             break
         if attempt:
@@ -85,9 +84,8 @@ def regularized_inverse(
             good &= largest <= limit * smallest
         attempts[pending] = attempt + 1
         factor[pending[good]] = candidate[good]
-        pending = pending[~good]
-    if pending.numel():
-        raise _not_invertible(flat, int(pending[0]), float(share[pending[0]]))
+        done[pending] = good
+    _require(done, flat, share)
     inverse = torch.cholesky_inverse(factor).reshape(matrix.shape)
     batch = matrix.shape[:-2]
     return RegularizedInverse(inverse, share.reshape(batch), attempts.reshape(batch))
@@ -113,20 +111,18 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
             definite to working precision.
     """
     flat = _flat(matrix)
+    undamped = flat.new_zeros(flat.shape[0])
     if flat.shape[-1] <= _DENSE_SIZE:
-        good = flat.tril().sum((-2, -1)).isfinite()
-        if bool(good.all()):
-            eigenvalues = torch.linalg.eigvalsh(flat)
-            largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
-            good = smallest > torch.finfo(flat.dtype).eps * largest
+        _require(flat.tril().sum((-2, -1)).isfinite(), flat, undamped)
+        eigenvalues = torch.linalg.eigvalsh(flat)
+        largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
+        good = smallest > torch.finfo(flat.dtype).eps * largest
     else:
-        undamped = flat.new_zeros(flat.shape[0])
         factor, good = _factor(flat, undamped)
-        if bool(good.all()):
-            largest, smallest = _factored_extremes(flat, undamped, factor)
-            good = smallest > 0
-    if not bool(good.all()):
-        raise _not_invertible(flat, int(torch.nonzero(~good)[0]), 0.0)
+        _require(good, flat, undamped)
+        largest, smallest = _factored_extremes(flat, undamped, factor)
+        good = smallest > 0
+    _require(good, flat, undamped)
     return largest.reshape(matrix.shape[:-2]), smallest.reshape(matrix.shape[:-2])
 
 
@@ -193,16 +189,19 @@ def _largest_by_lanczos(apply: Operator, like: Tensor) -> Tensor:
     return largest
 
 
-def _not_invertible(flat: Tensor, index: int, share: float) -> DecompositionError:
-    matrix = flat[index]
-    dead = int((matrix.diagonal() == 0).sum())
-    if not bool(torch.isfinite(matrix).all()):
+def _require(good: Tensor, flat: Tensor, share: Tensor) -> None:
+    """Refuses the first of the matrices, each with a damping, that is not good."""
+    if bool(good.all()):
+        return
+    index = int(torch.nonzero(~good)[0])
+    dead = int((flat[index].diagonal() == 0).sum())
+    if not bool(torch.isfinite(flat[index]).all()):
         cause = "it holds NaN or Inf: check the calibration"
     elif dead:
         cause = f"{dead} channels are dead: leave them out, or use a fixed damping, such as 0.01"
     else:
         cause = "it was taken from too few tokens: use more, or a fixed damping, such as 0.01"
-    return DecompositionError(
-        f"matrix {index} of the batch ({matrix.shape[0]} channels) cannot be inverted with a "
-        f"damping of {share:.1e} times its mean diagonal; likely cause: {cause}"
+    raise DecompositionError(
+        f"matrix {index} of the batch ({flat.shape[-1]} channels) cannot be inverted with a "
+        f"damping of {float(share[index]):.1e} times its mean diagonal; likely cause: {cause}"
     )
