@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corda_kernels import kernels
 from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
-from corda_kernels.linalg import co_svd, co_svd_layers, layers, parallel_map
+from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, layers, parallel_map
 
 # Of more than 256 channels, so that layers without short sides are iterated with.
 SHAPES = {"q": (272, 272), "k": (64, 272), "v": (64, 272), "up": (560, 272), "down": (272, 560)}
@@ -29,6 +29,19 @@ def model() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, {name: matrices[shape[1]] for name, shape in SHAPES.items()}
 
 
+RANKS = {name: 4 + i for i, name in enumerate(SHAPES)}
+
+
+@functools.cache
+def alone(which: str) -> dict[str, CoSVD]:
+    """Each layer by itself, on as many threads as there are."""
+    weights, covariances = model()
+    return {
+        name: co_svd(weights[name], covariances[name], rank=rank, which=which, damping=0.01)
+        for name, rank in RANKS.items()
+    }
+
+
 @pytest.fixture
 def threads() -> Iterator[int]:
     before = torch.get_num_threads()
@@ -40,18 +53,17 @@ def threads() -> Iterator[int]:
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 @pytest.mark.parametrize("side_by_side", [0, 2048])
 def test_each_layer_is_decomposed_as_it_would_be_alone(
-    which: str, side_by_side: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    which: str, side_by_side: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "_SMALL", side_by_side)
     weights, covariances = model()
-    options = {"which": which, "damping": 0.01}
-    ranks = {name: 4 + i for i, name in enumerate(weights)}
-    found = dict(co_svd_layers(weights, covariances, rank=ranks, **options))
+    expected = alone(which)
+    threads = request.getfixturevalue("threads")
+    found = dict(co_svd_layers(weights, covariances, rank=RANKS, which=which, damping=0.01))
     assert found.keys() == weights.keys()
     for name, part in found.items():
-        alone = co_svd(weights[name], covariances[name], rank=ranks[name], **options)
-        torch.testing.assert_close(part.S, alone.S, rtol=1e-9, atol=0)
-        projections = [p.U @ (p.U.T @ weights[name].double()) for p in (part, alone)]
+        torch.testing.assert_close(part.S, expected[name].S, rtol=1e-9, atol=0)
+        projections = [p.U @ (p.U.T @ weights[name].double()) for p in (part, expected[name])]
         torch.testing.assert_close(*projections, rtol=0, atol=1e-6)
         assert float(part.damping) == 0.01
     assert torch.get_num_threads() == threads
