@@ -32,8 +32,7 @@ from corda_kernels import CovarianceSet, co_svd, load_model
 from corda_kernels.adapter import published_factors
 from corda_kernels.bench.timing import environment
 from corda_kernels.files import write_json
-from corda_kernels.linalg import CoSVD
-from corda_kernels.linalg.exact import End
+from corda_kernels.linalg import CoSVD, End
 from corda_kernels.linears import linear_weight
 from corda_kernels.outputs import check_output
 

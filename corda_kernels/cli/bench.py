@@ -71,22 +71,23 @@ def svd(
     json: Json = None,
 ) -> None:
     """Time the decomposition of layers at both ends against PEFT's and torch's."""
-    from corda_kernels.bench import svd, svd_cases, svd_methods
+    from corda_kernels.bench import svd as svds
+    from corda_kernels.bench import svd_cases
 
     where = options.torch_device(device)
     source = None if model is None or cov is None else (model, str(cov))
-    chosen = svd_methods.methods(where, [] if methods is None else _parts(methods))
+    chosen = svds.methods(where, [] if methods is None else _parts(methods))
     names = _parts(cases or f"{'smollm2-block' if model is None else 'model'},4096x4096")
     for name in names:
         svd_cases.check_case(name, rank, source)
-    missing = svd_methods.published_missing()
+    missing = svds.published_missing()
     head = [] if missing is None else [f"without published: {missing}"]
-    results = _Results(where, json, {"rows": [], "memory": []}, *head, svd.HEADER)
+    results = _Results(where, json, {"rows": [], "memory": []}, *head, svds.HEADER)
     for name in names:
         case = svd_cases.make_case(name, where, rank, source)
-        for row in svd.bench_case(case, chosen, exact=exact):
+        for row in svds.bench_case(case, chosen, exact=exact):
             results.add("rows", row)
-        for grown in svd.bench_memory(case, where, source) if memory else ():
+        for grown in svds.bench_memory(case, where, source) if memory else ():
             results.add("memory", grown)
 
 

@@ -17,6 +17,7 @@ from corda_kernels.arguments import (
 )
 from corda_kernels.errors import ConfigError
 from corda_kernels.init.covariances import CalibrationPlan
+from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.models import check_selection
 from corda_kernels.planning.ranks import check_bounds, parse_budget
@@ -205,6 +206,6 @@ class CordaConfig:
         return 2 if self.residual is None else 1
 
     @property
-    def which(self) -> Literal["largest", "smallest"]:
+    def which(self) -> End:
         """The end of the spectrum that the mode trains."""
         return "largest" if self.mode == "ipm" else "smallest"

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,10 @@ from corda_kernels.arguments import instance_of, one_of, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
 from corda_kernels.fields import Check, Schema, check_fields, is_number, is_whole, maybe, whole
-from corda_kernels.linalg import CoSVD, co_svd_layers
+from corda_kernels.linalg import CoSVD, End, co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
-
-End = Literal["largest", "smallest"]
 
 
 def list_of(check: Check) -> Check:
