@@ -35,7 +35,7 @@ _FIELDS: dict[str, Check] = {
     "layers": is_object,
 }
 _LAYER_FIELDS: dict[str, Check] = dict.fromkeys(
-    ("top", "bottom"), lambda value: value is None or is_number(value)
+    ("top?", "bottom?"), lambda value: value is None or is_number(value)
 )
 
 # Bounds of the verdicts "stable" and "fair".
@@ -91,7 +91,7 @@ class Stability:
             check_fields(value, _FIELDS)
             check_damping(value["damping"])
             for name, entry in value["layers"].items():
-                check_fields(entry, _LAYER_FIELDS, name, may_lack=_LAYER_FIELDS)
+                check_fields(entry, _LAYER_FIELDS, name)
                 if entry.get("top") is None and entry.get("bottom") is None:
                     raise ValueError(f"{name} has neither 'top' nor 'bottom'")
         except ValueError as error:

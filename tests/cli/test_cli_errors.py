@@ -160,7 +160,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         (*INIT, *TEXT, "--targets", "q_proj,v_porj"),
         "no linear layer matches targets ['v_porj']",
     ),
-    "a seed beyond 64 bits": ((*INIT, *TEXT, "--seed", 10**20), "seed must be within 64 bits"),
+    "a seed beyond 64 bits": (
+        (*INIT, *TEXT, "--seed", 10**20),
+        "seed must be a whole number from -",
+    ),
     "resuming without checkpoints": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", 0, "--resume"),
         "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of",
