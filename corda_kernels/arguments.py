@@ -132,8 +132,8 @@ def name_list(name: str, value: object, error: Error = ConfigError) -> None:
     Raises:
         CordaError: of type `error`.
     """
-    listed = isinstance(value, Collection) and not isinstance(value, str)
-    if not listed or not all(isinstance(each, str) for each in value):
+    named = isinstance(value, Collection) and all(isinstance(each, str) for each in value)
+    if isinstance(value, str) or not named:
         raise error(f"{name} must be a list of names, got {shown(value)}")
 
 

@@ -112,16 +112,16 @@ def calibrate(
     with options.ranks(device) as distributed:
         plan = CalibrationPlan(
             targets=chosen,
-            rank=rank if stability else None,
+            rank=rank,
+            stability=stability,
             damping=damping,
             candidates=candidates,
             selection=selection,
-            domain=text.domain(),
             memory_limit=limit,
-            checkpoint=None if checkpoint_every == 0 else checkpoint,
             distributed=distributed,
         )
-        stages = covariance_stages(network, batches, plan)
+        kept = None if checkpoint_every == 0 else checkpoint
+        stages = covariance_stages(network, batches, plan, domain=text.domain(), checkpoint=kept)
         if options.first_rank():
             save_pieces(noted(stages), out, united_provenance)
         else:

@@ -122,7 +122,8 @@ def _calibrated(
 ) -> CovarianceSet:
     from corda_kernels.init import CalibrationPlan, covariance_stages
 
-    (covariances,) = covariance_stages(model, batches, CalibrationPlan(rank=rank), clock=clock)
+    plan = CalibrationPlan(rank=rank, stability=True)
+    (covariances,) = covariance_stages(model, batches, plan, clock=clock)
     return covariances
 
 

@@ -143,7 +143,7 @@ class Layer:
     condition: float | None = None
 
     def seen(self, note: Mapping[str, Any]) -> Layer:
-        """With what `measured_layers` or `measure_spectra` gave."""
+        """With what `measured_layer` or `measure_spectra` gave."""
         outputs, inputs = note["shape"]
         spectrum, condition = note.get("spectrum"), note.get("condition")
         return replace(

@@ -134,7 +134,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "rank of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
-        "the rank at which stability is judged must be a whole number of at least 1, got 0",
+        "rank must be a whole number of at least 1, got 0",
     ),
     "damping of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--damping", -1),
