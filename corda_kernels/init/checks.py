@@ -156,24 +156,20 @@ def warn_rank_deficient(
         inputs: what `measured_input` gave of each covariance.
         damping: of all of them.
     """
-    short = {
-        name: note
-        for note in inputs
-        for name in note["layers"]
-        if note["tokens"] < note["channels"] and name in modules
-    }
+    notes = [(note, name) for note in inputs for name in note["layers"] if name in modules]
+    short = [each for each in notes if each[0]["tokens"] < each[0]["channels"]]
     if not short:
         return
-    name = max(short, key=lambda name: short[name]["channels"])
-    effect = (
-        f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
-        "directions that the text never touched"
-        if damping
-        else "without damping, directions that the text never touched are ordered by the weights"
-    )
+    note, name = max(short, key=lambda each: each[0]["channels"])
+    effect = "without damping, directions that the text never touched are ordered by the weights"
+    if damping:
+        effect = (
+            f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
+            "directions that the text never touched"
+        )
     warn(
         f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
-        f"singular, for one {name} ({short[name]['tokens']} tokens, {short[name]['channels']} "
-        f"channels): {effect}; use more samples or longer sequences",
+        f"singular, for one {name} ({note['tokens']} tokens, {note['channels']} channels): "
+        f"{effect}; use more samples or longer sequences",
         RankDeficientWarning,
     )

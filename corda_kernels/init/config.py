@@ -19,17 +19,16 @@ from corda_kernels.planning.selection import METHODS, Method
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
     "r": "rank is the number of components, and the LoRA has twice that rank",
-    "lora_alpha": "hold sets the scaling",
-    "alpha_pattern": "hold sets the scaling",
+    **dict.fromkeys(("lora_alpha", "alpha_pattern"), "hold sets the scaling"),
     "rank_pattern": "a budget shares ranks out",
     "target_modules": "targets names the layers",
-    "layers_to_transform": "targets names the layers, as a regular expression too",
-    "layers_pattern": "targets names the layers, as a regular expression too",
+    **dict.fromkeys(
+        ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
+    ),
     "target_parameters": "only linear layers are adapted",
     "init_lora_weights": "the start is what this package makes",
     "use_rslora": "the scaling is 1/hold at any rank",
-    "bias": "a bias has no covariance, and the base stays as it is",
-    "lora_bias": "a bias has no covariance, and the base stays as it is",
+    **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
     "trainable_token_indices": "name the embeddings in modules_to_save",
     "loftq_config": "it starts the adapter from the error of quantisation",
     "eva_config": "it starts the adapter in another way",

@@ -106,7 +106,15 @@ def corda_adapter(
     warn_left_out(model, config, modules)
     unpack(modules)
     Ranks.of(config.distributed).agree(
-        "corda_adapter", lambda: _given(model, modules, data, config, domain)
+        "corda_adapter",
+        lambda: {
+            **layers_given({"": model}, modules),
+            **config.given(),
+            "domain": domain,
+            # Batches are compared where they are run.
+            "data": "covariances" if isinstance(data, CovarianceSet) else "batches",
+            **(covariances_given(data) if isinstance(data, CovarianceSet) else {}),
+        },
     )
     clock = Stopwatch(devices(model))
     stages: Iterable[CovarianceSet]
@@ -125,7 +133,8 @@ def corda_adapter(
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
         covered = {name: module for name, module in modules.items() if name in covariances}
-        components, spectra = dict.fromkeys(covered, config.rank), {}
+        components = dict.fromkeys(covered, config.rank)
+        spectra: dict[str, LayerSpectrum] = {}
         if config.budget is not None:
             with clock.stage("allocation"):
                 spectra, allocation = _shared_out(model, covered, covariances, config)
@@ -211,20 +220,6 @@ def _shared_out(
         )
     allocation = {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
     return spectra, allocation
-
-
-def _given(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    data: Iterable[Batch] | CovarianceSet,
-    config: CordaConfig,
-    domain: str,
-) -> dict[str, object]:
-    """What all ranks must be given alike; batches are compared where they are run."""
-    about: dict[str, object] = {"data": "batches", "domain": domain}
-    if isinstance(data, CovarianceSet):
-        about = {"data": "covariances", **covariances_given(data)}
-    return layers_given({"": model}, modules) | about | config.given()
 
 
 def _check_kinds(data: object, config: object) -> None:
