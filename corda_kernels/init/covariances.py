@@ -17,7 +17,7 @@ from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.calibration.passes import OnUnseen, refuse_unseen, unseen
+from corda_kernels.calibration.passes import refuse_unseen, unseen
 from corda_kernels.errors import (
     BatchError,
     ConfigError,
@@ -28,7 +28,6 @@ from corda_kernels.errors import (
 from corda_kernels.init.config import CalibrationPlan
 from corda_kernels.linears import weights_at_hand
 from corda_kernels.models import devices
-from corda_kernels.outputs import format_bytes
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.usage import Stopwatch
@@ -77,40 +76,29 @@ def covariance_stages(
         )
     # A half leaves layers that it does not reach to the other one, such as an expert that few
     # tokens are routed to.
-    on_unseen: OnUnseen = "error"
+    on_unseen = "error"
     if parts == 1 and plan.stability and len(batches) > 1:
         parts, on_unseen = 2, "skip"
     Ranks.of(plan.distributed).agree(
         "covariance_stages", lambda: text_given(batches) | plan.given() | {"domain": domain}
     )
 
+    options: dict[str, Any] = {  # of either way to run the model
+        "targets": plan.targets,
+        "on_unseen": on_unseen,
+        "distributed": plan.distributed,
+        "progress": plan.progress,
+    }
     if not _in_blocks(model, plan, parts):
         kept = [None] * parts if checkpoint is None else checkpoint.parts(parts)
 
         def made(part: int) -> CovarianceSet:
             with clock.stage("calibration"), _part_of(batches, part, parts) as of_part:
-                return calibrate(
-                    model,
-                    of_part,
-                    targets=plan.targets,
-                    on_unseen=on_unseen,
-                    checkpoint=kept[part],
-                    distributed=plan.distributed,
-                    progress=plan.progress,
-                )
+                return calibrate(model, of_part, checkpoint=kept[part], **options)
 
         yield _united(model, [partial(made, part) for part in range(parts)], plan, domain, clock)
         return
-    blocks = calibrate_block_parts(
-        model,
-        batches,
-        parts=parts,
-        targets=plan.targets,
-        on_unseen=on_unseen,
-        checkpoint=checkpoint,
-        distributed=plan.distributed,
-        progress=plan.progress,
-    )
+    blocks = calibrate_block_parts(model, batches, parts=parts, checkpoint=checkpoint, **options)
     quiet = replace(plan, progress=False)
     for block in clock.each("calibration", blocks):
         block.reverse()  # the first one is taken off first
@@ -148,14 +136,13 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if plan.all_at_once:
         raise ConfigError(
             "a budget is shared out by the spectra of all layers, which block by block are not at "
-            f"hand at once: raise the memory limit to {needed} bytes ({format_bytes(needed)}), or "
-            "give a rank instead"
+            f"hand at once: raise the memory limit to {needed} bytes, or give a rank instead"
         )
     if largest > limit:
+        less = ", or judge no stability, which takes a third of it" if sets == 3 else ""
         raise ConfigError(
-            f"the covariances of one decoder block take {largest} bytes ({format_bytes(largest)}), "
-            f"and the memory limit is {limit}: raise it to that"
-            + (", or judge no stability, which takes a third of it" if sets == 3 else "")
+            f"the covariances of one decoder block take {largest} bytes, and the memory limit is "
+            f"{limit}: raise it to that{less}"
         )
     return True
 

@@ -128,8 +128,7 @@ def corda_adapter(
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
     made: dict[str, MadeLayer] = {}
     allocation: dict[str, Any] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    inputs: list[dict[str, Any]] = []
+    measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
         covered = {name: module for name, module in modules.items() if name in covariances}
@@ -143,11 +142,12 @@ def corda_adapter(
             made |= made_layers(covered, covariances, components, config)
         for name, module in covered.items():
             part = made[name].spectrum if name in made else {}
-            layers[name] = measured_layer(module, part, spectra.get(name), config.condition)
-        inputs += [measured_input(part, names) for part, names in covariances.groups()]
+            note = measured_layer(module, part, spectra.get(name), config.condition)
+            measured["layers"][name] = note
+        measured["inputs"] += [measured_input(part, names) for part, names in covariances.groups()]
         provenances.append(covariances.provenance)
         del covariances  # before the next ones are made
-    warn_rank_deficient(modules, inputs, config.damping)
+    warn_rank_deficient(modules, measured["inputs"], config.damping)
     made = {name: made[name] for name in modules if name in made}
     calibration = united_provenance(provenances)
     stability = calibration.pop("stability", None)
@@ -168,8 +168,7 @@ def corda_adapter(
         layers={name: layer.note for name, layer in made.items()},
         allocation=allocation,
         measured={
-            "layers": layers,
-            "inputs": inputs,
+            **measured,
             "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
             "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
         },
