@@ -141,8 +141,8 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if largest > limit:
         less = ", or judge no stability, which takes a third of it" if sets == 3 else ""
         raise ConfigError(
-            f"the covariances of one decoder block take {largest} bytes, and the memory limit is "
-            f"{limit}: raise it to that{less}"
+            f"the covariances of one decoder block take {largest} bytes where the memory limit "
+            f"is {limit}: raise it to that{less}"
         )
     return True
 
