@@ -88,9 +88,9 @@ def calibrate(
     layers = groups = 0
     notes: list[dict[str, Any]] = []
 
-    def noted() -> Iterator[CovarianceSet]:
+    def noted(stages: Iterator[CovarianceSet]) -> Iterator[CovarianceSet]:
         nonlocal layers, groups
-        for covariances in covariance_stages(network, batches, plan):
+        for covariances in stages:
             covariances.provenance["data"] = text
             notes.append(covariances.provenance)
             layers, groups = layers + len(covariances), groups + len(covariances.groups())
@@ -98,18 +98,13 @@ def calibrate(
             del covariances  # before the next ones are made
 
     with options.ranks(device) as distributed:
-        plan = options.options_of(
-            CalibrationPlan,
-            context,
-            rank=rank if stability else None,
-            domain=text["file"],
-            checkpoint=None if checkpoint_every == 0 else checkpoint,
-            distributed=distributed,
-        )
+        plan = options.options_of(CalibrationPlan, context, distributed=distributed)
+        kept = None if checkpoint_every == 0 else checkpoint
+        stages = covariance_stages(network, batches, plan, domain=text["file"], checkpoint=kept)
         if first:
-            covariance.save_pieces(noted(), out, united_provenance)
+            covariance.save_pieces(noted(stages), out, united_provenance)
         else:
-            for _ in noted():
+            for _ in stages:
                 pass
         Ranks.of(distributed).gather(None, "the result is safe")
         checkpoint.discard()

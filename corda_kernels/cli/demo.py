@@ -75,7 +75,8 @@ def demo(
 
     echo(f"2. calibrating on {sum(ids.numel() for ids in calibration)} tokens")
     file, model = out / "covariances.safetensors", options.load(str(base), None, "cpu")
-    for found in init.covariance_stages(model, calibration, init.CalibrationPlan(rank=rank)):
+    plan = init.CalibrationPlan(rank=rank, stability=True)
+    for found in init.covariance_stages(model, calibration, plan):
         found.save(file)
     covariances = CovarianceSet.load(file)
     for number, mode in enumerate(_MODES, 3):

@@ -147,7 +147,7 @@ class Layer:
     condition: float | None = None
 
     def seen(self, note: Mapping[str, Any]) -> Layer:
-        """With what `measured_layers` or `measure_spectra` gave."""
+        """With what `measured_layer` or `measure_spectra` gave."""
         outputs, inputs = note["shape"]
         found: dict[str, Any] = {"shape": (int(outputs), int(inputs))}
         if note.get("spectrum") is not None:
