@@ -11,8 +11,7 @@ from torch import nn
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
 from corda_kernels.errors import CovarianceError, DecompositionError
-from corda_kernels.init.measured import measured_input, measured_layers, sampled_spectrum
-from corda_kernels.init.ranks import layer_shapes
+from corda_kernels.init.measured import measured_input, measured_layer, sampled_spectrum
 from corda_kernels.linalg import extreme_eigenvalues
 from corda_kernels.planning.scores import each_input, layer_spectra
 from corda_kernels.progress import progress_bar
@@ -88,4 +87,4 @@ def measure_spectra(
             "the covariances cover none of the model's layers: give the model that they come from"
         )
     spectra = layer_spectra(covered, covariances, damping=damping or 0.0, progress=progress)
-    return measured_layers(layer_shapes(covered), {}, spectra, "ratio")
+    return {name: measured_layer(covered[name], {}, spectra[name], "ratio") for name in spectra}
