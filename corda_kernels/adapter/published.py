@@ -70,23 +70,16 @@ def published_factors(
     return AdapterFactors(A, co_svd.U * beta, damping=damping)
 
 
-def _through_inverse(
-    projected: Tensor,  # UᵀW, (rank, in)
-    covariance: Tensor,  # (in, in)
-    damping: float,
-) -> tuple[Tensor, float]:
-    """ΣVᵀ(C + λI)⁻¹ with ΣVᵀ = UᵀW(C + λI), and the λ of the inverse.
+def _through_inverse(projected: Tensor, covariance: Tensor, damping: float) -> tuple[Tensor, float]:
+    """ΣVᵀ(C + λI)⁻¹ with ΣVᵀ = UᵀW(C + λI), of UᵀW (rank, in) and C, and the λ of the inverse.
 
     Either λ is a multiple of the mean diagonal of C; they differ only where the first, `damping`,
     is 0 and C cannot be inverted as it is.
     """
-    inputs = projected.shape[1]
     real_tensor("the covariance", covariance, DecompositionError)
-    if covariance.shape != (inputs, inputs):
-        raise DecompositionError(
-            f"a weight of {inputs} inputs needs a covariance ({inputs}, {inputs}), "
-            f"got {tuple(covariance.shape)}"
-        )
+    needed, given = (projected.shape[1],) * 2, tuple(covariance.shape)
+    if given != needed:
+        raise DecompositionError(f"the weight needs a covariance {needed}, got {given}")
     C = covariance.to(projected)
     image = projected @ C + damping * C.diagonal().mean() * projected
     found = regularized_inverse(C, damping=damping or None)

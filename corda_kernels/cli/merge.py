@@ -25,12 +25,12 @@ def merge(
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels.adapter import load_for_training, model_card
     from corda_kernels.adapter import merge as merge_into_base
-    from corda_kernels.adapter.lora import base_name, read_lora
+    from corda_kernels.adapter.folder import base_name, read_lora
     from corda_kernels.errors import ModelError, OutputError
     from corda_kernels.models import MODEL_FILES, save_model
     from corda_kernels.outputs import check_output
 
-    named = base_name(read_lora(adapter)[0])
+    named = base_name(read_lora(adapter).config)
     check_output(out, folder=True)
     source = model or named
     if source is None:

@@ -28,8 +28,7 @@ from corda_kernels.adapter import (
     published_factors,
     write_adapter,
 )
-from corda_kernels.adapter.lora import target_modules
-from corda_kernels.adapter.record import BASE_FIELDS, base_difference
+from corda_kernels.adapter.record import BASE_FIELDS, base_difference, target_modules
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD

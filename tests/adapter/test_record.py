@@ -68,12 +68,6 @@ def test_a_record_of_another_form_is_refused(
         AdapterRecord.from_json(value)
 
 
-@pytest.mark.parametrize("value", [None, [], "record", 1])
-def test_a_record_that_is_no_object_is_refused(value: Any) -> None:
-    with pytest.raises(AdapterError, match="altered: it holds no object"):
-        AdapterRecord.from_json(value)
-
-
 # Of each field, by its path: values that it cannot have.
 WRONG: dict[str, list[Any]] = {
     "mode": [None, 1, "both"],
