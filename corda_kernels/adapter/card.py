@@ -29,8 +29,8 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
     maker = f"corda_kernels {record.versions.get('corda_kernels', '')}".rstrip()
     tokens = max((layer["tokens"] for layer in record.layers.values()), default=0)
     made = (
-        f"Initialised by {maker} with {_MODES[record.mode]}. {record.rank} components of each layer "
-        f"at most, calibrated on {tokens:,} tokens."
+        f"Initialised by {maker} with {_MODES[record.mode]}. {record.rank} components of each "
+        f"layer at most, calibrated on {tokens:,} tokens."
     )
     form = "published" if record.residual else "budget" if record.allocation else "plain"
     return _card(record.base["source"], "CorDA adapter", made, form, rank)

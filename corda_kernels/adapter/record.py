@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from peft import LoraConfig
@@ -79,14 +78,11 @@ _ALLOCATION_FIELDS: dict[str, fields.Schema] = {
 }
 
 
-def _is(schema: fields.Schema, **options: Any) -> Any:
-    """A dataclass's field, with what it may be in a file."""
-    return field(metadata={"schema": schema}, **options)
-
-
 @dataclass
 class AdapterRecord:
     """What `corda.json` keeps beside an adapter: how it was made and what it belongs to.
+
+    Each field's annotation says what it may be in the file.
 
     Attributes:
         mode: "kpm" or "ipm".
@@ -109,20 +105,22 @@ class AdapterRecord:
         format: of this file.
     """
 
-    mode: str = _is(fields.one_of("kpm", "ipm"))
-    rank: int = _is(fields.whole(1))
-    hold: float | None = _is(fields.maybe(fields.is_positive))
-    residual: str | None = _is(fields.one_of(None, "weight"))
-    damping: float | None = _is(fields.maybe(fields.number(0)))
-    base: dict[str, Any] = _is(BASE_FIELDS)
-    calibration: dict[str, Any] = _is(fields.is_object)
-    layers: dict[str, dict[str, Any]] = _is({"*": _LAYER_FIELDS})
-    allocation: dict[str, Any] = _is(fields.is_object, default_factory=dict)
-    stability: dict[str, Any] = _is(fields.is_object, default_factory=dict)
-    measured: dict[str, Any] = _is(fields.is_object, default_factory=dict, compare=False)
-    versions: dict[str, str] = _is(fields.is_texts, default_factory=dict)
-    lora: dict[str, Any] = _is(_LORA_FIELDS, default_factory=dict)
-    format: str = _is(fields.is_text, default=FORMAT)
+    mode: Annotated[str, fields.one_of("kpm", "ipm")]
+    rank: Annotated[int, fields.whole(1)]
+    hold: Annotated[float | None, fields.maybe(fields.is_positive)]
+    residual: Annotated[str | None, fields.one_of(None, "weight")]
+    damping: Annotated[float | None, fields.maybe(fields.number(0))]
+    base: Annotated[dict[str, Any], BASE_FIELDS]
+    calibration: Annotated[dict[str, Any], fields.is_object]
+    layers: Annotated[dict[str, dict[str, Any]], {"*": _LAYER_FIELDS}]
+    allocation: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
+    stability: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
+    measured: Annotated[dict[str, Any], fields.is_object] = field(
+        default_factory=dict, compare=False
+    )
+    versions: Annotated[dict[str, str], fields.is_texts] = field(default_factory=dict)
+    lora: Annotated[dict[str, Any], _LORA_FIELDS] = field(default_factory=dict)
+    format: Annotated[str, fields.is_text] = FORMAT
 
     @property
     def base_name(self) -> str:
@@ -161,7 +159,8 @@ def _check_record(value: dict[str, Any]) -> None:
     Raises:
         ValueError: it says which is wrong.
     """
-    schema = {each.name: each.metadata["schema"] for each in dataclasses.fields(AdapterRecord)}
+    hints = get_type_hints(AdapterRecord, include_extras=True)
+    schema = {name: hint.__metadata__[0] for name, hint in hints.items()}
     fields.check_fields(value, schema, "the record")
     ranks = {name: entry["rank"] for name, entry in value["layers"].items()}
     if not ranks:

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 from factor_cases import (
+    ENDS,
     LAYERS,
     RANK,
     SHAPES,
     all_ends,
-    all_layers,
-    all_shapes,
     halves,
     layer,
     of_tokens,
     product,
     span,
 )
+from pairs import pairwise
 
 from corda_kernels.adapter.factors import AdapterFactors, adapter_factors
 from corda_kernels.adapter.published import published_factors, residual
@@ -26,9 +26,7 @@ from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.linalg import co_svd
 
 
-@all_shapes
-@all_ends
-@all_layers
+@pairwise(shape=SHAPES, which=ENDS, name=list(LAYERS))
 def test_published_factors_are_finite_and_trainable_and_of_the_projection(
     name: str, which: str, shape: tuple[int, int]
 ) -> None:
@@ -45,8 +43,7 @@ def test_published_factors_are_finite_and_trainable_and_of_the_projection(
     assert factors.scaling == 1
 
 
-@all_shapes
-@all_ends
+@pairwise(shape=SHAPES, which=ENDS)
 def test_published_factors_are_the_published_formula(which: str, shape: tuple[int, int]) -> None:
     W, C, found = layer("well_conditioned", shape, which)
     U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
@@ -134,9 +131,7 @@ def test_ranks_from_one_to_all(which: str, rank: int) -> None:
         assert float(residual(W, factors).norm()) <= 4e-15 * float(W.norm())
 
 
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("power", [0.5, 1.0])
+@pairwise(shape=SHAPES, which=ENDS, power=[0.5, 1.0])
 def test_published_factors_of_a_two_sided_decomposition_are_its_oblique_projection(
     power: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -159,9 +154,7 @@ def test_published_components_that_vanish_two_sidedly_can_still_train() -> None:
     assert bool((factors.B != 0).any(0).all())
 
 
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("damping", [None, 0.01])
+@pairwise(shape=SHAPES, which=ENDS, damping=[None, 0.01])
 def test_the_published_reconstruction_is_the_projection_but_for_rounding(
     damping: float | None, which: str, shape: tuple[int, int]
 ) -> None:
