@@ -18,7 +18,7 @@ from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear, base_layer
 from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
 from corda_kernels.adapter.record import factor_tensors, lora_config, rounded
-from corda_kernels.arguments import instance_of, readable_path, whole_number
+from corda_kernels.arguments import instance_of, whole_number
 from corda_kernels.errors import (
     AdapterError,
     CordaWarning,
@@ -95,24 +95,23 @@ def export_lora(
         folder.check_finite(name, change.A, change.B)
     widest = max(change.rank for change in changes.values())
     result, note = LoraExport(widest), "Nothing was cut off."
-    cut = rank is not None and rank < widest
+    cut = rank if rank is not None and rank < widest else None
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
-    if cut or patterns or widest != config["r"]:
+    if cut is not None or patterns or widest != config["r"]:
         for key in others:
             if "lora_" in key and "lora_magnitude_vector" not in key:
                 raise AdapterError(
                     f"the LoRA adapts more than the weights of linear layers ({key}), and can only "
                     "be copied: export it at its own rank, without patterns"
                 )
-    if rank is not None and cut:
+    if cut is not None:
         errors = {}
         for name, change in changes.items():
-            changes[name], errors[name] = _truncated(change, rank)
+            changes[name], errors[name] = _truncated(change, cut)
         worst = max(errors, key=errors.__getitem__)
-        result = LoraExport(rank, errors[worst], worst)
-        note = (
-            f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
-        )
+        result = LoraExport(cut, errors[worst], worst)
+        lost = f"an error of {result.error:.2%} at most in any layer"
+        note = f"Cut off from rank {widest}, with {lost}."
     elif patterns:
         changes = {name: _padded(change, widest) for name, change in changes.items()}
     if result.rank > SERVED_RANKS[-1]:
@@ -143,7 +142,7 @@ def _source(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
     """A LoRA's configuration, what is saved beside its factors, and these."""
     if not isinstance(source, nn.Module):
-        found = folder.read_lora(readable_path(source, AdapterError))
+        found = folder.read_lora(source)
         config, tensors, layers = found.config, found.tensors, folder.layer_adapters(found)
         if not folder.fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.

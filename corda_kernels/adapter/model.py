@@ -100,16 +100,11 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
 
 def _active_config(model: PeftModel) -> LoraConfig:
     """The configuration of the one active adapter, a LoRA."""
-    configs = [model.peft_config[name] for name in model.active_adapters]
-    if len(configs) != 1 or not isinstance(configs[0], LoraConfig):
-        kinds = ", ".join(
-            f"{name} ({type(config).__name__})"
-            for name, config in zip(model.active_adapters, configs, strict=True)
-        )
-        raise AdapterError(
-            f"the PeftModel's active adapters are {kinds}: activate one LoRA with set_adapter"
-        )
-    return configs[0]
+    names, configs = model.active_adapters, model.peft_config
+    if len(names) != 1 or not isinstance(configs[names[0]], LoraConfig):
+        kinds = ", ".join(f"{name} ({type(configs[name]).__name__})" for name in names)
+        raise AdapterError(f"the active adapters are {kinds}: activate one LoRA with set_adapter")
+    return configs[names[0]]
 
 
 def _factors(name: str, module: Any, active: str) -> AdapterFactors:
@@ -117,8 +112,8 @@ def _factors(name: str, module: Any, active: str) -> AdapterFactors:
     A, B = module.lora_A[active].weight, module.lora_B[active].weight
     if A.ndim != 2 or len(A) != module.r[active]:
         raise AdapterError(
-            f"adapter {active!r} adapts {name}, which is no linear layer but a convolution or the "
-            "parameters of experts: only LoRAs of linear layers are read"
+            f"adapter {active!r} adapts {name}, which is no linear layer but a convolution or "
+            "experts' parameters: only LoRAs of linear layers are read"
         )
     return AdapterFactors(A, B, module.scaling[active])
 
@@ -238,10 +233,10 @@ def load_for_training(
         folder.check_only_factors(lora.tensors, f"load {place} with PEFT, which restores that")
     made = folder.read_record(place) if recorded or not use_peft else None
     layers: dict[str, LayerAdapter] = {}
-    taken = folder.fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file()
-    if made is not None or taken:
+    # Of another LoRA of PEFT's, which may adapt more than linear layers, PEFT takes care itself.
+    if made or folder.fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file():
         layers = folder.layer_adapters(lora, made)
-    if made is not None and not use_peft:
+    if made and not use_peft:
         return attach(base_model, Adapter(layers, made), use_peft=False, copy=False)
     described, adapted = _described(base_model, lora)
     prepare_base(base_model, layers, made)
@@ -378,8 +373,7 @@ def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
         if module.weight.is_meta:
             raise AdapterError(
                 f"the weight of layer {name} is offloaded, and no adapter can be trained on it: "
-                "write the adapter's folder (corda_adapter and write_adapter, or corda-kernels "
-                "init), and attach it with load_for_training where the model fits"
+                "make a folder (corda_adapter, write_adapter), and load it where the model fits"
             )
 
 
