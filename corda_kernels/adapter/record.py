@@ -256,7 +256,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     ranks = {pattern: factors.rank for pattern, factors in layers.items()}
     alphas = {pattern: rounded(f.scaling * f.rank) for pattern, f in layers.items()}
     widest = max(ranks, key=ranks.__getitem__)
-    source = record.base["source"]
+    prefix = "" if record.residual is None else RESIDUAL_OF
     return LoraConfig(
         r=ranks[widest],
         lora_alpha=alphas[widest],
@@ -266,9 +266,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
         alpha_pattern={name: own for name, own in alphas.items() if own != alphas[widest]},
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
-        base_model_name_or_path=source
-        if record.residual is None
-        else f"{RESIDUAL_OF}{source or ''}",
+        base_model_name_or_path=f"{prefix}{record.base['source'] or ''}" or None,
         **record.lora,
     )
 

@@ -39,7 +39,7 @@ def perturbed(calibrated: Calibrated) -> nn.Module:
         (lambda c: c(initializer_range=0.11)[0], "weights differ from that", "weight", True),
         (
             lambda c: c(intermediate_size=40)[0],
-            r"is \(40, 32\), but the adapter is for \(48, 32\): load",
+            r"is \(32, 40\), but the adapter is for \(32, 48\): load",
             None,
             False,
         ),
