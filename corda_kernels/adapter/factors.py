@@ -24,14 +24,11 @@ class AdapterFactors:
         A: (rank, in).
         B: (out, rank).
         scaling: factor of the product, LoRA's alpha/rank.
-        damping: λ that the inverse of C took, as a multiple of the mean diagonal of C; None where
-            nothing was inverted.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
-    damping: float | None = None
 
     @property
     def rank(self) -> int:
