@@ -49,10 +49,10 @@ def merge(
 ) -> None:
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels import adapter as adapters
-    from corda_kernels.adapter.lora import base_name, read_lora
+    from corda_kernels.adapter.folder import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
-    source = model or base_name(read_lora(adapter)[0])
+    source = model or base_name(read_lora(adapter).config)
     outputs.check_output(out, folder=True)
     if source is None:
         raise ModelError(f"{adapter} does not say where its base is: say so with --model")

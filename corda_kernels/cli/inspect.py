@@ -33,7 +33,7 @@ def inspect(
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
     from corda_kernels import models
     from corda_kernels import report as reports
-    from corda_kernels.adapter import folder, lora
+    from corda_kernels.adapter import folder
     from corda_kernels.calibration import CovarianceSet
 
     if html is None and (cov or model):
@@ -45,7 +45,7 @@ def inspect(
     if html is not None:
         reports.check_matplotlib()
         outputs.check_output(html)
-    if (file / lora.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
+    if (file / folder.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
     inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
@@ -84,14 +84,14 @@ def _show(file: Path, report: Report) -> None:
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.folder import base_name, lora_layers, read_lora
 
-    config, tensors = read_lora(folder)
-    layers = lora_layers(config, tensors, folder)
+    lora = read_lora(folder)
+    layers = lora_layers(lora)
     ranks = sorted({layer.rank for layer in layers.values()})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     echo(
         f"{folder}: a LoRA of {shown} for {len(layers)} layers of "
-        f"{base_name(config) or 'a model without a name'}; it has no corda.json, which would say "
-        "how it was made (an exported LoRA has none: inspect the adapter that it came from)"
+        f"{base_name(lora.config) or 'a model without a name'}; it has no corda.json, which would "
+        "say how it was made (an exported LoRA has none: inspect the adapter that it came from)"
     )

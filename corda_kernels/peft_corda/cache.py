@@ -19,8 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import adapter, fields
-from corda_kernels.adapter.lora import target_modules
-from corda_kernels.adapter.record import BASE_FIELDS, base_difference
+from corda_kernels.adapter.record import BASE_FIELDS, base_difference, target_modules
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
