@@ -9,9 +9,9 @@ for the padding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from corda_kernels.files import digest
 from corda_kernels.memory import has_own_memory
 
 Batch = Tensor | Mapping[str, Any]
+T = TypeVar("T")
 
 # Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
 # sequence itself.
@@ -51,32 +52,36 @@ def token_count(batch: Batch) -> int:
 
 
 class TextSum:
-    """Checksums over the batches of a text, in their order: of all, and of one rank's own."""
+    """Tokens of the batches of a text, and checksums in their order: of all, and of a rank's own.
+
+    Attributes:
+        counts: number of tokens in every batch.
+        span: range of the last batch's tokens in the text.
+    """
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
-        self._batches = 0
+        self.counts: list[int] = []
+        self.span = (0, 0)
         self._whole, self._own = hashlib.sha256(), hashlib.sha256()
         for batch in batches:
             self.add(batch)
 
-    def add(self, batch: Batch, *, own: bool = True) -> None:
-        """Takes in all tensors of the next batch, by their names."""
+    def add(self, batch: Batch, *, own: bool = True, summed: bool = True) -> None:
+        """Takes in the next batch; into the checksums, if asked for, go its tensors by name."""
+        self.counts.append(token_count(batch))
+        self.span = (self.span[1], self.span[1] + self.counts[-1])
+        if not summed:
+            return
         inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        checksum = digest(
-            {
-                name: value
-                for name, value in inputs.items()
-                if isinstance(value, Tensor) and holds_numbers(value)
-            }
-        ).encode()
-        self._batches += 1
-        self._whole.update(checksum)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        checksum = digest({n: value for n, value in tensors.items() if holds_numbers(value)})
+        self._whole.update(checksum.encode())
         if own:
-            self._own.update(checksum)
+            self._own.update(checksum.encode())
 
     def given(self) -> dict[str, object]:
         """Number and checksum of all batches, by name."""
-        return {"number of batches": self._batches, "data": self._whole.hexdigest()}
+        return {"number of batches": len(self.counts), "data": self._whole.hexdigest()}
 
     def own(self) -> str:
         """The checksum of the rank's own batches."""
@@ -165,7 +170,7 @@ def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
 
 @dataclass
 class Thrift:
-    """How little of a device's memory a calibration takes; less after every `tighten`.
+    """How little of a device's memory a calibration takes; less after every failed attempt.
 
     Attributes:
         batches: that are run.
@@ -181,20 +186,28 @@ class Thrift:
     max_rows: int | None = None
     on_host: bool = False
 
-    def tighten(self, error: Exception, again: str, *, summing: bool = True) -> None:
-        """Halves the sequences that run together; once it is one, sums on the host. Warns.
+    def retry(self, attempt: Callable[[], T], again: str, *, summing: bool = True) -> T:
+        """Makes the attempt again with less memory until that suffices. Warns each time.
 
-        A single sequence is tried before the host sums up, for that is slow.
+        Sequences that run together are halved; once it is one, the host sums up, which is slow.
 
         Args:
-            error: that was raised.
-            again: what is done now, for the warning.
-            summing: whether covariances were summed up when memory ran out.
+            attempt: what may run out of memory.
+            again: what is done then, for the warning.
+            summing: whether covariances are summed up.
 
         Raises:
             CalibrationError: nothing is left to be done, or the batches cannot be read a second
                 time.
         """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                spared = self._tighten(error, summing)
+            warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
+
+    def _tighten(self, error: Exception, summing: bool) -> str:
         if not isinstance(self.batches, Sequence | Tensor):
             raise CalibrationError(
                 "memory ran out while calibrating: give smaller batches, or a list of batches, "
@@ -203,17 +216,15 @@ class Thrift:
         rows = self.max_rows or max(_rows(batch) for batch in self.batches)
         if rows > 1:
             self.max_rows = rows // 2
-            spared = f"at most {self.max_rows} sequence(s) at a time"
-        elif summing and not self.on_host and has_own_memory(self.device):
-            # Then activations may have had room enough: as many sequences as at first.
-            self.on_host, self.max_rows = True, None
-            spared = "covariances that the CPU sums up, which takes longer"
-        else:
+            return f"at most {self.max_rows} sequence(s) at a time"
+        if not summing or self.on_host or not has_own_memory(self.device):
             raise CalibrationError(
                 "memory does not suffice for a single sequence: use shorter ones (--seq-len), "
                 f"{self.last_resort}"
             ) from error
-        warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
+        # Then activations may have had room enough: as many sequences as at first.
+        self.on_host, self.max_rows = True, None
+        return "covariances that the CPU sums up, which takes longer"
 
 
 def _rows(batch: Batch) -> int:

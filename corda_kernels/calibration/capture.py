@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,6 @@ from torch import Tensor, nn
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 # Sums that new modules can still join. Readers of one tensor are called close together (q, k, v;
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
@@ -53,7 +52,6 @@ class _Sums:
     tokens: int = 0
     calls: int = 0
     pending: _Sighting | None = None  # read by some of the modules, not yet by all
-    forming: _Sighting | None = None  # the first tensor: other new modules that read it join
 
     def covariance(self, threshold: float) -> Covariance:
         """The sums in the form of a covariance."""
@@ -92,43 +90,40 @@ class InputCapture:
     on_host: bool = False
     row_mask: Tensor | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
-    _forming: deque[_Sums] = field(default_factory=deque, init=False)
-    _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+    # The first tensor of some sums: other new modules that read it join.
+    _forming: deque[tuple[_Sighting, _Sums]] = field(
+        default_factory=lambda: deque(maxlen=_FORMING), init=False
+    )
+    _hooks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> InputCapture:
         for name, module in self.modules.items():
-            self._handles.append(
-                module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            )
+            hook = partial(self._hook, name)
+            self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
-    def _hook(self, name: str) -> Any:
-        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor):
-                raise CalibrationError(
-                    f"layer {name} was called without an input tensor; leave it out of the targets"
-                )
-            # Sums made under the caller's inference mode could not be changed outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._read(name, x)
-
-        return read_input
+    def _hook(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            raise CalibrationError(
+                f"layer {name} was called without an input tensor; leave it out of the targets"
+            )
+        # Sums made under the caller's inference mode could not be changed outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._read(name, x)
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)
         if sums is None:
             self._join_or_found(name, x)
         elif len(sums.modules) == 1:
-            sums.forming = None
             self._add(sums, x)
         elif sums.pending is None:
-            sums.forming = None
             sums.pending = _Sighting(x, _version(x), [name])
             if x.is_inference():
                 self._split(sums)
@@ -142,8 +137,8 @@ class InputCapture:
             self._read(name, x)
 
     def _join_or_found(self, name: str, x: Tensor) -> None:
-        for sums in self._forming:
-            if sums.forming is not None and sums.forming.matches(x):
+        for first, sums in self._forming:
+            if first.matches(x) and sums.calls == 1 and sums.pending is None:
                 sums.modules.append(name)
                 self._sums[name] = sums
                 return
@@ -155,11 +150,8 @@ class InputCapture:
             torch.zeros(d, d, dtype=dtype, device=device),
             torch.zeros(d, dtype=torch.float32, device=device),
             torch.zeros(d, dtype=torch.int64, device=device),
-            forming=_Sighting(x, _version(x), [name]),
         )
-        self._forming.append(sums)
-        if len(self._forming) > _FORMING:
-            self._forming.popleft().forming = None
+        self._forming.append((_Sighting(x, _version(x), [name]), sums))
         self._add(sums, x)
 
     def _split(self, sums: _Sums) -> None:
@@ -185,7 +177,15 @@ class InputCapture:
         self._add(apart, pending.tensor)
 
     def _add(self, sums: _Sums, x: Tensor) -> None:
-        rows = self._counted(sums, x.reshape(-1, x.shape[-1]))
+        rows, mask = x.reshape(-1, x.shape[-1]), self.row_mask
+        if mask is not None:
+            if mask.numel() != len(rows):
+                raise CalibrationError(
+                    f"layer {sums.modules[0]} received {len(rows)} rows, to which the attention "
+                    f"mask of {tuple(mask.shape)} does not apply (it may be a routed expert): run "
+                    "sequences without padding, such as one at a time"
+                )
+            rows = rows[mask.flatten().to(rows.device)]
         if self.on_host:
             rows = rows.to(_HOST)
         # A checkpoint may have left the sums on another device than the inputs.
@@ -195,14 +195,13 @@ class InputCapture:
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
-            if not math.isfinite(scale):
-                scale = 1.0  # the sums then show which channels are not
             if scale == 0.0:
                 raise CalibrationError(
                     f"layer {sums.modules[0]} received an input whose largest entry is 0, "
                     'by which normalize="peft" divides: use normalize="tokens"'
                 )
-            alpha = scale**-2
+            # Of what is not finite the sums then show the channels.
+            alpha = scale**-2 if math.isfinite(scale) else 1.0
         syrk_(
             sums.matrix,
             rows,
@@ -212,19 +211,8 @@ class InputCapture:
             outlier_threshold=self.outlier_threshold,
             deterministic=self.deterministic,
         )
-        sums.tokens += rows.shape[0]
+        sums.tokens += len(rows)
         sums.calls += 1
-
-    def _counted(self, sums: _Sums, rows: Tensor) -> Tensor:
-        if self.row_mask is None:
-            return rows
-        if self.row_mask.numel() != rows.shape[0]:
-            raise CalibrationError(
-                f"layer {sums.modules[0]} received {rows.shape[0]} rows, to which the attention "
-                f"mask of {tuple(self.row_mask.shape)} does not apply (it may be a routed expert): "
-                "run sequences without padding, such as one at a time"
-            )
-        return rows[self.row_mask.flatten().to(rows.device)]
 
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
@@ -233,9 +221,9 @@ class InputCapture:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
                 range in the stream, are what to report.
         """
+        self._forming.clear()
         distinct = self._distinct()
         for sums in distinct:
-            sums.forming = None
             if sums.pending is not None:
                 self._split(sums)
         for sums in distinct:
@@ -268,17 +256,15 @@ class InputCapture:
         """Takes up sums that `sums` gave between two passes, in place of its own."""
         self._sums.clear()
         for part, names in groups:
-            sums = _Sums(
-                names, part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls
-            )
-            self._sums.update(dict.fromkeys(names, sums))
+            numbers = (part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls)
+            self._sums.update(dict.fromkeys(names, _Sums(names, *numbers)))
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
-        finished: dict[int, Covariance] = {}
-        for sums in self._distinct():
-            count = sums.tokens if self.normalize == "tokens" else sums.calls
-            symmetrize_(sums.matrix).div_(max(count, 1))
-            finished[id(sums)] = sums.covariance(self.outlier_threshold)
-        unseen = set(self.unseen())
-        return {name: finished[id(self._sums[name])] for name in self.modules if name not in unseen}
+        seen = self.modules.keys() - self.unseen()
+        finished: dict[str, Covariance] = {}
+        for covariance, names in self.sums():
+            count = covariance.tokens if self.normalize == "tokens" else covariance.calls
+            symmetrize_(covariance.matrix).div_(max(count, 1))
+            finished.update(dict.fromkeys(names, covariance))
+        return {name: finished[name] for name in self.modules if name in seen}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corda_kernels import fields
 from corda_kernels.arguments import (
     instance_of,
     one_of,
@@ -20,17 +21,7 @@ from corda_kernels.arguments import (
     usable_device,
     whole_number,
 )
-from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
-from corda_kernels.fields import (
-    Check,
-    check_fields,
-    is_names,
-    is_number,
-    is_object,
-    is_text,
-    is_texts,
-    is_whole,
-)
+from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError
 from corda_kernels.files import read_checked, write_checked
 from corda_kernels.outputs import atomic_path, temporary_folder
 
@@ -41,33 +32,36 @@ _FILE: Any = {
     "remedy": "copy or calibrate it again",
 }
 _NORMALIZATIONS = ("tokens", "peft")
+_NUMBERS = ("tokens", "calls", "outlier_threshold")
 # Notes on which text a set was taken from.
 _OF_TEXT = ("data", "domain", "mixture")
 
 # What the fields of a file may hold.
-_GROUP_FIELDS: dict[str, Check] = {
-    "modules": lambda value: is_names(value) and len(value) > 0,
-    "channels": lambda value: is_whole(value, 1),
-    "tokens": is_whole,
-    "calls": is_whole,
-    "outlier_threshold": lambda value: is_number(value, 0) or value == math.inf,
+_GROUP_FIELDS: dict[str, fields.Check] = {
+    "modules": lambda value: fields.is_names(value) and len(value) > 0,
+    "channels": fields.whole(1),
+    "tokens": fields.is_whole,
+    "calls": fields.is_whole,
+    "outlier_threshold": lambda value: fields.is_number(value, 0) or value == math.inf,
 }
-_HEADER_FIELDS: dict[str, Check] = {
-    "groups": lambda _: True,  # `read_groups` has checked them
-    "order": is_names,
-    "normalize": lambda value: value in _NORMALIZATIONS,
-    "left_out": is_texts,
-    "provenance": is_object,
+_HEADER_FIELDS: dict[str, fields.Check] = {
+    "order": fields.is_names,
+    "normalize": fields.one_of(*_NORMALIZATIONS),
+    "left_out": fields.is_texts,
+    "provenance": lambda value: (
+        fields.is_object(value)
+        and all(check(value[note]) for note, check in _NOTES.items() if note in value)
+    ),
 }
 # Of the notes on where the numbers come from, those that are read again.
-_PROVENANCE_FIELDS: dict[str, Check] = {
-    "model": is_text,
-    "tokens": is_whole,
-    "versions": is_texts,
-    "domain": is_text,
-    "mixture": is_object,
-    "selection": is_object,
-    "stability": lambda value: value is None or is_object(value),
+_NOTES: dict[str, fields.Check] = {
+    "model": fields.is_text,
+    "tokens": fields.is_whole,
+    "versions": fields.is_texts,
+    "domain": fields.is_text,
+    "mixture": fields.is_object,
+    "selection": fields.is_object,
+    "stability": fields.maybe(fields.is_object),
 }
 
 
@@ -280,20 +274,13 @@ class CovarianceSet(Mapping[str, Covariance]):
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
             ConfigError: the device is not there, or too small.
         """
-        header, groups = read_groups(path, device=device, **_FILE)
-        try:
-            check_fields(header, _HEADER_FIELDS, "the header")
-            for note, value in header["provenance"].items():
-                if not _PROVENANCE_FIELDS.get(note, lambda _: True)(value):
-                    raise ValueError(f"{note!r} of provenance cannot be {str(value)[:40]!r}")
-            names = [name for _, members in groups for name in members]
-            if sorted(names) != sorted(header["order"]):
-                raise ValueError("'order' does not name the layers of the groups, each once")
-        except ValueError as error:
-            raise CovarianceFileError(
-                f"{path}: its header is not that of a covariance file ({error}): calibrate it again"
-            ) from error
+        header, groups = read_groups(path, _HEADER_FIELDS, device, **_FILE)
         covariances = {name: covariance for covariance, members in groups for name in members}
+        named = sum(len(members) for _, members in groups)
+        if not covariances.keys() == set(header["order"]) or named > len(covariances):
+            raise CovarianceFileError(
+                f"{path}: its header does not name the layers each once: {_FILE['remedy']}"
+            )
         return cls(
             {name: covariances[name] for name in header["order"]},
             normalize=header["normalize"],
@@ -347,7 +334,7 @@ def save_pieces(
 
 
 def write_groups(
-    path: str | os.PathLike[str], format_: str, groups: Sequence[Group], header: Mapping[str, Any]
+    path: str | os.PathLike[str], format_: str, groups: Iterable[Group], header: Mapping[str, Any]
 ) -> None:
     """Writes covariances, each with the modules that share it, as a checked file.
 
@@ -362,91 +349,81 @@ def write_groups(
         tensors[f"{index}.matrix"] = pack_symmetric(covariance.matrix).cpu()
         tensors[f"{index}.absmax"] = covariance.absmax.cpu()
         tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
-        records.append(
-            {
-                "modules": names,
-                "channels": covariance.matrix.shape[0],
-                "tokens": covariance.tokens,
-                "calls": covariance.calls,
-                "outlier_threshold": covariance.outlier_threshold,
-            }
-        )
+        numbers = {name: getattr(covariance, name) for name in _NUMBERS}
+        records.append({"modules": names, "channels": len(covariance.matrix), **numbers})
     write_checked(path, format_, {"groups": records, **header}, tensors)
 
 
 def read_groups(
     path: str | os.PathLike[str],
-    format_: str,
-    *,
-    what: str,
-    error: type[CordaError],
-    remedy: str,
-    device: str | torch.device = "cpu",
+    schema: Mapping[str, fields.Check],
+    device: str | torch.device,
+    **file: Any,
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Reads what `write_groups` wrote: the header and the groups; see `read_checked`.
+    """Reads what `write_groups` wrote: the header and the groups.
+
+    Args:
+        path: the file.
+        schema: what the header may hold besides the groups.
+        device: where the covariances go.
+        file: see `read_checked`.
 
     Raises:
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
         ConfigError: the device is not there, or too small.
     """
     usable_device(device, ConfigError)
-    header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
+    header, tensors = read_checked(path, **file)
     try:
-        if not is_object(header) or not isinstance(header.get("groups"), list):
-            raise ValueError("it has no groups")
-        groups = [
-            _group(record, f"{index}", tensors, device)
-            for index, record in enumerate(header["groups"])
-        ]
+        fields.check_fields(
+            header, {"groups": lambda value: isinstance(value, list), **schema}, "the header"
+        )
+        groups = []
+        for index, record in enumerate(header["groups"]):
+            fields.check_fields(record, _GROUP_FIELDS, f"group {index}")
+            groups.append((_covariance(record, f"{index}", tensors, device), record["modules"]))
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
     except ConfigError:  # about the device
         raise
     except ValueError as reason:
-        raise error(
-            f"{path}: its header is not that of a {what} file ({reason}): {remedy}"
+        raise file["error"](
+            f"{path}: its header is not that of a {file['what']} file ({reason}): {file['remedy']}"
         ) from reason
     return header, groups
 
 
-def _group(
-    record: Any, index: str, tensors: dict[str, Tensor], device: str | torch.device
-) -> Group:
-    """One covariance on `device`, whose tensors are taken out of `tensors`.
+def _covariance(
+    record: Mapping[str, Any], index: str, tensors: dict[str, Tensor], device: str | torch.device
+) -> Covariance:
+    """That of one record, on `device`; its tensors are taken out of `tensors`.
 
     Raises:
-        ValueError: the record or a tensor is not what it must be.
+        ValueError: a tensor is not what it must be.
         ConfigError: the device is not there, or too small.
     """
-    check_fields(record, _GROUP_FIELDS, f"group {index}")
     channels = record["channels"]
-    size = channels * (channels + 1) // 2
-    packed = _taken(tensors, f"{index}.matrix", size, (torch.float32, torch.float64))
-    absmax = _taken(tensors, f"{index}.absmax", channels, (torch.float32,))
-    count = _taken(tensors, f"{index}.outlier_count", channels, (torch.int64,))
-    if bool((absmax < 0).any()) or bool((count < 0).any()):
-        raise ValueError(f"group {index} has negative statistics of channels")
+    found = []
+    for name, size, dtypes in (
+        ("matrix", channels * (channels + 1) // 2, (torch.float32, torch.float64)),
+        ("absmax", channels, (torch.float32,)),
+        ("outlier_count", channels, (torch.int64,)),
+    ):
+        part = tensors.pop(f"{index}.{name}", None)
+        if part is None or part.shape != (size,) or part.dtype not in dtypes:
+            raise ValueError(f"the tensor '{index}.{name}' is missing, or of another size or dtype")
+        if not bool(part.isfinite().all()) or (name != "matrix" and bool((part < 0).any())):
+            raise ValueError(f"the tensor '{index}.{name}' holds NaN, Inf or negative statistics")
+        found.append(part)
     try:
-        matrix = unpack_symmetric(packed, channels).to(device)
-        absmax, count = absmax.to(device), count.to(device)
+        matrix = unpack_symmetric(found[0], channels).to(device)
+        absmax, count = (part.to(device) for part in found[1:])
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
         ) from error
-    tokens, calls, threshold = (record[key] for key in ("tokens", "calls", "outlier_threshold"))
-    return Covariance(matrix, tokens, calls, absmax, count, float(threshold)), record["modules"]
-
-
-def _taken(
-    tensors: dict[str, Tensor], name: str, size: int, dtypes: tuple[torch.dtype, ...]
-) -> Tensor:
-    tensor = tensors.pop(name, None)
-    if tensor is None or tensor.shape != (size,) or tensor.dtype not in dtypes:
-        kind = "missing" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
-        raise ValueError(f"the tensor {name!r} is {kind}")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"the tensor {name!r} holds NaN or Inf")
-    return tensor
+    tokens, calls, threshold = (record[name] for name in _NUMBERS)
+    return Covariance(matrix, tokens, calls, absmax, count, float(threshold))
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ without a word.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -75,22 +75,18 @@ class Ranks:
         """Whether item `number` of a list is this rank's, where ranks take turns."""
         return number % self.size == self.rank
 
-    def share(self, costs: Mapping[str, float]) -> list[str]:
-        """The names that are this rank's, where all ranks get work of about the same cost."""
-        loads = [0.0] * self.size
+    def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """This rank's part of linear layers, where decompositions cost all ranks about the same."""
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
+        costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
+        loads = [0] * self.size
         mine = set()
         for name in sorted(costs, key=lambda name: -costs[name]):
             least = loads.index(min(loads))
             loads[least] += costs[name]
             if least == self.rank:
                 mine.add(name)
-        return [name for name in costs if name in mine]
-
-    def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """This rank's part of linear layers, by what their decompositions cost."""
-        shapes = {name: linear_shape(module) for name, module in modules.items()}
-        costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
-        return {name: modules[name] for name in self.share(costs)}
+        return {name: module for name, module in modules.items() if name in mine}
 
     def gather(self, value: T, step: str) -> list[T]:
         """The value of every rank, in their order. Tensors in it should be on the CPU.
@@ -134,11 +130,8 @@ class Ranks:
         }
         every = self.gather(mine, step)
         names = dict.fromkeys(name for found in every for name in found)
-        differing = [
-            f"{name} ({difference})"
-            for name in names
-            if (difference := _difference([found.get(name) for found in every]))
-        ]
+        found = {name: _difference([mine.get(name) for mine in every]) for name in names}
+        differing = [f"{name} ({difference})" for name, difference in found.items() if difference]
         if differing:
             raise DistributedError(
                 f"at {step} the ranks differ in {', '.join(differing)}: give every rank the same"
@@ -161,16 +154,13 @@ class Ranks:
         if self.size == 1:
             return
         groups = capture.sums()
-        mine = {name: part for part, names in groups for name in names}
         # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
-        places = self.gather(
-            {
-                name: (number, part.matrix.dtype == torch.float64)
-                for number, (part, names) in enumerate(groups)
-                for name in names
-            },
-            "adding up the sums",
-        )
+        here = {
+            name: (number, part.matrix.dtype == torch.float64)
+            for number, (part, names) in enumerate(groups)
+            for name in names
+        }
+        places = self.gather(here, "adding up the sums")
         together: dict[tuple[tuple[int, bool] | None, ...], list[str]] = {}
         for name in capture.modules:
             key = tuple(place.get(name) for place in places)
@@ -180,15 +170,15 @@ class Ranks:
         last = {key[self.rank]: key for key in together}
         summed: list[Group] = []
         for key, names in together.items():
-            part = mine.get(names[0])
-            if part is None:
-                wide = any(place[1] for place in key if place)
-                part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-            into = part.matrix
-            if names[0] in mine and last[key[self.rank]] != key:
-                into = torch.empty_like(into)
+            place = key[self.rank]
             try:
-                summed.append((self._added(part, into, device), names))
+                if place is None:
+                    wide = any(other[1] for other in key if other)
+                    part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
+                else:
+                    part, _ = groups[place[0]]
+                into = part.matrix if last[place] == key else torch.empty_like(part.matrix)
+                summed.append((_added(part, into, device), names))
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
                     f"{device} has too little memory to add up the ranks' covariances, at layer "
@@ -197,26 +187,28 @@ class Ranks:
                 ) from error
         capture.restore(summed)
 
-    def _added(self, part: Covariance, into: Tensor, device: torch.device) -> Covariance:
-        """The sum of every rank's part, its matrix written to `into`."""
-        channels, home = part.matrix.shape[0], part.matrix.device
-        where = home if home.type == device.type else device
-        triangle = pack_symmetric(part.matrix).to(where)
-        absmax = part.absmax.clone().to(where)
-        counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
-        counts = counts.to(where)
-        with _peers_needed():
-            torch.distributed.all_reduce(triangle)
-            torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
-            torch.distributed.all_reduce(counts)
-        return Covariance(
-            unpack_symmetric(triangle.to(home), channels, out=into),
-            int(counts[-2]),
-            int(counts[-1]),
-            absmax.to(home),
-            counts[:-2].to(home, copy=True),
-            part.outlier_threshold,
-        )
+
+def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
+    """The sum of every rank's part, its matrix written to `into`."""
+    home = part.matrix.device
+    where = home if home.type == device.type else device
+    triangle = pack_symmetric(part.matrix).to(where)
+    absmax = part.absmax.clone().to(where)
+    counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
+    counts = counts.to(where)
+    with _peers_needed():
+        torch.distributed.all_reduce(triangle)
+        torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(counts)
+    *_, tokens, calls = counts.tolist()
+    return Covariance(
+        unpack_symmetric(triangle.to(home), len(part.matrix), out=into),
+        tokens,
+        calls,
+        absmax.to(home),
+        counts[:-2].to(home, copy=True),
+        part.outlier_threshold,
+    )
 
 
 def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
@@ -229,28 +221,25 @@ def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
 
 
 def _difference(values: list[Any]) -> str:
-    """Which ranks have another value than rank 0, and which; "" where none has."""
-    others = [rank for rank, value in enumerate(values) if not _alike(value, values[0])]
+    """Which ranks have another value than rank 0, and which; "" where none has.
+
+    Nothing is said of numbers, and of a checksum its start.
+    """
+    first = values[0]
+    if all(isinstance(value, Tensor) and value.shape == first.shape for value in values):
+        alike = [
+            torch.allclose(each, first, rtol=_ALIKE, atol=0, equal_nan=True) for each in values
+        ]
+        shown = [""] * len(values)
+    else:
+        alike = [type(value) is type(first) and bool(value == first) for value in values]
+        texts = map(str, values)
+        shown = [f"{text if len(text) <= _SHOWN else text[:8]} " for text in texts]
+    others = [rank for rank, same in enumerate(alike) if not same]
     if not others:
         return ""
-    named = [f"{_shown(values[rank])}on rank {rank}" for rank in [0, *others[:_NAMED]]]
+    named = [f"{shown[rank]}on rank {rank}" for rank in [0, *others[:_NAMED]]]
     return ", ".join([*named, "…"] if others[_NAMED:] else named)
-
-
-def _alike(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.shape == other.shape and torch.allclose(
-            value, other, rtol=_ALIKE, atol=0, equal_nan=True
-        )
-    return type(value) is type(other) and bool(value == other)
-
-
-def _shown(value: Any) -> str:
-    """What a message says of a value; nothing of numbers, the start of a checksum."""
-    if isinstance(value, Tensor):
-        return ""
-    text = str(value)
-    return f"{text if len(text) <= _SHOWN else text[:8]} "
 
 
 @contextlib.contextmanager
@@ -276,19 +265,26 @@ def text_given(batches: Iterable[Batch]) -> dict[str, object]:
 def layers_given(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, object]:
     """Weights and their dtypes, and which layers it is about.
 
+    The weights are recognised by the names, sizes and dtypes of all, and by entries of each.
+
     Args:
-        modules: that hold the weights, see `weights_digest`.
+        modules: that hold the weights, by their names in the model, which itself has the name "".
         targets: names of the layers.
     """
-    dtypes = {
-        str(parameter.dtype).removeprefix("torch.")
-        for module in modules.values()
-        for parameter in module.parameters()
-    }
+    dtypes = {parameter.dtype for module in modules.values() for parameter in module.parameters()}
+    sizes = []
+    samples = {}
+    for prefix, module in modules.items():
+        for name, tensor in [*module.named_parameters(prefix), *module.named_buffers(prefix)]:
+            sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+            for part, values in _plain_parts(tensor.detach()).items():
+                if values.device.type != "meta":  # offloaded: its values are elsewhere
+                    flat = values.reshape(-1)
+                    samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
     return {
         "targets": digest({}, "\n".join(targets)),
-        "dtype": ", ".join(sorted(dtypes)),
-        "weights": weights_digest(modules),
+        "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        "weights": digest(samples, "\n".join(sizes)),
     }
 
 
@@ -305,28 +301,6 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
         "covariances": torch.stack(norms) if norms else torch.empty(0),
         "normalization": covariances.normalize,
     }
-
-
-def weights_digest(modules: Mapping[str, nn.Module]) -> str:
-    """A checksum over the names, sizes and dtypes of all weights, and over entries of each.
-
-    Args:
-        modules: by their names in the model; the model itself has the name "".
-    """
-    samples = {}
-    sizes = []
-    named = (
-        weights
-        for prefix, module in modules.items()
-        for weights in (module.named_parameters(prefix), module.named_buffers(prefix))
-    )
-    for name, tensor in itertools.chain.from_iterable(named):
-        sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        for part, values in _plain_parts(tensor.detach()).items():
-            if values.device.type != "meta":  # offloaded: its values are elsewhere
-                flat = values.reshape(-1)
-                samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
-    return digest(samples, "\n".join(sizes))
 
 
 def _plain_parts(tensor: Any) -> dict[str, Tensor]:

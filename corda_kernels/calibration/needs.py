@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
@@ -86,15 +90,23 @@ def calibration_needs(
     run = CalibrationRun(model, targets)
     mask = _fitting_mask(run)
     inputs, outputs = _seen(run, mask)
-    obstacle = _obstacle(run, inputs, outputs)
+    sizes, obstacle = _block_bytes(run, inputs)
+    try:
+        for output in outputs:
+            hidden_states(output)
+    except CalibrationError:
+        obstacle = obstacle or "the model's blocks return more than hidden states"
     parameters = list(model.parameters())
+    length = min(seq_len, run.positions or seq_len)
+    with FlopCounterMode(display=False) as counter:
+        _run(run, length, mask)
     return CalibrationNeeds(
         inputs,
-        None if obstacle else _block_bytes(model, inputs),
+        None if obstacle else sizes,
         obstacle,
         sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         getattr(_text_config(model), "hidden_size", 0) * parameters[0].element_size(),
-        _forward_flops(run, min(seq_len, run.positions or seq_len), mask),
+        float(counter.get_total_flops()) / length,
         run.positions,
     )
 
@@ -111,28 +123,24 @@ def covariance_bytes(
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         run = CalibrationRun(model, targets)
     inputs, _ = _seen(run, _fitting_mask(run))
-    largest = 0
-    with contextlib.suppress(ModelError):
-        largest = max(_block_bytes(model, inputs).values())
-    return sum(4 * channels**2 for channels, _ in inputs), largest
+    sizes, _ = _block_bytes(run, inputs)
+    return sum(4 * channels**2 for channels, _ in inputs), max(sizes.values(), default=0)
 
 
-def _block_bytes(model: nn.Module, inputs: list[_Input]) -> dict[str, int]:
-    """Size of all covariances of each decoder block, by its name.
-
-    Raises:
-        ModelError: the model has no list of decoder blocks.
-    """
-    sizes = dict.fromkeys(decoder_blocks(model), 0)
+def _block_bytes(run: CalibrationRun, inputs: list[_Input]) -> tuple[dict[str, int], str]:
+    """Size of all covariances of each decoder block, and why these are not all; "" if they are."""
+    try:
+        sizes = dict.fromkeys(decoder_blocks(run.model), 0)
+    except ModelError:
+        return {}, "the model has no list of decoder blocks"
+    obstacle = ""
     for channels, names in inputs:
-        block = _block_of(names[0], sizes)
-        if block is not None:
+        block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
+        if block is None:
+            obstacle = "targets lie outside of the decoder's blocks"
+        else:
             sizes[block] += 4 * channels**2
-    return sizes
-
-
-def _block_of(name: str, blocks: Iterable[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+    return sizes, obstacle
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -146,30 +154,28 @@ def _seen(run: CalibrationRun, mask: _Mask) -> tuple[list[_Input], list[Any]]:
 
     Layers that are never called stand alone.
     """
-    names: dict[int, list[str]] = {}
+    layers = {module: name for name, module in run.linears.items()}
+    blocks: Collection[nn.Module] = ()
+    with contextlib.suppress(ModelError):
+        blocks = decoder_blocks(run.model).values()
+    readers: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
     outputs: list[Any] = []
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module in layers:
             alive.append(args[0])
-            names.setdefault(id(args[0]), []).append(name)
+            readers.setdefault(id(args[0]), []).append(layers[module])
 
-        return hook
+    def note_output(module: nn.Module, args: object, output: object) -> None:
+        if module in blocks:
+            outputs.append(output)
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in run.linears.items()]
-    with contextlib.suppress(ModelError):
-        handles += [
-            block.register_forward_hook(lambda module, args, output: outputs.append(output))
-            for block in decoder_blocks(run.model).values()
-        ]
-    try:
+    read = register_module_forward_pre_hook(note_input)
+    with read, register_module_forward_hook(note_output):
         _run(run, _TRIED_TOKENS, mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = {name for group in names.values() for name in group}
-    groups = list(names.values()) + [[name] for name in run.linears if name not in seen]
+    seen = {name for names in readers.values() for name in names}
+    groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
     return [(linear_shape(run.linears[group[0]])[1], group) for group in groups], outputs
 
 
@@ -213,33 +219,11 @@ def _experts_by_shape(run: CalibrationRun) -> Iterator[None]:
     """
     experts, config = "_experts_implementation", _text_config(run.model)
     before = getattr(config, experts, None)
-    if before is None or run.device.type != "meta":
-        yield
-        return
-    setattr(config, experts, "batched_mm")
+    routed = before is not None and run.device.type == "meta"
+    if routed:
+        setattr(config, experts, "batched_mm")
     try:
         yield
     finally:
-        setattr(config, experts, before)
-
-
-def _obstacle(run: CalibrationRun, inputs: list[_Input], outputs: list[Any]) -> str:
-    """Why the model cannot be calibrated block by block; empty where it can."""
-    try:
-        blocks = decoder_blocks(run.model)
-    except ModelError:
-        return "the model has no list of decoder blocks"
-    if any(_block_of(names[0], blocks) is None for _, names in inputs):
-        return "targets lie outside of the decoder's blocks"
-    try:
-        for output in outputs:
-            hidden_states(output)
-    except CalibrationError:
-        return "the model's blocks return more than hidden states"
-    return ""
-
-
-def _forward_flops(run: CalibrationRun, seq_len: int, mask: _Mask) -> float:
-    with FlopCounterMode(display=False) as counter:
-        _run(run, seq_len, mask)
-    return float(counter.get_total_flops()) / seq_len
+        if routed:
+            setattr(config, experts, before)

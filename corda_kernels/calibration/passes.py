@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,38 +33,10 @@ from corda_kernels.models import (
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
 Normalize = Literal["tokens", "peft"]
 OnUnseen = Literal["error", "skip"]
 
 _UNSEEN = "never called during calibration"
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Options of `calibrate` and `calibrate_blocks`, which say what they mean.
-
-    Raises:
-        ConfigError: an option has a value that is not allowed.
-    """
-
-    outlier_threshold: float = 6.0
-    normalize: Normalize = "tokens"
-    on_unseen: OnUnseen = "error"
-    checkpoint: CalibrationCheckpoint | None = None
-    distributed: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuses values that are not possible, before anything runs."""
-        check_threshold(self.outlier_threshold)
-        one_of("normalize", self.normalize, ("tokens", "peft"))
-        one_of("on_unseen", self.on_unseen, ("error", "skip"))
-        instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
-        flag("distributed", self.distributed)
-        flag("progress", self.progress)
 
 
 @torch.no_grad()
@@ -120,51 +92,34 @@ def calibrate(
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
-    options = CalibrationOptions(
-        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    run = CalibrationRun(
+        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
     )
-    run = CalibrationRun(model, targets, options)
     run.agree("calibrate", batches)
     remedy = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
     thrift = Thrift(batches, run.device, remedy)
-    while True:
-        capture = run.capture(run.linears, thrift.on_host)
-        try:
-            tokens, text = _accumulate(run, batches, capture, thrift.max_rows)
-            break
-        except torch.OutOfMemoryError as error:
-            thrift.tighten(error, "starting again")
+    capture, text = thrift.retry(lambda: _accumulate(run, batches, thrift), "starting again")
     run.ranks.agree("the end of the text", text.given)
     run.ranks.add_up(capture, run.device)
-    return run.result(capture, tokens)
+    return run.result(capture, sum(text.counts))
 
 
 def _accumulate(
-    run: CalibrationRun, batches: Iterable[Batch], capture: InputCapture, max_rows: int | None
-) -> tuple[int, TextSum]:
-    """Sums up this rank's batches, `max_rows` sequences at a time.
-
-    Returns:
-        Tokens and checksum of all batches; the latter empty where nobody asks for it.
-    """
-    journal, ranks, text = run.journal(), run.ranks, TextSum()
+    run: CalibrationRun, batches: Iterable[Batch], thrift: Thrift
+) -> tuple[InputCapture, TextSum]:
+    """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
+    capture, journal = run.capture(run.linears, thrift.on_host), run.journal()
+    text, kept_tokens = TextSum(), 0
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
-    tokens = kept_tokens = done = 0
-    with evaluating(run.model), capture, token_bar(batches, run.shown) as bar:
-        for index, batch in enumerate(batches):
-            before, done = tokens, index + 1
-            tokens += token_count(batch)
-            own = ranks.owns(index)
-            if ranks.size > 1 or journal.active:
-                text.add(batch, own=own)
+    reads = contextlib.closing(run.read(batches, text))
+    with evaluating(run.model), capture, reads as numbered:
+        for index, batch, own in numbered:
+            done, tokens = index + 1, text.span[1]
             if own and done > restored:
-                for inputs in unpadded(
-                    batch, index, pad_token_id=run.pad_token_id, max_rows=max_rows
-                ):
+                for inputs in run.sequences(batch, index, thrift.max_rows):
                     run.forward(inputs, index)
-                capture.end_pass(index, (before, tokens))
-            bar.update(tokens - before)
+                capture.end_pass(index, text.span)
             if done == restored:
                 if text.own() != restored_text:
                     raise foreign(journal.file(), "data")
@@ -172,56 +127,60 @@ def _accumulate(
             elif done > restored and tokens - kept_tokens >= journal.interval([capture]):
                 journal.keep([capture], done, text.own())
                 kept_tokens = tokens
-        if done < restored:
-            raise foreign(journal.file(), "data")
-    return tokens, text
+    if len(text.counts) < restored:
+        raise foreign(journal.file(), "data")
+    return capture, text
 
 
+@dataclass(eq=False)
 class CalibrationRun:
     """A model as calibration runs it: its target layers, and its decoder without the head.
 
-    Warns of weights left out.
-
-    Args:
-        model: see `calibrate`.
-        targets: see `calibrate`.
-        options: of the calibration.
+    Warns of weights left out. See `calibrate` for all that it is made of.
 
     Attributes:
-        model: the whole model.
-        linears: its target layers by name.
+        linears: the target layers by name.
         left_out: weights that cannot be reached, by name with the reason.
-        options: of the calibration.
         ranks: that share the text.
         shown: whether this process shows progress bars.
         device: where inputs go.
-        pad_token_id: of the model's config, if it has one.
         positions: the most tokens of a sequence; None where nothing bounds them.
 
     Raises:
         TargetError: no layer matches.
         CalibrationError: the model carries an adapter.
-        ConfigError: ranks are asked for without a process group.
+        ConfigError: an option is not allowed, or ranks are asked for without a process group.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: str | Sequence[str] = "all-linear",
-        options: CalibrationOptions = CalibrationOptions(),
-    ) -> None:
-        self.model = model
-        self.options = options
-        self.ranks = Ranks.of(options.distributed)
-        self.shown = options.progress and self.ranks.rank == 0
-        self.linears = target_linears(model, targets)
+    model: nn.Module
+    targets: str | Sequence[str] = "all-linear"
+    outlier_threshold: float = 6.0
+    normalize: Normalize = "tokens"
+    on_unseen: OnUnseen = "error"
+    checkpoint: CalibrationCheckpoint | None = None
+    distributed: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible, and looks at the model."""
+        check_threshold(self.outlier_threshold)
+        one_of("normalize", self.normalize, ("tokens", "peft"))
+        one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
+        flag("distributed", self.distributed)
+        flag("progress", self.progress)
+        model = self.model
+        self.ranks = Ranks.of(self.distributed)
+        self.shown = self.progress and self.ranks.rank == 0
+        self.linears = target_linears(model, self.targets)
         if getattr(model, "peft_config", None):
             raise CalibrationError(
                 "the model carries a PEFT adapter already; calibrate the base model before "
                 "attaching one (model.unload() takes it off)"
             )
-        self.left_out = unreached_weights(model) if targets == "all-linear" else {}
-        for name, reason in list(self.left_out.items())[:1]:
+        self.left_out = unreached_weights(model) if self.targets == "all-linear" else {}
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
             warn(
                 f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
                 f"{name}: {reason}; all are named in left_out",
@@ -236,7 +195,6 @@ class CalibrationRun:
         self.positions = position_count(model)
         self._vocabulary = vocabulary_size(model)
         self._trained = trained_positions(model)
-        self.pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
 
     def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
         """Makes sure that there are batches, and that all ranks calibrate the same.
@@ -254,41 +212,57 @@ class CalibrationRun:
         """
         remedy = "give a list of (batch, seq) tensors"
         instance_of("batches", batches, Iterable, CalibrationError, remedy=remedy)
-        checkpoint = self.options.checkpoint
-        kept = "none" if checkpoint is None else ("resumed" if checkpoint.resume else "kept")
-        self.ranks.agree(
-            step,
-            lambda: {
-                **self._given(),
-                **text_given(batches),
-                **more,
-                "on_unseen": self.options.on_unseen,
-                "checkpoint": kept,
-            },
-        )
+        kept = self.checkpoint and ("resumed" if self.checkpoint.resume else "kept")
+        about = {"on_unseen": self.on_unseen, "checkpoint": kept or "none"}
+        self.ranks.agree(step, lambda: {**self._given(), **text_given(batches), **more, **about})
 
     def _given(self) -> dict[str, object]:
         """What sums depend on besides the text, by the name under which it is reported."""
         return {
             **layers_given({"": self.model}, self.linears),
             "device": self.device.type,
-            "outlier_threshold": self.options.outlier_threshold,
-            "normalize": self.options.normalize,
+            "outlier_threshold": self.outlier_threshold,
+            "normalize": self.normalize,
         }
 
     def journal(self) -> Journal:
         """Of this rank's sums."""
-        return Journal(self.options.checkpoint, self._given, self.device, self.ranks)
+        return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
     def capture(self, linears: Mapping[str, nn.Module], on_host: bool = False) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             linears,
-            self.options.outlier_threshold,
-            self.options.normalize,
-            deterministic=self.options.checkpoint is not None,
+            self.outlier_threshold,
+            self.normalize,
+            deterministic=self.checkpoint is not None,
             on_host=on_host,
         )
+
+    def read(
+        self, batches: Iterable[Batch], text: TextSum, parts: int = 1
+    ) -> Generator[tuple[int, Batch, bool]]:
+        """Yields each batch, taken into `text`, with its number and whether this rank runs it.
+
+        The ranks take turns within each of the `parts` of the text. A bar counts tokens.
+        """
+        total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
+        summed = self.ranks.size > 1 or self.checkpoint is not None
+        with progress_bar(
+            description="calibrating", unit="tokens", shown=self.shown, total=total, scaled=True
+        ) as bar:
+            for index, batch in enumerate(batches):
+                own = self.ranks.owns(index // parts)
+                text.add(batch, own=own, summed=summed)
+                yield index, batch, own
+                bar.update(text.counts[-1])
+
+    def sequences(
+        self, batch: Batch, index: int, max_rows: int | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """What `forward` takes of a batch; see `unpadded`."""
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return unpadded(batch, index, pad_token_id=padding, max_rows=max_rows)
 
     def forward(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
         """Runs sequences of equal length, without padding.
@@ -345,11 +319,11 @@ class CalibrationRun:
                 "there were no tokens to calibrate on: the batches are empty or masked throughout"
             )
         missed = capture.unseen()
-        if self.options.on_unseen == "error":
+        if self.on_unseen == "error":
             refuse_unseen(missed)
         return CovarianceSet(
             capture.covariances(),
-            normalize=self.options.normalize,
+            normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
             provenance={
                 "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
@@ -388,11 +362,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
-    """A progress bar that counts tokens, towards a total where the batches are at hand."""
-    total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
-    return progress_bar(
-        description="calibrating", unit="tokens", shown=shown, total=total, scaled=True
-    )
