@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from corda_kernels.calibration.batches import Batch, TextSum, Thrift
+from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
@@ -171,47 +172,42 @@ def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[st
     return chosen
 
 
+@dataclass
 class KeptText:
     """The text on its way through the blocks, as hidden states on the host.
 
-    Args:
+    Attributes:
         run: what is calibrated.
         blocks: the decoder's.
         batches: the text.
         parts: into which the text is dealt out.
-
-    Attributes:
         sequences: those of this rank's batches, in their order.
         read: what the batches held.
     """
 
-    def __init__(
-        self, run: CalibrationRun, blocks: list[nn.Module], batches: Iterable[Batch], parts: int = 1
-    ) -> None:
-        self._run = run
-        self._blocks = blocks
-        self._batches = batches
-        self._parts = parts
-        self._thrift = Thrift(batches, run.device, "or run on the CPU (--device cpu)")
-        self._rows: int | None = None  # the most sequences that were recorded together
-        self.sequences: list[Sequences] = []
-        self.read = TextSum()
+    run: CalibrationRun
+    blocks: list[nn.Module]
+    batches: Iterable[Batch]
+    parts: int = 1
+    sequences: list[Sequences] = field(default_factory=list, init=False)
+    read: TextSum = field(default_factory=TextSum, init=False)
+    _rows: int | None = field(default=None, init=False)  # as many at most were recorded together
 
     def record(self) -> None:
         """Runs the model with blocks that pass on what they get, and notes how each was called."""
-        self._thrift.retry(self._record, "starting again", summing=False)
+        self.run.retry(self.batches, self._record, "starting again", summing=False)
 
     def _record(self) -> None:
-        run, self._rows = self._run, self._thrift.max_rows
+        run, self._rows = self.run, self.run.max_rows
         self.sequences, self.read = [], TextSum()
-        recorder = Recorder(self._blocks)
-        reads = contextlib.closing(run.read(self._batches, self.read, self._parts))
+        recorder = Recorder(self.blocks)
+        reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
-                for inputs in run.sequences(batch, index, self._rows) if own else ():
+                for inputs in run.sequences(batch, index) if own else ():
                     recorder.current = Sequences(index, self.read.span)
                     run.forward(inputs, index)
-                    if len(recorder.current.calls) != len(self._blocks):
+                    if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
 
@@ -228,31 +224,32 @@ class KeptText:
             Their sums, for each part of the text.
         """
 
+        run = self.run
+
         def attempt() -> list[InputCapture]:
-            if self._rows != self._thrift.max_rows:
+            if self._rows != run.max_rows:
                 self._regroup()
-            on_host = self._thrift.on_host
-            captures = [self._run.capture(linears or {}, on_host) for _ in range(self._parts)]
-            with evaluating(self._blocks[index]):
+            captures = [run.capture(linears or {}) for _ in range(self.parts)]
+            with evaluating(self.blocks[index]):
                 self._advance(index, captures)
             return captures
 
-        if not has_own_memory(self._run.device):
+        if not has_own_memory(run.device):
             return attempt()
         again = f"starting block {index} again"
-        return self._thrift.retry(attempt, again, summing=linears is not None)
+        return run.retry(self.batches, attempt, again, summing=linears is not None)
 
     def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
         passed: list[Tensor] = []
         for batch, group in itertools.groupby(self.sequences, lambda current: current.batch):
-            capture = captures[batch % self._parts]
+            capture = captures[batch % self.parts]
             with capture:
                 for current in group:
                     args, kwargs = current.calls[index]
-                    hidden = current.hidden.to(self._run.device)
-                    output = self._blocks[index](hidden, *args, **kwargs)
+                    hidden = current.hidden.to(self.run.device)
+                    output = self.blocks[index](hidden, *args, **kwargs)
                     hidden = hidden_states(output).to(_HOST)
-                    if has_own_memory(self._run.device):  # so that the block can start again
+                    if has_own_memory(self.run.device):  # so that the block can start again
                         passed.append(hidden)
                     else:
                         current.hidden = hidden
@@ -354,7 +351,7 @@ class Recorder:
                 self.current.hidden = hidden.to(_HOST)
             elif hidden is not self._passed:
                 raise unsuitable("something happens to the hidden states between its blocks")
-            self.current.calls.append((self._kept(tuple(others)), self._kept(kwargs)))
+            self.current.calls.append(tree_map_only(Tensor, self._kept, (tuple(others), kwargs)))
             self._passed = hidden
             if self._tuple is None:
                 output = original(hidden.clone(), *others, **kwargs)
@@ -364,19 +361,14 @@ class Recorder:
 
         return forward
 
-    def _kept(self, value: Any) -> Any:
-        """The same arguments, with one tensor for all that are equal.
+    def _kept(self, value: Tensor) -> Tensor:
+        """The same tensor for all that are equal.
 
         Masks and rotary embeddings are the same for all blocks and for all texts of one length.
         """
-        if isinstance(value, Tensor):
-            known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-        if isinstance(value, tuple | list):
-            return type(value)(self._kept(entry) for entry in value)
-        if isinstance(value, dict):
-            return {name: self._kept(entry) for name, entry in value.items()}
+        known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
+        for tensor in known:
+            if tensor is value or torch.equal(tensor, value):
+                return tensor
+        known.append(value)
         return value

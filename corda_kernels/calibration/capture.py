@@ -53,12 +53,6 @@ class _Sums:
     calls: int = 0
     pending: _Sighting | None = None  # read by some of the modules, not yet by all
 
-    def covariance(self, threshold: float) -> Covariance:
-        """The sums in the form of a covariance."""
-        return Covariance(
-            self.matrix, self.tokens, self.calls, self.absmax, self.outlier_count, threshold
-        )
-
 
 @dataclass
 class InputCapture:
@@ -110,9 +104,8 @@ class InputCapture:
     ) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
-            raise CalibrationError(
-                f"layer {name} was called without an input tensor; leave it out of the targets"
-            )
+            says = f"layer {name} was called without an input tensor: leave it out of the targets"
+            raise CalibrationError(says)
         # Sums made under the caller's inference mode could not be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._read(name, x)
@@ -143,14 +136,10 @@ class InputCapture:
                 self._sums[name] = sums
                 return
         d = x.shape[-1]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        device = _HOST if self.on_host else x.device
-        sums = self._sums[name] = _Sums(
-            [name],
-            torch.zeros(d, d, dtype=dtype, device=device),
-            torch.zeros(d, dtype=torch.float32, device=device),
-            torch.zeros(d, dtype=torch.int64, device=device),
-        )
+        zeros = partial(torch.zeros, device=_HOST if self.on_host else x.device)
+        matrix = zeros(d, d, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
+        sums = self._sums[name] = _Sums([name], matrix, *statistics)
         self._forming.append((_Sighting(x, _version(x), [name]), sums))
         self._add(sums, x)
 
@@ -160,9 +149,8 @@ class InputCapture:
         assert pending is not None
         if _version(pending.tensor) > pending.version:
             raise CalibrationError(
-                f"layers {', '.join(sums.modules)} read one tensor at first, but later it was "
-                "changed in place before all of them had read it: calibrate them in separate runs, "
-                "each with one of them in targets, and merge"
+                f"layers {', '.join(sums.modules)} read one tensor, later changed in place in "
+                "between: calibrate each of them in a run of its own, and merge"
             )
         sums.pending = None
         apart = replace(
@@ -181,9 +169,8 @@ class InputCapture:
         if mask is not None:
             if mask.numel() != len(rows):
                 raise CalibrationError(
-                    f"layer {sums.modules[0]} received {len(rows)} rows, to which the attention "
-                    f"mask of {tuple(mask.shape)} does not apply (it may be a routed expert): run "
-                    "sequences without padding, such as one at a time"
+                    f"layer {sums.modules[0]} received {len(rows)} rows, unlike the attention mask "
+                    f"of {tuple(mask.shape)} (a routed expert may): run sequences without padding"
                 )
             rows = rows[mask.flatten().to(rows.device)]
         if self.on_host:
@@ -238,9 +225,8 @@ class InputCapture:
 
     def unseen(self) -> list[str]:
         """Names of the modules that were never called with at least one token."""
-        return [
-            name for name in self.modules if name not in self._sums or not self._sums[name].tokens
-        ]
+        seen = {name for name, sums in self._sums.items() if sums.tokens}
+        return [name for name in self.modules if name not in seen]
 
     def sums(self) -> list[Group]:
         """The sums so far, not divided by anything, each with the modules that share it.
@@ -248,9 +234,12 @@ class InputCapture:
         Only lower triangles are filled. The tensors are the running ones: they change with the next
         pass.
         """
-        return [
-            (sums.covariance(self.outlier_threshold), sums.modules) for sums in self._distinct()
-        ]
+        found: list[Group] = []
+        for sums in self._distinct():
+            statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)
+            covariance = Covariance(sums.matrix, sums.tokens, sums.calls, *statistics)
+            found.append((covariance, sums.modules))
+        return found
 
     def restore(self, groups: list[Group]) -> None:
         """Takes up sums that `sums` gave between two passes, in place of its own."""

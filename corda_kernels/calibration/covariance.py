@@ -6,23 +6,17 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from corda_kernels import fields
-from corda_kernels.arguments import (
-    instance_of,
-    one_of,
-    real_number,
-    real_tensor,
-    usable_device,
-    whole_number,
-)
+from corda_kernels import arguments, fields
 from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError
 from corda_kernels.files import read_checked, write_checked
+from corda_kernels.kernels import symmetrize_
 from corda_kernels.outputs import atomic_path, temporary_folder
 
 _FILE: Any = {
@@ -91,22 +85,19 @@ class Covariance:
 
     def __post_init__(self) -> None:
         """Refuses values of another kind or shape."""
-        real_tensor("a covariance's matrix", self.matrix, CovarianceError)
+        arguments.real_tensor("a covariance's matrix", self.matrix, CovarianceError)
         shape = tuple(self.matrix.shape)
         if len(shape) != 2 or shape[0] != shape[1]:
             raise CovarianceError(f"a covariance's matrix must be (in, in), got {shape}")
         for name in ("absmax", "outlier_count"):
             statistic = getattr(self, name)
-            instance_of(name, statistic, Tensor, CovarianceError)
+            arguments.instance_of(name, statistic, Tensor, CovarianceError)
             if statistic.shape != shape[:1]:
-                raise CovarianceError(
-                    f"{name} must be ({shape[0]},) as the matrix has channels, "
-                    f"got {tuple(statistic.shape)}"
-                )
+                raise CovarianceError(f"{name} must be {shape[:1]}, got {tuple(statistic.shape)}")
         for name in ("tokens", "calls"):
-            whole_number(name, getattr(self, name), 0, error=CovarianceError)
-        threshold, rule = self.outlier_threshold, "at least 0"
-        real_number("outlier_threshold", threshold, rule, lambda x: x >= 0, error=CovarianceError)
+            arguments.whole_number(name, getattr(self, name), 0, error=CovarianceError)
+        number = partial(arguments.real_number, error=CovarianceError)
+        number("outlier_threshold", self.outlier_threshold, "at least 0", lambda x: x >= 0)
 
     def merge(self, other: Covariance, *, normalize: str = "tokens") -> Covariance:
         """The covariance of both samples: the mean weighted by tokens, or by calls for "peft".
@@ -114,25 +105,18 @@ class Covariance:
         Raises:
             CovarianceError: sizes or outlier thresholds differ, or `normalize` is not possible.
         """
-        instance_of("other", other, Covariance, CovarianceError)
-        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
-        if (
-            self.matrix.shape != other.matrix.shape
-            or self.outlier_threshold != other.outlier_threshold
-        ):
-            raise CovarianceError(
-                f"covariances of {self.matrix.shape[0]} channels (outlier threshold "
-                f"{self.outlier_threshold}) and {other.matrix.shape[0]} channels (threshold "
-                f"{other.outlier_threshold}) cannot be merged"
-            )
-        mine, theirs = (
-            part.tokens if normalize == "tokens" else part.calls for part in (self, other)
-        )
+        arguments.instance_of("other", other, Covariance, CovarianceError)
+        arguments.one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
+        pair = (self, other)
+        here, there = ((len(part.matrix), part.outlier_threshold) for part in pair)
+        if here != there:
+            says = "covariances of (channels, outlier threshold)"
+            raise CovarianceError(f"{says} {here} and {there} cannot be merged")
+        mine, theirs = (part.tokens if normalize == "tokens" else part.calls for part in pair)
         dtype = torch.promote_types(self.matrix.dtype, other.matrix.dtype)
+        share = theirs / max(mine + theirs, 1)
         return Covariance(
-            torch.lerp(
-                self.matrix.to(dtype), other.matrix.to(dtype), theirs / max(mine + theirs, 1)
-            ),
+            torch.lerp(self.matrix.to(dtype), other.matrix.to(dtype), share),
             self.tokens + other.tokens,
             self.calls + other.calls,
             torch.maximum(self.absmax, other.absmax),
@@ -167,16 +151,14 @@ class CovarianceSet(Mapping[str, Covariance]):
         left_out: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
-        for what, given in (
-            ("covariances", covariances),
-            ("left_out", left_out or {}),
-            ("provenance", provenance or {}),
-        ):
-            instance_of(what, given, Mapping, CovarianceError)
+        arguments.one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
+        instance_of = partial(arguments.instance_of, error=CovarianceError)
+        instance_of("covariances", covariances, Mapping)
+        instance_of("left_out", left_out or {}, Mapping)
+        instance_of("provenance", provenance or {}, Mapping)
         for name, covariance in covariances.items():
-            instance_of("a layer's name", name, str, CovarianceError)
-            instance_of(f"what is given for {name}", covariance, Covariance, CovarianceError)
+            instance_of("a layer's name", name, str)
+            instance_of(f"what is given for {name}", covariance, Covariance)
         self._covariances = dict(covariances)
         self.normalize = normalize
         self.left_out = dict(left_out or {})
@@ -212,27 +194,25 @@ class CovarianceSet(Mapping[str, Covariance]):
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
         """
-        instance_of("other", other, CovarianceSet, CovarianceError)
+        arguments.instance_of("other", other, CovarianceSet, CovarianceError)
         if self.normalize != other.normalize:
-            raise CovarianceError(
-                f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
-            )
+            both = f'"{self.normalize}" and "{other.normalize}"'
+            raise CovarianceError(f"covariances normalised by {both} cannot merge")
         if self.keys() != other.keys() and names is None:
             odd = sorted(self.keys() ^ other.keys())
             raise CovarianceError(
-                f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more "
-                "are in one only): calibrate both with the same model and targets"
+                f"two covariance sets of different layers (such as {odd[0]}) cannot be merged: "
+                "calibrate both with the same model and targets"
             )
-        merged: dict[tuple[int, int], Covariance] = {}
+        merged: dict[tuple[int, ...], Covariance] = {}
         result: dict[str, Covariance] = {}
         for name in self if names is None else names:
-            if name not in self or name not in other:
-                result[name] = self[name] if name in self else other[name]
-                continue
-            pair = (id(self[name]), id(other[name]))
-            if pair not in merged:
-                merged[pair] = self[name].merge(other[name], normalize=self.normalize)
-            result[name] = merged[pair]
+            found = [part[name] for part in (self, other) if name in part]
+            key = tuple(map(id, found))
+            if key not in merged:
+                first, *others = found
+                merged[key] = first.merge(*others, normalize=self.normalize) if others else first
+            result[name] = merged[key]
         left_out = {
             name: reason
             for name, reason in (self.left_out | other.left_out).items()
@@ -246,9 +226,8 @@ class CovarianceSet(Mapping[str, Covariance]):
         }
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
-        return CovarianceSet(
-            result, normalize=self.normalize, left_out=left_out, provenance=provenance
-        )
+        about: dict[str, Any] = {"left_out": left_out, "provenance": provenance}
+        return CovarianceSet(result, normalize=self.normalize, **about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checksummed safetensors file, atomically; shared matrices once, as triangles.
@@ -275,18 +254,13 @@ class CovarianceSet(Mapping[str, Covariance]):
             ConfigError: the device is not there, or too small.
         """
         header, groups = read_groups(path, _HEADER_FIELDS, device, **_FILE)
+        names = [name for _, members in groups for name in members]
+        if sorted(names) != sorted(header["order"]):
+            reason = "its header does not name the layers of the groups, each once"
+            raise CovarianceFileError(f"{path}: {reason}: {_FILE['remedy']}")
         covariances = {name: covariance for covariance, members in groups for name in members}
-        named = sum(len(members) for _, members in groups)
-        if not covariances.keys() == set(header["order"]) or named > len(covariances):
-            raise CovarianceFileError(
-                f"{path}: its header does not name the layers each once: {_FILE['remedy']}"
-            )
-        return cls(
-            {name: covariances[name] for name in header["order"]},
-            normalize=header["normalize"],
-            left_out=header["left_out"],
-            provenance=header["provenance"],
-        )
+        about = {name: header[name] for name in ("normalize", "left_out", "provenance")}
+        return cls({name: covariances[name] for name in header["order"]}, **about)
 
 
 def save_pieces(
@@ -372,7 +346,7 @@ def read_groups(
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
         ConfigError: the device is not there, or too small.
     """
-    usable_device(device, ConfigError)
+    arguments.usable_device(device, ConfigError)
     header, tensors = read_checked(path, **file)
     try:
         fields.check_fields(
@@ -449,14 +423,10 @@ def unpack_symmetric(packed: Tensor, d: int, *, out: Tensor | None = None) -> Te
     block, rectangle, row, column = _packed_parts(packed, d)
     small, large = rectangle.shape
     matrix = packed.new_empty((d, d)) if out is None else out
-    first, second = matrix[:large, :large], matrix[large:, large:]
-    first.copy_(block[row:]).tril_()
-    first += first.tril(-1).mT
-    second.copy_(block[:small, column:]).triu_()
-    second += second.triu(1).mT
+    matrix[:large, :large] = block[row:]
+    matrix[large:, large:] = block[:small, column:].mT
     matrix[large:, :large] = rectangle
-    matrix[:large, large:] = rectangle.mT
-    return matrix
+    return symmetrize_(matrix)
 
 
 def _packed_parts(packed: Tensor, d: int) -> tuple[Tensor, Tensor, int, int]:

@@ -12,7 +12,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,10 +64,8 @@ class Ranks:
         if not distributed:
             return cls()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ConfigError(
-                "distributed work needs a process group: start the program with torchrun and call "
-                "torch.distributed.init_process_group first"
-            )
+            remedy = "start the program with torchrun and call init_process_group first"
+            raise ConfigError(f"distributed work needs a process group: {remedy}")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def owns(self, number: int) -> bool:
@@ -104,10 +101,8 @@ class Ranks:
         with _peers_needed():
             torch.distributed.all_gather_object(values, (step, value))
         if difference := _difference([found for found, _ in values]):
-            raise DistributedError(
-                f"the ranks have come to different steps ({difference}): make the same calls with "
-                "the same arguments on every rank"
-            )
+            says = f"the ranks have come to different steps ({difference})"
+            raise DistributedError(f"{says}: make the same calls on every rank")
         return [entry for _, entry in values]
 
     def agree(self, step: str, given: Callable[[], Mapping[str, object]]) -> None:
@@ -123,19 +118,18 @@ class Ranks:
         """
         if self.size == 1:
             return
-        versions = {f"version of {name}": found for name, found in library_versions().items()}
-        mine = {
-            name: value if isinstance(value, Tensor) else str(value)
-            for name, value in (versions | dict(given())).items()
-        }
+        mine: dict[str, object] = {}
+        for name, version in library_versions().items():
+            mine[f"version of {name}"] = version
+        for name, value in given().items():
+            mine[name] = value if isinstance(value, Tensor) else str(value)
         every = self.gather(mine, step)
-        names = dict.fromkeys(name for found in every for name in found)
-        found = {name: _difference([mine.get(name) for mine in every]) for name in names}
+        names = dict.fromkeys(name for each in every for name in each)
+        found = {name: _difference([each.get(name) for each in every]) for name in names}
         differing = [f"{name} ({difference})" for name, difference in found.items() if difference]
         if differing:
-            raise DistributedError(
-                f"at {step} the ranks differ in {', '.join(differing)}: give every rank the same"
-            )
+            says = f"at {step} the ranks differ in {', '.join(differing)}"
+            raise DistributedError(f"{says}: give every rank the same")
 
     def add_up(self, capture: InputCapture, device: torch.device) -> None:
         """Replaces the capture's sums by those over all ranks, one after the other in its place.
@@ -154,36 +148,30 @@ class Ranks:
         if self.size == 1:
             return
         groups = capture.sums()
-        # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
-        here = {
-            name: (number, part.matrix.dtype == torch.float64)
-            for number, (part, names) in enumerate(groups)
-            for name in names
-        }
+        # The number of a layer's sum on each rank; None where it was never called.
+        here = {name: number for number, (_, names) in enumerate(groups) for name in names}
         places = self.gather(here, "adding up the sums")
-        together: dict[tuple[tuple[int, bool] | None, ...], list[str]] = {}
+        together: dict[tuple[int | None, ...], list[str]] = {}
         for name in capture.modules:
             key = tuple(place.get(name) for place in places)
-            if any(key):
+            if any(number is not None for number in key):
                 together.setdefault(key, []).append(name)
         # Layers that share a sum here may not on another rank: only the last can have its place.
         last = {key[self.rank]: key for key in together}
         summed: list[Group] = []
         for key, names in together.items():
-            place = key[self.rank]
+            number = key[self.rank]
             try:
-                if place is None:
-                    wide = any(other[1] for other in key if other)
-                    part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
+                if number is None:
+                    part = _zeros(capture.modules[names[0]], capture.outlier_threshold)
                 else:
-                    part, _ = groups[place[0]]
-                into = part.matrix if last[place] == key else torch.empty_like(part.matrix)
+                    part, _ = groups[number]
+                into = part.matrix if last[number] == key else torch.empty_like(part.matrix)
                 summed.append((_added(part, into, device), names))
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
-                    f"{device} has too little memory to add up the ranks' covariances, at layer "
-                    f"{names[0]}: go block by block (--memory-limit), or run on the CPU "
-                    "(--device cpu)"
+                    f"{device} has too little memory to add up covariances at layer {names[0]}: go "
+                    "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
 
@@ -200,7 +188,7 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
         torch.distributed.all_reduce(triangle)
         torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(counts)
-    *_, tokens, calls = counts.tolist()
+    tokens, calls = counts[-2:].tolist()
     return Covariance(
         unpack_symmetric(triangle.to(home), len(part.matrix), out=into),
         tokens,
@@ -211,10 +199,10 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
     )
 
 
-def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
+def _zeros(module: Any, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
     channels, device = linear_shape(module)[1], module.weight.device
-    dtype = torch.float64 if wide else torch.float32
+    dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
     absmax = torch.zeros(channels, dtype=torch.float32, device=device)
     return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)
@@ -226,19 +214,18 @@ def _difference(values: list[Any]) -> str:
     Nothing is said of numbers, and of a checksum its start.
     """
     first = values[0]
-    if all(isinstance(value, Tensor) and value.shape == first.shape for value in values):
-        alike = [
-            torch.allclose(each, first, rtol=_ALIKE, atol=0, equal_nan=True) for each in values
-        ]
-        shown = [""] * len(values)
-    else:
-        alike = [type(value) is type(first) and bool(value == first) for value in values]
-        texts = map(str, values)
-        shown = [f"{text if len(text) <= _SHOWN else text[:8]} " for text in texts]
-    others = [rank for rank, same in enumerate(alike) if not same]
-    if not others:
-        return ""
-    named = [f"{shown[rank]}on rank {rank}" for rank in [0, *others[:_NAMED]]]
+
+    def alike(value: Any) -> bool:
+        if isinstance(value, Tensor) and isinstance(first, Tensor):
+            same = value.shape == first.shape
+            return same and torch.allclose(value, first, rtol=_ALIKE, atol=0, equal_nan=True)
+        return type(value) is type(first) and bool(value == first)
+
+    others = [rank for rank, value in enumerate(values) if not alike(value)]
+    named = []
+    for rank in [0, *others[:_NAMED]] if others else []:
+        text = "" if isinstance(values[rank], Tensor) else str(values[rank])
+        named.append(f"{text if len(text) <= _SHOWN else text[:8]} on rank {rank}".lstrip())
     return ", ".join([*named, "…"] if others[_NAMED:] else named)
 
 
@@ -251,10 +238,8 @@ def _peers_needed() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DistributedError(
-            f"another rank has ended or cannot be reached ({reason}): see what it said, and start "
-            "all ranks again"
-        ) from error
+        says = f"another rank has ended or cannot be reached ({reason})"
+        raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 
 def text_given(batches: Iterable[Batch]) -> dict[str, object]:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,11 @@ class CalibrationCheckpoint:
         )
 
 
+@dataclass(frozen=True)
 class Journal:
     """Keeps the sums of captures in a checkpoint's files, or restores them.
 
-    Args:
+    Attributes:
         checkpoint: where to; None for nowhere.
         given: makes what the run depends on besides its text, by the names in messages.
         device: where the model runs.
@@ -168,47 +170,46 @@ class Journal:
         CheckpointError: the run to resume was shared by another number of ranks.
     """
 
-    def __init__(
-        self,
-        checkpoint: CalibrationCheckpoint | None,
-        given: Callable[[], Mapping[str, object]],
-        device: torch.device,
-        ranks: Ranks,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._device = device
-        self._ranks = ranks
-        self._fingerprint: dict[str, object] = {}
-        if checkpoint is not None:
-            checkpoint.of_rank(ranks)  # refuses what other ranks have left
-            self._fingerprint = {**given(), "ranks": [ranks.rank, ranks.size]}
+    checkpoint: CalibrationCheckpoint | None
+    given: Callable[[], Mapping[str, object]]
+    device: torch.device
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        """Refuses what other ranks have left."""
+        if self.checkpoint is not None:
+            self.checkpoint.of_rank(self.ranks)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, object]:
+        return {**self.given(), "ranks": [self.ranks.rank, self.ranks.size]}
 
     def file(self, block: int | None = None) -> Path:
         """This rank's file, of one decoder block or of a pass over the whole model."""
-        assert self._checkpoint is not None
-        checkpoint = self._checkpoint if block is None else self._checkpoint.block(block)
-        return Path(checkpoint.of_rank(self._ranks).path)
+        assert self.checkpoint is not None
+        checkpoint = self.checkpoint if block is None else self.checkpoint.block(block)
+        return Path(checkpoint.of_rank(self.ranks).path)
 
     def holds(self, block: int | None = None) -> bool:
         """Whether there is something to go on from."""
-        checkpoint = self._checkpoint
+        checkpoint = self.checkpoint
         return checkpoint is not None and checkpoint.resume and self.file(block).exists()
 
     def interval(self, captures: Sequence[InputCapture]) -> float:
         """Tokens that have to pass before it pays to write the captures' sums."""
-        if self._checkpoint is None:
+        if self.checkpoint is None:
             return math.inf
-        if self._checkpoint.every is not None:
-            return self._checkpoint.every
+        if self.checkpoint.every is not None:
+            return self.checkpoint.every
         groups, modules = captures[0].sums(), captures[0].modules
         if not groups:
             return math.inf
         work = sum(covariance.matrix.shape[0] ** 2 for covariance, _ in groups)
         # Parts and ranks share the tokens out, and each of them writes as much.
-        size = 2 * len(captures) * self._ranks.size * work
+        size = 2 * len(captures) * self.ranks.size * work
         for _, names in groups:
             work += sum(2 * math.prod(linear_shape(modules[name])) for name in names)
-        rate = _FLOP_PER_BYTE.get(self._device.type, _FLOP_PER_BYTE_ELSEWHERE)
+        rate = _FLOP_PER_BYTE.get(self.device.type, _FLOP_PER_BYTE_ELSEWHERE)
         return math.ceil(size * rate / work / _SHARE)
 
     def keep(
@@ -232,11 +233,8 @@ class Journal:
         try:
             write_groups(self.file(block), FORMAT, itertools.chain(*sums), header)
         except OutputError as error:
-            warn(
-                f"this run's progress could not be kept: {error}; it goes on, and can be resumed "
-                "from the last checkpoint that was written",
-                CordaWarning,
-            )
+            says = f"this run goes on, but its progress could not be kept: {error}"
+            warn(f"{says}; it can be resumed from the checkpoint before", CordaWarning)
 
     def restore(
         self, captures: Sequence[InputCapture], block: int | None = None
@@ -251,7 +249,7 @@ class Journal:
         if block is not None:
             # Where the block's inputs come from, and hence its sums are: not where weights wait.
             device = next(next(iter(modules.values())).parameters()).device
-            device = self._device if device.type == "meta" else device
+            device = self.device if device.type == "meta" else device
         header, groups = read_groups(file, _FIELDS, device, **_FILE)
         found, expected = header["fingerprint"], self._fingerprint
         differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
@@ -266,9 +264,8 @@ class Journal:
             for part, names in own:
                 for name in names:
                     if left.pop(name, None) != len(part.matrix):
-                        raise CheckpointError(
-                            f"{file} holds sums that do not fit layer {name}: {_FILE['remedy']}"
-                        )
+                        says = f"{file} holds sums that do not fit layer {name}"
+                        raise CheckpointError(f"{says}: {_FILE['remedy']}")
             capture.restore(own)
         return header["batches"], header["text"]
 

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from corda_kernels import models
 from corda_kernels.arguments import flag, instance_of, one_of
-from corda_kernels.calibration.batches import Batch, TextSum, Thrift, token_count, unpadded
+from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
-from corda_kernels.errors import BatchError, CalibrationError, CordaWarning, LeftOutWarning, warn
+from corda_kernels.errors import (
+    BatchError,
+    CalibrationError,
+    CordaWarning,
+    LeftOutWarning,
+    OutOfMemoryWarning,
+    warn,
+)
 from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
-from corda_kernels.models import (
-    decoder,
-    input_device,
-    output_head,
-    position_count,
-    target_linears,
-    trained_positions,
-    unreached_weights,
-    vocabulary_size,
-)
+from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 Normalize = Literal["tokens", "peft"]
 OnUnseen = Literal["error", "skip"]
+T = TypeVar("T")
 
 _UNSEEN = "never called during calibration"
 
@@ -96,35 +96,32 @@ def calibrate(
         model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
     )
     run.agree("calibrate", batches)
-    remedy = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
-    thrift = Thrift(batches, run.device, remedy)
-    capture, text = thrift.retry(lambda: _accumulate(run, batches, thrift), "starting again")
+    capture, text = run.retry(batches, lambda: _accumulate(run, batches), "starting again")
     run.ranks.agree("the end of the text", text.given)
     run.ranks.add_up(capture, run.device)
     return run.result(capture, sum(text.counts))
 
 
-def _accumulate(
-    run: CalibrationRun, batches: Iterable[Batch], thrift: Thrift
-) -> tuple[InputCapture, TextSum]:
+def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:
     """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
-    capture, journal = run.capture(run.linears, thrift.on_host), run.journal()
-    text, kept_tokens = TextSum(), 0
+    capture, journal, text = run.capture(run.linears), run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
+    kept_tokens = 0
     reads = contextlib.closing(run.read(batches, text))
     with evaluating(run.model), capture, reads as numbered:
         for index, batch, own in numbered:
             done, tokens = index + 1, text.span[1]
-            if own and done > restored:
-                for inputs in run.sequences(batch, index, thrift.max_rows):
+            if done == restored and text.own() != restored_text:
+                raise foreign(journal.file(), "data")
+            if done <= restored:
+                kept_tokens = tokens
+                continue
+            if own:
+                for inputs in run.sequences(batch, index):
                     run.forward(inputs, index)
                 capture.end_pass(index, text.span)
-            if done == restored:
-                if text.own() != restored_text:
-                    raise foreign(journal.file(), "data")
-                kept_tokens = tokens
-            elif done > restored and tokens - kept_tokens >= journal.interval([capture]):
+            if tokens - kept_tokens >= journal.interval([capture]):
                 journal.keep([capture], done, text.own())
                 kept_tokens = tokens
     if len(text.counts) < restored:
@@ -145,6 +142,9 @@ class CalibrationRun:
         shown: whether this process shows progress bars.
         device: where inputs go.
         positions: the most tokens of a sequence; None where nothing bounds them.
+        max_rows: the most sequences that run together; None for as many as a batch has. It sinks
+            when memory runs out.
+        on_host: whether inputs are copied to the host, and summed up there.
 
     Raises:
         TargetError: no layer matches.
@@ -160,6 +160,8 @@ class CalibrationRun:
     checkpoint: CalibrationCheckpoint | None = None
     distributed: bool = False
     progress: bool = True
+    max_rows: int | None = field(default=None, init=False)
+    on_host: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         """Refuses values that are not possible, and looks at the model."""
@@ -172,29 +174,24 @@ class CalibrationRun:
         model = self.model
         self.ranks = Ranks.of(self.distributed)
         self.shown = self.progress and self.ranks.rank == 0
-        self.linears = target_linears(model, self.targets)
+        self.linears = models.target_linears(model, self.targets)
         if getattr(model, "peft_config", None):
-            raise CalibrationError(
-                "the model carries a PEFT adapter already; calibrate the base model before "
-                "attaching one (model.unload() takes it off)"
-            )
-        self.left_out = unreached_weights(model) if self.targets == "all-linear" else {}
+            remedy = "calibrate the base model (model.unload() takes the adapter off)"
+            raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
+        self.left_out = models.unreached_weights(model) if self.targets == "all-linear" else {}
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
-            warn(
-                f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
-                f"{name}: {reason}; all are named in left_out",
-                LeftOutWarning,
-            )
-        head = output_head(model)
+            says = f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
+            warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
+        head = models.output_head(model)
         asked = head is not None and any(module is head for module in self.linears.values())
-        self._runner = model if asked else decoder(model)
+        self._runner = model if asked else models.decoder(model)
         accepted = inspect.signature(self._runner.forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in accepted else {}
-        self.device = input_device(model)
-        self.positions = position_count(model)
-        self._vocabulary = vocabulary_size(model)
-        self._trained = trained_positions(model)
+        self.device = models.input_device(model)
+        self.positions = models.position_count(model)
+        self._vocabulary = models.vocabulary_size(model)
+        self._trained = models.trained_positions(model)
 
     def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
         """Makes sure that there are batches, and that all ranks calibrate the same.
@@ -212,8 +209,10 @@ class CalibrationRun:
         """
         remedy = "give a list of (batch, seq) tensors"
         instance_of("batches", batches, Iterable, CalibrationError, remedy=remedy)
-        kept = self.checkpoint and ("resumed" if self.checkpoint.resume else "kept")
-        about = {"on_unseen": self.on_unseen, "checkpoint": kept or "none"}
+        kept = "none"
+        if self.checkpoint is not None:
+            kept = "resumed" if self.checkpoint.resume else "kept"
+        about = {"on_unseen": self.on_unseen, "checkpoint": kept}
         self.ranks.agree(step, lambda: {**self._given(), **text_given(batches), **more, **about})
 
     def _given(self) -> dict[str, object]:
@@ -229,14 +228,14 @@ class CalibrationRun:
         """Of this rank's sums."""
         return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, linears: Mapping[str, nn.Module], on_host: bool = False) -> InputCapture:
+    def capture(self, linears: Mapping[str, nn.Module]) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             linears,
             self.outlier_threshold,
             self.normalize,
             deterministic=self.checkpoint is not None,
-            on_host=on_host,
+            on_host=self.on_host,
         )
 
     def read(
@@ -257,12 +256,51 @@ class CalibrationRun:
                 yield index, batch, own
                 bar.update(text.counts[-1])
 
-    def sequences(
-        self, batch: Batch, index: int, max_rows: int | None
-    ) -> Iterator[dict[str, Tensor]]:
+    def sequences(self, batch: Batch, index: int) -> Iterator[dict[str, Tensor]]:
         """What `forward` takes of a batch; see `unpadded`."""
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        return unpadded(batch, index, pad_token_id=padding, max_rows=max_rows)
+        return unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
+
+    def retry(
+        self, batches: Iterable[Batch], attempt: Callable[[], T], again: str, summing: bool = True
+    ) -> T:
+        """Makes an attempt on the batches again with less memory until that suffices. Warns.
+
+        Sequences that run together are halved; once it is one, the host sums up, which is slow.
+
+        Args:
+            batches: that are run.
+            attempt: what may run out of memory.
+            again: what is done then, for the warning.
+            summing: whether covariances are summed up.
+
+        Raises:
+            CalibrationError: nothing is left to be done, or the batches cannot be read a second
+                time.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                spared = self._tighten(batches, summing, error)
+            warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
+
+    def _tighten(self, batches: Iterable[Batch], summing: bool, error: Exception) -> str:
+        if not isinstance(batches, Sequence | Tensor):
+            remedy = "give smaller batches, or a list of batches, which can be started again"
+            raise CalibrationError(f"memory ran out while calibrating: {remedy}") from error
+        rows = self.max_rows or max(map(row_count, batches))
+        if rows > 1:
+            self.max_rows = rows // 2
+            return f"at most {self.max_rows} sequence(s) at a time"
+        if not summing or self.on_host or not has_own_memory(self.device):
+            raise CalibrationError(
+                "memory does not suffice for a single sequence: use shorter ones (--seq-len), go "
+                "block by block (--memory-limit), or run on the CPU (--device cpu)"
+            ) from error
+        # Then activations may have had room enough: as many sequences as at first.
+        self.on_host, self.max_rows = True, None
+        return "covariances that the CPU sums up, which takes longer"
 
     def forward(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
         """Runs sequences of equal length, without padding.
@@ -277,32 +315,21 @@ class CalibrationRun:
         ids = inputs["input_ids"]
         length = ids.shape[1]
         if self.positions is not None and length > self.positions:
-            raise BatchError(
-                batch,
-                f"has sequences of {length} tokens, but the model has {self.positions} "
-                f"positions: lower --seq-len to {self.positions}, or cut the sequences",
-            )
+            says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
+            raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
         if self._trained is not None and length > self._trained:
-            warn(
-                f"batch {batch} (counted from 0) has sequences of {length} tokens, and the "
-                f"model's max_position_embeddings is {self._trained}: beyond that its activations "
-                f"are not those of text that it knows; lower --seq-len to {self._trained}",
-                CordaWarning,
-            )
+            says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
+            warn(f"{says} {self._trained}: it is odd beyond that, lower --seq-len", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.
         if self._vocabulary is not None and ids.device.type == "cpu":
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= self._vocabulary:
-                raise BatchError(
-                    batch,
-                    f"holds token {least if least < 0 else most}, but the model's tokens are 0 to "
-                    f"{self._vocabulary - 1}: the tokenizer belongs to another model, take this "
-                    "one's own",
-                )
-        self._runner(
-            **{name: value.to(self.device) for name, value in inputs.items()}, **self._arguments
-        )
+                odd, last = (least if least < 0 else most), self._vocabulary - 1
+                says = f"holds token {odd}, but the model's tokens are 0 to {last}"
+                raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
+        there = {name: value.to(self.device) for name, value in inputs.items()}
+        self._runner(**there, **self._arguments)
 
     def result(self, capture: InputCapture, tokens: int) -> CovarianceSet:
         """The covariances with notes on where they come from.
@@ -315,21 +342,17 @@ class CalibrationRun:
             CalibrationError: there were no tokens, or a layer received none.
         """
         if not tokens:
-            raise CalibrationError(
-                "there were no tokens to calibrate on: the batches are empty or masked throughout"
-            )
+            reason = "the batches are empty or masked throughout"
+            raise CalibrationError(f"there were no tokens to calibrate on: {reason}")
         missed = capture.unseen()
         if self.on_unseen == "error":
             refuse_unseen(missed)
+        name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
         return CovarianceSet(
             capture.covariances(),
             normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
-            provenance={
-                "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
-                "tokens": tokens,
-                "versions": library_versions(),
-            },
+            provenance={"model": name, "tokens": tokens, "versions": library_versions()},
         )
 
 
@@ -341,10 +364,10 @@ def unseen(covariances: CovarianceSet) -> list[str]:
 def refuse_unseen(names: Sequence[str]) -> None:
     """Raises a CalibrationError if there are layers that never received a token."""
     if names:
+        shown = ", ".join([*names[:5], "…"] if names[5:] else names)
         raise CalibrationError(
-            f"{len(names)} target layer(s) never received a token: {', '.join(names[:5])}"
-            f"{', …' if len(names) > 5 else ''}; leave them out of the targets, or use more "
-            'text if they are routed experts, or calibrate(..., on_unseen="skip") in Python'
+            f"{len(names)} target layer(s) never received a token: {shown}; leave them out of the "
+            'targets, use more text for routed experts, or calibrate(..., on_unseen="skip")'
         )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import batches as batches_module
 from corda_kernels.calibration import blocks as blocks_module
+from corda_kernels.calibration import passes as passes_module
 from corda_kernels.calibration.blocks import KeptText, alike, calibrate_block_parts
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.passes import CalibrationRun
@@ -257,7 +257,7 @@ class Cramped:
 
 def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a device."""
-    for module in (blocks_module, batches_module):
+    for module in (blocks_module, passes_module):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
 
 
@@ -343,7 +343,7 @@ def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
 
     before = rows()
     for most in (3, 2, 1):
-        text._thrift.max_rows = most
+        run.max_rows = most
         text._regroup()
         assert max(len(current.hidden) for current in text.sequences) == most
         assert all(torch.equal(found, before[key]) for key, found in rows().items())

@@ -367,7 +367,7 @@ def test_sums_are_added_up_where_they_are(
 
     def gathered(values: list[Any], value: tuple[str, dict[str, Any]]) -> None:
         step, places = value
-        values[:] = [value, (step, places | ({} if shared else {"b": (7, False)}))]
+        values[:] = [value, (step, places | ({} if shared else {"b": 7}))]
 
     def reduced(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
         if op == torch.distributed.ReduceOp.SUM:
