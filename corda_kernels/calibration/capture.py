@@ -169,8 +169,8 @@ class InputCapture:
         if mask is not None:
             if mask.numel() != len(rows):
                 raise CalibrationError(
-                    f"layer {sums.modules[0]} received {len(rows)} rows, unlike the attention mask "
-                    f"of {tuple(mask.shape)} (a routed expert may): run sequences without padding"
+                    f"layer {sums.modules[0]} received {len(rows)} rows, which the attention mask "
+                    f"of {tuple(mask.shape)} does not fit: run sequences without padding"
                 )
             rows = rows[mask.flatten().to(rows.device)]
         if self.on_host:
@@ -216,9 +216,8 @@ class InputCapture:
         for sums in distinct:
             finite = torch.isfinite(sums.matrix.diagonal())
             if not bool(finite.all()):
-                raise NonFiniteActivationError(
-                    sums.modules[0], batch, tokens, int((~finite).sum()), finite.numel()
-                )
+                counts = int((~finite).sum()), finite.numel()
+                raise NonFiniteActivationError(sums.modules[0], batch, tokens, *counts)
 
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())

@@ -200,10 +200,8 @@ class CovarianceSet(Mapping[str, Covariance]):
             raise CovarianceError(f"covariances normalised by {both} cannot merge")
         if self.keys() != other.keys() and names is None:
             odd = sorted(self.keys() ^ other.keys())
-            raise CovarianceError(
-                f"two covariance sets of different layers (such as {odd[0]}) cannot be merged: "
-                "calibrate both with the same model and targets"
-            )
+            says = f"the covariance sets cover different layers (such as {odd[0]})"
+            raise CovarianceError(f"{says}: calibrate both with the same model and targets")
         merged: dict[tuple[int, ...], Covariance] = {}
         result: dict[str, Covariance] = {}
         for name in self if names is None else names:
@@ -213,11 +211,8 @@ class CovarianceSet(Mapping[str, Covariance]):
                 first, *others = found
                 merged[key] = first.merge(*others, normalize=self.normalize) if others else first
             result[name] = merged[key]
-        left_out = {
-            name: reason
-            for name, reason in (self.left_out | other.left_out).items()
-            if name not in result
-        }
+        reasons = self.left_out | other.left_out
+        left_out = {name: reasons[name] for name in reasons if name not in result}
         provenance = {
             note: value
             for note, value in self.provenance.items()

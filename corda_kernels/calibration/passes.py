@@ -319,7 +319,8 @@ class CalibrationRun:
             raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
         if self._trained is not None and length > self._trained:
             says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
-            warn(f"{says} {self._trained}: it is odd beyond that, lower --seq-len", CordaWarning)
+            remedy = "lower --seq-len to that, since it was not trained on longer text"
+            warn(f"{says} {self._trained}: {remedy}", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.
         if self._vocabulary is not None and ids.device.type == "cpu":
