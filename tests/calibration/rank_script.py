@@ -84,9 +84,7 @@ def keep_or_resume(model: Any, batches: list[Any], out: Path, *, resume: bool) -
             next(found)
         if rank == 0:
             (out / "blocks-block-1-rank-0-of-2").unlink()
-        # What is made without an interruption, by the same processes.
-        out = out.with_name("whole")
-        one_pass, blocks = (replace(kept, path=out / "kept") for kept in (one_pass, blocks))
+        return
     calibrate(model, batches, checkpoint=one_pass, **OPTIONS).save(out / f"whole-{rank}")
     found = calibrate_block_parts(model, batches, parts=2, checkpoint=blocks, **OPTIONS)
     for block, parts in enumerate(found):

@@ -230,10 +230,9 @@ def test_ranks_go_on_from_where_each_of_them_was(
 ) -> None:
     model = place[2] / "model"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    whole.mkdir()
-    out.mkdir()
-    for what in ("kept", "resumed"):
-        ended = torchrun(2, SCRIPT, what, model, out)
+    for what, folder in (("resumed", whole), ("kept", out), ("resumed", out)):
+        folder.mkdir(exist_ok=True)
+        ended = torchrun(2, SCRIPT, what, model, folder)
         assert ended.returncode == 0, ended.stderr
         if what == "kept":
             # The one that calibrated less of the text keeps fewer of its own batches.
