@@ -182,8 +182,9 @@ def _workspace(home: Path) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
         lock = FileLock(folder / _LOCK, timeout=0)
-        # Another writer may take it for left behind before the lock is held, and delete it.
-        with contextlib.suppress(Timeout, FileNotFoundError):
+        # Another writer may take it for left behind before the lock is held, and delete it: even
+        # while the lock makes sure of its folder, which Python then reports as a file.
+        with contextlib.suppress(Timeout, FileNotFoundError, FileExistsError):
             lock.acquire()
             if (folder / _LOCK).exists():
                 break
