@@ -9,7 +9,6 @@ for the padding.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,7 +44,7 @@ def token_count(batch: Batch) -> int:
     masks = [m for m in map(inputs.get, ("attention_mask", "token_mask")) if isinstance(m, Tensor)]
     if masks:
         usable = all(holds_numbers(mask) and mask.shape == masks[0].shape for mask in masks)
-        return int(math.prod(mask != 0 for mask in masks).count_nonzero()) if usable else 0
+        return int(torch.stack([mask != 0 for mask in masks]).all(0).sum()) if usable else 0
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
@@ -123,9 +122,7 @@ def unpadded(
     elif mask is not None and not ones_and_zeros(mask):
         wrong = f"has {ODD_MASK}"
     elif counted is not None and (
-        not isinstance(counted, Tensor)
-        or counted.shape != ids.shape
-        or not ones_and_zeros(counted)
+        not isinstance(counted, Tensor) or counted.shape != ids.shape or not ones_and_zeros(counted)
     ):
         wrong = (
             "has a token_mask that is not of ones (a token that counts) and zeros in the shape of "

@@ -55,7 +55,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 
 
 def five_batches() -> list[Any]:
-    """Batches that do not divide among two or three ranks, one padded, one not all to be counted."""
+    """Batches that do not divide among two or three ranks, one padded, one with a token_mask."""
     generator = torch.Generator().manual_seed(3)
     batches: list[Any] = [
         torch.randint(3, 64, (4, 12 + index), generator=generator) for index in range(5)
