@@ -57,6 +57,7 @@ def check_targets(
             "exclude_modules, or take init_corda(…, use_peft=False)"
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
+    shapes = {name: linear_shape(module, name) for name, module in modules.items()}
     check_unshared(model, modules)
     _check_saved(model, modules, config.modules_to_save or ())
     if config.residual == "weight":
@@ -65,7 +66,6 @@ def check_targets(
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
     if config.budget is not None:
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
