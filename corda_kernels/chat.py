@@ -65,8 +65,9 @@ def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{', '.join((*_ROLES, *_KNOWN_ROLES))}"
             )
         return {"role": role, "content": given["value"]}
-    # A table has all columns in all rows: what a message does not have is None there.
-    return {name: v for name, v in given.items() if v is not None or name == "content"}
+    # A table has all columns in all rows: what a message does not have is None there. transformers
+    # leaves it out too, but not where it is asked for the generation marks.
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def laid_out(
@@ -116,7 +117,11 @@ def laid_out(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, ended = text(turn) if turn else "", text(turn + 1)
+        if not turn:
+            raise DataError(
+                f"{where} begins with an answer, for which there is no context: leave it out"
+            )
+        before, ended = text(turn), text(turn + 1)
         # The prompt may end in what a finished turn does not have, such as <think>.
         begun = zip(whole, text(turn, add_generation_prompt=True), strict=False)
         start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], begun))
