@@ -111,7 +111,7 @@ def _dequantised(config: Any) -> dict[str, Any]:
     """The option by which transformers dequantises the weights while it loads them, if it can."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    stored = getattr(config, "quantization_config", None)
+    stored: Any = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     if kind is None or "dequantize" not in inspect.signature(kind).parameters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -46,15 +45,16 @@ def test_answers_are_what_stands_between_the_models_own_marks(
         pack=pack,
     )
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    ids_of = {text: tokenizer(text)["input_ids"] for text in ("assistant", "\n")}
+    header = [start, *tokenizer("assistant")["input_ids"]]
+    feed = tokenizer("\n")["input_ids"]
     checked = 0
     for batch in batches:
         for ids, counted in zip(batch["input_ids"].tolist(), batch["token_mask"], strict=True):
             expected = [False] * len(ids)
-            for place, pair in enumerate(itertools.pairwise(ids)):
-                if list(pair) == [start, *ids_of["assistant"]]:
+            for place in range(len(ids)):
+                if ids[place - len(header) : place] == header:
                     # A line feed ends the header; where white space follows it is one token.
-                    first = place + 2 + (ids[place + 2 : place + 3] == ids_of["\n"])
+                    first = place + (ids[place : place + 1] == feed)
                     last = ids.index(end, first) + 1  # with the line feed behind it
                     expected[first : last + 1] = [True] * (last + 1 - first)
             assert counted.tolist() == expected
