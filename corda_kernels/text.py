@@ -7,6 +7,7 @@ library datasets.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import itertools
@@ -353,7 +354,7 @@ def _items(data: Data, min_chars: int) -> Iterable[Any]:
     kind = Path(str(path).lower().removesuffix(".gz")).suffix
     if kind in _TABLES and path.is_file():
         options = {"sep": "\t"} if kind == ".tsv" else {}
-        file = os.fspath(path.absolute())
+        file = glob.escape(os.fspath(path.absolute()))  # datasets takes it for a pattern
         return _loaded(_TABLES[kind], _name(data), split="train", data_files=file, **options)
     content = _read(path, _name(data))
     if os.fspath(data) == _STDIN and _JSON.match(content):

@@ -14,7 +14,7 @@ import pytest
 from byte_tokenizer import all_tokens, byte_tokenizer
 
 from corda_kernels.errors import DataError, MissingExtraError
-from corda_kernels.text import read_texts
+from corda_kernels.text import read_texts, token_batches
 
 RECORDS = [{"question": f"who, {n}?\n", "answer": f'"é{n}"'} for n in range(9)]
 TEXTS = [f"{each['question']}{each['answer']}" for each in RECORDS]
@@ -68,6 +68,12 @@ def test_tables_are_read_by_datasets(tmp_path: Path, cached: Any, name: str) -> 
     content = as_table(name.lower().split(".")[1], tmp_path)
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert list(read_texts(path, template=TEMPLATE)) == TEXTS
+
+
+def test_a_tables_name_is_no_pattern(tmp_path: Path, cached: Any) -> None:
+    (tmp_path / "a[1].csv").write_text("text\none\n")
+    (tmp_path / "a1.csv").write_text("text\nother\n")
+    assert list(read_texts(tmp_path / "a[1].csv")) == ["one"]
 
 
 def test_compressed_text_is_told_by_its_content(tmp_path: Path) -> None:
@@ -135,8 +141,6 @@ def test_an_endless_iterable_is_read_as_far_as_needed() -> None:
         while True:
             read.append("text")
             yield "0123456789"
-
-    from corda_kernels.text import token_batches
 
     (batch,) = token_batches(endless(), byte_tokenizer(), samples=1, seq_len=22)
     assert batch["input_ids"].shape == (1, 22)
