@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from corda_kernels.kernels import triton_syrk
+from corda_kernels.kernels.shares import Shares
 from corda_kernels.kernels.triton_syrk import (
     POINTER,
     POINTER_FLOAT32,
@@ -150,7 +151,7 @@ def compile_case(case: Case) -> Code:
     signature |= {"absmax_ptr": "*fp32", "count_ptr": "*i64", "n": "i32", "d": "i32"}
     if not case.tma:
         signature |= {"stride": "i32", "c_stride": "i32"}
-    signature |= dict.fromkeys(triton_syrk.Shares._fields, "i32")
+    signature |= dict.fromkeys(Shares._fields, "i32")
     signature |= {"alpha": "fp32", "threshold": "fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from corda_kernels.arguments import flag, holds_numbers, one_of, real_number, real_tensor, shown
 from corda_kernels.errors import BackendError, ConfigError
-from corda_kernels.kernels import cpu, cuda, reference
+from corda_kernels.kernels import cpu, cuda, reference, syrk_sm90
 
 __all__ = [
     "available_backends",
@@ -37,11 +38,27 @@ Array = Tensor | np.ndarray[Any, Any] | Any
 ArrayT = TypeVar("ArrayT")
 
 
-def _triton_syrk(*arguments: Any) -> None:
+def _each(run: Callable[..., None]) -> Callable[..., None]:
+    """A SYRK of one input as one of several."""
+
+    def run_each(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
+        for x in inputs:
+            run(c, x, *options)
+
+    return run_each
+
+
+def _triton_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
     # Triton is loaded at its first use: it is not installed everywhere, and importing it is slow.
     from corda_kernels.kernels import triton_syrk
 
-    triton_syrk.syrk_(*arguments)
+    for x in inputs:
+        triton_syrk.syrk_(c, x, *options)
+
+
+def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
+    if not syrk_sm90.syrk_(c, inputs, *options):
+        _TABLE["syrk_", "triton" if _no_triton() is None else "reference"](c, inputs, *options)
 
 
 @functools.cache
@@ -55,11 +72,12 @@ def _no_triton() -> str | None:
 
 # Products in float64 are an operation of their own: not every backend has them.
 _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("syrk_", "reference"): reference.syrk_,
-    ("syrk_", "cpu"): cpu.syrk_,
+    ("syrk_", "reference"): _each(reference.syrk_),
+    ("syrk_", "cpu"): _each(cpu.syrk_),
     ("syrk_", "triton"): _triton_syrk,
-    ("syrk_float64", "reference"): reference.syrk_,
-    ("syrk_float64", "cpu"): cpu.syrk_,
+    ("syrk_", "sm90"): _sm90_syrk,
+    ("syrk_float64", "reference"): _each(reference.syrk_),
+    ("syrk_float64", "cpu"): _each(cpu.syrk_),
     ("symmetrize_", "reference"): reference.symmetrize_,
     ("symmetrize_", "cpu"): cpu.symmetrize_,
     ("batched_svd", "reference"): reference.batched_svd,
@@ -71,8 +89,13 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
     "cpu": lambda: None,
     "triton": _no_triton,
     "cuda": cuda.unavailable,
+    "sm90": syrk_sm90.unavailable,
 }
+# "sm90" runs where it is asked for only, until a GPU has shown it right and faster than "triton".
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# Shapes, dtypes and devices of calls that fit.
+_checked: set[tuple[Any, ...]] = set()
+_CHECKED = 4096
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
 
 
@@ -125,7 +148,6 @@ def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     return _TABLE[(operation, "reference")]
 
 
-@torch.no_grad()
 def syrk_(
     c: ArrayT,  # (d, d)
     x: Array | Sequence[Array],  # (n, d) each
@@ -174,14 +196,26 @@ def syrk_(
     largest, above, mask = (
         None if array is None else _tensor(array) for array in (absmax, outlier_count, row_mask)
     )
-    _check_syrk(total, inputs, largest, above, mask)
-    if mask is not None:
-        inputs = [inputs[0][mask]]
-    for rows in inputs:
-        if rows.shape[0]:
-            wide = torch.float64 in (total.dtype, rows.dtype)
+    # Checked once a shape: in calibration a call takes the device less time than its checks.
+    facts = tuple(
+        None if array is None else (array.shape, array.dtype, array.device, array.layout)
+        for array in (total, largest, above, mask, *inputs)
+    )
+    if facts not in _checked:
+        _check_syrk(total, inputs, largest, above, mask)
+        if len(_checked) >= _CHECKED:
+            _checked.clear()
+        _checked.add(facts)
+    options = alpha, largest, above, outlier_threshold, precision, deterministic
+    # In-place sums would be recorded if x needed gradients.
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        if mask is not None:
+            inputs = [inputs[0][mask]]
+        filled = [rows for rows in inputs if rows.shape[0]]
+        for dtype, alike in itertools.groupby(filled, lambda rows: rows.dtype):
+            wide = torch.float64 in (total.dtype, dtype)
             run = _implementation("syrk_float64" if wide else "syrk_", total.device)
-            run(total, rows, alpha, largest, above, outlier_threshold, precision, deterministic)
+            run(total, list(alike), *options)
     return c
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from corda_kernels.errors import BackendError, ConfigError
+from corda_kernels.kernels.shares import Shares, divided
 
 # They change from call to call: for every kind of them Triton would compile anew.
 _UNSPECIALIZED = ("tiles", "whole", "pieces")
@@ -222,21 +223,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Shares(NamedTuple):
-    """How tiles and tokens are shared out among programs; see `_share`."""
-
-    tiles: int
-    whole: int
-    pieces: int
-    chain: int
-    part: int
-
-    def programs(self, n: int) -> int:
-        """How many there are for n tokens."""
-        units = self.tiles * triton.cdiv(n, self.chain)
-        return int(self.whole + self.pieces * (units - self.whole))
-
-
 # Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
 TMA_WIDE = Tile(256, 128, 64, 8, 4)  # the most products for each load that the registers hold
 TMA = Tile(128, 128, 64, 4, 4)  # more and smaller tiles, where there are few
@@ -252,8 +238,7 @@ _GROUP = 4
 _GROUPED_CHANNELS = 8192
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}
-# Tokens that a program takes at least, and as many as adding a tile to C takes the time of.
-_SHORTEST_PART = 512
+# Tokens that take as long as adding a tile to C.
 _EPILOGUE = 900
 _NEEDED = (3, 6)
 _TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -357,39 +342,14 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
-@functools.lru_cache(maxsize=4096)
 def _divided(n: int, d: int, tile: Tile, longest: int, processors: int) -> Shares:
-    """The shares by which all ends soonest, as one program at a time on each processor would.
-
-    With no processors given each tile is one program's.
-    """
     rows = triton.cdiv(d, tile.BM)
     tiles = tile.BM // tile.BN * (rows * (rows + 1) // 2)
-    spans = triton.cdiv(n, longest)
-    chain = _stepped(triton.cdiv(n, spans), tile)
-    units = tiles * triton.cdiv(n, chain)
-    if not processors:
-        return Shares(tiles, units, 1, chain, chain)
-    best, least = Shares(tiles, 0, 1, chain, chain), float("inf")
-    rounds = units // processors  # of programs that fill the device
-    for whole in {max(rounds - 1, 0), rounds}:
-        others = units - whole * processors
-        for pieces in range(1, max(1, chain // _SHORTEST_PART) + 1):
-            part = _stepped(triton.cdiv(chain, pieces), tile)
-            last = triton.cdiv(others * pieces, processors)
-            tokens = whole * (chain + _EPILOGUE) + last * (part + _EPILOGUE)
-            if tokens < least:
-                shares = Shares(tiles, whole * processors, pieces, chain, part)
-                best, least = shares, tokens
-    return best
+    return divided(n, tiles, tile.BK, longest, processors, _EPILOGUE)
 
 
 def _group(d: int) -> int:
     return _GROUP if d > _GROUPED_CHANNELS else _GROUPED_CHANNELS
-
-
-def _stepped(tokens: int, tile: Tile) -> int:
-    return int(triton.cdiv(tokens, tile.BK) * tile.BK)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from corda_kernels.kernels import triton_syrk
+from corda_kernels.kernels import shares, triton_syrk
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the kernels run there: see tests/gpu"
@@ -81,14 +81,14 @@ def test_any_shape_and_stride(
 @pytest.mark.parametrize("precision", ["default", "high"])
 def test_several_chains_add_up(precision: Any, deterministic: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_LONGEST_CHAIN", {"default": 64, "high": 32})
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
+    monkeypatch.setattr(shares, "_SHORTEST_PART", 16)
     x = torch.randn(210, 70)
     check(x, x, precision=precision, deterministic=deterministic)
 
 
 def test_programs_share_the_tokens_where_there_are_few_tiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_processors", lambda device: 64)
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
+    monkeypatch.setattr(shares, "_SHORTEST_PART", 16)
     x = torch.randn(150, 40)
     check(x, x, alpha=0.25)
 
@@ -209,14 +209,14 @@ def test_shares_cover_every_token_of_every_tile_once(
 ) -> None:
     tile = triton_syrk.Tile(256, 128, 16, 8, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_syrk, "_SHORTEST_PART", 32)
-        triton_syrk._divided.cache_clear()
-        shares = triton_syrk._divided(n, d, tile, longest, processors)
-        triton_syrk._divided.cache_clear()
-    programs = shares.programs(n)
+        patch.setattr(shares, "_SHORTEST_PART", 32)
+        shares.divided.cache_clear()
+        made = triton_syrk._divided(n, d, tile, longest, processors)
+        shares.divided.cache_clear()
+    programs = made.programs(n)
     found = torch.full((programs, 3), -1, dtype=torch.int32)
-    _note_shares[(programs,)](found, *shares, n)
-    seen = torch.zeros(shares.tiles, n, dtype=torch.int32)
+    _note_shares[(programs,)](found, *made, n)
+    seen = torch.zeros(made.tiles, n, dtype=torch.int32)
     for t, begin, end in found.tolist():
         assert end - begin <= longest
         seen[t, begin : max(begin, end)] += 1
