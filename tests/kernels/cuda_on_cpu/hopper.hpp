@@ -101,8 +101,13 @@ static std::map<int, std::vector<unsigned>> stored;
 static std::map<int, Meeting> meetings;
 static std::map<int, Warpgroup> warpgroups;
 static std::map<int, size_t> my_groups, my_products;
+static std::set<int> adding;  // threads that have not awaited their additions
 
 inline int rank() { return current / kBlock; }
+
+inline bool has_ended(int rank) {
+  return cuda_on_cpu::all_done(rank * kBlock, (rank + 1) * kBlock);
+}
 
 inline unsigned char* at(int rank, unsigned address, unsigned bytes) {
   if (address < kBegin || address + bytes > kBegin + asked) fail("outside of shared memory");
@@ -137,9 +142,7 @@ inline void for_each_element(const Matrix& matrix, int column, int row, int rank
 
 inline void land(const Load& load) {
   const Matrix& from = *load.from;
-  if (cuda_on_cpu::all_done(load.rank * kBlock, (load.rank + 1) * kBlock)) {
-    fail("a load into a block that has ended");
-  }
+  if (has_ended(load.rank)) fail("a load into a block that has ended");
   for_each_element(from, load.column, load.row, load.rank, load.to, [&](auto* to, auto* value) {
     if (value) std::memcpy(to, value, from.item_bytes);
     else std::memset(to, 0, from.item_bytes);
@@ -281,7 +284,7 @@ inline void launch(int grid, unsigned shared_bytes, int seed, std::function<void
     my_groups.clear();
     my_products.clear();
     cuda_on_cpu::run(2 * kBlock, 2);
-    if (!loads.empty() || !additions.empty()) fail("a copy is running when the cluster ends");
+    if (!loads.empty() || !adding.empty()) fail("a cluster ends while its copies are running");
   }
   background = nullptr;
   cuda_on_cpu::laziness.clear();
@@ -310,6 +313,7 @@ inline void barrier_init(unsigned barrier, int arrivals) {
 inline void publish_barriers() {}
 inline void arrive_at(unsigned barrier, unsigned rank) {
   hopper::Barrier& found = hopper::barrier_at(rank, barrier);
+  if (hopper::has_ended(rank)) hopper::fail("an arrival at a barrier of a block that has ended");
   --found.missing;
   found.end_if_complete();
 }
@@ -337,6 +341,7 @@ inline void add_box(const TensorMap* to, int column, int row, unsigned from) {
   if (unseen != hopper::unseen.end() && *unseen < std::pair(hopper::rank(), from + 64 * 128)) {
     hopper::fail("a copy of stores that it cannot see");
   }
+  hopper::adding.insert(hopper::current);
   hopper::additions.push_back(
       {hopper::matrix_of(to), column, row, hopper::rank(), from, hopper::current});
 }
@@ -354,7 +359,10 @@ void wait_for_reads() {
     }
   }
 }
-inline void wait_for_additions() { wait_for_reads<0>(); }
+inline void wait_for_additions() {
+  wait_for_reads<0>();
+  hopper::adding.erase(hopper::current);
+}
 inline void show_stores_to_copies() {
   for (unsigned address : hopper::stored[hopper::current]) {
     hopper::unseen.erase({hopper::rank(), address});
