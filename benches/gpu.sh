@@ -54,9 +54,9 @@ PYTHON
 }
 
 kernel() { # The covariance kernels against each other: which one should a GPU prefer?
-    local sizes=(--backends triton,sm90 --seconds 280)
+    local sizes=(--backends triton,sm90 --seconds 160)
     [[ -n $small ]] && sizes=(--backends cpu --widths 64 --tokens 256 --seconds 1)
-    part kernel 300 "$python" benches/syrk_experiment.py --device "$device" "${sizes[@]}" \
+    part kernel 180 "$python" benches/syrk_experiment.py --device "$device" "${sizes[@]}" \
         --json "$out/$name-kernel.json"
 }
 

@@ -277,7 +277,7 @@ inline void launch(int grid, unsigned shared_bytes, int seed, std::function<void
   for (int cluster = 0; cluster < grid / 2; ++cluster) {
     cuda_on_cpu::first_block = 2 * cluster;
     std::memset(memory, 0xff, sizeof memory);
-    for (int& lazy : cuda_on_cpu::laziness) lazy = 1 << randomness() % 4;
+    for (int& lazy : cuda_on_cpu::laziness) lazy = randomness() % 4 ? 1 : 1 << randomness() % 7;
     for (auto& of_block : barriers) of_block.clear();
     meetings.clear();
     warpgroups.clear();
