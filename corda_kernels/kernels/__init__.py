@@ -56,9 +56,11 @@ def _triton_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
         triton_syrk.syrk_(c, x, *options)
 
 
-def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
-    if not syrk_sm90.syrk_(c, inputs, *options):
+def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> Callable[[], None] | None:
+    again = syrk_sm90.syrk_(c, inputs, *options)
+    if again is None:
         _TABLE["syrk_", "triton" if _no_triton() is None else "reference"](c, inputs, *options)
+    return again
 
 
 @functools.cache
@@ -93,9 +95,10 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
 }
 # "sm90" runs where it is asked for only, until a GPU has shown it right and faster than "triton".
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-# Shapes, dtypes and devices of calls that fit.
-_checked: set[tuple[Any, ...]] = set()
-_CHECKED = 4096
+# Calls of `syrk_` that a backend can repeat, by all that they depend on: in calibration the checks
+# and the preparation of a launch would take longer than the device needs for it.
+_again: dict[object, Callable[[], None]] = {}
+_AGAIN = 4096
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
 
 
@@ -187,6 +190,11 @@ def syrk_(
     Raises:
         ConfigError: a shape, dtype, device or option does not fit.
     """
+    given = c, x, absmax, outlier_count, row_mask
+    chosen = alpha, outlier_threshold, precision, deterministic
+    if _again and (again := _again.get(_call(*given, *chosen))):
+        again()
+        return c
     one_of("precision", precision, ("default", "high"))
     flag("deterministic", deterministic)
     alpha = real_number("alpha", alpha, "a finite number", math.isfinite)
@@ -196,26 +204,23 @@ def syrk_(
     largest, above, mask = (
         None if array is None else _tensor(array) for array in (absmax, outlier_count, row_mask)
     )
-    # Checked once a shape: in calibration a call takes the device less time than its checks.
-    facts = tuple(
-        None if array is None else (array.shape, array.dtype, array.device, array.layout)
-        for array in (total, largest, above, mask, *inputs)
-    )
-    if facts not in _checked:
-        _check_syrk(total, inputs, largest, above, mask)
-        if len(_checked) >= _CHECKED:
-            _checked.clear()
-        _checked.add(facts)
-    options = alpha, largest, above, outlier_threshold, precision, deterministic
+    _check_syrk(total, inputs, largest, above, mask)
     # In-place sums would be recorded if x needed gradients.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         if mask is not None:
             inputs = [inputs[0][mask]]
         filled = [rows for rows in inputs if rows.shape[0]]
-        for dtype, alike in itertools.groupby(filled, lambda rows: rows.dtype):
+        for dtype, group in itertools.groupby(filled, lambda rows: rows.dtype):
             wide = torch.float64 in (total.dtype, dtype)
             run = _implementation("syrk_float64" if wide else "syrk_", total.device)
-            run(total, list(alike), *options)
+            alike = list(group)
+            options = alpha, largest, above, outlier_threshold, precision, deterministic
+            again = run(total, alike, *options)
+            if again is not None and len(alike) == len(inputs):
+                if len(_again) >= _AGAIN:
+                    _again.clear()
+                if (call := _call(*given, *chosen)) is not None:
+                    _again[call] = again
     return c
 
 
@@ -226,6 +231,28 @@ def check_threshold(outlier_threshold: float) -> float:
         ConfigError: it is no number of at least 0.
     """
     return real_number("outlier_threshold", outlier_threshold, "at least 0", lambda x: x >= 0)
+
+
+def _call(
+    c: Array,
+    x: Array | Sequence[Array],
+    absmax: Array | None,
+    outlier_count: Array | None,
+    row_mask: Array | None,
+    *options: object,
+) -> object:
+    """All that a call depends on, but for the numbers in its arrays; None if it cannot be told."""
+    # 1 is as good a key as True, but no flag; a tensor for a number may change.
+    if row_mask is not None or tuple(map(type, options)) != (float, float, str, bool):
+        return None
+    arrays = (c, absmax, outlier_count, *(x if isinstance(x, list | tuple) else (x,)))
+    try:
+        where = [
+            a is not None and (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) for a in arrays
+        ]
+    except (AttributeError, RuntimeError):  # of NumPy, or sparse
+        return None
+    return _forced.get(), options, *where
 
 
 def _tensor(array: Array) -> Tensor:

@@ -1,9 +1,8 @@
 """Streaming SYRK with fused outlier statistics in CUDA C++, for compute capability 9.0 alone.
 
 `csrc/syrk_sm90.cuh` has the kernel. NVRTC compiles it at its first use, and the code is kept beside
-CuPy's: CuPy itself cannot compile for sm_90a, whose instructions the kernel is made of. Everything
-that a launch needs is kept by the pointers and shapes of its tensors, so that a call that has been
-seen before costs a look-up and the launch.
+CuPy's: CuPy itself cannot compile for sm_90a, whose instructions the kernel is made of. A call is
+made ready once, its tensor maps encoded and its work shared out, and can then be repeated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ _SHARED_BYTES = 1024 + 4 * 49_152 + 4 * 8_192 + 2 * 4 * 8
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}
 # Tokens that take as long as adding a tile to C: an estimate, no GPU has measured it yet.
 _EPILOGUE = 450
-_TYPES = (torch.bfloat16, torch.float16)
+_TYPES = {torch.bfloat16, torch.float16}
 # CUtensorMapDataType in cuda.h.
 _ELEMENTS = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _SWIZZLE_128_BYTES, _L2_PROMOTION_256_BYTES = 3, 3
@@ -61,8 +60,8 @@ class Matrix(NamedTuple):
     """Where a matrix lies: address, shape and strides in elements."""
 
     pointer: int
-    shape: tuple[int, int]
-    strides: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
 
     def describable(self) -> bool:
@@ -98,56 +97,48 @@ def syrk_(
     outlier_threshold: float,
     precision: str,
     deterministic: bool,
-) -> bool:
+) -> Callable[[], None] | None:
     """c += alpha·xᵀx of all inputs in one launch, with channel statistics. See `kernels.syrk_`.
 
     Several programs add to a tile of C in the order in which they end. If `deterministic`, there is
     a launch for each chain of tokens instead, in which each tile is one program's.
 
     Returns:
-        Whether the kernel takes these: 16-bit inputs of one dtype, with rows that start at
-        multiples of 16 bytes. If not, nothing has been done.
+        What does the same again, as long as the tensors are where they are. None if the kernel does
+        not take them and nothing has been done: it takes 16-bit inputs of one dtype whose rows
+        start at multiples of 16 bytes.
     """
+    total, *xs = (Matrix(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (c, *inputs))
+    kinds = {x.dtype for x in xs}
+    if len(kinds) > 1 or not kinds <= _TYPES or not all(x.describable() for x in (total, *xs)):
+        return None
     launches = _launches(
         c.get_device(),
-        (c.data_ptr(), c.shape, c.stride(), c.dtype),
-        tuple([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in inputs]),
-        None if absmax is None else absmax.data_ptr(),
-        None if outlier_count is None else outlier_count.data_ptr(),
-        alpha,
-        outlier_threshold,
+        total,
+        xs,
+        (alpha, _twice(outlier_threshold, xs[0].dtype)),
+        [None if t is None else t.data_ptr() for t in (absmax, outlier_count)],
         _LONGEST_CHAIN[precision],
         deterministic,
     )
-    if launches is None:
-        return False
-    stream = torch.cuda.current_stream(c.device).cuda_stream
-    with torch.cuda.device(c.device):
-        for function, clusters, arguments, _ in launches:
-            _launch(function, clusters, arguments, stream)
-    return True
+    again = functools.partial(_submit, c.device, launches)
+    again()
+    return again
 
 
-@functools.lru_cache(maxsize=4096)
 def _launches(
     device: int,
-    c: tuple[Any, ...],  # of Matrix, which would take the caller longer to make
-    inputs: tuple[tuple[Any, ...], ...],
-    absmax: int | None,
-    count: int | None,
-    alpha: float,
-    threshold: float,
+    total: Matrix,
+    xs: Sequence[Matrix],
+    numbers: tuple[float, int],  # alpha and the threshold's bits
+    statistics: Sequence[int | None],  # addresses of absmax and count
     longest: int,
     deterministic: bool,
-) -> list[tuple[int, int, Any, Launch]] | None:
+) -> list[tuple[int, int, Any, Launch]]:
     """What each launch of a call consists of: the function, the number of clusters, its arguments,
-    and what these point to. None if the kernel does not take these tensors."""
-    total, xs = Matrix(*c), [Matrix(*x) for x in inputs]
+    and what these point to."""
     d, dtype = total.shape[1], xs[0].dtype
-    kinds = {x.dtype for x in xs}
-    if len(kinds) > 1 or dtype not in _TYPES or not all(x.describable() for x in (total, *xs)):
-        return None
-    name = _name(dtype) + ("" if absmax is None and count is None else "_statistics")
+    name = _name(dtype) + ("_statistics" if any(statistics) else "")
     function = _functions(device)[name].ptr
     clusters = _multiprocessors(device) // 2
     rows = math.ceil(d / _TILE)
@@ -164,7 +155,8 @@ def _launches(
             for place, x in zip(launch.x, some, strict=False):
                 _encode(place, x, 64)
             launch.first[:] = first + [2**31 - 1] * (_INPUTS - len(first))
-            launch.absmax, launch.count, launch.channels = absmax, count, d
+            launch.absmax, launch.count = statistics
+            launch.channels = d
             launch.tokens, launch.origin = min(step, tokens - origin), origin
             busy = 0 if deterministic else clusters
             tiles = rows * (rows + 1) // 2
@@ -172,7 +164,7 @@ def _launches(
             for field, value in zip(shares._fields, shares, strict=True):
                 setattr(launch, field, value)
             launch.units = shares.programs(launch.tokens)
-            launch.alpha, launch.limit = alpha, _twice(threshold, dtype)
+            launch.alpha, launch.limit = numbers
             arguments = (ctypes.c_void_p * 1)(ctypes.addressof(launch))
             made.append((function, min(clusters, launch.units), arguments, launch))
     return made
@@ -228,18 +220,24 @@ def _encode(place: Any, matrix: Matrix, box_columns: int) -> None:
     _checked(code, "cuTensorMapEncodeTiled")
 
 
-def _launch(function: int, clusters: int, arguments: Any, stream: int) -> None:
-    code = _driver().cuLaunchKernel(
-        *(ctypes.c_void_p(function), 2 * clusters, 1, 1, _THREADS, 1, 1),
-        *(_SHARED_BYTES, ctypes.c_void_p(stream), arguments, None),
-    )
-    if code:
-        _checked(code, "cuLaunchKernel")
+def _submit(device: torch.device, launches: Sequence[tuple[int, int, Any, Launch]]) -> None:
+    """Launches on the current stream of the device, without waiting for it."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        for function, clusters, arguments, _ in launches:
+            code = _driver().cuLaunchKernel(
+                *(ctypes.c_void_p(function), 2 * clusters, 1, 1, _THREADS, 1, 1),
+                *(_SHARED_BYTES, stream, arguments, None),
+            )
+            if code:
+                _checked(code, "cuLaunchKernel")
 
 
 @functools.cache
 def _functions(device: int) -> dict[str, Any]:
     """Every kernel by name, as CuPy's Function, loaded on a device."""
+    if device < 0:
+        raise BackendError("the backend sm90 needs tensors on a GPU, these are on a CPU")
     import cupy
 
     with cupy.cuda.Device(device):
