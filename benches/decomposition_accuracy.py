@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from corda_kernels import CovarianceSet, load_model
-from corda_kernels.bench.accuracy import (
+from corda_kernels.bench.svd_cases import (
     EPS,
     Reference,
     adapter_error,

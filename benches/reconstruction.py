@@ -4,8 +4,8 @@ Relative Frobenius errors of B A against float64 (the projection on singular vec
 float64 SVD), for both ends and in both precisions:
 
     published   an SVD of W·C and an explicit inverse of C in that precision, as published
-    inverse     U from co_svd, rounded to that precision, then A through C⁻¹ (published_factors)
-    projection  the same U, and A as a projection of W
+    inverse     U from co_svd, rounded to that precision, then A through C⁻¹
+    projection  the same U, and A as a projection of W (published_factors)
 
 The last two differ in the reconstruction alone. Where float32 cannot invert C, `inverse` takes the
 least damping that works, and `published` what torch.linalg.inv returns. In float32 the function
@@ -30,10 +30,10 @@ from torch import Tensor
 
 from corda_kernels import CovarianceSet, co_svd, load_model
 from corda_kernels.adapter import published_factors
+from corda_kernels.adapter.factors import component_rows
 from corda_kernels.bench.timing import environment
 from corda_kernels.files import write_json
-from corda_kernels.linalg import CoSVD
-from corda_kernels.linalg.exact import End
+from corda_kernels.linalg import CoSVD, End, regularized_inverse
 from corda_kernels.linears import linear_weight
 from corda_kernels.outputs import check_output
 
@@ -72,6 +72,20 @@ def real(
         yield name.rpartition(".")[2], W, C
 
 
+def through_inverse(weight: Tensor, part: CoSVD, covariance: Tensor) -> tuple[Tensor, float]:
+    """B A by the published reconstruction, U·ΣVᵀ(C + λI)⁻¹ with ΣVᵀ = UᵀW(C + λI), and λ.
+
+    λ is the decomposition's; where that has none, the inverse takes the least that works, as a
+    multiple of the mean diagonal of C.
+    """
+    rows, noise = component_rows(weight, part)
+    C, damping = covariance.to(rows), float(part.damping)
+    found = regularized_inverse(C, damping=damping or None)
+    rows = (rows @ C + damping * C.diagonal().mean() * rows) @ found.inverse
+    live = rows.norm(dim=1) > noise
+    return part.U @ torch.where(live[:, None], rows, 0.0), float(found.damping)
+
+
 def errors(W: Tensor, C: Tensor) -> Errors:
     """By end, dtype and method; NaN where an inverse cannot be had."""
     exact = torch.linalg.svd(W @ C, full_matrices=False).U
@@ -90,10 +104,9 @@ def errors(W: Tensor, C: Tensor) -> Errors:
             part = ours[end]
             part = CoSVD(part.U.to(dtype), part.S.to(dtype), part.damping, part.residual)
             projection = published_factors(w, part)
-            through = published_factors(w, part, reconstruction="inverse", covariance=c)
             products = {
                 "published": (u[:, kept] * s[kept]) @ (vh[kept] @ inverse),
-                "inverse": through.B @ through.A,
+                "inverse": through_inverse(w, part, c)[0],
                 "projection": projection.B @ projection.A,
             }
             for method, product in products.items():

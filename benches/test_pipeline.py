@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corda_kernels import CordaConfig, calibrate
-from corda_kernels.bench.accuracy import adapter_error, reference, tail_energy_ratio
-from corda_kernels.bench.svd_cases import DAMPING
-from corda_kernels.bench.svd_methods import published_missing
+from corda_kernels.bench.svd import published_missing
+from corda_kernels.bench.svd_cases import (
+    DAMPING,
+    adapter_error,
+    reference,
+    tail_energy_ratio,
+)
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
 from corda_kernels.models import target_linears

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import DEVICE, Contest, Sized
 
-from corda_kernels.bench.svd import end_error, references
-from corda_kernels.bench.svd_cases import Case, realistic_covariance
-from corda_kernels.bench.svd_methods import ENDS, End, Parts, methods
+from corda_kernels.bench.svd import Parts, methods
+from corda_kernels.bench.svd_cases import ENDS, Case, end_error, realistic_covariance, references
+from corda_kernels.linalg import End
 
 # (layers that share the input, out, in), rank: of SmolLM2-135M, and one that is a bit larger.
 CASES = [(3, 576, 576, 32), (2, 1536, 576, 32), (1, 576, 1536, 32), (1, 1536, 1536, 64)]
@@ -48,7 +48,7 @@ def test_svd(
     method = methods(DEVICE).get(name)
     if method is None:
         pytest.skip("PEFT's CorDA cannot be imported: install attrs")
-    if which not in method.ends:
+    if which not in method.allowed:
         pytest.skip(f"{name} is not meant for the {which} components")
     case = make(layers, *map(sized, (outputs, inputs, rank)))
 

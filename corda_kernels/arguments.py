@@ -1,15 +1,17 @@
 """Checks of arguments that several modules share: numbers, choices, names, tensors, paths, devices.
 
+Each refuses a value by an error of type `error` that begins with `name`, what the value is called.
 None reads the entries of a tensor that is more than one number, so that none waits for a GPU.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import numbers
 import operator
 import os
 from collections.abc import Callable, Collection, Sequence
+from math import inf, nan
 from pathlib import Path
 
 import torch
@@ -17,46 +19,38 @@ from torch import Tensor
 
 from corda_kernels.errors import ConfigError, CordaError
 
+Error = type[CordaError]
+Kind = type | tuple[type, ...]
+
 _SHOWN = 80  # characters of a value in a message
-# What torch.Generator takes.
-_SEEDS = (-(2**63), 2**64 - 1)
 
 
 def shown(value: object) -> str:
     """The value as a message shows it: as it is written if that is short, else by its type."""
-    try:
+    text = ""
+    with contextlib.suppress(ValueError):  # a whole number of more digits than Python writes
         text = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        text = ""
     if 0 < len(text) <= _SHOWN and "\n" not in text:
         return text
     return f"a value of type {type(value).__name__}"
 
 
 def instance_of(
-    name: str,
-    value: object,
-    kind: type | tuple[type, ...],
-    error: type[CordaError] = ConfigError,
-    *,
-    remedy: str = "",
+    name: str, value: object, kind: Kind, error: Error = ConfigError, remedy: str = ""
 ) -> None:
     """Refuses a value of another type.
 
     Raises:
-        CordaError: of type `error`; `name` is what the value is called, as in all that follows.
+        CordaError: of type `error`.
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join("None" if k is type(None) else f"a {k.__name__}" for k in kinds)
-        raise error(f"{name} must be {wanted}, got {shown(value)}{f': {remedy}' if remedy else ''}")
+        raise error(f"{name} must be {wanted}, got {shown(value)}{remedy and f': {remedy}'}")
 
 
 def one_of(
-    name: str,
-    value: object,
-    allowed: Sequence[str | None],
-    error: type[CordaError] = ConfigError,
+    name: str, value: object, allowed: Sequence[str | None], error: Error = ConfigError
 ) -> None:
     """Refuses a value that is none of those allowed.
 
@@ -69,12 +63,7 @@ def one_of(
 
 
 def whole_number(
-    name: str,
-    value: object,
-    least: int | None = None,
-    most: int | None = None,
-    *,
-    error: type[CordaError] = ConfigError,
+    name: str, value: object, least: float = -inf, most: float = inf, error: Error = ConfigError
 ) -> int:
     """The value, of Python, NumPy or torch, as an int.
 
@@ -82,42 +71,28 @@ def whole_number(
         CordaError: of type `error`: it is no whole number, or below `least` or above `most`.
     """
     number = None
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)  # type: ignore[arg-type]
-        except (TypeError, RuntimeError):  # torch has a RuntimeError for tensors without a value
-            number = None
-    if (
-        number is None
-        or (least is not None and number < least)
-        or (most is not None and number > most)
-    ):
-        bounds = "" if least is None else f" of at least {least}"
-        if most is not None:
+    # A tensor without a value has a RuntimeError.
+    with contextlib.suppress(TypeError, RuntimeError):
+        number = operator.index(value)  # type: ignore[arg-type]
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        bounds = "" if least == -inf else f" of at least {least}"
+        if most != inf:
             bounds = f" from {least} to {most}"
         raise error(f"{name} must be a whole number{bounds}, got {shown(value)}")
     return number
 
 
 def seed_number(name: str, value: object) -> int:
-    """The value as a seed of a random generator.
+    """The value as a seed of a random generator, of the 64 bits that torch takes.
 
     Raises:
-        ConfigError: it is no whole number of 64 bits.
+        ConfigError: it is none.
     """
-    number = whole_number(name, value)
-    if not _SEEDS[0] <= number <= _SEEDS[1]:
-        raise ConfigError(f"{name} must be within 64 bits, got {shown(number)}")
-    return number
+    return whole_number(name, value, -(2**63), 2**64 - 1)
 
 
 def real_number(
-    name: str,
-    value: object,
-    rule: str,
-    holds: Callable[[float], bool],
-    *,
-    error: type[CordaError] = ConfigError,
+    name: str, value: object, rule: str, holds: Callable[[float], bool], error: Error = ConfigError
 ) -> float:
     """The value, of Python, NumPy or torch, as a float.
 
@@ -131,13 +106,11 @@ def real_number(
     Raises:
         CordaError: of type `error`: it is no real number, or the rule does not hold.
     """
-    number = math.nan
+    number = nan
     scalar = isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
     if (scalar or isinstance(value, numbers.Real)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(OverflowError, RuntimeError):  # beyond float64; a meta tensor
             number = float(value)  # type: ignore[arg-type]
-        except (OverflowError, RuntimeError):  # beyond float64, or on the meta device
-            number = math.nan
     if not holds(number):
         raise error(f"{name} must be {rule}, got {shown(value)}")
     return number
@@ -153,17 +126,14 @@ def flag(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be True or False, got {shown(value)}")
 
 
-def name_list(name: str, value: object, error: type[CordaError] = ConfigError) -> None:
+def name_list(name: str, value: object, error: Error = ConfigError) -> None:
     """Refuses what is no list, tuple or set of names.
 
     Raises:
         CordaError: of type `error`.
     """
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Collection)
-        or not all(isinstance(each, str) for each in value)
-    ):
+    named = isinstance(value, Collection) and all(isinstance(each, str) for each in value)
+    if isinstance(value, str) or not named:
         raise error(f"{name} must be a list of names, got {shown(value)}")
 
 
@@ -172,7 +142,7 @@ def holds_numbers(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def real_tensor(name: str, value: object, error: type[CordaError]) -> None:
+def real_tensor(name: str, value: object, error: Error) -> None:
     """Refuses what is no dense tensor of floating numbers.
 
     Raises:
@@ -180,20 +150,17 @@ def real_tensor(name: str, value: object, error: type[CordaError]) -> None:
             sparse, or without entries (on the meta device).
     """
     if not isinstance(value, Tensor):
-        raise error(
-            f"{name} must be a tensor, got a value of type {type(value).__name__}: torch.as_tensor "
-            "makes one of an array or a list"
-        )
+        kind = type(value).__name__
+        raise error(f"{name} must be a tensor, got a value of type {kind}: see torch.as_tensor")
     # Numbers of eight bits mean nothing without the scales that are kept beside them.
     if not value.is_floating_point() or value.itemsize < 2:
-        remedy = "which part of it is meant?" if value.is_complex() else "convert it by .float()"
-        raise error(f"{name} must hold real floating numbers, got {value.dtype}: {remedy}")
+        raise error(f"{name} must hold real floating numbers, got {value.dtype}: convert it")
     if not holds_numbers(value):
-        where = "the meta device" if value.is_meta else f"layout {value.layout}"
-        raise error(f"{name} must be a dense tensor with its numbers at hand, got one on {where}")
+        found = f"{value.layout} on {value.device}"
+        raise error(f"{name} must be a dense tensor with its numbers at hand, got {found}")
 
 
-def readable_path(value: object, error: type[CordaError]) -> Path:
+def readable_path(value: object, error: Error) -> Path:
     """The path of something to read, which may not be there.
 
     Raises:
@@ -201,9 +168,8 @@ def readable_path(value: object, error: type[CordaError]) -> Path:
     """
     try:
         path = Path(value)  # type: ignore[arg-type]
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return path
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
     except TypeError as reason:
         raise error(f"a path must be a text or a pathlib.Path, got {shown(value)}") from reason
     except (OSError, ValueError) as reason:  # too long, no permission; a NUL character
@@ -212,7 +178,7 @@ def readable_path(value: object, error: type[CordaError]) -> Path:
     return path
 
 
-def usable_device(value: object, error: type[CordaError]) -> torch.device:
+def usable_device(value: object, error: Error) -> torch.device:
     """The device of that name, if it is one of a kind that holds numbers.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Check = Callable[[Any], bool]
@@ -48,18 +48,12 @@ def _check_text(value: Any, levels: int) -> None:
         raise ValueError("it is nested too deep")
     if isinstance(value, str):
         value.encode()
-    elif isinstance(value, dict):
-        for name, entry in value.items():
-            name.encode()
-            _check_text(entry, levels - 1)
-    elif isinstance(value, list):
-        for entry in value:
+    elif isinstance(value, list | dict):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
             _check_text(entry, levels - 1)
 
 
-def check_fields(
-    value: Any, schema: Mapping[str, Schema], where: str = "it", *, may_lack: Iterable[str] = ()
-) -> None:
+def check_fields(value: Any, schema: Mapping[str, Schema], where: str = "it") -> None:
     """Makes sure that a JSON object has certain fields, and nothing else.
 
     Args:
@@ -67,7 +61,6 @@ def check_fields(
         schema: of each field, whether a value is one that it may have, or the schema of an object.
             A field whose name ends in "?" may be missing. "*" alone stands for any names.
         where: what the object is called in messages; an object in it goes by its field's name.
-        may_lack: further fields that may be missing.
 
     Raises:
         ValueError: it is no object, or names the first field that is wrong.
@@ -75,7 +68,7 @@ def check_fields(
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no object")
     fields = {name.removesuffix("?"): check for name, check in schema.items()}
-    lacking = {*may_lack, *(name[:-1] for name in schema if name.endswith("?"))}
+    lacking = {name[:-1] for name in schema if name.endswith("?")}
     if "*" in schema:
         fields, lacking = dict.fromkeys(value, schema["*"]), set()
     odd = sorted(map(str, (fields.keys() ^ value.keys()) - lacking))

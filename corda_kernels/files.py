@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +15,14 @@ from torch import Tensor
 from corda_kernels.arguments import readable_path
 from corda_kernels.errors import CordaError
 from corda_kernels.fields import parse_json
-from corda_kernels.outputs import atomic_path
+from corda_kernels.outputs import AnyPath, atomic_path
 
 # The one entry of a checked file's metadata. There is only one because safetensors writes several
 # in an order that differs from run to run, and equal contents should make equal files.
 _SEAL = "corda"
 
 
-def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Writes `value` as indented JSON, atomically.
 
     Raises:
@@ -38,7 +36,7 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
+def write_bytes(path: AnyPath, contents: bytes) -> None:
     """Writes a file of these contents, atomically.
 
     Raises:
@@ -49,7 +47,7 @@ def write_bytes(path: str | os.PathLike[str], contents: bytes) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file, atomically.
 
@@ -66,7 +64,7 @@ def write_tensors(
 
 
 def write_checked(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     format_: str,
     header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -89,7 +87,7 @@ def write_checked(
 
 
 def read_checked(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     format_: str,
     *,
     what: str,
@@ -126,9 +124,8 @@ def read_checked(
                     f"(format {seal[0][:40]!r}, expected {format_!r})"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if not mapped:
-                for name, tensor in tensors.items():
-                    tensors[name] = tensor.clone()
+            for name, tensor in () if mapped else tensors.items():
+                tensors[name] = tensor.clone()
     except (SafetensorError, OSError) as reason:
         raise error(
             f"{path} is truncated or not a safetensors file ({reason}): {remedy}"
@@ -152,8 +149,3 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def utf8_name(path: Path) -> str:
-    """The last part of a path, to stand in a record: what of it is not UTF-8 is replaced."""
-    return os.fsencode(path.name).decode(errors="replace")

@@ -30,6 +30,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of a model by name, in its order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer's weight is packed in a way that PEFT can unpack: by bitsandbytes, in
     4 or 8 bits, or by torchao."""
@@ -94,9 +99,23 @@ def linear_weight(module: nn.Module) -> Tensor:
     Raises:
         TargetError: the weight is packed in another way, or not a matrix of floating numbers.
     """
+    weight: Any = getattr(module, "weight", None)
+    if type(weight).__name__ == "Int8Params":
+        # PEFT's way to do this leaves a layer on a CPU without its scales. The weight keeps them
+        # until the first call, the layer's state from then on.
+        state: Any = module.state
+        scales = weight.SCB if state.SCB is None else state.SCB
+        unpacked: Tensor = weight.data
+        if scales is not None:  # with has_fp16_weights they are packed for a product only
+            unpacked = unpacked.float() * (scales.to(weight.device) / 127)[:, None]
+        return unpacked
     if is_quantised(module):
-        return _unpacked(module)
-    weight = getattr(module, "weight", None)
+        from peft.utils.integrations import dequantize_module_weight
+
+        if is_packed(module):
+            _unpack(module)  # the next pass in eval mode packs it again
+        unpacked = dequantize_module_weight(module)
+        return unpacked.detach()
     # Numbers of eight bits mean nothing without the scales that are kept beside them.
     if (
         not isinstance(weight, Tensor)
@@ -110,25 +129,6 @@ def linear_weight(module: nn.Module) -> Tensor:
             "or torchao"
         )
     return weight if isinstance(module, nn.Linear) else weight.T
-
-
-def _unpacked(module: Any) -> Tensor:
-    weight = module.weight
-    if type(weight).__name__ == "Int8Params":
-        # PEFT's way to do this leaves a layer on a CPU without its scales. The weight keeps them
-        # until the first call, the layer's state from then on.
-        scales = weight.SCB if module.state.SCB is None else module.state.SCB
-        unpacked: Tensor = weight.data
-        if scales is not None:  # with has_fp16_weights they are packed for a product only
-            unpacked = unpacked.float() * (scales.to(weight.device) / 127)[:, None]
-        return unpacked
-    from peft.utils.integrations import dequantize_module_weight
-
-    if is_packed(module):
-        _unpack(module)  # the next pass in eval mode packs it again
-
-    unpacked = dequantize_module_weight(module)
-    return unpacked.detach()
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -6,19 +6,12 @@ import contextlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from corda_kernels.arguments import (
-    instance_of,
-    name_list,
-    readable_path,
-    shown,
-    usable_device,
-)
+from corda_kernels.arguments import instance_of, name_list, readable_path, shown, usable_device
 from corda_kernels.errors import (
     CordaError,
     CordaWarning,
@@ -27,7 +20,7 @@ from corda_kernels.errors import (
     TargetError,
     warn,
 )
-from corda_kernels.linears import is_linear
+from corda_kernels.linears import is_linear, linear_layers
 from corda_kernels.outputs import staged_folder
 
 if TYPE_CHECKING:
@@ -43,32 +36,23 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module",
 }
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# By which it shows that a folder has a tokenizer, of whichever kind.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "spiece*",
-    "sentencepiece*",
-    "tekken.json",
-    "*.tiktoken",
+_TOKENIZER = (
+    r"(tokenizer(_config)?|vocab|merges|spiece|sentencepiece(\.bpe)?|tekken)\.[\w.]+|\w+\.tiktoken"
 )
 # What a model's folder is made of: none of it outlives the model.
 MODEL_FILES = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
     r"|(config|generation_config|special_tokens_map|added_tokens)\.json|chat_template\.\w+"
-    r"|(tokenizer(_config)?|vocab|merges|spiece|sentencepiece(\.bpe)?|tekken)\.\w+|\w+\.tiktoken"
+    rf"|{_TOKENIZER}"
 )
+
+StrPath = str | os.PathLike[str]
 
 
 def load_model(
-    source: str | os.PathLike[str],
+    source: StrPath,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -90,11 +74,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype is not None:
-        dtype = parse_dtype(dtype)
+    dtype = None if dtype is None else parse_dtype(dtype)
     place = usable_device(device, ModelError)
     where, options = _locate(source, trust_remote_code)
-    if "gguf_file" in options:
+    packed = "gguf_file" in options
+    if packed:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -110,22 +94,17 @@ def load_model(
             f"would start at random ({', '.join(missing[:3])}): copy its files again, or take the "
             "checkpoint of a causal language model"
         )
-    if "gguf_file" in options:
+    if packed:
         model.name_or_path = model.config._name_or_path = os.fspath(source)
-    model.eval()
     try:
-        return model.to(place)
+        return model.eval().to(place)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"cannot move the model to device {device!r}: {_first_line(error)}"
-        ) from error
+        reason = _first_line(error)
+        raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
 
 
 def load_skeleton(
-    source: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    source: StrPath, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model on the meta device, of which only the config is read.
 
@@ -139,8 +118,7 @@ def load_skeleton(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if dtype is not None:
-        dtype = parse_dtype(dtype)
+    dtype = None if dtype is None else parse_dtype(dtype)
     where, options = _locate(source, trust_remote_code)
     with _loading_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(where, **options)
@@ -157,15 +135,14 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ModelError: it is another one.
     """
-    for name, known in _DTYPES.items():
+    names = [str(known).removeprefix("torch.") for known in _DTYPES]
+    for name, known in zip(names, _DTYPES, strict=True):
         if isinstance(dtype, str | torch.dtype) and dtype in (name, known):
             return known
-    raise ModelError(f"dtype {shown(dtype)} is not one of {', '.join(_DTYPES)}")
+    raise ModelError(f"dtype {shown(dtype)} is not one of {', '.join(names)}")
 
 
-def load_tokenizer(
-    source: str | os.PathLike[str], *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: StrPath, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to a model; the arguments are as in `load_model`.
 
     Raises:
@@ -175,12 +152,8 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     where, options = _locate(source, trust_remote_code)
-    folder = Path(where)
-    if (
-        folder.is_dir()
-        and "gguf_file" not in options
-        and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
-    ):
+    names = os.listdir(where) if os.path.isdir(where) and "gguf_file" not in options else None
+    if names is not None and not any(re.fullmatch(_TOKENIZER, name) for name in names):
         raise ModelError(
             f"{where} has no tokenizer: copy the tokenizer's files (tokenizer.json, "
             "tokenizer_config.json) there, from where the model comes from"
@@ -191,9 +164,9 @@ def load_tokenizer(
 
 def save_model(
     model: PreTrainedModel,
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
-    source: str | os.PathLike[str],
+    source: StrPath,
     card: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -211,16 +184,15 @@ def save_model(
     Raises:
         OutputError: the folder cannot be written; what was there is as it was.
     """
-    tokenizer = None
+    saved: list[Any] = [model]
     try:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        saved.append(load_tokenizer(source, trust_remote_code=trust_remote_code))
     except ModelError as error:
         warn(f"{path} gets no tokenizer: {error}", CordaWarning)
     with staged_folder(path, replaced=MODEL_FILES) as folder:
         try:
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            for each in saved:
+                each.save_pretrained(folder)
             if card is not None:
                 (folder / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # as in _loading_errors; this may be a full disk
@@ -230,31 +202,29 @@ def save_model(
             ) from error
 
 
-def _locate(source: str | os.PathLike[str], trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _locate(source: StrPath, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model, and the options with which it is to load it from there."""
     path = readable_path(source, ModelError)
     text = os.fspath(source)
     # Said either way: transformers would ask on the terminal.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(
-                f"{text} is a file, but not a GGUF file: give the model's folder, hub id or .gguf "
-                "file"
-            )
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return str(path.parent), options | {"gguf_file": path.name}
-    if path.is_dir():
+    wrong = ""
+    if path.is_file():
+        wrong = " is a file, but not a GGUF file: give the model's folder, hub id or .gguf file"
+    elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{text} has no config.json: it is not the folder of a transformers model"
-            )
+            wrong = " has no config.json: it is not the folder of a transformers model"
     elif text.count("/") > 1 or text.startswith((".", "/", "~")) or path.suffix == ".gguf":
-        raise ModelError(f"{text}: no such model folder or file")
+        wrong = ": no such model folder or file"
+    if wrong:
+        raise ModelError(f"{text}{wrong}")
     return text, options
 
 
 @contextlib.contextmanager
-def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+def _loading_errors(source: StrPath) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, tokenizers and safetensors have no common base
@@ -263,12 +233,10 @@ def _loading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
                 f"{os.fspath(source)} needs Python code that comes with it, which is not run "
                 "unasked: read that code, then pass trust_remote_code=True (--trust-remote-code)"
             ) from error
-        known = Path(source).exists()
-        raise ModelError(
-            f"cannot load {os.fspath(source)}: {'' if known else 'there is no such folder, and '}"
-            f"{_first_line(error)}"
-            f"{'' if known else ' (a hub id needs network access or a filled cache)'}"
-        ) from error
+        reason = f"{os.fspath(source)}: {_first_line(error)}"
+        if not os.path.exists(source):
+            reason += " (there is no such folder; a hub id needs network access or a filled cache)"
+        raise ModelError(f"cannot load {reason}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -302,8 +270,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, blocks in decoder(model).named_modules()
         if isinstance(blocks, nn.ModuleList)
     ]
-    linears, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
-    if not linears or found is None:
+    count, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
+    if not count or found is None:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks: calibrate it in one pass"
         )
@@ -313,12 +281,9 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model wants its inputs; for one whose weights are offloaded, where it computes."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    hook = getattr(embedding, "_hf_hook", None)
+    hook = getattr(_part(model, "get_input_embeddings"), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next(model.parameters()).device
+    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 def devices(model: nn.Module) -> set[torch.device]:
@@ -329,8 +294,7 @@ def devices(model: nn.Module) -> set[torch.device]:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids have an embedding; None where the model does not say."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    count = getattr(embedding, "num_embeddings", None)
+    count = getattr(_part(model, "get_input_embeddings"), "num_embeddings", None)
     return count if isinstance(count, int) else None
 
 
@@ -340,32 +304,34 @@ def position_count(model: nn.Module) -> int | None:
     Positions that are computed, as rotary ones mostly are, have no bound. Learned ones (GPT-2,
     OPT) and precomputed ones (GPT-J) are looked up.
     """
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    if not callable(find):
-        return None
-    text = find()
-    asked = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    text = _part(getattr(model, "config", None), "get_text_config")
     tables = {name: len(buffer) for name, buffer in model.named_buffers() if buffer.ndim > 1}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             # OPT has two rows before that of the first position.
             tables[name] = module.num_embeddings - getattr(module, "offset", 0)
     looked_up = {size for name, size in tables.items() if _POSITIONS.search(name)}
+    asked = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
     return next((count for count in asked if count in looked_up), None)
 
 
 def trained_positions(model: nn.Module) -> int | None:
     """How many tokens at a time the model was trained on; None if its config does not say."""
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    count = getattr(find(), "max_position_embeddings", None) if callable(find) else None
+    text = _part(getattr(model, "config", None), "get_text_config")
+    count = getattr(text, "max_position_embeddings", None)
     return count if isinstance(count, int) and count > 0 else None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that computes the logits, if the model says which it is."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head = _part(model, "get_output_embeddings")
     return head if isinstance(head, nn.Module) else None
+
+
+def _part(owner: object, find: str) -> object:
+    """What a method of this name gives; None where there is no such method."""
+    method = getattr(owner, find, None)
+    return method() if callable(method) else None
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -405,24 +371,22 @@ def target_linears(
     """
     instance_of("the model", model, nn.Module, ModelError)
     check_selection("targets", targets, TargetError)
+    linears, head = linear_layers(model), output_head(model)
+    if targets == "all-linear":
+        chosen = {name for name, module in linears.items() if module is not head}
+        if not chosen:
+            raise no_match("targets", targets, linears)
+    else:
+        chosen = _selected("targets", targets, linears)
     if exclude is not None:
         check_selection("exclude", exclude, TargetError)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    head = output_head(model)
-    if targets == "all-linear":
-        chosen = {name: module for name, module in linears.items() if module is not head}
-    else:
-        chosen = {name: module for name, module in linears.items() if _selected(name, targets)}
-    _check_matched("targets", targets, chosen, linears)
     if exclude:
-        excluded = {name: module for name, module in linears.items() if _selected(name, exclude)}
-        _check_matched("exclude", exclude, excluded, linears)
-        chosen = {name: module for name, module in chosen.items() if name not in excluded}
+        chosen -= _selected("exclude", exclude, linears)
         if not chosen:
             raise TargetError(f"exclude {exclude!r} leaves no layer of the targets: exclude fewer")
-    if head is not None:
-        check_unshared(model, {name: module for name, module in chosen.items() if module is head})
-    return chosen
+    found = {name: module for name, module in linears.items() if name in chosen}
+    check_unshared(model, {name: module for name, module in found.items() if module is head})
+    return found
 
 
 def check_selection(option: str, given: object, error: type[CordaError]) -> None:
@@ -435,19 +399,32 @@ def check_selection(option: str, given: object, error: type[CordaError]) -> None
         name_list(option, given, error)
 
 
-def _check_matched(
-    option: str, given: str | Sequence[str], found: Collection[str], linears: Collection[str]
-) -> None:
-    """Refuses a selection that matches nothing, or one of whose endings does not."""
-    unmatched = []
-    if not isinstance(given, str):
-        unmatched = [each for each in given if not any(_selected(name, [each]) for name in linears)]
+def _selected(option: str, given: str | Sequence[str], linears: Collection[str]) -> set[str]:
+    """The layers that a selection matches; each of its endings must match one."""
+    if isinstance(given, str):
+        try:
+            found = {name for name in linears if re.fullmatch(given, name)}
+        except (re.error, OverflowError, RecursionError) as error:
+            raise TargetError(f"{given!r} is not a regular expression: {error}") from error
+        unmatched = []
+    else:
+        matched = {
+            end: {name for name in linears if f".{name}".endswith(f".{end}")} for end in given
+        }
+        found = set().union(*matched.values())
+        unmatched = [end for end in given if not matched[end]]
     if unmatched or not found:
-        endings = sorted({name.rpartition(".")[2] for name in linears})
-        raise TargetError(
-            f"no linear layer matches {option} {unmatched or given!r}; the model's linear layers "
-            f"end in: {', '.join(endings[:20]) or '(it has none)'}"
-        )
+        raise no_match(option, unmatched or given, linears)
+    return found
+
+
+def no_match(option: str, given: object, linears: Collection[str]) -> TargetError:
+    """The error of a selection that matches none of a model's linear layers."""
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    return TargetError(
+        f"no linear layer matches {option} {given!r}; the model's linear layers end in: "
+        f"{', '.join(endings[:20]) or '(it has none)'}"
+    )
 
 
 def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -469,15 +446,6 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _selected(name: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise TargetError(f"{targets!r} is not a regular expression: {error}") from error
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
 def unreached_weights(model: nn.Module) -> dict[str, str]:
     """Matrices that are in no linear layer, and so in reach of no adapter, by name with the reason.
 
@@ -485,17 +453,16 @@ def unreached_weights(model: nn.Module) -> dict[str, str]:
     of a layer, which come first, and their routers. Embeddings, convolutions and the output head
     are left out on purpose and not listed.
     """
-    fused: dict[str, str] = {}
-    bare: dict[str, str] = {}
+    found: dict[str, tuple[int, str]] = {}
     inside = set(decoder(model).modules())
     for prefix, module in model.named_modules():
         if module not in inside or is_linear(module) or isinstance(module, _NOT_ADAPTED):
             continue
-        kind = type(module).__name__
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim == 3 and min(parameter.shape) > 1:  # a class token is 1 × 1 × width
-                count = parameter.shape[0]
-                fused[name] = f"{count} experts fused in one 3-D parameter of {kind}"
-            elif parameter.ndim == 2 and min(parameter.shape) > 1:
-                bare[name] = f"a bare 2-D parameter of {kind}"
-    return {name: f"{reason}, not a linear layer" for name, reason in (fused | bare).items()}
+        for name, weight in module.named_parameters(prefix, recurse=False):
+            if weight.ndim in (2, 3) and min(weight.shape) > 1:  # a class token is 1 × 1 × width
+                experts = f"{len(weight)} experts fused in one 3-D parameter"
+                kind = experts if weight.ndim == 3 else "a bare 2-D parameter"
+                reason = f"{kind} of {type(module).__name__}, not a linear layer"
+                found[name] = weight.ndim, reason
+    fused_first = sorted(found, key=lambda name: -found[name][0])
+    return {name: found[name][1] for name in fused_first}

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 
 from corda_kernels.errors import OutputError
 
+AnyPath = str | os.PathLike[str]
+
 _PREFIX = ".corda-"
 _LOCK = "lock"
 # Where a folder waits that is being replaced, on file systems that need two steps for it.
@@ -38,9 +40,7 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 _ATTEMPTS = 100
 
 
-def check_output(
-    path: str | os.PathLike[str], *, needed_bytes: int = 0, folder: bool = False
-) -> Path:
+def check_output(path: AnyPath, *, needed_bytes: int = 0, folder: bool = False) -> Path:
     """Makes sure, before any work is done, that `path` can be written later.
 
     The parent folder is created where it is missing; nothing else is left behind.
@@ -54,24 +54,17 @@ def check_output(
         OutputError: the path is of the other kind, a device or a pipe, its parent cannot be
             written, or the disk has too little space.
     """
-    with _output_errors(path):
-        target = _behind_links(path)
-        _check_kind(target, folder=folder)
-        if folder:
-            _check_replaceable(target)
-        with _workspace(target.parent) as work:
-            (work / target.name).touch()  # its name may be too long
-            free = shutil.disk_usage(work).free
+    with _writing(path, folder=folder) as (_, temporary):
+        free = shutil.disk_usage(temporary.parent).free
     if free < needed_bytes:
-        raise OutputError(
-            f"{path} needs about {format_bytes(needed_bytes)}, but only {format_bytes(free)} is "
-            "free there: free some space or choose another output path"
-        )
+        needed = f"{format_bytes(needed_bytes)}, but only {format_bytes(free)} is free there"
+        remedy = "free some space or choose another output path"
+        raise OutputError(f"{path} needs about {needed}: {remedy}")
     return Path(path)
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yields an empty file, which replaces `path` if the block ends without error.
 
     The file has the mode that any new file has here, however the block writes it (safetensors
@@ -81,20 +74,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the path is a folder, a device or a pipe, or the file cannot be written or
             moved into place.
     """
-    with _output_errors(path):
-        target = _behind_links(path)
-        _check_kind(target, folder=False)
-        with _workspace(target.parent) as work:
-            temporary = work / target.name
-            temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            yield temporary
-            _settle(temporary, mode)
-            os.replace(temporary, target)
+    with _writing(path) as (target, temporary):
+        mode = temporary.stat().st_mode
+        yield temporary
+        _settle(temporary, mode)
+        os.replace(temporary, target)
 
 
 @contextlib.contextmanager
-def staged_folder(path: str | os.PathLike[str], *, replaced: re.Pattern[str]) -> Iterator[Path]:
+def staged_folder(path: AnyPath, *, replaced: re.Pattern[str]) -> Iterator[Path]:
     """Yields an empty folder, which takes the place of `path` if the block ends without error.
 
     What else `path` holds is in the new folder too: its files by hard links, where the disk has
@@ -108,33 +96,37 @@ def staged_folder(path: str | os.PathLike[str], *, replaced: re.Pattern[str]) ->
         OutputError: the folder cannot be written or moved into place, or it holds a folder where
             there is to be a file. What was there is as it was.
     """
-    with _output_errors(path):
-        target = _behind_links(path)
-        _check_kind(target, folder=True)
-        _check_replaceable(target)
-        with _workspace(target.parent) as work:
-            fresh = work / "new"
-            fresh.mkdir()
-            (work / "mode").touch()
-            mode = stat.S_IMODE((work / "mode").stat().st_mode)
-            yield fresh
-            for file in fresh.rglob("*"):
-                if file.is_file():
-                    _settle(file, mode)
-            _take_over(target, fresh, replaced)
-            _put_into_place(fresh, target)
+    with _writing(path, folder=True) as (target, temporary):
+        mode = temporary.stat().st_mode
+        temporary.unlink()
+        fresh = temporary.with_name("new")
+        fresh.mkdir()
+        yield fresh
+        for file in filter(Path.is_file, fresh.rglob("*")):
+            _settle(file, mode)
+        for attempt in range(_ATTEMPTS):
+            try:
+                if target.exists():
+                    _carry_over(target, fresh, replaced)
+                    _exchange(fresh, target)
+                else:
+                    fresh.rename(target)
+                break
+            except OSError as error:  # it is there, or not there, since another writer put it so
+                if error.errno not in (*_TAKEN, errno.ENOENT) or attempt == _ATTEMPTS - 1:
+                    raise
 
 
 @contextlib.contextmanager
-def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty folder beside `path`, on the same disk, which is deleted afterwards.
+def temporary_folder(path: AnyPath) -> Iterator[Path]:
+    """Yields an empty folder beside the file `path`, on the same disk, which is deleted afterwards.
 
     Raises:
         OutputError: it cannot be made, or what is written to it cannot.
     """
-    with _output_errors(path), _workspace(_behind_links(path).parent) as work:
-        (work / "new").mkdir()
-        yield work / "new"
+    with _writing(path) as (_, temporary):
+        temporary.unlink()
+        yield temporary.parent
 
 
 def format_bytes(count: float) -> str:
@@ -147,10 +139,20 @@ def format_bytes(count: float) -> str:
 
 
 @contextlib.contextmanager
-def _output_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what the system says about a path into one error that names it."""
+def _writing(path: AnyPath, *, folder: bool = False) -> Iterator[tuple[Path, Path]]:
+    """What a rename must replace, and an empty file of its name in a workspace beside it.
+
+    Whatever the system says on the way becomes one error that names the path.
+    """
     try:
-        yield
+        target = Path(os.path.realpath(os.fsdecode(path)))  # absolute, and no symbolic link
+    except (TypeError, ValueError) as error:  # a number; a NUL byte
+        raise OutputError(f"{path!r} cannot be an output path: {error}") from error
+    try:
+        _check_replaceable(target, folder)
+        with _workspace(target.parent) as work:
+            (work / target.name).touch()  # the name may be too long
+            yield target, work / target.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
@@ -159,82 +161,56 @@ def _output_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _behind_links(path: str | os.PathLike[str]) -> Path:
-    """The path that a rename must replace: absolute, and no symbolic link."""
-    try:
-        return Path(os.path.realpath(os.fsdecode(path)))
-    except (TypeError, ValueError) as error:  # a number; a NUL byte
-        raise OutputError(f"{path!r} cannot be an output path: {error}") from error
-
-
-def _check_kind(path: Path, *, folder: bool) -> None:
-    if not path.exists() or (path.is_dir() if folder else path.is_file()):
-        return
+def _check_replaceable(path: Path, folder: bool) -> None:
+    """Refuses what is of the other kind, and folders that no rename can put another in place of."""
     kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
-    raise OutputError(f"{path} is {kind} already: choose another output path")
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuses folders that no rename can put another in the place of."""
-    if os.path.ismount(folder):
-        raise OutputError(f"{folder} is a disk's own folder: choose a folder in it")
-    if Path.cwd().is_relative_to(folder):
-        raise OutputError(
-            f"{folder} is the current folder or holds it: choose another, for it is replaced whole"
-        )
-    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+    if path.exists() and kind != ("a folder" if folder else "a file"):
+        raise OutputError(f"{path} is {kind} already: choose another output path")
+    if folder and os.path.ismount(path):
+        raise OutputError(f"{path} is a disk's own folder: choose a folder in it")
+    if folder and Path.cwd().is_relative_to(path):
+        raise OutputError(f"{path} is the current folder or holds it: choose another output path")
+    if folder and path.exists() and not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextlib.contextmanager
 def _workspace(home: Path) -> Iterator[Path]:
     """An empty folder in `home` of this writer alone; those that kills have left are deleted."""
-    if home.exists() and not home.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    home.mkdir(parents=True, exist_ok=True)
-    folder, lock = _claimed(home)
-    try:
-        _sweep(home, folder)
-        work = folder / "work"
-        work.mkdir()
-        yield work
-    finally:
-        _delete(folder)
-        lock.release()
-
-
-def _claimed(home: Path) -> tuple[Path, FileLock]:
-    """A new workspace and its lock, held."""
+    if not home.exists():
+        home.mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
         lock = FileLock(folder / _LOCK, timeout=0)
-        try:
+        # Another writer may take it for left behind before the lock is held, and delete it: even
+        # while the lock makes sure of its folder, which Python then reports as a file.
+        with contextlib.suppress(Timeout, FileNotFoundError, FileExistsError):
             lock.acquire()
-        except (Timeout, FileNotFoundError):
-            continue  # another writer takes it for left behind, and is deleting it
-        except NotImplementedError:
-            return folder, lock  # a disk without locks, on which nobody sweeps either
-        if (folder / _LOCK).exists():  # else it was deleted between the two
-            return folder, lock
+            if (folder / _LOCK).exists():
+                break
+    try:
+        _sweep(home, folder)
+        (folder / "work").mkdir()
+        yield folder / "work"
+    finally:
+        _delete(folder)
+        lock.release()
 
 
 def _sweep(home: Path, own: Path) -> None:
     """Deletes the workspaces of this user that no writer holds any more."""
     owner = own.lstat().st_uid
     for left in home.glob(f"{_PREFIX}*"):
-        try:
+        # Its writer may be at work, or others delete it too: no reason to fail this writer.
+        with contextlib.suppress(OSError):
             found = left.lstat()
             if left == own or not stat.S_ISDIR(found.st_mode) or found.st_uid != owner:
                 continue
-            if not (left / _LOCK).is_file():
-                left.rmdir()  # killed before there was a lock; else it is somebody else's
-                continue
-            with FileLock(left / _LOCK, timeout=0):
-                _delete(left)
-        except (Timeout, NotImplementedError):
-            continue  # its writer is at work, or nobody can tell
-        except OSError:
-            continue  # not empty, or another writer sweeps too: no reason to fail this one
+            if (left / _LOCK).is_file():
+                with FileLock(left / _LOCK, timeout=0):
+                    _delete(left)
+            else:
+                left.rmdir()  # killed before there was a lock
 
 
 def _delete(workspace: Path) -> None:
@@ -244,74 +220,44 @@ def _delete(workspace: Path) -> None:
     """
     for parked in workspace.glob(f"work/{_PARKED}*/*"):
         place = workspace.parent / parked.name
-        if not place.exists():
-            try:
+        try:
+            if not place.exists():
                 parked.rename(place)
-            except OSError as error:
-                if error.errno not in _TAKEN:  # else another writer has put its own there meanwhile
-                    raise
+        except OSError as error:
+            if error.errno not in _TAKEN:  # else another writer has put its own there meanwhile
+                raise
     shutil.rmtree(workspace / "work", ignore_errors=True)
     shutil.rmtree(workspace, ignore_errors=True)  # the lock last: by it the rest is known
 
 
 def _settle(file: Path, mode: int) -> None:
     """Gives a written file its mode, and waits until the disk has it."""
-    file.chmod(mode)
+    file.chmod(stat.S_IMODE(mode))
     with open(file, "rb") as written:
         os.fsync(written.fileno())
 
 
-def _take_over(old: Path, new: Path, replaced: re.Pattern[str]) -> None:
-    """Gives a folder the mode and the other files of the one that it replaces, if there is one."""
-    for _ in range(_ATTEMPTS):
-        if not old.exists():
-            return
-        try:
-            _carry_over(old, new, replaced)
-            shutil.copymode(old, new)
-            return
-        except FileNotFoundError:  # another writer has replaced it meanwhile
-            continue
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+def _carry_over(old: Path, new: Path, replaced: re.Pattern[str] | None) -> None:
+    """Links what else a folder holds into the one that replaces it, and gives that its mode.
 
-
-def _carry_over(old: Path, new: Path, replaced: re.Pattern[str]) -> None:
-    """Links the files of one folder into another that is to replace it."""
+    Of a folder within it that the new one does not have, everything is kept.
+    """
     for entry in list(old.iterdir()):
-        beside = new / entry.name
-        is_folder = entry.is_dir() and not entry.is_symlink()
+        beside, is_folder = new / entry.name, entry.is_dir() and not entry.is_symlink()
+        there = beside.exists()
         if entry.name.startswith(_PREFIX):
             continue
-        if beside.exists():
-            if is_folder != beside.is_dir():
-                raise FileExistsError(errno.EEXIST, f"{entry.name} in it is of another kind")
-            if is_folder:
-                _carry_over(entry, beside, replaced)
-        elif is_folder:
-            shutil.copytree(entry, beside, symlinks=True, copy_function=_link)
-        elif not replaced.fullmatch(entry.name):
-            _link(str(entry), str(beside))
-
-
-def _link(file: str, other: str) -> None:
-    """A second name for a file; a copy where the disk has no such thing."""
-    try:
-        os.link(file, other, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(file, other, follow_symlinks=False)
-
-
-def _put_into_place(fresh: Path, target: Path) -> None:
-    """Renames a folder to `target`; what was there is afterwards somewhere beside `fresh`."""
-    for _ in range(_ATTEMPTS):
-        for put in (os.rename, _exchange):  # the first if there is nothing yet, or nothing in it
+        if there and is_folder != beside.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{entry.name} in it is of another kind")
+        if is_folder:
+            beside.mkdir(exist_ok=True)
+            _carry_over(entry, beside, replaced if there else None)
+        elif not there and (replaced is None or not replaced.fullmatch(entry.name)):
             try:
-                put(fresh, target)
-                return
-            except OSError as error:  # it is there, or not there, since another writer put it so
-                if error.errno not in (*_TAKEN, errno.ENOENT):
-                    raise
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                os.link(entry, beside, follow_symlinks=False)
+            except OSError:  # a disk that gives a file no second name
+                shutil.copy2(entry, beside, follow_symlinks=False)
+    shutil.copymode(old, new)
 
 
 def _exchange(fresh: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from corda_kernels.arguments import (
     flag,
@@ -37,20 +37,17 @@ if TYPE_CHECKING:
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_JSON_LINES = f"JSON lines, one object a document, in a file that ends in {_JSON_SUFFIXES[0]}"
 # Tokens of prose average four to five characters: at six a document seldom falls short.
 _CHARS_PER_TOKEN = 6
 # What is behind so many characters for each token that is asked for need not be read: a tokenizer
 # takes minutes for a document of many megabytes.
 _CHARS_OF_LONG_TOKENS = 100
 _ESCAPE = re.compile(r"\\(?:[abfnrtv'\"\\]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8})?")
-_PLACEHOLDER = re.compile(r"(?P<name>[^.\[\]]+)(?P<indices>(?:\[[^\[\]]+\])*)")
-
-
-_TOKENS_AT_A_TIME = {"cpu": 2_048}
-_TOKENS_AT_A_TIME_ELSEWHERE = 8_192
-
-# What a document is put together from: literal text, and the keys that lead to a value.
-_Part = str | tuple[str, ...]
+# Of a template: a brace that is written twice, a field with its indices and keys, or a mistake.
+_FIELD = re.compile(
+    r"\{\{|\}\}|\{(?!\d+[\[}])(?P<name>[^.!:\[\]{}]+)(?P<keys>(\[[^\[\]{}]+\])*)\}|(?P<odd>[{}])"
+)
 
 
 def token_batches(
@@ -115,24 +112,20 @@ def token_batches(
         seed=seed,
     )
     most = _CHARS_OF_LONG_TOKENS * seq_len * (samples if pack else 1)
-    documents = _tokenized(
-        (text[:most] for text in texts), tokenizer, special_tokens=not chat_template, close=pack
-    )
+    documents = _tokenized((text[:most] for text in texts), tokenizer, not chat_template, pack)
     if pack:
         sequences = _packed(documents, samples, seq_len)
-        complete = sum(len(ids) == seq_len for ids in sequences)
     else:
-        sequences = [
-            ids[:seq_len] for ids in itertools.islice(documents, min(samples, sys.maxsize))
-        ]
-        complete = len(sequences)
+        some = itertools.islice(documents, min(samples, sys.maxsize))
+        sequences = [ids[:seq_len] for ids in some]
+    complete = sum(len(ids) == seq_len for ids in sequences) if pack else len(sequences)
     if not sequences:
         raise DataError(f"{path}: every document in it is empty; check --field or --template")
     if complete < samples:
         warn(
             f"{path} is used up after {complete} of {samples} sequences of {seq_len} tokens "
-            f"({sum(map(len, sequences))} tokens in all): give more text, or lower "
-            "--samples or --seq-len",
+            f"({sum(map(len, sequences))} tokens in all): give more text, or lower --samples or "
+            "--seq-len",
             DataWarning,
         )
     size = batch_size(len(sequences)) if callable(batch_size) else batch_size
@@ -140,8 +133,8 @@ def token_batches(
     groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     if pack:
         return [{"input_ids": torch.tensor(group, dtype=torch.int64)} for group in groups]
-    padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad = next(token for token in padding if token is not None)
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in known if token is not None)
     return [_padded(group, pad) for group in groups]
 
 
@@ -165,8 +158,7 @@ def fitting_batch_size(samples: int, seq_len: int, device: str = "cpu") -> int:
         ConfigError: a count is not positive.
     """
     _check_positive(samples=samples, seq_len=seq_len)
-    tokens = _TOKENS_AT_A_TIME.get(device, _TOKENS_AT_A_TIME_ELSEWHERE)
-    most = max(1, tokens // seq_len)
+    most = max(1, (2_048 if device == "cpu" else 8_192) // seq_len)
     count = 2 * math.ceil(samples / (2 * most))
     return math.ceil(samples / count)
 
@@ -206,33 +198,36 @@ def read_texts(
     _check_positive(min_chars=min_chars)
     if seed is not None:
         seed_number("seed", seed)
-    parts = _parts(field, template)
+    for name, given in (("field", field), ("template", template)):
+        instance_of(name, given, (str, type(None)))
+    if field is not None and template is not None:
+        raise ConfigError("field and template exclude each other: a template names its own fields")
+    if template is not None:
+        _check_template(template)
     if chat_tokenizer is not None and not chat_tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template: leave --chat-template out, or take the "
             "tokenizer of an instruction-tuned model"
         )
-    if readable_path(path, DataError).suffix.lower() in _TABLE_SUFFIXES:
-        raise DataError(
-            f"{path} is a table, whose lines are no prose: turn it into JSON lines, one object a "
-            f"row, in a file that ends in {_JSON_SUFFIXES[0]}"
-        )
+    kind = readable_path(path, DataError).suffix.lower()
+    if kind in _TABLE_SUFFIXES:
+        raise DataError(f"{path} is a table, whose lines are no prose: turn it into {_JSON_LINES}")
     content = _read(path)
     records: Iterator[tuple[str, dict[str, Any]]]
-    if Path(path).suffix.lower() in _JSON_SUFFIXES:
+    if kind in _JSON_SUFFIXES:
         # Not splitlines: JSON strings may hold U+2028 and its like as they are.
         numbered = enumerate(content.split("\n"), 1)
         lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
         records = ((where, _parse(line, where)) for where, line in _ordered(lines, seed))
-    elif parts is not None:
+    elif field is not None or template is not None:
         raise DataError(
             f"{path} is plain text and has no fields: leave --field and --template out, or give "
-            f"JSON lines, in a file that ends in {_JSON_SUFFIXES[0]}"
+            f"{_JSON_LINES}"
         )
     else:
-        spans = _spans(content, min_chars)
-        records = ((f"{path}", {"text": span}) for span in _ordered(spans, seed))
-    return _rendered(records, parts, chat_tokenizer)
+        spans = _ordered(_spans(content, min_chars), seed)
+        records = ((str(path), {"text": span}) for span in spans)
+    return _rendered(records, field, template, chat_tokenizer)
 
 
 def decode_escapes(template: str) -> str:
@@ -261,49 +256,26 @@ def _check_positive(**counts: int) -> None:
         whole_number(name, count, 1)
 
 
-def _parts(field: str | None, template: str | None) -> Sequence[_Part] | None:
-    for name, given in (("field", field), ("template", template)):
-        instance_of(name, given, (str, type(None)))
-    if field is not None and template is not None:
-        raise ConfigError("field and template exclude each other: a template names its own fields")
-    if field is not None:
-        return [(field,)]
-    return None if template is None else _parse_template(template)
-
-
-def _parse_template(template: str) -> list[_Part]:
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
+def _check_template(template: str) -> None:
+    matches = list(_FIELD.finditer(template))
+    for odd in [match.start() for match in matches if match["odd"]]:
         raise DataError(
-            f"template {template!r}: {error}; a literal brace is written twice, {{{{ or }}}}"
-        ) from error
-    parts: list[_Part] = []
-    for literal, placeholder, spec, conversion in pieces:
-        parts.append(literal)
-        if placeholder is None:
-            continue
-        match = _PLACEHOLDER.fullmatch(placeholder)
-        if match is None or match["name"].isdecimal() or spec or conversion:
-            raise DataError(
-                f"template {template!r}: {{{placeholder}}} must be {{name}}, {{name[0]}} or "
-                "{name[key]}, without attributes, conversions or formats"
-            )
-        parts.append((match["name"], *re.findall(r"[^\[\]]+", match["indices"])))
-    if all(isinstance(part, str) for part in parts):
+            f"template {template!r}: what begins with {template[odd : odd + 20]!r} must be "
+            "{name}, {name[0]} or {name[key]}; a literal brace is written twice"
+        )
+    if not any(match["name"] for match in matches):
         raise DataError(f"template {template!r} names no field, such as {{question}}")
-    return parts
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        content = readable_path(path, DataError).read_text(encoding="utf-8-sig")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such data file; check the path") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder: give one text or JSON lines file in it") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; give one text or JSON lines file"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (at byte {error.start}): it is binary, compressed or in "
@@ -328,99 +300,97 @@ def _ordered(items: list[Any], seed: int | None) -> list[Any]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    expected = "one object a line is expected (jq -c '.[]' turns an array into such lines)"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         # The decoder's own line number would contradict the file's.
-        reason = str(error).partition(": line ")[0]
-        raise DataError(f"{where} is not valid JSON: {reason}; {expected}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is a JSON {type(record).__name__}, not an object; {expected}")
-    return record
+        wrong = f"is not valid JSON: {str(error).partition(': line ')[0]}"
+    else:
+        if isinstance(record, dict):
+            return record
+        wrong = f"is a JSON {type(record).__name__}, not an object"
+    raise DataError(
+        f"{where} {wrong}; one object a line is expected (jq -c '.[]' makes such lines of an array)"
+    )
 
 
 def _rendered(
     records: Iterable[tuple[str, dict[str, Any]]],
-    parts: Sequence[_Part] | None,
+    field: str | None,
+    template: str | None,
     chat_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[str]:
+    whole = chat_tokenizer is not None and field is None and template is None
     for where, record in records:
-        if chat_tokenizer is not None and parts is None and "messages" in record:
-            text = _conversation(record["messages"], where, chat_tokenizer)
-        elif parts is None and "text" not in record and "messages" in record:
-            raise DataError(
-                f"{where} holds a conversation, 'messages': give --chat-template "
-                "(chat_template=True), by which the tokenizer lays it out"
-            )
-        else:
-            text = "".join(
-                part if isinstance(part, str) else _value(record, part, where)
-                for part in parts or [("text",)]
-            )
-            if chat_tokenizer is not None and text.strip():
-                text = _conversation([{"role": "user", "content": text}], where, chat_tokenizer)
+        messages = record.get("messages")
+        if not (whole and "messages" in record):
+            text = _document(record, where, field, template)
+            if not text.strip():
+                continue
+            messages = [{"role": "user", "content": text}]
+        if chat_tokenizer is not None:
+            text = _conversation(messages, where, chat_tokenizer)
         if text.strip():
             # JSON may escape half of a surrogate pair, which no tokenizer takes.
             yield text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _value(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+def _document(record: dict[str, Any], where: str, field: str | None, template: str | None) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match[0][0]
+        return _value(record, [match["name"], *re.findall(r"[^\[\]]+", match["keys"])], where)
+
+    if template is not None:
+        return _FIELD.sub(value, template)
+    return _value(record, ["text" if field is None else field], where)
+
+
+def _value(record: dict[str, Any], keys: Sequence[str], where: str) -> str:
+    """What the keys lead to in a record, as text."""
+    asked = keys[0] == "messages" or keys[0] not in record
+    if asked and isinstance(record.get("messages"), list):
+        raise DataError(
+            f"{where} holds a conversation, 'messages': give --chat-template (chat_template=True) "
+            "alone, by which the tokenizer lays it out"
+        )
     value: Any = record
-    for depth, key in enumerate(keys, 1):
+    name = ""
+    for key in keys:
+        name += f"[{key}]" if name else key
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, ValueError, TypeError) as error:
+            present = f"nothing, a {type(value).__name__} has no items"
+            if isinstance(value, list | dict):
+                each = value if isinstance(value, dict) else map(str, range(len(value)))
+                present = ", ".join(each) or "nothing"
             raise DataError(
-                f"{where} has no field '{_written(keys[:depth])}': {_offer(value)}; choose what "
-                "there is with --field or --template"
+                f"{where} has no field '{name}': present: {present}; choose what there is with "
+                "--field or --template"
             ) from error
-    name = _written(keys)
-    if keys[0] == "messages" and isinstance(record["messages"], list):
+    if value is None or isinstance(value, list | dict):
+        item = next(iter(value or ["key"])) if isinstance(value, dict) else 0
         raise DataError(
-            f"{where}: 'messages' is a conversation, of which one field is no text to calibrate "
-            "on: give --chat-template in place of --field or --template"
-        )
-    if value is None:
-        raise DataError(f"{where}: '{name}' is null; choose another field or leave the line out")
-    if isinstance(value, list | dict):
-        index = 0 if isinstance(value, list) else next(iter(value), "key")
-        raise DataError(
-            f"{where}: '{name}' is a {type(value).__name__}, not a text; take one item with "
-            f"--template, such as {{{name}[{index}]}}"
+            f"{where}: '{name}' is a {type(value).__name__}, not a text; choose another field, or "
+            f"one item with --template, such as {{{name}[{item}]}}"
         )
     return str(value)
 
 
-def _written(keys: tuple[str, ...]) -> str:
-    return keys[0] + "".join(f"[{key}]" for key in keys[1:])
-
-
-def _offer(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"present: {', '.join(value) or '(none)'}"
-    if isinstance(value, list):
-        return f"the list has {len(value)} items, the first is [0]"
-    return f"a {type(value).__name__} has no items, leave the last [ ] out"
-
-
 def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    roles = isinstance(messages, list) and [
-        isinstance(message, dict) and "role" in message for message in messages
-    ]
-    if not roles or not all(roles):
+    listed = messages if isinstance(messages, list) else []
+    if not listed or not all(isinstance(each, dict) and "role" in each for each in listed):
         raise DataError(f"{where}: 'messages' must be a list of objects with role and content")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is code of the model's author: it may raise anything
-        reason = str(error).strip().split("\n", 1)[0]
-        raise DataError(
-            f"{where}: the tokenizer's chat template refuses it: {reason or type(error).__name__}"
-        ) from error
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise DataError(f"{where}: the tokenizer's chat template refuses it: {reason}") from error
 
 
 def _tokenized(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool, close: bool
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool, close: bool
 ) -> Iterator[list[int]]:
     eos = tokenizer.eos_token_id
     for text in texts:
@@ -444,13 +414,10 @@ def _packed(documents: Iterable[list[int]], samples: int, seq_len: int) -> list[
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    shape = len(sequences), max(map(len, sequences))
-    input_ids = torch.full(shape, pad, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    kept = [torch.ones_like(row) for row in rows]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return {"input_ids": input_ids, "attention_mask": pad_sequence(kept, batch_first=True)}
 
 
 def help_topics(path: str | os.PathLike[str]) -> Path:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
-_LIBRARIES = ("corda_kernels", "torch", "transformers", "peft")
-
 
 def library_versions() -> dict[str, str]:
     """Version of each library by its name."""
-    return {library: _version(library) for library in _LIBRARIES}
-
-
-def _version(library: str) -> str:
-    if library == __package__:  # which may run from its sources, without being installed
-        return str(sys.modules[__package__].__version__)
-    return importlib.metadata.version(library)
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    # The own one may run from its sources, without being installed.
+    return {"corda_kernels": str(sys.modules["corda_kernels"].__version__)} | found

@@ -117,7 +117,7 @@ PLANNING: dict[str, Case] = {
             "first": w.covariances,
             "second": w.covariances,
             "rank": 2,
-            "bottom": False,
+            "ends": ["largest"],
         },
         {
             "modules": [*OTHERS, {"nonsuch": nn.Linear(2, 2)}],
@@ -125,6 +125,7 @@ PLANNING: dict[str, Case] = {
             "second": [*OTHERS, covariance_set()],
             "rank": COUNTS,
             "damping": DAMPINGS,
+            "ends": [["other"], [5], []],
         },
     ),
     "Stability.from_json": Case(

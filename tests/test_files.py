@@ -34,12 +34,16 @@ def test_equal_contents_make_equal_files_in_every_process(tmp_path: Path) -> Non
     code = """
 import sys, torch
 from corda_kernels.files import write_checked
-write_checked(sys.argv[1], "f/1", {"a": "σ", "b": [1]}, {"x": torch.ones(3), "y": torch.zeros(2)})
+for path in sys.argv[1:]:
+    write_checked(path, "f/1", {"a": "σ", "b": [1]}, {"x": torch.ones(3), "y": torch.zeros(2)})
 """
-    for number in range(3):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(number))], check=True)
+    paths = [str(tmp_path / str(number)) for number in range(4)]
+    subprocess.run([sys.executable, "-c", code, *paths[:2]], check=True)
+    contents = {"x": torch.ones(3), "y": torch.zeros(2)}
+    for path in paths[2:]:
+        write_checked(path, "f/1", {"a": "σ", "b": [1]}, contents)
     first, *others = (path.read_bytes() for path in tmp_path.iterdir())
-    assert others == [first, first]
+    assert others == [first] * 3
     header, tensors = read_checked(tmp_path / "0", "f/1", **CHECKED)
     assert header == {"a": "σ", "b": [1]}
     assert {name: len(tensor) for name, tensor in tensors.items()} == {"x": 3, "y": 2}

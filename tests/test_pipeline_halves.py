@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate
 from corda_kernels.errors import CalibrationError
-from corda_kernels.init import corda_adapter
+from corda_kernels.init import corda_adapter, covariance_stages
 from corda_kernels.planning import Stability
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -97,7 +97,7 @@ def test_stability_of_the_other_end_alone_is_none_of_an_adapter(
     calibrated: Calibrated, mode: str, measured: bool
 ) -> None:
     model, _ = calibrated()
-    covariances = one_stage(model, random_batches(), rank=4, ends=("largest",), progress=False)
+    (covariances,) = covariance_stages(model, random_batches(), config("ipm"))
     assert bool(corda_adapter(model, covariances, config(mode)).record.stability) == measured
 
 
@@ -142,9 +142,7 @@ def test_a_layer_that_one_half_alone_reaches_is_that_half_s(first: int, shared: 
 
 def test_a_target_that_one_half_has_nothing_of() -> None:
     batches = [routed_to(0), routed_to(1)]
-    halves = one_stage(
-        Routed(), batches, rank=2, targets=["experts.0"], ends=["smallest"], progress=False
-    )
+    (halves,) = covariance_stages(Routed(), batches, config("kpm", rank=2, targets=["experts.0"]))
     assert halves.provenance["stability"]["layers"] == {"experts.0": {"top": None, "bottom": 0.0}}
 
 

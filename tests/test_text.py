@@ -106,7 +106,7 @@ class TestTemplate:
 
         expected = f"x{before}{value}{after}"
         rendered = self.render(
-            tmp_path_factory.mktemp("any"), f"x{braces(before)}{{v}}{braces(after)}", {"v": value}
+            tmp_path_factory.getbasetemp(), f"x{braces(before)}{{v}}{braces(after)}", {"v": value}
         )
         assert rendered == expected
 
@@ -138,13 +138,13 @@ class TestTemplate:
         [
             ("{anwser}", "no field 'anwser': present: question, answer, info, none; .*--template"),
             ("{info[names]}", r"no field 'info\[names\]': present: name;"),
-            ("{question[0]}", r"no field 'question\[0\]': a str has no items"),
+            ("{question[0]}", r"no field 'question\[0\]': present: nothing, a str has no items"),
             ("{none[0]}", "a NoneType has no items"),
-            ("{answer[2]}", "the list has 2 items"),
-            ("{answer[first]}", "the list has 2 items, the first is"),
+            ("{answer[2]}", r"no field 'answer\[2\]': present: 0, 1;"),
+            ("{answer[first]}", r"no field 'answer\[first\]': present: 0, 1;"),
             ("{answer}", r"'answer' is a list, not a text; .*\{answer\[0\]\}"),
             ("{info}", r"'info' is a dict, not a text; .*\{info\[name\]\}"),
-            ("{none}", "'none' is null"),
+            ("{none}", "'none' is a NoneType, not a text"),
         ],
     )
     def test_names_the_line_and_what_does_not_fit(self, tmp_path, template, message):
@@ -277,7 +277,7 @@ class TestRefused:
             read_texts(tmp_path / "none.txt")
 
     def test_a_folder(self, tmp_path):
-        with pytest.raises(DataError, match="is a folder"):
+        with pytest.raises(DataError, match="cannot be read: Is a directory; give one text"):
             read_texts(tmp_path)
 
     def test_what_the_system_refuses_to_read(self, tmp_path):

@@ -6,9 +6,7 @@ from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, adapter_
 from corda_kernels.adapter.folder import (
     ADAPTER_FILES,
     check_adapter_folder,
-    load_for_training,
     read_adapter,
-    save_adapter,
     write_adapter,
 )
 from corda_kernels.adapter.linear import CordaLinear
@@ -19,8 +17,10 @@ from corda_kernels.adapter.model import (
     check_at_hand,
     has_adapter,
     live_adapter,
+    load_for_training,
     not_selectable,
     residual_marker,
+    save_adapter,
     subtract_initial,
 )
 from corda_kernels.adapter.published import published_factors, residual

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from corda_kernels.adapter import lora
+from corda_kernels.adapter import folder
 from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
-from corda_kernels.adapter.folder import (
-    ADAPTER_FILES,
-    INITIAL_FILE,
-    RECORD_FILE,
-    check_adapter_folder,
-    layer_adapters,
-)
-from corda_kernels.adapter.linear import CordaLinear, detach_linears
-from corda_kernels.adapter.model import adapter_of, check_start, factors_in, residual_marker
-from corda_kernels.arguments import instance_of, readable_path, whole_number
+from corda_kernels.adapter.linear import CordaLinear, base_layer
+from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
+from corda_kernels.adapter.record import factor_tensors, lora_config, rounded
+from corda_kernels.arguments import instance_of, whole_number
 from corda_kernels.errors import (
     AdapterError,
     CordaWarning,
@@ -91,30 +84,34 @@ def export_lora(
             "with DoRA the product of the factors is not all that changes the weight, and cannot "
             "be cut off alone: export it at its own rank"
         )
-    folder = check_adapter_folder(out)
-    same = not isinstance(source, nn.Module) and folder.resolve() == Path(source).resolve()
-    if same or any((folder / name).exists() for name in (RECORD_FILE, INITIAL_FILE)):
+    target = folder.check_adapter_folder(out)
+    same = not isinstance(source, nn.Module) and target.resolve() == Path(source).resolve()
+    if same or any((target / own).exists() for own in (folder.RECORD_FILE, folder.INITIAL_FILE)):
         raise OutputError(
-            f"{folder} holds an adapter, which the export would damage: choose another folder"
+            f"{target} holds an adapter, which the export would damage: choose another folder"
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        lora.check_finite(name, change.A, change.B)
+        folder.check_finite(name, change.A, change.B)
     widest = max(change.rank for change in changes.values())
-    cut = rank is not None and rank < widest
-    patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
-    if cut or patterns or widest != config["r"]:
-        _check_only_factors(others)
     result, note = LoraExport(widest), "Nothing was cut off."
-    if rank is not None and cut:
+    cut = rank if rank is not None and rank < widest else None
+    patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if cut is not None or patterns or widest != config["r"]:
+        for key in others:
+            if "lora_" in key and "lora_magnitude_vector" not in key:
+                raise AdapterError(
+                    f"the LoRA adapts more than the weights of linear layers ({key}), and can only "
+                    "be copied: export it at its own rank, without patterns"
+                )
+    if cut is not None:
         errors = {}
         for name, change in changes.items():
-            changes[name], errors[name] = _truncated(change, rank)
+            changes[name], errors[name] = _truncated(change, cut)
         worst = max(errors, key=errors.__getitem__)
-        result = LoraExport(rank, errors[worst], worst)
-        note = (
-            f"Cut off from rank {widest}, with an error of {result.error:.2%} at most in any layer."
-        )
+        result = LoraExport(cut, errors[worst], worst)
+        lost = f"an error of {result.error:.2%} at most in any layer"
+        note = f"Cut off from rank {widest}, with {lost}."
     elif patterns:
         changes = {name: _padded(change, widest) for name, change in changes.items()}
     if result.rank > SERVED_RANKS[-1]:
@@ -123,20 +120,20 @@ def export_lora(
             "rank to cut it off at, or merge it",
             CordaWarning,
         )
-    described = config | {
+    base = folder.base_name(config)
+    config |= {
         "r": result.rank,
-        "lora_alpha": lora.rounded(next(iter(changes.values())).scaling * result.rank),
+        "lora_alpha": rounded(next(iter(changes.values())).scaling * result.rank),
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "base_model_name_or_path": lora.base_name(config),
+        "base_model_name_or_path": base,
     }
-    with staged_folder(folder, replaced=ADAPTER_FILES) as staged:
-        lora.write_lora(staged, described, others | lora.factor_tensors(changes))
-        card = export_card(described["base_model_name_or_path"], result.rank, note)
-        write_bytes(staged / CARD_FILE, card.encode())
+    with staged_folder(target, replaced=folder.ADAPTER_FILES) as staged:
+        folder.write_lora(staged, config, others | factor_tensors(changes))
+        write_bytes(staged / CARD_FILE, export_card(base, result.rank, note).encode())
     return result
 
 
@@ -144,34 +141,22 @@ def _source(
     source: nn.Module | str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
     """A LoRA's configuration, what is saved beside its factors, and these."""
-    tensors: dict[str, Tensor] = {}
     if not isinstance(source, nn.Module):
-        folder = readable_path(source, AdapterError)
-        config, tensors = lora.read_lora(folder)
-        layers = layer_adapters(config, tensors, folder)
-        if not lora.fits_residual(config):
+        found = folder.read_lora(source)
+        config, tensors, layers = found.config, found.tensors, folder.layer_adapters(found)
+        if not folder.fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.
-            check_start(config.get("init_lora_weights") or True, str(folder))
+            check_start(config.get("init_lora_weights") or True, str(found.folder))
     elif isinstance(source, PeftModel):
-        layers = {name: layer.detach() for name, layer in factors_in(source).layers.items()}
+        live = live_adapter(source, variants=True).layers
+        layers = {name: layer.detach() for name, layer in live.items()}
         config = source.peft_config[source.active_adapter].to_dict()
         tensors = get_peft_model_state_dict(source, adapter_name=source.active_adapter)
     else:
         adapter = adapter_of(source)
-        config, layers = lora.lora_config(adapter).to_dict(), adapter.layers
-    factors = {lora.factor_key(name, factor) for name in layers for factor in "AB"}
-    others = {key: value.contiguous() for key, value in tensors.items() if key not in factors}
-    return config, others, layers
-
-
-def _check_only_factors(others: Mapping[str, Tensor]) -> None:
-    """Refuses a LoRA that has other parts to be scaled and padded than A and B of linear layers."""
-    for key in others:
-        if "lora_" in key and "lora_magnitude_vector" not in key:
-            raise AdapterError(
-                f"the LoRA adapts more than the weights of linear layers ({key}), and can only be "
-                "copied: export it at its own rank, without patterns"
-            )
+        config, tensors, layers = lora_config(adapter).to_dict(), {}, adapter.layers
+    others = {key: tensor for key, tensor in tensors.items() if not folder.FACTOR.fullmatch(key)}
+    return config, {key: tensor.contiguous() for key, tensor in others.items()}, layers
 
 
 def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:
@@ -223,18 +208,13 @@ def merge(model: nn.Module) -> nn.Module:
     }
     if not wrapped:
         raise AdapterError("the model carries no adapter to merge")
+    bases = {name: base_layer(module) for name, module in wrapped.items()}
     for name, module in wrapped.items():
-        adapter = [
-            weight
-            for own, weight in module.named_parameters()
-            if own.partition(".")[0] not in ("base", "base_layer")
-        ]
-        lora.check_finite(name.removeprefix("base_model.model."), *adapter)
+        own = dict(module.named_parameters())
+        adapter = [own[key] for key in own if not key.startswith(("base.", "base_layer."))]
+        folder.check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
-        {
-            name: module.base if isinstance(module, CordaLinear) else module.get_base_layer()
-            for name, module in wrapped.items()
-        },
+        bases,
         "merging writes into it",
         "export a plain LoRA for it (export_lora), or attach the adapter to the base in a floating "
         "dtype and merge there",
@@ -242,9 +222,10 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, PeftModel):
         base: Any = model.merge_and_unload()
     else:
-        base = detach_linears(model)
+        base = model
         for name, layer in wrapped.items():
-            weight = linear_weight(base.get_submodule(name))
+            model.set_submodule(name, bases[name])
+            weight = linear_weight(bases[name])
             change = AdapterFactors(layer.A, layer.B, layer.scaling).product()
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight.copy_(weight.to(wide) + change.to(weight.device))

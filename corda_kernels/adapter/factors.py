@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,14 +24,11 @@ class AdapterFactors:
         A: (rank, in).
         B: (out, rank).
         scaling: factor of the product, LoRA's alpha/rank.
-        damping: λ that the inverse of C took, as a multiple of the mean diagonal of C; None where
-            nothing was inverted.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
-    damping: float | None = None
 
     @property
     def rank(self) -> int:
@@ -40,12 +37,7 @@ class AdapterFactors:
 
     def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
         """The same in another dtype or on another device."""
-        A, B = self.A.to(where, copy=copy), self.B.to(where, copy=copy)
-        return AdapterFactors(A, B, self.scaling, self.damping)
-
-    def detach(self) -> AdapterFactors:
-        """The same, cut off from autograd."""
-        return AdapterFactors(self.A.detach(), self.B.detach(), self.scaling, self.damping)
+        return replace(self, A=self.A.to(where, copy=copy), B=self.B.to(where, copy=copy))
 
     def product(self) -> Tensor:
         """scaling·B·A (out, in), in float32."""
@@ -86,7 +78,8 @@ class LayerAdapter:
 
     def detach(self) -> LayerAdapter:
         """The same, cut off from autograd."""
-        return LayerAdapter(self.trained.detach(), self.initial)
+        trained = replace(self.trained, A=self.A.detach(), B=self.B.detach())
+        return LayerAdapter(trained, self.initial)
 
     def change(self) -> AdapterFactors:
         """What training has added to the untouched base, as a LoRA.
@@ -105,12 +98,7 @@ class LayerAdapter:
 
 @without_autocast()
 @torch.no_grad()
-def adapter_factors(
-    weight: Tensor,  # (out, in)
-    co_svd: CoSVD,
-    *,
-    hold: float = 1.0,
-) -> AdapterFactors:
+def adapter_factors(weight: Tensor, co_svd: CoSVD, *, hold: float = 1.0) -> AdapterFactors:
     """A LoRA of twice as many rows as there are components, which starts at exactly zero.
 
     Training a component B0 A0 = U Uᵀ W of the weight adds to it
@@ -172,12 +160,11 @@ def check_factors(factors: object, shape: tuple[int, ...], error: type[CordaErro
     """
     instance_of("factors", factors, AdapterFactors, error)
     A, B = factors.A, factors.B  # type: ignore[attr-defined]
-    for name, factor in (("A", A), ("B", B)):
-        real_tensor(f"factor {name}", factor, error)
+    real_tensor("factor A", A, error)
+    real_tensor("factor B", B, error)
     if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or shape != (len(B), A.shape[1]):
         raise error(
-            f"factors A {tuple(A.shape)} and B {tuple(B.shape)} are not those of a weight {shape}: "
-            "give those of this layer"
+            f"A {tuple(A.shape)}, B {tuple(B.shape)} do not fit a weight {shape}: give its own"
         )
 
 

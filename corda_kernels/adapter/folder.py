@@ -8,34 +8,40 @@ corda_initial.safetensors                         A0 and B0, where W − B0 A0 s
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from corda_kernels.adapter import lora
+from corda_kernels import fields
 from corda_kernels.adapter.card import CARD_FILE, adapter_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
-from corda_kernels.adapter.model import (
-    adapter_of,
-    attach,
-    carrying,
-    check_wrapped,
-    prepare_base,
-    record_of,
+from corda_kernels.adapter.record import (
+    NAME_PATTERN,
+    RESIDUAL_OF,
+    Adapter,
+    AdapterRecord,
+    factor_key,
+    factor_tensors,
+    is_saved,
+    lora_config,
 )
-from corda_kernels.adapter.record import Adapter, AdapterRecord, initial_factors
-from corda_kernels.arguments import flag, instance_of, readable_path
-from corda_kernels.errors import AdapterError, ModelError, OutputError
+from corda_kernels.arguments import readable_path
+from corda_kernels.errors import AdapterError, OutputError
 from corda_kernels.files import json_bytes, write_bytes, write_tensors
 from corda_kernels.outputs import check_output, staged_folder
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "corda.json"
 INITIAL_FILE = "corda_initial.safetensors"
 # What an adapter's folder is made of, by whichever tool: none of it outlives the adapter.
@@ -43,31 +49,25 @@ ADAPTER_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.(safetensors|bin)|corda\.json|README\.md"
     r"|corda_initial\.safetensors"
 )
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MIXED = "files of different adapters, or altered ones: copy all from one folder"
+_FRESH = "copy it from the folder of the fresh adapter"
+_Contents = TypeVar("_Contents")
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the adapter's folder: what `save_pretrained` writes, the record and a model card.
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """What a LoRA's folder holds, whoever wrote it.
 
-    Args:
-        model: from `init_corda` or `load_for_training`, with PEFT or without.
-        path: a folder; an adapter that it holds already is replaced, other files stay.
-
-    Raises:
-        AdapterError: the model carries no adapter with a record.
-        OutputError: the folder cannot be written, or holds a model.
+    Attributes:
+        folder: where it was read.
+        config: PEFT's LoraConfig.
+        tensors: by PEFT's names: the factors, and what else was trained.
     """
-    if not isinstance(model, PeftModel):
-        write_adapter(adapter_of(model), path)
-        return
-    record, config = record_of(model), model.peft_config[lora.TRAINED]
-    named = config.base_model_name_or_path
-    with _staged(path, record, model.corda_initial) as folder:
-        # The base, not its residual, is where PEFT looks up whether embeddings were resized.
-        config.base_model_name_or_path = record.base["source"]
-        try:
-            model.save_pretrained(str(folder), selected_adapters=[lora.TRAINED])
-        finally:
-            config.base_model_name_or_path = named
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -85,13 +85,13 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
                 "save the model with save_adapter or save_pretrained"
             )
     trained = {name: layer.trained for name, layer in adapter.layers.items()}
-    with _staged(path, adapter.record, adapter.initial) as folder:
-        config = lora.lora_config(adapter).to_dict() | {"inference_mode": True}
-        lora.write_lora(folder, config, lora.factor_tensors(trained))
+    with staged_adapter(path, adapter.record, adapter.initial) as folder:
+        config = lora_config(adapter).to_dict() | {"inference_mode": True}
+        write_lora(folder, config, factor_tensors(trained))
 
 
 @contextmanager
-def _staged(
+def staged_adapter(
     path: str | os.PathLike[str],
     record: AdapterRecord,
     initial: Mapping[str, AdapterFactors] | None,
@@ -102,16 +102,32 @@ def _staged(
     described = json_bytes(record.to_json())
     with staged_folder(target, replaced=ADAPTER_FILES) as folder:
         yield folder
-        config = lora.read_config(folder)
+        config = read_json(folder / CONFIG_FILE)
         if initial is not None:
             # Without their scaling, which is that of the trained ones.
-            write_tensors(folder / INITIAL_FILE, lora.factor_tensors(initial), {"format": "pt"})
+            write_tensors(folder / INITIAL_FILE, factor_tensors(initial), {"format": "pt"})
             # PEFT's own word for it, which it refuses to load on a base as it is.
             config["init_lora_weights"] = "corda"
-            config["base_model_name_or_path"] = lora.residual_name(record.base["source"])
-        lora.write_config(folder, config)
+            config["base_model_name_or_path"] = RESIDUAL_OF + (record.base["source"] or "")
+        _write_config(folder, config)
         write_bytes(folder / CARD_FILE, adapter_card(record, config["r"]).encode())
         write_bytes(folder / RECORD_FILE, described)
+
+
+def write_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a LoRA in PEFT's layout; the tensors are contiguous."""
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes a LoRA's configuration in one order, so that equal ones make equal files."""
+    described = dict(config)
+    if isinstance(config.get("target_modules"), list):
+        described["target_modules"] = sorted(config["target_modules"])
+    # PEFT holds some lists of names as sets.
+    text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False, default=sorted)
+    write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
 
 
 def check_adapter_folder(path: str | os.PathLike[str]) -> Path:
@@ -135,40 +151,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         AdapterError: the folder is not there, incomplete or altered.
     """
-    folder = Path(path)
-    if folder.is_dir():  # first, for what is no adapter at all has neither file
-        _check_recorded(folder)
-    return _adapter(*lora.read_lora(folder), folder)
-
-
-def _check_recorded(folder: Path) -> None:
-    if not (folder / RECORD_FILE).is_file():
-        raise AdapterError(
-            f"{folder} has no {RECORD_FILE}: it was not written by this package, or the file was "
-            "left behind; copy it from the folder of the fresh adapter. PEFT does not need it: "
-            "PeftModel.from_pretrained loads the folder as it is"
-        )
-
-
-def _adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
-    """The adapter in a folder, from what `read_lora` gave."""
-    record = read_record(folder)
-    layers = layer_adapters(config, tensors, folder)
-    if lora.fits_residual(config) == (record.residual is None):
-        raise AdapterError(f"{folder / RECORD_FILE} belongs to another adapter: copy it again")
-    others = sorted(layers.keys() - record.layers.keys())
-    if others:
-        raise AdapterError(
-            f"{folder} has factors of layer {others[0]}, of which {RECORD_FILE} does not tell: "
-            f"{lora.MIXED}"
-        )
-    rows = 2 if record.residual is None else 1
-    for name, entry in record.layers.items():
-        if name not in layers or layers[name].trained.rank != rows * entry["rank"]:
-            raise AdapterError(
-                f"{folder} lacks factors of {entry['rank']} components for layer {name}: "
-                f"{lora.MIXED}"
-            )
+    record = read_record(Path(path))  # first, for what is no adapter at all has none
+    layers = layer_adapters(read_lora(path), record)
     return Adapter({name: layers[name] for name in record.layers}, record)
 
 
@@ -178,150 +162,237 @@ def read_record(folder: Path) -> AdapterRecord:
     Raises:
         AdapterError: the record is not there, or was altered.
     """
-    _check_recorded(folder)
-    return AdapterRecord.from_json(lora.read_json(folder / RECORD_FILE))
+    missing = (
+        f"it was not written by this package, or the file was left behind; {_FRESH}. PEFT does not "
+        "need it: PeftModel.from_pretrained loads the folder as it is"
+    )
+    return AdapterRecord.from_json(read_json(folder / RECORD_FILE, missing))
 
 
-def layer_adapters(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> dict[str, LayerAdapter]:
-    """Each layer's trained factors, from what `read_lora` gave, beside its initial ones, if any.
+def fits_residual(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter fits the residual of its base alone."""
+    return str(config.get("base_model_name_or_path")).startswith(RESIDUAL_OF)
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """The untouched base of a LoRA; None where its configuration names none."""
+    return str(config.get("base_model_name_or_path") or "").removeprefix(RESIDUAL_OF) or None
+
+
+def layer_of(key: str) -> str:
+    """The layer that a tensor in PEFT's file belongs to."""
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def read_lora(path: str | os.PathLike[str]) -> Lora:
+    """Reads a LoRA's folder, whoever wrote it.
+
+    Raises:
+        AdapterError: the folder is not there, incomplete or altered, or of another kind of adapter;
+            a factor is of another kind than floating point, a weight is NaN or Inf, or the
+            configuration tells of other factors.
+    """
+    folder = readable_path(path, AdapterError)
+    config = _read_config(folder / CONFIG_FILE)
+    missing = (
+        "copy it from where it was made, or load the folder with PeftModel.from_pretrained, which "
+        "also reads adapter_model.bin, and save it again"
+    )
+    return Lora(folder, config, _read_tensors(folder / WEIGHTS_FILE, config, missing))
+
+
+_SELECTION = fields.maybe(lambda value: fields.is_text(value) or fields.is_names(value))
+_FLAG = fields.maybe(fields.is_flag)
+# What a LoRA's configuration may say of what is read here or tells PEFT what to compute.
+_CONFIG_FIELDS: dict[str, fields.Check] = {
+    "r": fields.whole(1),
+    "lora_alpha": fields.is_positive,
+    "rank_pattern": lambda value: _is_pattern(value, fields.whole(1)),
+    "alpha_pattern": lambda value: _is_pattern(value, fields.is_positive),
+    "modules_to_save": fields.maybe(is_saved),
+    "lora_dropout": fields.maybe(lambda value: fields.is_number(value, 0) and value < 1),
+    "init_lora_weights": lambda value: _FLAG(value) or fields.is_text(value),
+    "base_model_name_or_path": fields.maybe(fields.is_text),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _SELECTION),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), _FLAG),
+}
+
+
+def _is_pattern(value: Any, size: fields.Check) -> bool:
+    return value is None or (fields.is_object(value) and all(map(size, value.values())))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{file.parent} holds no LoRA, but {config.get('peft_type')!r}")
+    for name, sound in _CONFIG_FIELDS.items():
+        if not sound(config.get(name)):
+            raise AdapterError(f"{file} was altered: {name} is {repr(config.get(name))[:60]}")
+    for pattern in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
+        if not NAME_PATTERN.fullmatch(pattern):
+            raise AdapterError(
+                f"a pattern in {file} is {pattern[:60]!r}, and no regular expression is run that "
+                "stands in a file: write the names of the layers there"
+            )
+    return config
+
+
+def read_json(file: Path, missing: str = "copy it from where it was made") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        AdapterError: it is missing, or holds something else.
+    """
+    value = _read(file, lambda file: fields.parse_json(file.read_text("utf-8")), "JSON", missing)
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file} was altered: it holds no object")
+    return value
+
+
+def _read(file: Path, read: Callable[[Path], _Contents], kind: str, missing: str) -> _Contents:
+    """What `read` gives of a file; `missing` is the remedy where it is not there."""
+    try:
+        return read(file)
+    except FileNotFoundError as error:
+        if not file.parent.is_dir():
+            raise AdapterError(f"{file.parent}: no such adapter folder") from error
+        raise AdapterError(f"{file.parent} has no {file.name}: {missing}") from error
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(f"{file} is truncated or not {kind} ({error}): copy it again") from error
+
+
+def _read_tensors(file: Path, config: Mapping[str, Any], missing: str) -> dict[str, Tensor]:
+    """What a safetensors file holds, if it can be the weights of a LoRA of this configuration."""
+    # Copies: what is loaded is mapped, and would change if somebody wrote over the file.
+    tensors = _read(
+        file,
+        lambda file: {key: tensor.clone() for key, tensor in load_file(file).items()},
+        "a safetensors file",
+        missing,
+    )
+    factors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    # PEFT would allocate whatever rank the configuration names.
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    largest = max((size for tensor in factors.values() for size in tensor.shape), default=rank)
+    magnitudes = any("lora_magnitude_vector" in key for key in factors)
+    if rank > largest or (factors and magnitudes != bool(config.get("use_dora"))):
+        raise AdapterError(
+            f"{file} does not hold what {CONFIG_FILE} tells of, rank {rank} and "
+            f"use_dora={config.get('use_dora')}: {_MIXED}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize > 1:
+            check_finite(layer_of(key), tensor)
+        elif key in factors:
+            raise AdapterError(
+                f"{file} has {key} in {tensor.dtype}, which no LoRA trains: copy it again"
+            )
+    return tensors
+
+
+def check_finite(layer: str, *weights: Tensor) -> None:
+    """Refuses what a diverged training has left of a layer.
+
+    Raises:
+        AdapterError: a weight is NaN or Inf.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise AdapterError(
+            f"layer {layer} has weights that are not finite: the training has diverged; take an "
+            "earlier checkpoint"
+        )
+
+
+def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
+    """A, B and scaling of each linear layer.
+
+    Raises:
+        AdapterError: there is none, or one lacks a factor, or they do not fit each other or the
+            configuration.
+    """
+    config, tensors = lora.config, lora.tensors
+    rank_of = _sizes(config.get("rank_pattern"), config["r"])
+    alpha_of = _sizes(config.get("alpha_pattern"), config["lora_alpha"])
+    layers = {}
+    for name in dict.fromkeys(found[1] for key in tensors if (found := FACTOR.fullmatch(key))):
+        A, B = (tensors.get(factor_key(name, factor), torch.empty(0)) for factor in "AB")
+        rank = rank_of(name)
+        scaling = alpha_of(name) / (rank**0.5 if config.get("use_rslora") else rank)
+        matrices = A.ndim == B.ndim == 2 and A.dtype == B.dtype and A.numel() and B.numel()
+        if not (matrices and len(A) == B.shape[1] == rank and fields.is_positive(scaling)):
+            raise AdapterError(
+                f"{lora.folder} lacks a factor of layer {name}, or its A and B do not fit rank "
+                f"{rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"
+            )
+        layers[name] = AdapterFactors(A, B, scaling)
+    if not layers:
+        raise AdapterError(f"{lora.folder} holds no factors of linear layers: {_MIXED}")
+    return layers
+
+
+def _sizes(patterns: Mapping[str, float] | None, otherwise: float) -> Callable[[str], float]:
+    """What the first pattern that selects a layer says, as PEFT looks it up."""
+    # PEFT's own expression (get_pattern_key), compiled once; `_read_config` has vetted patterns.
+    compiled = [
+        (re.compile(rf"(.*\.)?({pattern})$"), size) for pattern, size in (patterns or {}).items()
+    ]
+    return lambda name: next((size for found, size in compiled if found.match(name)), otherwise)
+
+
+def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str, LayerAdapter]:
+    """Each layer's trained factors, beside its initial ones, if any.
+
+    Args:
+        lora: the folder's contents.
+        record: how it was made, if that is known.
 
     Raises:
         AdapterError: see `lora_layers`; or the initial factors are missing, altered, left over from
-            another adapter, or of different layers or sizes.
+            another adapter, or of different layers or sizes; or the record is of another adapter.
     """
-    layers, file = lora.lora_layers(config, tensors, folder), folder / INITIAL_FILE
-    if file.is_file() != lora.fits_residual(config):
-        raise AdapterError(
-            f"{file} is left over from another adapter: delete it"
-            if file.is_file()
-            else f"{folder} lacks {INITIAL_FILE}, the part of the base that its adapter has taken "
-            "over: copy it from the folder of the fresh adapter"
+    trained, file = lora_layers(lora), lora.folder / INITIAL_FILE
+    beside = fits_residual(lora.config)
+    if record is not None:
+        if beside == (record.residual is None):
+            raise AdapterError(f"{lora.folder / RECORD_FILE} belongs to another adapter: {_FRESH}")
+        rows = 2 if record.residual is None else 1
+        _check_same(
+            {name: factors.rank for name, factors in trained.items()},
+            {name: rows * entry["rank"] for name, entry in record.layers.items()},
+            f"{lora.folder / WEIGHTS_FILE} and {RECORD_FILE}",
         )
-    if not file.is_file():
-        return {name: LayerAdapter(own) for name, own in layers.items()}
-    found = lora.read_tensors(file)
-    others = sorted(key for key in found if not lora.FACTOR.fullmatch(key))
+    if not beside:
+        if file.is_file():
+            raise AdapterError(f"{file} is left over from another adapter: delete it")
+        return {name: LayerAdapter(factors) for name, factors in trained.items()}
+    missing = f"it holds the part of the base that its adapter has taken over; {_FRESH}"
+    taken = replace(lora, tensors=_read_tensors(file, lora.config, missing))
+    check_only_factors(taken.tensors, f"{file} was altered; {_FRESH}")
+    initial = lora_layers(taken)
+    start, now = (
+        {name: [tuple(part.A.shape), tuple(part.B.shape)] for name, part in parts.items()}
+        for parts in (initial, trained)
+    )
+    _check_same(start, now, f"{file} and {WEIGHTS_FILE}")
+    return {name: LayerAdapter(factors, initial[name]) for name, factors in trained.items()}
+
+
+def _check_same(one: Mapping[str, Any], other: Mapping[str, Any], files: str) -> None:
+    """Refuses files that tell of different layers, or of different sizes of a layer."""
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise AdapterError(
+                f"{files} differ in layer {name} ({one.get(name)} and {other.get(name)}): {_MIXED}"
+            )
+
+
+def check_only_factors(tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Refuses tensors that are no factors of linear layers.
+
+    Raises:
+        AdapterError: there is one.
+    """
+    others = sorted(key for key in tensors if not FACTOR.fullmatch(key))
     if others:
-        raise AdapterError(f"{file} was altered: it holds {others[0]}; copy it again")
-    initial = lora.lora_layers(config, found, folder)
-    shapes = [
-        {name: (part.A.shape, part.B.shape) for name, part in parts.items()}
-        for parts in (layers, initial)
-    ]
-    for name in sorted(layers.keys() | initial.keys()):
-        if shapes[0].get(name) != shapes[1].get(name):
-            raise AdapterError(
-                f"{file} and {lora.WEIGHTS_FILE} differ in layer {name}: they belong to different "
-                "adapters; copy the first from the folder of the fresh adapter"
-            )
-    return {name: LayerAdapter(own, initial[name]) for name, own in layers.items()}
-
-
-def load_for_training(
-    base_model: nn.Module, path: str | os.PathLike[str], *, use_peft: bool = True
-) -> PeftModel | nn.Module:
-    """Attaches an adapter from its folder, ready to train or to run.
-
-    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
-    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
-    folder, such as embeddings that were trained too, it restores. Only an adapter with
-    `residual="weight"` needs this function.
-
-    Args:
-        base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,
-            also the one that `--save-base` stored). It is wrapped in place.
-        path: a folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
-        use_peft: False for CordaLinear layers in place of a PeftModel.
-
-    Returns:
-        A PeftModel, or `base_model` itself with its layers replaced.
-
-    Raises:
-        AdapterError: the folder is incomplete or altered, or belongs to another base.
-        ModelError: the base is no model.
-        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
-    """
-    instance_of("the base", base_model, nn.Module, ModelError)
-    flag("use_peft", use_peft)
-    folder = readable_path(path, AdapterError)
-    config, recorded = lora.read_config(folder), (folder / RECORD_FILE).is_file()
-    tensors: dict[str, Tensor] = {}
-    if not use_peft or recorded or (folder / lora.WEIGHTS_FILE).is_file():
-        tensors = lora.read_tensors(folder / lora.WEIGHTS_FILE)  # PEFT also reads adapter_model.bin
-    if not use_peft:
-        others = sorted(key for key in tensors if not lora.FACTOR.fullmatch(key))
-        if others:
-            raise AdapterError(
-                f"{folder} holds more than the factors of linear layers ({others[0]}): load it "
-                "with PEFT, which restores that"
-            )
-        return attach(base_model, _adapter(config, tensors, folder), use_peft=False, copy=False)
-    record: AdapterRecord | None = None
-    layers: dict[str, LayerAdapter] = {}
-    if recorded:
-        adapter = _adapter(config, tensors, folder)
-        record, layers = adapter.record, adapter.layers
-        described, adapted = lora.lora_config(adapter).to_dict(), set(layers)
-    else:
-        if lora.fits_residual(config) or (folder / INITIAL_FILE).is_file():
-            layers = layer_adapters(config, tensors, folder)
-        described, adapted = _described(base_model, config, tensors, folder)
-    prepare_base(base_model, layers, record)
-    initial = initial_factors(layers)
-    if initial is not None:
-        # PEFT would take A0 and B0 out itself, of a base that lacks them already.
-        described["init_lora_weights"] = True
-    wrapped = _from_pretrained(base_model, folder, described)
-    check_wrapped(base_model, adapted, alone=recorded)
-    return carrying(wrapped, record, initial)
-
-
-def _described(
-    base_model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, Any], set[str]]:
-    """What a LoRA's folder says to PEFT, and the model's layers that it has tensors of.
-
-    Names stand in place of any regular expression that selects layers.
-
-    Raises:
-        AdapterError: the folder is damaged, or was made for layers that the model does not have.
-    """
-    lora.check_tensors(config, tensors, folder)
-    # PEFT ignores it too.
-    config = {name: value for name, value in config.items() if name != "runtime_config"}
-    modules = dict(base_model.named_modules())
-    named = {lora.layer_of(key) for key in tensors if ".lora_" in key}
-    adapted = {name for name in named if hasattr(modules.get(name), "weight")}
-    selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
-    if not config.get("layers_pattern") and not any(
-        isinstance(selection, str) and selection != "all-linear" for selection in selections
-    ):
-        return config, adapted
-    if adapted != named or not adapted:
-        raise AdapterError(
-            f"{folder} selects its layers by a regular expression, which is not run when it stands "
-            "in a file, and not all of its tensors are of layers of this model "
-            f"({min(named - adapted, default='there are none')}): load it with "
-            "PeftModel.from_pretrained if you trust it"
-        )
-    names = {
-        "target_modules": lora.target_modules(base_model, adapted),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
-    return config | names, adapted
-
-
-def _from_pretrained(
-    base_model: nn.Module, folder: Path, described: Mapping[str, Any]
-) -> PeftModel:
-    try:
-        config = PeftConfig.from_peft_type(**described)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*missing adapter keys")  # they would start at random
-            return PeftModel.from_pretrained(base_model, folder, is_trainable=True, config=config)
-    except Exception as error:  # an altered configuration may lead PEFT to any
-        raise AdapterError(f"PEFT cannot load {folder}: {error}") from error
+        raise AdapterError(f"more than the factors of linear layers ({others[0]}): {remedy}")

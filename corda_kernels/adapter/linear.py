@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -9,6 +11,11 @@ from corda_kernels.adapter.factors import AdapterFactors, check_factors
 from corda_kernels.arguments import instance_of
 from corda_kernels.errors import AdapterError, TargetError
 from corda_kernels.linears import is_linear, linear_shape
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """B A x (..., out) of rows x (..., in), in the factors' dtype."""
+    return functional.linear(functional.linear(x.to(A.dtype), A), B)
 
 
 class CordaLinear(nn.Module):
@@ -40,37 +47,16 @@ class CordaLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out), in the dtype that the base gives."""
         y: Tensor = self.base(x)
-        low = functional.linear(functional.linear(x.to(self.A.dtype), self.A), self.B)
-        return (y + self.scaling * low).to(y.dtype)
+        return (y + self.scaling * low_rank(x, self.A, self.B)).to(y.dtype)
 
-    # Models read these of their layers, as T5 the dtype of a weight.
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's, without the adapter's part."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's."""
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return bias
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.B.shape[0]
+    def __getattr__(self, name: str) -> Any:
+        """The base's own, for models read some of their layers, as T5 the dtype of a weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
 
-def detach_linears(model: nn.Module) -> nn.Module:
-    """Puts the wrapped layers back, in place; the adapter is gone afterwards."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, CordaLinear):
-            model.set_submodule(name, module.base)
-    return model
+def base_layer(module: Any) -> Any:
+    """The layer that an adapter's layer wraps, CordaLinear or PEFT's."""
+    return module.base if isinstance(module, CordaLinear) else module.get_base_layer()

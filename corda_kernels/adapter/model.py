@@ -1,33 +1,31 @@
-"""The adapter in a model, with PEFT or without: attached to its base, and its parameters found."""
+"""The adapter in a model, with PEFT or without: attached to its base, found in it, saved."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
+from corda_kernels.adapter import folder, record
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
-from corda_kernels.adapter.lora import TRAINED, fits_residual, lora_config
 from corda_kernels.adapter.published import residual
-from corda_kernels.adapter.record import (
-    Adapter,
-    AdapterRecord,
-    check_base,
-    initial_checksum,
-    initial_factors,
-)
-from corda_kernels.arguments import instance_of
+from corda_kernels.adapter.record import Adapter, AdapterRecord, initial_factors
+from corda_kernels.arguments import flag, instance_of, readable_path
 from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight, unpack
 
+# PEFT's name for a model's first adapter, whose files stand in the folder itself.
+TRAINED = "default"
 # Values of PEFT's init_lora_weights that start with B A = 0 and leave the base as it was.
 _FROM_ZERO = (True, "gaussian", "eva", "orthogonal")
 
@@ -47,46 +45,35 @@ class LiveAdapter:
     record: AdapterRecord | None
 
 
-def live_adapter(model: nn.Module) -> LiveAdapter:
+def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
     """The adapter that `model` carries.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without; or any PeftModel with
             a plain LoRA, which started at B A = 0.
+        variants: whether layers may compute more than W x + B A x, as with DoRA.
 
     Raises:
         AdapterError: there is none, or one whose change against its start is not known.
         ModelError: what is given is no model.
     """
-    live = factors_in(model)
-    active = getattr(model, "active_adapter", None)
-    for name, module in live.modules.items():
-        if active in getattr(module, "lora_variant", ()):
-            raise AdapterError(
-                f"layer {name} computes more than W x + B A x (DoRA or another variant of LoRA): "
-                "use a plain LoRA"
-            )
-    return live
-
-
-def factors_in(model: nn.Module) -> LiveAdapter:
-    """As `live_adapter`, of layers too that compute more than W x + B A x, as with DoRA."""
     instance_of("the model", model, nn.Module, ModelError)
     initial: dict[str, AdapterFactors] = getattr(model, "corda_initial", None) or {}
-    record = getattr(model, "corda_record", None)
+    made: AdapterRecord | None = getattr(model, "corda_record", None)
     base: Any = model
-    none = "the model carries no adapter: attach one with init_corda or load_for_training"
-    active = ""
+    active, lacks = "", residual_marker(model) is not None
     if isinstance(model, PeftModel):
         if model.active_adapters != [TRAINED]:  # another one is not what these are of
-            initial, record = {}, None
-        _check_start_is_known(model, initial)
-        base, (active,) = model.get_base_model(), model.active_adapters
-        none = f"adapter {active!r} adapts no linear layer"
-    if residual_marker(base) is not None and not initial:
+            initial, made = {}, None
+        base, config = model.get_base_model(), _active_config(model)
+        active = model.active_adapter
+        if not initial:
+            check_start(config.init_lora_weights, f"adapter {active!r}")
+        lacks = folder.fits_residual(config.to_dict()) or residual_marker(base) is not None
+    if lacks and not initial:
         raise AdapterError(
-            "the base of this model has lost a part to its adapter, and what that was is not at "
-            "hand: attach the adapter with load_for_training, which reads it from its folder"
+            "the adapter fits the residual of its base, and what that has lost is not at hand: "
+            "attach it with load_for_training, which reads that from its folder"
         )
     layers: dict[str, LayerAdapter] = {}
     modules: dict[str, nn.Module] = {}
@@ -94,19 +81,55 @@ def factors_in(model: nn.Module) -> LiveAdapter:
         if isinstance(module, CordaLinear):
             own = AdapterFactors(module.A, module.B, module.scaling)
         elif active and isinstance(module, LoraLayer) and active in module.lora_A:
-            A, B = module.lora_A[active].weight, module.lora_B[active].weight
-            if A.ndim != 2 or len(A) != module.r[active]:
+            own = _factors(name, module, active)
+            if active in module.lora_variant and not variants:
                 raise AdapterError(
-                    f"adapter {active!r} adapts {name}, which is no linear layer but a convolution "
-                    "or the parameters of experts: only LoRAs of linear layers are read"
+                    f"layer {name} computes more than W x + B A x (DoRA or another variant of "
+                    "LoRA): use a plain LoRA"
                 )
-            own = AdapterFactors(A, B, module.scaling[active])
         else:
             continue
         layers[name], modules[name] = LayerAdapter(own, initial.get(name)), module
     if not layers:
-        raise AdapterError(none)
-    return LiveAdapter(layers, modules, record)
+        raise AdapterError(
+            "the model carries no adapter of linear layers: attach one with init_corda or "
+            "load_for_training"
+        )
+    return LiveAdapter(layers, modules, made)
+
+
+def _active_config(model: PeftModel) -> LoraConfig:
+    """The configuration of the one active adapter, a LoRA."""
+    names, configs = model.active_adapters, model.peft_config
+    if len(names) != 1 or not isinstance(configs[names[0]], LoraConfig):
+        kinds = ", ".join(f"{name} ({type(configs[name]).__name__})" for name in names)
+        raise AdapterError(f"the active adapters are {kinds}: activate one LoRA with set_adapter")
+    return configs[names[0]]
+
+
+def _factors(name: str, module: Any, active: str) -> AdapterFactors:
+    """A and B of one of PEFT's layers, the parameters themselves."""
+    A, B = module.lora_A[active].weight, module.lora_B[active].weight
+    if A.ndim != 2 or len(A) != module.r[active]:
+        raise AdapterError(
+            f"adapter {active!r} adapts {name}, which is no linear layer but a convolution or "
+            "experts' parameters: only LoRAs of linear layers are read"
+        )
+    return AdapterFactors(A, B, module.scaling[active])
+
+
+def check_start(start: Any, adapter: str) -> None:
+    """Makes sure that a LoRA began at B A = 0 and left its base as it was.
+
+    Raises:
+        AdapterError: its init_lora_weights, `start`, is another.
+    """
+    if start not in _FROM_ZERO:
+        raise AdapterError(
+            f"{adapter} was initialised by init_lora_weights={start!r}, which does not start at "
+            "B A = 0, and PEFT does not keep its start: make it with init_corda, or save it by "
+            "corda_kernels.peft_corda.save_adapter and take it up with load_for_training"
+        )
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -152,46 +175,112 @@ def residual_marker(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "corda_residual", None)
 
 
-def _check_start_is_known(model: Any, initial: Mapping[str, AdapterFactors]) -> None:
-    """Makes sure that the one active adapter is a LoRA that began at B A = 0, or at `initial`.
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the adapter's folder: what `save_pretrained` writes, the record and a model card.
+
+    Args:
+        model: from `init_corda` or `load_for_training`, with PEFT or without.
+        path: a folder; an adapter that it holds already is replaced, other files stay.
 
     Raises:
-        AdapterError: it is not.
+        AdapterError: the model carries no adapter with a record.
+        OutputError: the folder cannot be written, or holds a model.
     """
-    if len(model.active_adapters) != 1:
-        raise AdapterError(
-            f"the PeftModel has {len(model.active_adapters)} active adapters "
-            f"({', '.join(model.active_adapters)}): activate one with set_adapter"
-        )
-    (active,) = model.active_adapters
-    config = model.peft_config[active]
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(
-            f"adapter {active!r} is of kind {type(config).__name__}: only a LoRA changes its "
-            "layers by B A"
-        )
-    if not initial:
-        check_start(config.init_lora_weights, f"adapter {active!r}")
-        if fits_residual(config.to_dict()):
-            raise AdapterError(
-                f"adapter {active!r} fits the residual of its base, and what that has lost is not "
-                "at hand: attach the adapter with load_for_training, which reads it from its folder"
-            )
+    if not isinstance(model, PeftModel):
+        folder.write_adapter(adapter_of(model), path)
+        return
+    made, config = record_of(model), model.peft_config[TRAINED]
+    named = config.base_model_name_or_path
+    with folder.staged_adapter(path, made, model.corda_initial) as staged:
+        # The base, not its residual, is where PEFT looks up whether embeddings were resized.
+        config.base_model_name_or_path = made.base["source"]
+        try:
+            model.save_pretrained(str(staged), selected_adapters=[TRAINED])
+        finally:
+            config.base_model_name_or_path = named
 
 
-def check_start(init_lora_weights: Any, adapter: str) -> None:
-    """Makes sure that a LoRA began at B A = 0 and left its base as it was.
+def load_for_training(
+    base_model: nn.Module, path: str | os.PathLike[str], *, use_peft: bool = True
+) -> PeftModel | nn.Module:
+    """Attaches an adapter from its folder, ready to train or to run.
+
+    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
+    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
+    folder, such as embeddings that were trained too, it restores. Only an adapter with
+    `residual="weight"` needs this function.
+
+    Args:
+        base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,
+            also the one that `--save-base` stored). It is wrapped in place.
+        path: a folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
+        use_peft: False for CordaLinear layers in place of a PeftModel.
+
+    Returns:
+        A PeftModel, or `base_model` itself with its layers replaced.
 
     Raises:
-        AdapterError: it did not.
+        AdapterError: the folder is incomplete or altered, or belongs to another base.
+        ModelError: the base is no model.
+        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
     """
-    if init_lora_weights not in _FROM_ZERO:
+    instance_of("the base", base_model, nn.Module, ModelError)
+    flag("use_peft", use_peft)
+    place = readable_path(path, AdapterError)
+    recorded = (place / folder.RECORD_FILE).is_file()
+    lora = folder.read_lora(place)
+    if not use_peft:
+        folder.check_only_factors(lora.tensors, f"load {place} with PEFT, which restores that")
+    made = folder.read_record(place) if recorded or not use_peft else None
+    layers: dict[str, LayerAdapter] = {}
+    # Of another LoRA of PEFT's, which may adapt more than linear layers, PEFT takes care itself.
+    if made or folder.fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file():
+        layers = folder.layer_adapters(lora, made)
+    if made and not use_peft:
+        return attach(base_model, Adapter(layers, made), use_peft=False, copy=False)
+    described, adapted = _described(base_model, lora)
+    prepare_base(base_model, layers, made)
+    initial = initial_factors(layers)
+    if initial is not None:
+        # PEFT would take A0 and B0 out itself, of a base that lacks them already.
+        described["init_lora_weights"] = True
+    try:
+        config = PeftConfig.from_peft_type(**described)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # they would start at random
+            wrapped = PeftModel.from_pretrained(base_model, place, is_trainable=True, config=config)
+    except Exception as error:  # an altered configuration may lead PEFT to any
+        raise AdapterError(f"PEFT cannot load {place}: {error}") from error
+    _check_wrapped(base_model, adapted, alone=recorded)
+    return _carrying(wrapped, made, initial)
+
+
+def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any], set[str]]:
+    """What a LoRA's folder says to PEFT, and the model's layers that it has tensors of.
+
+    Names stand in place of any regular expression that selects layers.
+
+    Raises:
+        AdapterError: the folder was made for layers that the model does not have.
+    """
+    config = dict(lora.config)
+    config.pop("runtime_config", None)  # PEFT ignores it too
+    modules = dict(base_model.named_modules())
+    named = {folder.layer_of(key) for key in lora.tensors if ".lora_" in key}
+    adapted = {name for name in named if hasattr(modules.get(name), "weight")}
+    selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
+    if not config.get("layers_pattern") and not any(
+        isinstance(selection, str) and selection != "all-linear" for selection in selections
+    ):
+        return config, adapted
+    if adapted != named or not adapted:
         raise AdapterError(
-            f"{adapter} was initialised by init_lora_weights={init_lora_weights!r}, which does not "
-            "start at B A = 0, and PEFT does not keep where it started: make it with init_corda, "
-            "or save it by corda_kernels.peft_corda.save_adapter and take it up with "
-            "load_for_training"
+            f"{lora.folder} selects layers by a regular expression, which is not run when it is in "
+            "a file, and not all of its tensors are of layers of this model "
+            f"({min(named - adapted, default='none')}): load it with PEFT if you trust it"
         )
+    unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return config | unset | {"target_modules": record.target_modules(base_model, adapted)}, adapted
 
 
 def attach(
@@ -209,20 +298,18 @@ def attach(
         for name, layer in adapter.layers.items():
             linear = CordaLinear(base_model.get_submodule(name), layer.trained, copy=copy)
             base_model.set_submodule(name, linear)
-    return carrying(wrapped, adapter.record, adapter.initial)
+    return _carrying(wrapped, adapter.record, adapter.initial)
 
 
 def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel:
-    config = lora_config(adapter)
+    config = record.lora_config(adapter)
     # PEFT's own start would be thrown away, but for what it derives from the model.
     derived = bool(config.use_dora or config.modules_to_save)
     source = config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT sets it, and warns of any other
-    wrapped: PeftModel = get_peft_model(
-        model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived
-    )
+    wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
     config.base_model_name_or_path = source
-    check_wrapped(model, adapter.layers.keys())
+    _check_wrapped(model, adapter.layers.keys(), alone=True)
     for name, layer in adapter.layers.items():
         lora: Any = model.get_submodule(name)
         device = lora.get_base_layer().weight.device
@@ -232,18 +319,16 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
     return wrapped
 
 
-def carrying(
-    model: nn.Module, record: AdapterRecord | None, initial: dict[str, AdapterFactors] | None
-) -> nn.Module:
+def _carrying(
+    model: Any, made: AdapterRecord | None, initial: dict[str, AdapterFactors] | None
+) -> PeftModel | nn.Module:
     """Notes on a model how its adapter was made, and what it has taken out of the base."""
-    carrier: Any = model
-    carrier.corda_record = record
-    carrier.corda_initial = initial
+    model.corda_record, model.corda_initial = made, initial
     return model
 
 
 def prepare_base(
-    base_model: nn.Module, layers: Mapping[str, LayerAdapter], record: AdapterRecord | None
+    base_model: nn.Module, layers: Mapping[str, LayerAdapter], made: AdapterRecord | None
 ) -> None:
     """Makes sure that layers belong to this base, and makes it their residual where they have
     initial factors, unless it is that already. Without a record it goes by names and shapes.
@@ -252,34 +337,30 @@ def prepare_base(
         AdapterError: they do not, or the base is the residual of another adapter.
         TargetError: a part of a quantised weight would have to be taken out.
     """
-    base = "its base" if record is None else record.base_name
+    base = "its base" if made is None else made.base_name
     linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
     for name, layer in layers.items():
-        if name not in linears:
+        found = linear_shape(linears[name]) if name in linears else "no linear layer"
+        expected = len(layer.B), layer.A.shape[1]
+        if found != expected:
             raise AdapterError(
-                f"the model has no linear layer {name}, which the adapter is for: load the base "
-                f"it was made for, {base}, without another adapter"
-            )
-        shape = linear_shape(linears[name])
-        if shape != (layer.B.shape[0], layer.A.shape[1]):
-            raise AdapterError(
-                f"layer {name} is {shape[0]} × {shape[1]}, but the adapter is for "
-                f"{layer.B.shape[0]} × {layer.A.shape[1]}: load {base}"
+                f"{name} of this model is {found}, but the adapter is for {expected}: load {base} "
+                "without another adapter"
             )
     modules = {name: linears[name] for name in layers}
     check_at_hand(modules)
     unpack(modules)
     marker, initial = residual_marker(base_model), initial_factors(layers)
-    if marker is not None and (initial is None or marker != initial_checksum(initial)):
+    if marker is None:
+        if made is not None:
+            record.check_base(made, modules)
+        if initial is not None:
+            subtract_initial(base_model, initial)
+    elif initial is None or marker != record.initial_checksum(initial):
         raise AdapterError(
             "this model is the residual of another adapter: load the untouched base, or the base "
             "that was saved with this adapter"
         )
-    if marker is None:
-        if record is not None:
-            check_base(record, modules)
-        if initial is not None:
-            subtract_initial(base_model, initial)
 
 
 def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
@@ -292,8 +373,7 @@ def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
         if module.weight.is_meta:
             raise AdapterError(
                 f"the weight of layer {name} is offloaded, and no adapter can be trained on it: "
-                "write the adapter's folder (corda_adapter and write_adapter, or corda-kernels "
-                "init), and attach it with load_for_training where the model fits"
+                "make a folder (corda_adapter, write_adapter), and load it where the model fits"
             )
 
 
@@ -314,27 +394,18 @@ def subtract_initial(model: nn.Module, initial: dict[str, AdapterFactors]) -> No
         weight.copy_(residual(weight, factors))
     config: Any = getattr(model, "config", None)
     if config is not None:
-        config.corda_residual = initial_checksum(initial)
+        config.corda_residual = record.initial_checksum(initial)
 
 
-def check_wrapped(model: nn.Module, names: Set[str], *, alone: bool = True) -> None:
-    """Makes sure that PEFT, which finds layers by the ends of their names, found certain layers.
-
-    Args:
-        model: the base.
-        names: of the layers that it must have found.
-        alone: whether it must have found no others.
-
-    Raises:
-        AdapterError: it did not.
-    """
+def _check_wrapped(model: nn.Module, names: Set[str], *, alone: bool) -> None:
+    """Makes sure that PEFT, which finds layers by the ends of their names, found these of the base,
+    and none but these if they are to be `alone`."""
     found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     odd = found ^ names if alone else names - found
     if odd:
         raise AdapterError(
-            f"PEFT and the adapter disagree on {min(odd)}: PEFT finds "
-            "layers by the ends of their names; load the base that the adapter was made for, or "
-            "attach with use_peft=False"
+            f"PEFT and the adapter disagree on {min(odd)}: load the base that the adapter was made "
+            "for, or attach with use_peft=False"
         )
 
 

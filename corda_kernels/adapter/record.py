@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import fields
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
-from corda_kernels.adapter.lora import exact_targets, is_saved, target_modules
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 
 FORMAT = "corda_kernels.adapter/4"
+# What an adapter beside a residual fits is no model that could be loaded: this goes before the
+# base's name in its configuration.
+RESIDUAL_OF = "residual of "
+
+# PEFT matches its patterns as regular expressions, and one in a file can be such that this takes
+# for ever. Only those are read that are a name's end, escaped or not, anchored by ^ or led by `.*`.
+NAME_PATTERN = re.compile(r"(\^|\.\*)?((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
 
 # Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
 # by rounding, 0.2 % RMS at most (bfloat16); fine-tuning of all weights moves them by more.
@@ -25,6 +33,18 @@ _SAME_BASE = 5e-3
 # Four bits move Gaussian weights by a tenth, and a base's relatives are no further from it; the
 # weights of a model that has nothing to do with it are (1.4).
 _SAME_BUT_QUANTISED = 0.15
+
+
+def is_plain(name: Any) -> bool:
+    """Whether PEFT, to which names are regular expressions, takes a text for the name it is."""
+    found = NAME_PATTERN.fullmatch(name) if fields.is_text(name) else None
+    return found is not None and found[2] == name and "\\" not in name
+
+
+def is_saved(value: Any) -> bool:
+    """Whether a value can be LoraConfig's `modules_to_save`."""
+    return fields.is_names(value) and all(map(is_plain, value))
+
 
 # What a file says of a base, see `describe_base`.
 BASE_FIELDS: dict[str, fields.Schema] = {
@@ -37,31 +57,18 @@ BASE_FIELDS: dict[str, fields.Schema] = {
     "fan_in_fan_out": fields.is_flag,
     "task_type": fields.one_of(None, "CAUSAL_LM"),
 }
-_FIELDS: dict[str, fields.Schema] = {
-    "mode": fields.one_of("kpm", "ipm"),
+_LAYER_FIELDS: dict[str, fields.Schema] = {
     "rank": fields.whole(1),
-    "hold": fields.maybe(fields.is_positive),
-    "residual": fields.one_of(None, "weight"),
-    "damping": fields.maybe(fields.number(0)),
-    "base": BASE_FIELDS,
-    "layers": {
-        "*": {
-            "rank": fields.whole(1),
-            "tokens": fields.is_whole,
-            "sigma_max": fields.number(0),
-            "sigma_min": fields.number(0),
-            "residual": fields.is_number,
-        }
-    },
-    # Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
-    "lora": {
-        "modules_to_save?": is_saved,
-        "lora_dropout?": lambda value: fields.is_number(value, 0) and value < 1,
-        "use_dora?": fields.is_flag,
-    },
-    "versions": fields.is_texts,
-    "format": fields.is_text,
-    **dict.fromkeys(("calibration", "allocation", "stability", "measured"), fields.is_object),
+    "tokens": fields.is_whole,
+    "sigma_max": fields.number(0),
+    "sigma_min": fields.number(0),
+    "residual": fields.is_number,
+}
+# Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
+_LORA_FIELDS: dict[str, fields.Schema] = {
+    "modules_to_save?": is_saved,
+    "lora_dropout?": lambda value: fields.is_number(value, 0) and value < 1,
+    "use_dora?": fields.is_flag,
 }
 _ALLOCATION_FIELDS: dict[str, fields.Schema] = {
     "budget": fields.is_whole,
@@ -74,6 +81,8 @@ _ALLOCATION_FIELDS: dict[str, fields.Schema] = {
 @dataclass
 class AdapterRecord:
     """What `corda.json` keeps beside an adapter: how it was made and what it belongs to.
+
+    Each field's annotation says what it may be in the file.
 
     Attributes:
         mode: "kpm" or "ipm".
@@ -96,20 +105,22 @@ class AdapterRecord:
         format: of this file.
     """
 
-    mode: str
-    rank: int
-    hold: float | None
-    residual: str | None
-    damping: float | None
-    base: dict[str, Any]
-    calibration: dict[str, Any]
-    layers: dict[str, dict[str, Any]]
-    allocation: dict[str, Any] = field(default_factory=dict)
-    stability: dict[str, Any] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict, compare=False)
-    versions: dict[str, str] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
-    format: str = FORMAT
+    mode: Annotated[str, fields.one_of("kpm", "ipm")]
+    rank: Annotated[int, fields.whole(1)]
+    hold: Annotated[float | None, fields.maybe(fields.is_positive)]
+    residual: Annotated[str | None, fields.one_of(None, "weight")]
+    damping: Annotated[float | None, fields.maybe(fields.number(0))]
+    base: Annotated[dict[str, Any], BASE_FIELDS]
+    calibration: Annotated[dict[str, Any], fields.is_object]
+    layers: Annotated[dict[str, dict[str, Any]], {"*": _LAYER_FIELDS}]
+    allocation: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
+    stability: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
+    measured: Annotated[dict[str, Any], fields.is_object] = field(
+        default_factory=dict, compare=False
+    )
+    versions: Annotated[dict[str, str], fields.is_texts] = field(default_factory=dict)
+    lora: Annotated[dict[str, Any], _LORA_FIELDS] = field(default_factory=dict)
+    format: Annotated[str, fields.is_text] = FORMAT
 
     @property
     def base_name(self) -> str:
@@ -121,15 +132,13 @@ class AdapterRecord:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any) -> AdapterRecord:
+    def from_json(cls, value: dict[str, Any]) -> AdapterRecord:
         """Reads what `to_json` gave.
 
         Raises:
             AdapterError: a field is missing, unknown or of another kind, fields contradict each
                 other, or the format is another one.
         """
-        if not isinstance(value, dict):
-            raise AdapterError("corda.json was altered: it holds no object")
         if value.get("format") != FORMAT:
             raise AdapterError(
                 f"corda.json has format {value.get('format')!r}, this version reads {FORMAT!r}: "
@@ -144,35 +153,35 @@ class AdapterRecord:
         return cls(**value)
 
 
-def _check_record(value: Any) -> None:
+def _check_record(value: dict[str, Any]) -> None:
     """Makes sure of all fields of a record.
 
     Raises:
         ValueError: it says which is wrong.
     """
-    fields.check_fields(value, _FIELDS, "the record")
-    layers = value["layers"]
-    if not layers:
+    hints = get_type_hints(AdapterRecord, include_extras=True)
+    schema = {name: hint.__metadata__[0] for name, hint in hints.items()}
+    fields.check_fields(value, schema, "the record")
+    ranks = {name: entry["rank"] for name, entry in value["layers"].items()}
+    if not ranks:
         raise ValueError("it has no layers")
     if (value["hold"] is None) != (value["residual"] is not None):
         raise ValueError("hold and residual exclude each other")
-    targets = value["base"]["target_modules"]
-    if targets != exact_targets(layers) and (
-        fields.is_text(targets)
-        or not all(any(_ends(name, end) for end in targets) for name in layers)
-        or not all(any(_ends(name, end) for name in layers) for end in targets)
-    ):
+    if not _selects(value["base"]["target_modules"], ranks):
         raise ValueError("target_modules are not the names of the layers")
     if value["allocation"]:
         fields.check_fields(value["allocation"], _ALLOCATION_FIELDS, "the allocation")
-        ranks = value["allocation"]["ranks"]
-        adapted = {name: entry["rank"] for name, entry in layers.items()}
-        if {name: rank for name, rank in ranks.items() if rank != 0} != adapted:
+        allocated = value["allocation"]["ranks"]
+        if {name: rank for name, rank in allocated.items() if rank != 0} != ranks:
             raise ValueError("the ranks of the allocation are not the layers' ranks")
 
 
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
+def _selects(targets: list[str] | str, names: Collection[str]) -> bool:
+    """Whether `target_modules` gives these targets for layers of these names in some model."""
+    if isinstance(targets, str):
+        return targets == exact_targets(names)
+    found = [(name, end) for name in names for end in targets if f".{name}".endswith(f".{end}")]
+    return {name for name, _ in found} == set(names) and {end for _, end in found} == set(targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,12 +202,86 @@ def initial_factors(layers: Mapping[str, LayerAdapter]) -> dict[str, AdapterFact
     return {name: layer.initial for name, layer in layers.items() if layer.initial} or None
 
 
-def initial_checksum(initial: dict[str, AdapterFactors]) -> str:
+def factor_key(name: str, factor: str) -> str:
+    """PEFT's name for a layer's A or B in a file."""
+    return f"base_model.model.{name}.lora_{factor}.weight"
+
+
+def factor_tensors(layers: Mapping[str, AdapterFactors]) -> dict[str, Tensor]:
+    """A and B of each layer by PEFT's names."""
+    return {
+        factor_key(name, factor): getattr(found, factor).contiguous()
+        for name, found in layers.items()
+        for factor in "AB"
+    }
+
+
+def initial_checksum(initial: Mapping[str, AdapterFactors]) -> str:
     """SHA-256 of the parts that an adapter has taken out of the weights."""
-    tensors: dict[str, Tensor] = {}
-    for name, factors in initial.items():
-        tensors |= {f"{name}.A": factors.A, f"{name}.B": factors.B}
-    return digest(tensors, repr({name: initial[name].scaling for name in sorted(initial)}))
+    scalings = {name: initial[name].scaling for name in sorted(initial)}
+    return digest(factor_tensors(initial), repr(scalings))
+
+
+def exact_targets(names: Iterable[str]) -> str:
+    """The regular expression that selects modules of these full names, and no others."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """What PEFT's LoraConfig has to select to find modules of these full names, and no others.
+
+    Short names, as PEFT and serving engines like them, if they select just the same; a regular
+    expression only where full names would select more.
+    """
+    endings = {name.rpartition(".")[2] for name in names}
+    # PEFT goes by the ends of names alone: what is no linear layer would be adapted, or refused.
+    others = {name for name, _ in model.named_modules()}.difference(names)
+    if not any(name.rpartition(".")[2] in endings for name in others):
+        return sorted(endings)
+    if not any(other.endswith(f".{name}") for other in others for name in names):
+        return sorted(names)
+    return exact_targets(names)
+
+
+def lora_config(adapter: Adapter) -> LoraConfig:
+    """The LoraConfig of an adapter.
+
+    Layers of fewer rows than the largest stand in `rank_pattern`, those of another alpha in
+    `alpha_pattern`, by their full names. Without a budget there is neither.
+    """
+    record = adapter.record
+    layers = {
+        _pattern(name, adapter.layers): layer.trained for name, layer in adapter.layers.items()
+    }
+    ranks = {pattern: factors.rank for pattern, factors in layers.items()}
+    alphas = {pattern: rounded(f.scaling * f.rank) for pattern, f in layers.items()}
+    widest = max(ranks, key=ranks.__getitem__)
+    prefix = "" if record.residual is None else RESIDUAL_OF
+    return LoraConfig(
+        r=ranks[widest],
+        lora_alpha=alphas[widest],
+        bias="none",
+        target_modules=record.base["target_modules"],
+        rank_pattern={name: own for name, own in ranks.items() if own != ranks[widest]},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alphas[widest]},
+        fan_in_fan_out=record.base["fan_in_fan_out"],
+        task_type=record.base["task_type"],
+        base_model_name_or_path=f"{prefix}{record.base['source'] or ''}" or None,
+        **record.lora,
+    )
+
+
+def rounded(alpha: float) -> float:
+    """A whole number where it is one but for rounding: engines print it, and some parse it."""
+    nearest = round(alpha)
+    return nearest if nearest and abs(alpha - nearest) < 1e-9 * nearest else alpha
+
+
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """What PEFT takes for this layer only: it compares the ends of names, as expressions."""
+    if any(other.endswith(f".{name}") for other in names):
+        return f"^{re.escape(name)}"
+    return name if is_plain(name) else re.escape(name)
 
 
 def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:

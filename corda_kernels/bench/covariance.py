@@ -87,21 +87,14 @@ def bench_syrk(
     """Yields the baseline's row, then one of every backend that can run on the device."""
     generator = torch.Generator(device).manual_seed(0)
     copies = max(1, min(8, _ROTATED_BYTES // (tokens * channels * dtype.itemsize)))
+    shape = tokens, channels
     inputs = [
-        torch.randn(tokens, channels, device=device, generator=generator).to(dtype)
-        for _ in range(copies)
+        torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(copies)
     ]
     exact = inputs[0].double().T @ inputs[0].double()
     c = torch.zeros(channels, channels, device=device)
     absmax = torch.zeros(channels, device=device)
     count = torch.zeros(channels, dtype=torch.int64, device=device)
-
-    def baseline(x: Tensor) -> None:
-        addmm_baseline(c, x)
-
-    def with_statistics(x: Tensor) -> None:
-        syrk_(c, x, absmax=absmax, outlier_count=count)
-
     timed = partial(measure, inputs=inputs, device=device, ahead=True)
     rate = 2 * tokens * channels**2 / timed(lambda x: x.T @ x).p50
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -112,23 +105,23 @@ def bench_syrk(
     here = [name for name, reason in reasons.items() if reason is None and name != other]
     for backend in (_BASELINE, *here):
         first = backend == _BASELINE
-        run = baseline if first else with_statistics
+        bare = partial(addmm_baseline if first else syrk_, c)
+        run = bare if first else partial(bare, absmax=absmax, outlier_count=count)
         with nullcontext() if first else use_backend(backend):
             c.zero_()
             run(inputs[0])
             error = float((symmetrize_(c).double() - exact).norm() / exact.norm())
             passed = error <= _ALLOWED[device.type]
-            facts = (backend, tokens, channels, str(dtype).removeprefix("torch."), error, passed)
+            facts = (backend, *shape, str(dtype).removeprefix("torch."), error, passed)
             if not (passed or first):
                 yield Row(*facts)
                 continue
             timing = timed(run)
-            plain = timing if first else timed(lambda x: syrk_(c, x))
+            plain = timing if first else timed(bare)
         base = timing.p50 if first else base
         useful = tokens * channels * (channels + 1) / timing.p50
         share = useful / peak if peak else None
-        speedup, ceiling = base / timing.p50, useful / rate
-        yield Row(*facts, timing, plain.p50, speedup, useful / 1e12, ceiling, share)
+        yield Row(*facts, timing, plain.p50, base / timing.p50, useful / 1e12, useful / rate, share)
 
 
 def addmm_baseline(c: Tensor, x: Tensor) -> None:
@@ -173,10 +166,7 @@ def bench_calibration(model: PreTrainedModel) -> CalibrationRow:
         for ids in batches:
             runner(input_ids=ids, use_cache=False)
 
-    def calibration(_: None) -> None:
-        calibrate(model, batches, progress=False)
-
-    base = measure(bare, [None], model.device, repeats=3)
-    timing = measure(calibration, [None], model.device, repeats=3)
+    timed = partial(measure, inputs=[None], device=model.device, repeats=3)
+    base, timing = timed(bare), timed(lambda _: calibrate(model, batches, progress=False))
     ratio = timing.p50 / base.p50
     return CalibrationRow(model.name_or_path, tokens.numel(), base, timing, ratio)

@@ -5,32 +5,146 @@ The latter, on a CPU, is the high-water mark of a process of its own, which runs
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
-from corda_kernels.bench.accuracy import Reference, adapter_error, reference, tail_energy_ratio
-from corda_kernels.bench.svd_cases import CASES, DAMPING, Case, make_case
-from corda_kernels.bench.svd_methods import ENDS, End, Method, Part, Parts, ours
+from corda_kernels.bench.svd_cases import (
+    CASES,
+    DAMPING,
+    ENDS,
+    Case,
+    Part,
+    end_error,
+    make_case,
+    references,
+)
 from corda_kernels.bench.timing import Timing, measure
 from corda_kernels.errors import ConfigError
-from corda_kernels.linalg import parallel_map
+from corda_kernels.linalg import End, co_svd_layers
 from corda_kernels.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes
 
-# Up to this many rows or columns a float64 reference takes a second or less.
-_QUICK = 2048
 BASELINE = "published"
-
+# Drivers of cuSOLVER. torch names gesvdp in its own heuristics only; where it lets itself be asked
+# for by name, it runs.
+_DRIVERS = ("gesvd", "gesvdj", "gesvda", "gesvdp")
 HEADER = (
     f"{'case':<13} {'layers':>6} {'r':>4} {'end':<8} {'method':<11} {'p50 s':>9} "
     f"{'× published':>11} {'error':>11}"
 )
+Parts = dict[End, dict[str, Part]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decompose the layers of a case.
+
+    Attributes:
+        run: the case and the ends wanted → the parts, by end and layer.
+        at_once: whether one run yields all ends that it is meant for.
+        allowed: the largest errors up to which its speed is worth printing, by the ends that it is
+            meant for.
+    """
+
+    run: Callable[[Case, Iterable[End]], Parts]
+    at_once: bool
+    allowed: Mapping[End, float]
+
+
+# Ours is held to what the package promises, float32 to what it can do at its best.
+_EXACT: dict[End, float] = {"largest": 1e-5, "smallest": 1.001}
+_SINGLE: dict[End, float] = {"largest": 1e-2, "smallest": 1.01}
+
+
+def methods(device: torch.device, names: Sequence[str] = ()) -> dict[str, Method]:
+    """Those that this machine has, or of these the named ones, by name; the published first.
+
+    Raises:
+        ConfigError: this machine has none of a name.
+    """
+    found = {}
+    if published_missing() is None:
+        found["published"] = Method(partial(_by_layer, _published), True, _SINGLE)
+    found["ours"] = Method(ours, False, _EXACT)
+    found["svd_lowrank"] = Method(partial(_by_layer, _lowrank), True, {"largest": 1e-2})
+    for driver in _DRIVERS if device.type == "cuda" else ():
+        with contextlib.suppress(RuntimeError):
+            torch.linalg.svd(torch.eye(2, device=device), driver=driver)
+            found[driver] = Method(partial(_by_layer, partial(_full, driver)), True, _EXACT)
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"there is no method {name!r} here: give some of {list(found)}")
+    return {name: method for name, method in found.items() if not names or name in names}
+
+
+def published_missing() -> str | None:
+    """Why PEFT's procedure cannot run here: it imports attrs, which PEFT does not depend on."""
+    try:
+        importlib.import_module("peft.tuners.lora.corda")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def ours(case: Case, ends: Iterable[End]) -> Parts:
+    """By `co_svd_layers`."""
+    layers = partial(co_svd_layers, case.weights, case.covariances, rank=case.rank, damping=DAMPING)
+    return {which: {name: Part(one.U) for name, one in layers(which=which)} for which in ends}
+
+
+def _by_layer(
+    decompose: Callable[[Tensor, Tensor, int], dict[End, Part]], case: Case, _: object
+) -> Parts:
+    """Layer by layer, all ends that `decompose` finds from W, C and the rank."""
+    parts: Parts = {}
+    for name, W in case.weights.items():
+        for which, part in decompose(W, case.covariances[name], case.rank).items():
+            parts.setdefault(which, {})[name] = part
+    return parts
+
+
+def _published(W: Tensor, C: Tensor, rank: int) -> dict[End, Part]:
+    """PEFT's own: the inverse of C and a full SVD of W·C, in float32."""
+    from peft.tuners.lora.corda import collect_eigens_for_layer
+
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    linear.covariance_matrix = C
+    found = collect_eigens_for_layer(linear, None)
+    U, S, V = found.U_WC, found.S_WC.cpu()[:, None], found.V_WC
+    ends: dict[End, slice] = {"largest": slice(rank), "smallest": slice(-rank, None)}
+    return {
+        which: Part(U[:, kept].clone(), S[kept] * V[:, kept].mT) for which, kept in ends.items()
+    }
+
+
+def _lowrank(W: Tensor, C: Tensor, rank: int) -> dict[End, Part]:
+    """torch.svd_lowrank of W·C, in float32, with half as many vectors again and its two rounds."""
+    M = W @ _damped(C)
+    U = torch.svd_lowrank(M, min(rank + rank // 2, *M.shape))[0]
+    return {"largest": Part(U[:, :rank])}
+
+
+def _full(driver: str, W: Tensor, C: Tensor, rank: int) -> dict[End, Part]:
+    """One of cuSOLVER's drivers on W·C in float64."""
+    M = W.double() @ _damped(C.double())
+    U, _, _ = torch.linalg.svd(M, full_matrices=False, driver=driver)
+    return {"largest": Part(U[:, :rank].clone()), "smallest": Part(U[:, -rank:].clone())}
+
+
+def _damped(C: Tensor) -> Tensor:
+    diagonal = C.diagonal()
+    return C + torch.diag((DAMPING * diagonal.mean()).expand(diagonal.shape))
 
 
 @dataclass(frozen=True)
@@ -100,54 +214,27 @@ def bench_case(
                 f"({weight.shape[0]} × {weight.shape[1]}): choose a smaller --rank"
             )
     # First, so that nothing but what is timed runs in between.
-    truths = references(case) if exact or _largest(case) <= _QUICK else {}
+    truths = references(case) if exact or case.quick else {}
     warm_up = make_case("smollm2-block", device, 8)
     base: float | None = None
+    found: Parts = {}
+
+    def run(asked: tuple[Method, list[End]]) -> None:
+        found.update(asked[0].run(case, asked[1]))
+
     for name, method in contestants.items():
-        method.run(warm_up, method.ends)
-        for ends in [method.ends] if method.at_once else [(which,) for which in method.ends]:
-            found: Parts = {}
-
-            def run(ends: tuple[End, ...], found: Parts = found) -> None:
-                found |= method.run(case, ends)  # noqa: B023 (runs before the next round)
-
-            timing = measure(run, [ends], device, repeats=1, warm_up=0)
+        method.run(warm_up, method.allowed)
+        for ends in [[*method.allowed]] if method.at_once else [[end] for end in method.allowed]:
+            timing = measure(run, [(method, ends)], device, repeats=1, warm_up=0)
             base = timing.p50 if name == BASELINE else base
             for which in ends:
                 error = end_error(found[which], truths, which) if truths else None
                 passed = error is None or error <= method.allowed[which]
-                facts = (case.name, len(case.weights), case.rank, which, name, error, passed)
+                row = Row(case.name, len(case.weights), case.rank, which, name, error, passed)
                 if passed or name == BASELINE:
-                    yield Row(*facts, timing, base / timing.p50 if base else None)
-                else:
-                    yield Row(*facts)
-
-
-def _largest(case: Case) -> int:
-    return max(max(weight.shape) for weight in case.weights.values())
-
-
-def references(case: Case) -> dict[str, Reference]:
-    """The sampled layers of a case, in float64, on the CPU."""
-
-    def one(name: str) -> Reference:
-        return reference(case.weights[name].cpu(), case.covariances[name].cpu(), DAMPING)
-
-    workers = None if _largest(case) <= _QUICK else 1
-    return dict(zip(case.sampled, parallel_map(one, case.sampled, workers=workers), strict=True))
-
-
-def end_error(parts: dict[str, Part], truths: dict[str, Reference], which: End) -> float:
-    """The largest error of one end over the layers in `truths`; see `Row.error`."""
-    errors = []
-    for name, truth in truths.items():
-        U, A = parts[name].U.cpu().double(), parts[name].A
-        if which == "smallest":
-            errors.append(tail_energy_ratio(U, truth))
-        else:
-            BA = U @ (U.mT @ truth.W if A is None else A.cpu().double())
-            errors.append(adapter_error(BA, truth, which, U.shape[-1]))
-    return max(errors)
+                    row = replace(row, timing=timing, speedup=base / timing.p50 if base else None)
+                yield row
+            found.clear()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""What `bench svd` decomposes: the layers of a model, and layers made up in a model's shapes."""
+"""What `bench svd` decomposes, and how far a decomposition is from a float64 reference.
+
+The layers are those of a model, or made up in a model's shapes. Errors are in the terms that matter
+to an adapter.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ from transformers.utils import logging
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError
+from corda_kernels.linalg import End, parallel_map
 from corda_kernels.linears import linear_weight
 from corda_kernels.models import load_model
 
 DAMPING = 0.01  # PEFT's, and the default of `init`
+EPS = torch.finfo(torch.float64).eps
 
 # (out, in) of the linear layers of a block, those with the same input together.
 _SMOLLM2 = [[(576, 576), (192, 576), (192, 576)], [(576, 576)], [(1536, 576)] * 2, [(576, 1536)]]
@@ -28,6 +34,9 @@ _BLOCKS = {
     **{f"{out}x{width}": (1, [[(out, width)]]) for shapes in _LLAMA2 for out, width in shapes},
 }
 CASES = ("model", *_BLOCKS)
+ENDS: tuple[End, ...] = ("largest", "smallest")
+# Up to this many rows or columns a float64 reference takes a second or less.
+_QUICK = 2048
 
 _SAMPLED = 12  # layers of a model that errors are taken of, about
 
@@ -50,6 +59,11 @@ class Case:
     rank: int
     sampled: list[str]
 
+    @property
+    def quick(self) -> bool:
+        """Whether float64 references of all layers take a second or less each."""
+        return max(max(weight.shape) for weight in self.weights.values()) <= _QUICK
+
     def memory_bound(self, groups: int) -> int:
         """Bytes of three float64 copies of what is worked on at a time: the `groups` largest of the
         covariances, each with the layers that share it."""
@@ -65,16 +79,12 @@ def make_case(
     rank: int | None = None,
     source: tuple[str, str] | None = None,
 ) -> Case:
-    """The case of that name; `rank` None for 32 with SmolLM2 and 128 with LLaMA-2, `source` the
-    model and its covariance file, of the case "model" only.
+    """The case of that name, which `check_case` accepts; `rank` None for 32 with SmolLM2 and 128
+    with LLaMA-2, `source` the model and its covariance file, of the case "model" only.
 
     Cases other than "model" are made up: Gaussian weights, covariances by `realistic_covariance`.
     Each of the 32 blocks of "llama2-7b" has the tensors of the first.
-
-    Raises:
-        ConfigError: as in `check_case`.
     """
-    check_case(name, rank, source)
     rank = rank or (32 if name in ("model", "smollm2-block") else 128)
     if name == "model" and source is not None:
         return _model_case(*source, rank, device)
@@ -139,3 +149,95 @@ def realistic_covariance(channels: int, generator: torch.Generator) -> Tensor:
     loud = torch.randperm(channels, device=device, generator=generator)
     scale[loud[: max(1, channels // 512)]] *= 30
     return (circulant * scale[:, None] * scale).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One end of one layer: U (out, rank) and A (rank, in) with B A = U·A; None for UᵀW."""
+
+    U: Tensor
+    A: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One layer in float64, decomposed by a dense SVD.
+
+    Attributes:
+        W: (out, in), the weight.
+        M: (out, in), W·(C + λI).
+        U: (out, R), left singular vectors of M; R = min(out, in).
+        S: (R), its singular values, descending.
+    """
+
+    W: Tensor
+    M: Tensor
+    U: Tensor
+    S: Tensor
+
+
+def reference(
+    weight: Tensor,  # (out, in)
+    covariance: Tensor,  # (in, in)
+    damping: float | None,
+) -> Reference:
+    """Decomposes W·(C + λI) by torch.linalg.svd of its triangular factor, λ = damping·mean diag C.
+
+    With a condition of 1e8 to 1e12 a plain SVD of M may be off by eps·cond at the small end, by as
+    much as is to be measured. The errors of QR of Mᵀ, which goes first, follow the norms of the
+    rows of M one by one, and the SVD of the triangle does better than its bound: an inverse
+    iteration agrees with it to 1e-8 in the energy of the tail at conditions of 1e11. A tall W is
+    replaced by its own triangular factor, so that U lies in the range of W also where C is
+    singular.
+    """
+    W, C = weight.double(), covariance.to(weight.device, torch.float64, copy=True)
+    if damping:
+        C.diagonal().add_(damping * C.diagonal().mean())
+    Q, inner = torch.linalg.qr(W) if W.shape[0] > W.shape[1] else (None, W)
+    U, S, _ = torch.linalg.svd(torch.linalg.qr((inner @ C).mT, mode="r").R.mT)
+    return Reference(W, W @ C, U if Q is None else Q @ U, S)
+
+
+def adapter_error(BA: Tensor, exact: Reference, which: End, rank: int) -> float:
+    """‖BA − BA_ref‖/‖BA_ref‖ (Frobenius) for BA (out, in) = B A, BA_ref = U_I U_Iᵀ W."""
+    U = exact.U[:, :rank] if which == "largest" else exact.U[:, -rank:]
+    expected = U @ (U.mT @ exact.W)
+    return float((BA.double() - expected).norm() / expected.norm())
+
+
+def tail_energy_ratio(U: Tensor, exact: Reference) -> float:
+    """‖UᵀM‖_F over the least possible, (Σ σ²)^½ of the smallest, for U (out, rank); 1 is optimal.
+
+    Energies up to rank·(R·eps·σ₁)² are rounding: of exactly null directions both count as that.
+    """
+    rank = U.shape[-1]
+    level = rank * float(exact.S.shape[0] * EPS * exact.S[0]) ** 2
+    energy = float((U.double().mT @ exact.M).square().sum())
+    least = float(exact.S[-rank:].square().sum())
+    if max(energy, least) <= level:
+        return 1.0
+    return math.sqrt(max(energy, level) / max(least, level))
+
+
+def references(case: Case) -> dict[str, Reference]:
+    """The sampled layers of a case, in float64, on the CPU."""
+
+    def one(name: str) -> Reference:
+        return reference(case.weights[name].cpu(), case.covariances[name].cpu(), DAMPING)
+
+    several = parallel_map if case.quick else map
+    return dict(zip(case.sampled, several(one, case.sampled), strict=True))
+
+
+def end_error(parts: dict[str, Part], truths: dict[str, Reference], which: End) -> float:
+    """The largest error of one end over the layers in `truths`: for the largest components
+    `adapter_error`, for the smallest `tail_energy_ratio`."""
+
+    def error(part: Part, truth: Reference) -> float:
+        U = part.U.cpu().double()
+        if which == "smallest":
+            return tail_energy_ratio(U, truth)
+        A = U.mT @ truth.W if part.A is None else part.A.cpu().double()
+        return adapter_error(U @ A, truth, which, U.shape[-1])
+
+    return max(error(parts[name], truth) for name, truth in truths.items())

@@ -66,7 +66,7 @@ def measure(
     ):
         durations.append(_seconds(run, next(rotation), device, ahead))
     if len(durations) == 1:
-        return Timing(durations[0], durations[0], durations[0])
+        return Timing(*(3 * durations))
     p20, _, _, p80 = statistics.quantiles(durations, n=5)
     return Timing(p20, statistics.median(durations), p80)
 
@@ -91,9 +91,13 @@ def _seconds(
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the libraries that a measurement was made with."""
+    about, cpu = Path("/proc/cpuinfo"), platform.processor()
+    if about.exists():  # Linux says more than Python knows
+        found = re.search(r"^model name\s*:\s*(.+)$", about.read_text(encoding="utf-8"), re.M)
+        cpu = found[1].strip() if found else cpu
     described: dict[str, Any] = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores of {_cpu()} "
-        f"({torch.backends.cpu.get_cpu_capability()})",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores of "
+        f"{cpu or 'an unknown CPU'} ({torch.backends.cpu.get_cpu_capability()})",
         "python": platform.python_version(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
@@ -104,13 +108,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         described["cuda"] = torch.version.cuda
         described["clock_mhz"] = torch.cuda.clock_rate(device)
     return described
-
-
-def _cpu() -> str:
-    """The CPU's name as Linux gives it; elsewhere what Python knows of it."""
-    try:
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        about = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or "an unknown CPU"

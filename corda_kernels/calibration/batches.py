@@ -9,23 +9,15 @@ for the padding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from corda_kernels.arguments import holds_numbers
-from corda_kernels.errors import (
-    BatchError,
-    CalibrationError,
-    OutOfMemoryWarning,
-    PaddingWarning,
-    warn,
-)
+from corda_kernels.errors import BatchError, PaddingWarning, warn
 from corda_kernels.files import digest
-from corda_kernels.memory import has_own_memory
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -38,45 +30,58 @@ ODD_MASK = (
 )
 
 
+def _inputs(batch: Batch) -> Mapping[str, Any]:
+    return batch if isinstance(batch, Mapping) else {"input_ids": batch}
+
+
 def token_count(batch: Batch) -> int:
     """Number of tokens in a batch that count: all of them, or those the attention mask keeps.
 
     It is 0 for a malformed batch, which `unpadded` then reports.
     """
-    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    inputs = _inputs(batch)
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
     if isinstance(mask, Tensor):
         return int(mask.count_nonzero()) if holds_numbers(mask) else 0
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
+def row_count(batch: Batch) -> int:
+    """Number of sequences in a well-formed batch."""
+    ids: Tensor = _inputs(batch)["input_ids"]
+    return len(ids) if ids.ndim == 2 else 1
+
+
 class TextSum:
-    """Checksums over the batches of a text, in their order: of all, and of one rank's own."""
+    """Tokens of the batches of a text, and checksums in their order: of all, and of a rank's own.
+
+    Attributes:
+        counts: number of tokens in every batch.
+        span: range of the last batch's tokens in the text.
+    """
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
-        self._batches = 0
+        self.counts: list[int] = []
+        self.span = (0, 0)
         self._whole, self._own = hashlib.sha256(), hashlib.sha256()
         for batch in batches:
             self.add(batch)
 
-    def add(self, batch: Batch, *, own: bool = True) -> None:
-        """Takes in all tensors of the next batch, by their names."""
-        inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        checksum = digest(
-            {
-                name: value
-                for name, value in inputs.items()
-                if isinstance(value, Tensor) and holds_numbers(value)
-            }
-        ).encode()
-        self._batches += 1
-        self._whole.update(checksum)
+    def add(self, batch: Batch, *, own: bool = True, summed: bool = True) -> None:
+        """Takes in the next batch; into the checksums, if asked for, go its tensors by name."""
+        self.counts.append(token_count(batch))
+        self.span = (self.span[1], self.span[1] + self.counts[-1])
+        if not summed:
+            return
+        tensors = {name: v for name, v in _inputs(batch).items() if isinstance(v, Tensor)}
+        checksum = digest({name: v for name, v in tensors.items() if holds_numbers(v)})
+        self._whole.update(checksum.encode())
         if own:
-            self._own.update(checksum)
+            self._own.update(checksum.encode())
 
     def given(self) -> dict[str, object]:
         """Number and checksum of all batches, by name."""
-        return {"number of batches": self._batches, "data": self._whole.hexdigest()}
+        return {"number of batches": len(self.counts), "data": self._whole.hexdigest()}
 
     def own(self) -> str:
         """The checksum of the rank's own batches."""
@@ -100,17 +105,14 @@ def unpadded(
         BatchError: the batch has no token ids, or they are of a dtype that no embedding takes; or
             its mask does not fit them, or holds something else than ones and zeros.
     """
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    inputs = _inputs(batch)
     ids: Any = inputs.get("input_ids")
     mask: Any = inputs.get("attention_mask")
     wrong = ""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
         wrong = "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids"
     elif ids.dtype not in (torch.int32, torch.int64) or not holds_numbers(ids):
-        wrong = (
-            f"has token ids of {ids.dtype} ({ids.layout}, on {ids.device}): give dense int64 ones, "
-            "by .long()"
-        )
+        wrong = f"has token ids of {ids.dtype} ({ids.layout}, on {ids.device}): give dense int64"
     elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         wrong = f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}"
     elif mask is not None and not ones_and_zeros(mask):
@@ -135,12 +137,8 @@ def unpadded(
             if length
         ]
     elif pad_token_id is not None and looks_padded(fields["input_ids"], pad_token_id):
-        warn(
-            f"batch {index} starts or ends in padding (token {pad_token_id}) but has no attention "
-            "mask: the padding counts as text and inflates the covariances; pass a mapping with "
-            "input_ids and attention_mask",
-            PaddingWarning,
-        )
+        says = f"batch {index} starts or ends in padding (token {pad_token_id}) without a mask: "
+        warn(f"{says}it counts as text; give input_ids and attention_mask", PaddingWarning)
     for part in alike:
         rows = len(part["input_ids"])
         size = max_rows or rows
@@ -161,61 +159,3 @@ def looks_padded(ids: Tensor, pad_token_id: int) -> bool:
     # One such token at an end may well be an end-of-text that doubles as padding; two in a row are
     # not.
     return bool((pads[:, :2].all(1) | pads[:, -2:].all(1)).any())
-
-
-@dataclass
-class Thrift:
-    """How little of a device's memory a calibration takes; less after every `tighten`.
-
-    Attributes:
-        batches: that are run.
-        device: where the model runs.
-        last_resort: what to do where nothing of this helps, for the error.
-        max_rows: the most sequences that run together; None for as many as a batch has.
-        on_host: whether inputs are copied to the host, and summed up there.
-    """
-
-    batches: Iterable[Batch]
-    device: torch.device
-    last_resort: str
-    max_rows: int | None = None
-    on_host: bool = False
-
-    def tighten(self, error: Exception, again: str, *, summing: bool = True) -> None:
-        """Halves the sequences that run together; once it is one, sums on the host. Warns.
-
-        A single sequence is tried before the host sums up, for that is slow.
-
-        Args:
-            error: that was raised.
-            again: what is done now, for the warning.
-            summing: whether covariances were summed up when memory ran out.
-
-        Raises:
-            CalibrationError: nothing is left to be done, or the batches cannot be read a second
-                time.
-        """
-        if not isinstance(self.batches, Sequence | Tensor):
-            raise CalibrationError(
-                "memory ran out while calibrating: give smaller batches, or a list of batches, "
-                "which can be started again"
-            ) from error
-        rows = self.max_rows or max(_rows(batch) for batch in self.batches)
-        if rows > 1:
-            self.max_rows = rows // 2
-            spared = f"at most {self.max_rows} sequence(s) at a time"
-        elif summing and not self.on_host and has_own_memory(self.device):
-            # Then activations may have had room enough: as many sequences as at first.
-            self.on_host, self.max_rows = True, None
-            spared = "covariances that the CPU sums up, which takes longer"
-        else:
-            raise CalibrationError(
-                "memory does not suffice for a single sequence: use shorter ones (--seq-len), "
-                f"{self.last_resort}"
-            ) from error
-        warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
-
-
-def _rows(batch: Batch) -> int:
-    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
-    return ids.shape[0] if ids.ndim == 2 else 1

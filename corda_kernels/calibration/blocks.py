@@ -19,19 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from corda_kernels.calibration.batches import Batch, TextSum, Thrift, token_count, unpadded
+from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
-from corda_kernels.calibration.passes import (
-    CalibrationOptions,
-    CalibrationRun,
-    Normalize,
-    OnUnseen,
-    evaluating,
-    token_bar,
-)
+from corda_kernels.calibration.passes import CalibrationRun, Normalize, OnUnseen, evaluating
 from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.memory import has_own_memory
 from corda_kernels.models import decoder_blocks
@@ -84,30 +78,23 @@ def calibrate_blocks(
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
         DistributedError: another rank has ended, or was given something else.
     """
-    options = CalibrationOptions(
-        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    run = CalibrationRun(
+        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
     )
-    found = _calibrated(CalibrationRun(model, targets, options), batches, parts=1)
-    return (sets.pop() for sets in found)
+    return (sets.pop() for sets in _calibrated(run, batches, parts=1))
 
 
 @torch.no_grad()
 def calibrate_block_parts(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    parts: int,
-    targets: str | Sequence[str] = "all-linear",
-    **options: Any,
+    model: nn.Module, batches: Iterable[Batch], *, parts: int, **options: Any
 ) -> Iterator[list[CovarianceSet]]:
     """As `calibrate_blocks`, with the text in `parts`: batch i belongs to part i modulo `parts`.
 
     Args:
-        model: see `calibrate_blocks`, as for all that is not listed here.
+        model: see `calibrate_blocks`.
         batches: the text.
         parts: how many.
-        targets: the layers.
-        options: fields of `CalibrationOptions`.
+        options: all further ones of `calibrate_blocks`.
 
     Returns:
         An iterator over the blocks that hold targets, in their order: for each a list with the set
@@ -116,9 +103,7 @@ def calibrate_block_parts(
     Raises:
         CalibrationError: a part has no text; see also `calibrate_blocks`.
     """
-    return _calibrated(
-        CalibrationRun(model, targets, CalibrationOptions(**options)), batches, parts
-    )
+    return _calibrated(CalibrationRun(model, **options), batches, parts)
 
 
 def _calibrated(
@@ -130,47 +115,44 @@ def _calibrated(
     run.agree("calibrate_blocks", batches, parts=parts)
     text = KeptText(run, list(blocks.values()), batches, parts)
     text.record()
-    run.ranks.agree("the end of the text", text.checksum.given)
-    tokens = [sum(text.counts[part::parts]) for part in range(parts)]
+    run.ranks.agree("the end of the text", text.read.given)
+    counts = text.read.counts
+    tokens = [sum(counts[part::parts]) for part in range(parts)]
     if sum(tokens) and not all(tokens):
         raise CalibrationError(
             f"{parts} parts need text each, but part {tokens.index(0)} has none: give more batches"
         )
-    journal = run.journal()
-    finished = 0  # blocks, from the first, whose sums need no work on any rank
-    while finished < len(chosen) and (not chosen[finished] or journal.holds(finished)):
-        finished += 1
-    finished = min(run.ranks.gather(finished, "finished blocks"))
+    journal, own = run.journal(), (len(counts), text.read.own())
+    restored = 0  # blocks, from the first, whose sums need no work on any rank
+    while restored < len(chosen) and (not chosen[restored] or journal.holds(restored)):
+        restored += 1
+    restored = min(run.ranks.gather(restored, "finished blocks"))
     last = max(index for index, linears in enumerate(chosen) if linears)
-    own = len(text.counts), text.checksum.own()
 
-    def captured(index: int) -> list[InputCapture]:
-        """The inputs of one block, over the whole text of all ranks."""
-        if index >= finished:
+    def finished(index: int) -> list[CovarianceSet]:
+        """One block's covariances over the text of all ranks, for each part."""
+        if index < restored:
+            captures = [run.capture(chosen[index]) for _ in range(parts)]
+            if journal.restore(captures, index) != own:
+                raise foreign(journal.file(index), "data")
+            if index < last:
+                text.advance(index)
+        else:
             captures = text.advance(index, chosen[index])
             for capture in captures:
                 run.ranks.add_up(capture, run.device)
             if sum(tokens) >= journal.interval(captures):
                 journal.keep(captures, *own, index)
-            return captures
-        captures = [run.capture(chosen[index]) for _ in range(parts)]
-        if journal.restore(captures, index) != own:
-            raise foreign(journal.file(index), "data")
-        if index < last:
-            text.advance(index)
-        return captures
+        return [run.result(*each) for each in zip(captures, tokens, strict=True)]
 
     def found() -> Iterator[list[CovarianceSet]]:
-        shown = list(blocks)[: last + 1]
-        bar = progress_bar(shown, description="blocks", unit="blocks", shown=run.shown)
-        for index, _ in enumerate(bar):
-            if not chosen[index]:
+        bar = progress_bar(range(last + 1), description="blocks", unit="blocks", shown=run.shown)
+        for index in bar:
+            if chosen[index]:
+                # No name for it: a block's covariances would be kept while the next one runs.
+                yield finished(index)
+            else:
                 text.advance(index)
-                continue
-            # No name for it: a block's covariances would be kept while the next one runs.
-            yield [
-                run.result(capture, tokens[part]) for part, capture in enumerate(captured(index))
-            ]
 
     return found()
 
@@ -190,60 +172,42 @@ def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[st
     return chosen
 
 
+@dataclass
 class KeptText:
     """The text on its way through the blocks, as hidden states on the host.
 
-    Args:
+    Attributes:
         run: what is calibrated.
         blocks: the decoder's.
         batches: the text.
         parts: into which the text is dealt out.
-
-    Attributes:
         sequences: those of this rank's batches, in their order.
-        counts: number of tokens in every batch.
-        checksum: of the text.
+        read: what the batches held.
     """
 
-    def __init__(
-        self, run: CalibrationRun, blocks: list[nn.Module], batches: Iterable[Batch], parts: int = 1
-    ) -> None:
-        self._run = run
-        self._blocks = blocks
-        self._batches = batches
-        self._parts = parts
-        self._thrift = Thrift(batches, run.device, "or run on the CPU (--device cpu)")
-        self.sequences: list[Sequences] = []
-        self.counts: list[int] = []
-        self.checksum = TextSum()
+    run: CalibrationRun
+    blocks: list[nn.Module]
+    batches: Iterable[Batch]
+    parts: int = 1
+    sequences: list[Sequences] = field(default_factory=list, init=False)
+    read: TextSum = field(default_factory=TextSum, init=False)
+    _rows: int | None = field(default=None, init=False)  # as many at most were recorded together
 
     def record(self) -> None:
         """Runs the model with blocks that pass on what they get, and notes how each was called."""
-        while True:
-            try:
-                with evaluating(self._run.model):
-                    self._record()
-                return
-            except torch.OutOfMemoryError as error:
-                self._thrift.tighten(error, "starting again", summing=False)
+        self.run.retry(self.batches, self._record, "starting again", summing=False)
 
     def _record(self) -> None:
-        run, rows = self._run, self._thrift.max_rows
-        self.sequences, self.counts, self.checksum = [], [], TextSum()
-        recorder = Recorder(self._blocks)
-        with recorder.in_place_of_blocks(), token_bar(self._batches, run.shown) as bar:
-            for index, batch in enumerate(self._batches):
-                before = sum(self.counts)
-                self.counts.append(token_count(batch))
-                bar.update(self.counts[-1])
-                own = run.ranks.owns(index // self._parts)
-                self.checksum.add(batch, own=own)
-                if not own:
-                    continue
-                for inputs in unpadded(batch, index, pad_token_id=run.pad_token_id, max_rows=rows):
-                    recorder.current = Sequences(index, (before, before + self.counts[-1]))
+        run, self._rows = self.run, self.run.max_rows
+        self.sequences, self.read = [], TextSum()
+        recorder = Recorder(self.blocks)
+        reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
+        with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
+            for index, batch, own in numbered:
+                for inputs in run.sequences(batch, index) if own else ():
+                    recorder.current = Sequences(index, self.read.span)
                     run.forward(inputs, index)
-                    if len(recorder.current.calls) != len(self._blocks):
+                    if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
 
@@ -254,50 +218,50 @@ class KeptText:
 
         Args:
             index: of the block.
-            linears: the layers whose inputs are summed up; None to do without.
+            linears: the layers whose inputs are summed up; None for none.
 
         Returns:
             Their sums, for each part of the text.
         """
-        while True:
-            captures: list[InputCapture] = []
-            if linears is not None:
-                on_host = self._thrift.on_host
-                captures = [self._run.capture(linears, on_host) for _ in range(self._parts)]
-            try:
-                with evaluating(self._blocks[index]):
-                    self._advance(index, captures)
-                return captures
-            except torch.OutOfMemoryError as error:
-                if not has_own_memory(self._run.device):
-                    raise
-                del captures  # the device needs their memory
-                self._thrift.tighten(
-                    error, f"starting block {index} again", summing=linears is not None
-                )
-            self._regroup()
+
+        run = self.run
+
+        def attempt() -> list[InputCapture]:
+            if self._rows != run.max_rows:
+                self._regroup()
+            captures = [run.capture(linears or {}) for _ in range(self.parts)]
+            with evaluating(self.blocks[index]):
+                self._advance(index, captures)
+            return captures
+
+        if not has_own_memory(run.device):
+            return attempt()
+        again = f"starting block {index} again"
+        return run.retry(self.batches, attempt, again, summing=linears is not None)
 
     def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
         passed: list[Tensor] = []
-        for position, current in enumerate(self.sequences):
-            capture = captures[current.batch % len(captures)] if captures else None
-            with capture or contextlib.nullcontext():
-                output = current.calls[index].run(
-                    self._blocks[index], current.hidden.to(self._run.device)
-                )
-            hidden = hidden_states(output).to(_HOST)
-            if has_own_memory(self._run.device):  # so that the block can start again
-                passed.append(hidden)
-            else:
-                current.hidden = hidden
-            following = self.sequences[position + 1 : position + 2]
-            if capture and (not following or following[0].batch != current.batch):
-                capture.end_pass(current.batch, current.span)
+        for batch, group in itertools.groupby(self.sequences, lambda current: current.batch):
+            capture = captures[batch % self.parts]
+            with capture:
+                for current in group:
+                    args, kwargs = current.calls[index]
+                    hidden = current.hidden.to(self.run.device)
+                    output = self.blocks[index](hidden, *args, **kwargs)
+                    hidden = hidden_states(output).to(_HOST)
+                    if has_own_memory(self.run.device):  # so that the block can start again
+                        passed.append(hidden)
+                    else:
+                        current.hidden = hidden
+            capture.end_pass(batch, current.span)
         for current, hidden in zip(self.sequences, passed, strict=False):
             current.hidden = hidden
 
     def _regroup(self) -> None:
-        """Lets fewer sequences run together, from the hidden states that they have reached."""
+        """Lets as many sequences run together as memory holds, from the states they have reached.
+
+        Those of one length in one batch were together at first.
+        """
         reached = {
             key: torch.cat([current.hidden for current in group])
             for key, group in itertools.groupby(self.sequences, alike)
@@ -325,28 +289,13 @@ class Sequences:
         batch: number of the batch that they come from.
         span: range of that batch's tokens in the text.
         hidden: what the next block reads, on the host.
-        calls: what each block is called with besides the hidden states.
+        calls: positional and named arguments of each block, without the hidden states.
     """
 
     batch: int
     span: tuple[int, int]
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    calls: list[Call] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of a block, less the hidden states, which come first or by this name."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    name: str | None
-
-    def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the block returns."""
-        if self.name is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.name: hidden}, **self.kwargs)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -380,57 +329,46 @@ class Recorder:
     @contextlib.contextmanager
     def in_place_of_blocks(self) -> Iterator[None]:
         """Replaces the forward methods, below the hooks of accelerate, which would load weights."""
-        own = [vars(block).get("forward") for block in self.blocks]
-        originals = [block.forward for block in self.blocks]
-        try:
+        with contextlib.ExitStack() as restored:
             for index, block in enumerate(self.blocks):
-                vars(block)["forward"] = self._stand_in(index, originals[index])
-            yield
-        finally:
-            for block, before in zip(self.blocks, own, strict=True):
-                if before is None:
-                    del vars(block)["forward"]
+                stand_in = self._stand_in(index, block.forward)
+                if "forward" in vars(block):
+                    restored.callback(vars(block).update, forward=block.forward)
                 else:
-                    vars(block)["forward"] = before
+                    restored.callback(vars(block).pop, "forward")
+                vars(block)["forward"] = stand_in
+            yield
 
     def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             assert self.current is not None
-            name = None if args else "hidden_states"
-            if name is not None and name not in kwargs:
-                raise unsuitable(f"its blocks are called without {name}")
-            hidden = args[0] if name is None else kwargs.pop(name)
+            if not args and "hidden_states" not in kwargs:
+                raise unsuitable("its blocks are called without hidden_states")
+            hidden, *others = args or (kwargs.pop("hidden_states"),)
             if len(self.current.calls) != index:
                 raise unsuitable("its blocks do not run once each in their order")
             if index == 0:
                 self.current.hidden = hidden.to(_HOST)
             elif hidden is not self._passed:
                 raise unsuitable("something happens to the hidden states between its blocks")
-            call = Call(self._kept(args[1:]), self._kept(kwargs), name)
-            self.current.calls.append(call)
+            self.current.calls.append(tree_map_only(Tensor, self._kept, (tuple(others), kwargs)))
             self._passed = hidden
             if self._tuple is None:
-                output = call.run(original, hidden.clone())
+                output = original(hidden.clone(), *others, **kwargs)
                 hidden_states(output)
                 self._tuple = isinstance(output, tuple)
             return (hidden,) if self._tuple else hidden
 
         return forward
 
-    def _kept(self, value: Any) -> Any:
-        """The same arguments, with one tensor for all that are equal.
+    def _kept(self, value: Tensor) -> Tensor:
+        """The same tensor for all that are equal.
 
         Masks and rotary embeddings are the same for all blocks and for all texts of one length.
         """
-        if isinstance(value, Tensor):
-            known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-            return value
-        if isinstance(value, tuple | list):
-            return type(value)(self._kept(entry) for entry in value)
-        if isinstance(value, dict):
-            return {name: self._kept(entry) for name, entry in value.items()}
+        known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
+        for tensor in known:
+            if tensor is value or torch.equal(tensor, value):
+                return tensor
+        known.append(value)
         return value

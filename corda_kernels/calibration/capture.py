@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,6 @@ from torch import Tensor, nn
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 # Sums that new modules can still join. Readers of one tensor are called close together (q, k, v;
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
@@ -53,13 +52,6 @@ class _Sums:
     tokens: int = 0
     calls: int = 0
     pending: _Sighting | None = None  # read by some of the modules, not yet by all
-    forming: _Sighting | None = None  # the first tensor: other new modules that read it join
-
-    def covariance(self, threshold: float) -> Covariance:
-        """The sums in the form of a covariance."""
-        return Covariance(
-            self.matrix, self.tokens, self.calls, self.absmax, self.outlier_count, threshold
-        )
 
 
 @dataclass
@@ -92,43 +84,39 @@ class InputCapture:
     on_host: bool = False
     row_mask: Tensor | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
-    _forming: deque[_Sums] = field(default_factory=deque, init=False)
-    _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+    # The first tensor of some sums: other new modules that read it join.
+    _forming: deque[tuple[_Sighting, _Sums]] = field(
+        default_factory=lambda: deque(maxlen=_FORMING), init=False
+    )
+    _hooks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> InputCapture:
         for name, module in self.modules.items():
-            self._handles.append(
-                module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            )
+            hook = partial(self._hook, name)
+            self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
-    def _hook(self, name: str) -> Any:
-        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor):
-                raise CalibrationError(
-                    f"layer {name} was called without an input tensor; leave it out of the targets"
-                )
-            # Sums made under the caller's inference mode could not be changed outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._read(name, x)
-
-        return read_input
+    def _hook(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            says = f"layer {name} was called without an input tensor: leave it out of the targets"
+            raise CalibrationError(says)
+        # Sums made under the caller's inference mode could not be changed outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._read(name, x)
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)
         if sums is None:
             self._join_or_found(name, x)
         elif len(sums.modules) == 1:
-            sums.forming = None
             self._add(sums, x)
         elif sums.pending is None:
-            sums.forming = None
             sums.pending = _Sighting(x, _version(x), [name])
             if x.is_inference():
                 self._split(sums)
@@ -142,24 +130,17 @@ class InputCapture:
             self._read(name, x)
 
     def _join_or_found(self, name: str, x: Tensor) -> None:
-        for sums in self._forming:
-            if sums.forming is not None and sums.forming.matches(x):
+        for first, sums in self._forming:
+            if first.matches(x) and sums.calls == 1 and sums.pending is None:
                 sums.modules.append(name)
                 self._sums[name] = sums
                 return
         d = x.shape[-1]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        device = _HOST if self.on_host else x.device
-        sums = self._sums[name] = _Sums(
-            [name],
-            torch.zeros(d, d, dtype=dtype, device=device),
-            torch.zeros(d, dtype=torch.float32, device=device),
-            torch.zeros(d, dtype=torch.int64, device=device),
-            forming=_Sighting(x, _version(x), [name]),
-        )
-        self._forming.append(sums)
-        if len(self._forming) > _FORMING:
-            self._forming.popleft().forming = None
+        zeros = partial(torch.zeros, device=_HOST if self.on_host else x.device)
+        matrix = zeros(d, d, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
+        sums = self._sums[name] = _Sums([name], matrix, *statistics)
+        self._forming.append((_Sighting(x, _version(x), [name]), sums))
         self._add(sums, x)
 
     def _split(self, sums: _Sums) -> None:
@@ -168,9 +149,8 @@ class InputCapture:
         assert pending is not None
         if _version(pending.tensor) > pending.version:
             raise CalibrationError(
-                f"layers {', '.join(sums.modules)} read one tensor at first, but later it was "
-                "changed in place before all of them had read it: calibrate them in separate runs, "
-                "each with one of them in targets, and merge"
+                f"layers {', '.join(sums.modules)} read one tensor, later changed in place in "
+                "between: calibrate each of them in a run of its own, and merge"
             )
         sums.pending = None
         apart = replace(
@@ -185,7 +165,14 @@ class InputCapture:
         self._add(apart, pending.tensor)
 
     def _add(self, sums: _Sums, x: Tensor) -> None:
-        rows = self._counted(sums, x.reshape(-1, x.shape[-1]))
+        rows, mask = x.reshape(-1, x.shape[-1]), self.row_mask
+        if mask is not None:
+            if mask.numel() != len(rows):
+                raise CalibrationError(
+                    f"layer {sums.modules[0]} received {len(rows)} rows, which the attention mask "
+                    f"of {tuple(mask.shape)} does not fit: run sequences without padding"
+                )
+            rows = rows[mask.flatten().to(rows.device)]
         if self.on_host:
             rows = rows.to(_HOST)
         # A checkpoint may have left the sums on another device than the inputs.
@@ -195,14 +182,13 @@ class InputCapture:
         alpha = 1.0
         if self.normalize == "peft" and rows.numel():
             scale = abs(float(rows.max()))
-            if not math.isfinite(scale):
-                scale = 1.0  # the sums then show which channels are not
             if scale == 0.0:
                 raise CalibrationError(
                     f"layer {sums.modules[0]} received an input whose largest entry is 0, "
                     'by which normalize="peft" divides: use normalize="tokens"'
                 )
-            alpha = scale**-2
+            # Of what is not finite the sums then show the channels.
+            alpha = scale**-2 if math.isfinite(scale) else 1.0
         syrk_(
             sums.matrix,
             rows,
@@ -212,19 +198,8 @@ class InputCapture:
             outlier_threshold=self.outlier_threshold,
             deterministic=self.deterministic,
         )
-        sums.tokens += rows.shape[0]
+        sums.tokens += len(rows)
         sums.calls += 1
-
-    def _counted(self, sums: _Sums, rows: Tensor) -> Tensor:
-        if self.row_mask is None:
-            return rows
-        if self.row_mask.numel() != rows.shape[0]:
-            raise CalibrationError(
-                f"layer {sums.modules[0]} received {rows.shape[0]} rows, to which the attention "
-                f"mask of {tuple(self.row_mask.shape)} does not apply (it may be a routed expert): "
-                "run sequences without padding, such as one at a time"
-            )
-        return rows[self.row_mask.flatten().to(rows.device)]
 
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
@@ -233,26 +208,24 @@ class InputCapture:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
                 range in the stream, are what to report.
         """
+        self._forming.clear()
         distinct = self._distinct()
         for sums in distinct:
-            sums.forming = None
             if sums.pending is not None:
                 self._split(sums)
         for sums in distinct:
             finite = torch.isfinite(sums.matrix.diagonal())
             if not bool(finite.all()):
-                raise NonFiniteActivationError(
-                    sums.modules[0], batch, tokens, int((~finite).sum()), finite.numel()
-                )
+                counts = int((~finite).sum()), finite.numel()
+                raise NonFiniteActivationError(sums.modules[0], batch, tokens, *counts)
 
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())
 
     def unseen(self) -> list[str]:
         """Names of the modules that were never called with at least one token."""
-        return [
-            name for name in self.modules if name not in self._sums or not self._sums[name].tokens
-        ]
+        seen = {name for name, sums in self._sums.items() if sums.tokens}
+        return [name for name in self.modules if name not in seen]
 
     def sums(self) -> list[Group]:
         """The sums so far, not divided by anything, each with the modules that share it.
@@ -260,25 +233,26 @@ class InputCapture:
         Only lower triangles are filled. The tensors are the running ones: they change with the next
         pass.
         """
-        return [
-            (sums.covariance(self.outlier_threshold), sums.modules) for sums in self._distinct()
-        ]
+        found: list[Group] = []
+        for sums in self._distinct():
+            statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)
+            covariance = Covariance(sums.matrix, sums.tokens, sums.calls, *statistics)
+            found.append((covariance, sums.modules))
+        return found
 
     def restore(self, groups: list[Group]) -> None:
         """Takes up sums that `sums` gave between two passes, in place of its own."""
         self._sums.clear()
         for part, names in groups:
-            sums = _Sums(
-                names, part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls
-            )
-            self._sums.update(dict.fromkeys(names, sums))
+            numbers = (part.matrix, part.absmax, part.outlier_count, part.tokens, part.calls)
+            self._sums.update(dict.fromkeys(names, _Sums(names, *numbers)))
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
-        finished: dict[int, Covariance] = {}
-        for sums in self._distinct():
-            count = sums.tokens if self.normalize == "tokens" else sums.calls
-            symmetrize_(sums.matrix).div_(max(count, 1))
-            finished[id(sums)] = sums.covariance(self.outlier_threshold)
-        unseen = set(self.unseen())
-        return {name: finished[id(self._sums[name])] for name in self.modules if name not in unseen}
+        seen = self.modules.keys() - self.unseen()
+        finished: dict[str, Covariance] = {}
+        for covariance, names in self.sums():
+            count = covariance.tokens if self.normalize == "tokens" else covariance.calls
+            symmetrize_(covariance.matrix).div_(max(count, 1))
+            finished.update(dict.fromkeys(names, covariance))
+        return {name: finished[name] for name in self.modules if name in seen}

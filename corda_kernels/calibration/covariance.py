@@ -6,32 +6,17 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import (
-    instance_of,
-    one_of,
-    real_number,
-    real_tensor,
-    usable_device,
-    whole_number,
-)
-from corda_kernels.errors import ConfigError, CordaError, CovarianceError, CovarianceFileError
-from corda_kernels.fields import (
-    Check,
-    check_fields,
-    is_names,
-    is_number,
-    is_object,
-    is_text,
-    is_texts,
-    is_whole,
-)
+from corda_kernels import arguments, fields
+from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError
 from corda_kernels.files import read_checked, write_checked
+from corda_kernels.kernels import symmetrize_
 from corda_kernels.outputs import atomic_path, temporary_folder
 
 _FILE: Any = {
@@ -41,33 +26,36 @@ _FILE: Any = {
     "remedy": "copy or calibrate it again",
 }
 _NORMALIZATIONS = ("tokens", "peft")
+_NUMBERS = ("tokens", "calls", "outlier_threshold")
 # Notes on which text a set was taken from.
 _OF_TEXT = ("data", "domain", "mixture")
 
 # What the fields of a file may hold.
-_GROUP_FIELDS: dict[str, Check] = {
-    "modules": lambda value: is_names(value) and len(value) > 0,
-    "channels": lambda value: is_whole(value, 1),
-    "tokens": is_whole,
-    "calls": is_whole,
-    "outlier_threshold": lambda value: is_number(value, 0) or value == math.inf,
+_GROUP_FIELDS: dict[str, fields.Check] = {
+    "modules": lambda value: fields.is_names(value) and len(value) > 0,
+    "channels": fields.whole(1),
+    "tokens": fields.is_whole,
+    "calls": fields.is_whole,
+    "outlier_threshold": lambda value: fields.is_number(value, 0) or value == math.inf,
 }
-_HEADER_FIELDS: dict[str, Check] = {
-    "groups": lambda _: True,  # `read_groups` has checked them
-    "order": is_names,
-    "normalize": lambda value: value in _NORMALIZATIONS,
-    "left_out": is_texts,
-    "provenance": is_object,
+_HEADER_FIELDS: dict[str, fields.Check] = {
+    "order": fields.is_names,
+    "normalize": fields.one_of(*_NORMALIZATIONS),
+    "left_out": fields.is_texts,
+    "provenance": lambda value: (
+        fields.is_object(value)
+        and all(check(value[note]) for note, check in _NOTES.items() if note in value)
+    ),
 }
 # Of the notes on where the numbers come from, those that are read again.
-_PROVENANCE_FIELDS: dict[str, Check] = {
-    "model": is_text,
-    "tokens": is_whole,
-    "versions": is_texts,
-    "domain": is_text,
-    "mixture": is_object,
-    "selection": is_object,
-    "stability": lambda value: value is None or is_object(value),
+_NOTES: dict[str, fields.Check] = {
+    "model": fields.is_text,
+    "tokens": fields.is_whole,
+    "versions": fields.is_texts,
+    "domain": fields.is_text,
+    "mixture": fields.is_object,
+    "selection": fields.is_object,
+    "stability": fields.maybe(fields.is_object),
 }
 
 
@@ -97,22 +85,19 @@ class Covariance:
 
     def __post_init__(self) -> None:
         """Refuses values of another kind or shape."""
-        real_tensor("a covariance's matrix", self.matrix, CovarianceError)
+        arguments.real_tensor("a covariance's matrix", self.matrix, CovarianceError)
         shape = tuple(self.matrix.shape)
         if len(shape) != 2 or shape[0] != shape[1]:
             raise CovarianceError(f"a covariance's matrix must be (in, in), got {shape}")
         for name in ("absmax", "outlier_count"):
             statistic = getattr(self, name)
-            instance_of(name, statistic, Tensor, CovarianceError)
+            arguments.instance_of(name, statistic, Tensor, CovarianceError)
             if statistic.shape != shape[:1]:
-                raise CovarianceError(
-                    f"{name} must be ({shape[0]},) as the matrix has channels, "
-                    f"got {tuple(statistic.shape)}"
-                )
+                raise CovarianceError(f"{name} must be {shape[:1]}, got {tuple(statistic.shape)}")
         for name in ("tokens", "calls"):
-            whole_number(name, getattr(self, name), 0, error=CovarianceError)
-        threshold, rule = self.outlier_threshold, "at least 0"
-        real_number("outlier_threshold", threshold, rule, lambda x: x >= 0, error=CovarianceError)
+            arguments.whole_number(name, getattr(self, name), 0, error=CovarianceError)
+        number = partial(arguments.real_number, error=CovarianceError)
+        number("outlier_threshold", self.outlier_threshold, "at least 0", lambda x: x >= 0)
 
     def merge(self, other: Covariance, *, normalize: str = "tokens") -> Covariance:
         """The covariance of both samples: the mean weighted by tokens, or by calls for "peft".
@@ -120,25 +105,18 @@ class Covariance:
         Raises:
             CovarianceError: sizes or outlier thresholds differ, or `normalize` is not possible.
         """
-        instance_of("other", other, Covariance, CovarianceError)
-        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
-        if (
-            self.matrix.shape != other.matrix.shape
-            or self.outlier_threshold != other.outlier_threshold
-        ):
-            raise CovarianceError(
-                f"covariances of {self.matrix.shape[0]} channels (outlier threshold "
-                f"{self.outlier_threshold}) and {other.matrix.shape[0]} channels (threshold "
-                f"{other.outlier_threshold}) cannot be merged"
-            )
-        mine, theirs = (
-            part.tokens if normalize == "tokens" else part.calls for part in (self, other)
-        )
+        arguments.instance_of("other", other, Covariance, CovarianceError)
+        arguments.one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
+        pair = (self, other)
+        here, there = ((len(part.matrix), part.outlier_threshold) for part in pair)
+        if here != there:
+            says = "covariances of (channels, outlier threshold)"
+            raise CovarianceError(f"{says} {here} and {there} cannot be merged")
+        mine, theirs = (part.tokens if normalize == "tokens" else part.calls for part in pair)
         dtype = torch.promote_types(self.matrix.dtype, other.matrix.dtype)
+        share = theirs / max(mine + theirs, 1)
         return Covariance(
-            torch.lerp(
-                self.matrix.to(dtype), other.matrix.to(dtype), theirs / max(mine + theirs, 1)
-            ),
+            torch.lerp(self.matrix.to(dtype), other.matrix.to(dtype), share),
             self.tokens + other.tokens,
             self.calls + other.calls,
             torch.maximum(self.absmax, other.absmax),
@@ -173,16 +151,14 @@ class CovarianceSet(Mapping[str, Covariance]):
         left_out: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
-        for what, given in (
-            ("covariances", covariances),
-            ("left_out", left_out or {}),
-            ("provenance", provenance or {}),
-        ):
-            instance_of(what, given, Mapping, CovarianceError)
+        arguments.one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
+        instance_of = partial(arguments.instance_of, error=CovarianceError)
+        instance_of("covariances", covariances, Mapping)
+        instance_of("left_out", left_out or {}, Mapping)
+        instance_of("provenance", provenance or {}, Mapping)
         for name, covariance in covariances.items():
-            instance_of("a layer's name", name, str, CovarianceError)
-            instance_of(f"what is given for {name}", covariance, Covariance, CovarianceError)
+            instance_of("a layer's name", name, str)
+            instance_of(f"what is given for {name}", covariance, Covariance)
         self._covariances = dict(covariances)
         self.normalize = normalize
         self.left_out = dict(left_out or {})
@@ -218,32 +194,25 @@ class CovarianceSet(Mapping[str, Covariance]):
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently.
         """
-        instance_of("other", other, CovarianceSet, CovarianceError)
+        arguments.instance_of("other", other, CovarianceSet, CovarianceError)
         if self.normalize != other.normalize:
-            raise CovarianceError(
-                f'covariances normalised by "{self.normalize}" and "{other.normalize}" cannot merge'
-            )
+            both = f'"{self.normalize}" and "{other.normalize}"'
+            raise CovarianceError(f"covariances normalised by {both} cannot merge")
         if self.keys() != other.keys() and names is None:
             odd = sorted(self.keys() ^ other.keys())
-            raise CovarianceError(
-                f"the two covariance sets cover different layers ({odd[0]} and {len(odd) - 1} more "
-                "are in one only): calibrate both with the same model and targets"
-            )
-        merged: dict[tuple[int, int], Covariance] = {}
+            says = f"the covariance sets cover different layers (such as {odd[0]})"
+            raise CovarianceError(f"{says}: calibrate both with the same model and targets")
+        merged: dict[tuple[int, ...], Covariance] = {}
         result: dict[str, Covariance] = {}
         for name in self if names is None else names:
-            if name not in self or name not in other:
-                result[name] = self[name] if name in self else other[name]
-                continue
-            pair = (id(self[name]), id(other[name]))
-            if pair not in merged:
-                merged[pair] = self[name].merge(other[name], normalize=self.normalize)
-            result[name] = merged[pair]
-        left_out = {
-            name: reason
-            for name, reason in (self.left_out | other.left_out).items()
-            if name not in result
-        }
+            found = [part[name] for part in (self, other) if name in part]
+            key = tuple(map(id, found))
+            if key not in merged:
+                first, *others = found
+                merged[key] = first.merge(*others, normalize=self.normalize) if others else first
+            result[name] = merged[key]
+        reasons = self.left_out | other.left_out
+        left_out = {name: reasons[name] for name in reasons if name not in result}
         provenance = {
             note: value
             for note, value in self.provenance.items()
@@ -252,9 +221,8 @@ class CovarianceSet(Mapping[str, Covariance]):
         }
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
-        return CovarianceSet(
-            result, normalize=self.normalize, left_out=left_out, provenance=provenance
-        )
+        about: dict[str, Any] = {"left_out": left_out, "provenance": provenance}
+        return CovarianceSet(result, normalize=self.normalize, **about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checksummed safetensors file, atomically; shared matrices once, as triangles.
@@ -280,26 +248,14 @@ class CovarianceSet(Mapping[str, Covariance]):
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
             ConfigError: the device is not there, or too small.
         """
-        header, groups = read_groups(path, device=device, **_FILE)
-        try:
-            check_fields(header, _HEADER_FIELDS, "the header")
-            for note, value in header["provenance"].items():
-                if not _PROVENANCE_FIELDS.get(note, lambda _: True)(value):
-                    raise ValueError(f"{note!r} of provenance cannot be {str(value)[:40]!r}")
-            names = [name for _, members in groups for name in members]
-            if sorted(names) != sorted(header["order"]):
-                raise ValueError("'order' does not name the layers of the groups, each once")
-        except ValueError as error:
-            raise CovarianceFileError(
-                f"{path}: its header is not that of a covariance file ({error}): calibrate it again"
-            ) from error
+        header, groups = read_groups(path, _HEADER_FIELDS, device, **_FILE)
+        names = [name for _, members in groups for name in members]
+        if sorted(names) != sorted(header["order"]):
+            reason = "its header does not name the layers of the groups, each once"
+            raise CovarianceFileError(f"{path}: {reason}: {_FILE['remedy']}")
         covariances = {name: covariance for covariance, members in groups for name in members}
-        return cls(
-            {name: covariances[name] for name in header["order"]},
-            normalize=header["normalize"],
-            left_out=header["left_out"],
-            provenance=header["provenance"],
-        )
+        about = {name: header[name] for name in ("normalize", "left_out", "provenance")}
+        return cls({name: covariances[name] for name in header["order"]}, **about)
 
 
 def save_pieces(
@@ -347,7 +303,7 @@ def save_pieces(
 
 
 def write_groups(
-    path: str | os.PathLike[str], format_: str, groups: Sequence[Group], header: Mapping[str, Any]
+    path: str | os.PathLike[str], format_: str, groups: Iterable[Group], header: Mapping[str, Any]
 ) -> None:
     """Writes covariances, each with the modules that share it, as a checked file.
 
@@ -362,91 +318,81 @@ def write_groups(
         tensors[f"{index}.matrix"] = pack_symmetric(covariance.matrix).cpu()
         tensors[f"{index}.absmax"] = covariance.absmax.cpu()
         tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
-        records.append(
-            {
-                "modules": names,
-                "channels": covariance.matrix.shape[0],
-                "tokens": covariance.tokens,
-                "calls": covariance.calls,
-                "outlier_threshold": covariance.outlier_threshold,
-            }
-        )
+        numbers = {name: getattr(covariance, name) for name in _NUMBERS}
+        records.append({"modules": names, "channels": len(covariance.matrix), **numbers})
     write_checked(path, format_, {"groups": records, **header}, tensors)
 
 
 def read_groups(
     path: str | os.PathLike[str],
-    format_: str,
-    *,
-    what: str,
-    error: type[CordaError],
-    remedy: str,
-    device: str | torch.device = "cpu",
+    schema: Mapping[str, fields.Check],
+    device: str | torch.device,
+    **file: Any,
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Reads what `write_groups` wrote: the header and the groups; see `read_checked`.
+    """Reads what `write_groups` wrote: the header and the groups.
+
+    Args:
+        path: the file.
+        schema: what the header may hold besides the groups.
+        device: where the covariances go.
+        file: see `read_checked`.
 
     Raises:
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
         ConfigError: the device is not there, or too small.
     """
-    usable_device(device, ConfigError)
-    header, tensors = read_checked(path, format_, what=what, error=error, remedy=remedy)
+    arguments.usable_device(device, ConfigError)
+    header, tensors = read_checked(path, **file)
     try:
-        if not is_object(header) or not isinstance(header.get("groups"), list):
-            raise ValueError("it has no groups")
-        groups = [
-            _group(record, f"{index}", tensors, device)
-            for index, record in enumerate(header["groups"])
-        ]
+        fields.check_fields(
+            header, {"groups": lambda value: isinstance(value, list), **schema}, "the header"
+        )
+        groups = []
+        for index, record in enumerate(header["groups"]):
+            fields.check_fields(record, _GROUP_FIELDS, f"group {index}")
+            groups.append((_covariance(record, f"{index}", tensors, device), record["modules"]))
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
     except ConfigError:  # about the device
         raise
     except ValueError as reason:
-        raise error(
-            f"{path}: its header is not that of a {what} file ({reason}): {remedy}"
+        raise file["error"](
+            f"{path}: its header is not that of a {file['what']} file ({reason}): {file['remedy']}"
         ) from reason
     return header, groups
 
 
-def _group(
-    record: Any, index: str, tensors: dict[str, Tensor], device: str | torch.device
-) -> Group:
-    """One covariance on `device`, whose tensors are taken out of `tensors`.
+def _covariance(
+    record: Mapping[str, Any], index: str, tensors: dict[str, Tensor], device: str | torch.device
+) -> Covariance:
+    """That of one record, on `device`; its tensors are taken out of `tensors`.
 
     Raises:
-        ValueError: the record or a tensor is not what it must be.
+        ValueError: a tensor is not what it must be.
         ConfigError: the device is not there, or too small.
     """
-    check_fields(record, _GROUP_FIELDS, f"group {index}")
     channels = record["channels"]
-    size = channels * (channels + 1) // 2
-    packed = _taken(tensors, f"{index}.matrix", size, (torch.float32, torch.float64))
-    absmax = _taken(tensors, f"{index}.absmax", channels, (torch.float32,))
-    count = _taken(tensors, f"{index}.outlier_count", channels, (torch.int64,))
-    if bool((absmax < 0).any()) or bool((count < 0).any()):
-        raise ValueError(f"group {index} has negative statistics of channels")
+    found = []
+    for name, size, dtypes in (
+        ("matrix", channels * (channels + 1) // 2, (torch.float32, torch.float64)),
+        ("absmax", channels, (torch.float32,)),
+        ("outlier_count", channels, (torch.int64,)),
+    ):
+        part = tensors.pop(f"{index}.{name}", None)
+        if part is None or part.shape != (size,) or part.dtype not in dtypes:
+            raise ValueError(f"the tensor '{index}.{name}' is missing, or of another size or dtype")
+        if not bool(part.isfinite().all()) or (name != "matrix" and bool((part < 0).any())):
+            raise ValueError(f"the tensor '{index}.{name}' holds NaN, Inf or negative statistics")
+        found.append(part)
     try:
-        matrix = unpack_symmetric(packed, channels).to(device)
-        absmax, count = absmax.to(device), count.to(device)
+        matrix = unpack_symmetric(found[0], channels).to(device)
+        absmax, count = (part.to(device) for part in found[1:])
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
         ) from error
-    tokens, calls, threshold = (record[key] for key in ("tokens", "calls", "outlier_threshold"))
-    return Covariance(matrix, tokens, calls, absmax, count, float(threshold)), record["modules"]
-
-
-def _taken(
-    tensors: dict[str, Tensor], name: str, size: int, dtypes: tuple[torch.dtype, ...]
-) -> Tensor:
-    tensor = tensors.pop(name, None)
-    if tensor is None or tensor.shape != (size,) or tensor.dtype not in dtypes:
-        kind = "missing" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
-        raise ValueError(f"the tensor {name!r} is {kind}")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"the tensor {name!r} holds NaN or Inf")
-    return tensor
+    tokens, calls, threshold = (record[name] for name in _NUMBERS)
+    return Covariance(matrix, tokens, calls, absmax, count, float(threshold))
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
@@ -472,14 +418,10 @@ def unpack_symmetric(packed: Tensor, d: int, *, out: Tensor | None = None) -> Te
     block, rectangle, row, column = _packed_parts(packed, d)
     small, large = rectangle.shape
     matrix = packed.new_empty((d, d)) if out is None else out
-    first, second = matrix[:large, :large], matrix[large:, large:]
-    first.copy_(block[row:]).tril_()
-    first += first.tril(-1).mT
-    second.copy_(block[:small, column:]).triu_()
-    second += second.triu(1).mT
+    matrix[:large, :large] = block[row:]
+    matrix[large:, large:] = block[:small, column:].mT
     matrix[large:, :large] = rectangle
-    matrix[:large, large:] = rectangle.mT
-    return matrix
+    return symmetrize_(matrix)
 
 
 def _packed_parts(packed: Tensor, d: int) -> tuple[Tensor, Tensor, int, int]:

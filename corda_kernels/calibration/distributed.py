@@ -9,7 +9,6 @@ without a word.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,32 +64,26 @@ class Ranks:
         if not distributed:
             return cls()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ConfigError(
-                "distributed work needs a process group: start the program with torchrun and call "
-                "torch.distributed.init_process_group first"
-            )
+            remedy = "start the program with torchrun and call init_process_group first"
+            raise ConfigError(f"distributed work needs a process group: {remedy}")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def owns(self, number: int) -> bool:
         """Whether item `number` of a list is this rank's, where ranks take turns."""
         return number % self.size == self.rank
 
-    def share(self, costs: Mapping[str, float]) -> list[str]:
-        """The names that are this rank's, where all ranks get work of about the same cost."""
-        loads = [0.0] * self.size
+    def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """This rank's part of linear layers, where decompositions cost all ranks about the same."""
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
+        costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
+        loads = [0] * self.size
         mine = set()
         for name in sorted(costs, key=lambda name: -costs[name]):
             least = loads.index(min(loads))
             loads[least] += costs[name]
             if least == self.rank:
                 mine.add(name)
-        return [name for name in costs if name in mine]
-
-    def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """This rank's part of linear layers, by what their decompositions cost."""
-        shapes = {name: linear_shape(module) for name, module in modules.items()}
-        costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
-        return {name: modules[name] for name in self.share(costs)}
+        return {name: module for name, module in modules.items() if name in mine}
 
     def gather(self, value: T, step: str) -> list[T]:
         """The value of every rank, in their order. Tensors in it should be on the CPU.
@@ -108,10 +101,8 @@ class Ranks:
         with _peers_needed():
             torch.distributed.all_gather_object(values, (step, value))
         if difference := _difference([found for found, _ in values]):
-            raise DistributedError(
-                f"the ranks have come to different steps ({difference}): make the same calls with "
-                "the same arguments on every rank"
-            )
+            says = f"the ranks have come to different steps ({difference})"
+            raise DistributedError(f"{says}: make the same calls on every rank")
         return [entry for _, entry in values]
 
     def agree(self, step: str, given: Callable[[], Mapping[str, object]]) -> None:
@@ -127,22 +118,18 @@ class Ranks:
         """
         if self.size == 1:
             return
-        versions = {f"version of {name}": found for name, found in library_versions().items()}
-        mine = {
-            name: value if isinstance(value, Tensor) else str(value)
-            for name, value in (versions | dict(given())).items()
-        }
+        mine: dict[str, object] = {}
+        for name, version in library_versions().items():
+            mine[f"version of {name}"] = version
+        for name, value in given().items():
+            mine[name] = value if isinstance(value, Tensor) else str(value)
         every = self.gather(mine, step)
-        names = dict.fromkeys(name for found in every for name in found)
-        differing = [
-            f"{name} ({difference})"
-            for name in names
-            if (difference := _difference([found.get(name) for found in every]))
-        ]
+        names = dict.fromkeys(name for each in every for name in each)
+        found = {name: _difference([each.get(name) for each in every]) for name in names}
+        differing = [f"{name} ({difference})" for name, difference in found.items() if difference]
         if differing:
-            raise DistributedError(
-                f"at {step} the ranks differ in {', '.join(differing)}: give every rank the same"
-            )
+            says = f"at {step} the ranks differ in {', '.join(differing)}"
+            raise DistributedError(f"{says}: give every rank the same")
 
     def add_up(self, capture: InputCapture, device: torch.device) -> None:
         """Replaces the capture's sums by those over all ranks, one after the other in its place.
@@ -161,96 +148,85 @@ class Ranks:
         if self.size == 1:
             return
         groups = capture.sums()
-        mine = {name: part for part, names in groups for name in names}
-        # Where on each rank a layer's sum is, and whether any rank keeps it in float64.
-        places = self.gather(
-            {
-                name: (number, part.matrix.dtype == torch.float64)
-                for number, (part, names) in enumerate(groups)
-                for name in names
-            },
-            "adding up the sums",
-        )
-        together: dict[tuple[tuple[int, bool] | None, ...], list[str]] = {}
+        # The number of a layer's sum on each rank; None where it was never called.
+        here = {name: number for number, (_, names) in enumerate(groups) for name in names}
+        places = self.gather(here, "adding up the sums")
+        together: dict[tuple[int | None, ...], list[str]] = {}
         for name in capture.modules:
             key = tuple(place.get(name) for place in places)
-            if any(key):
+            if any(number is not None for number in key):
                 together.setdefault(key, []).append(name)
         # Layers that share a sum here may not on another rank: only the last can have its place.
         last = {key[self.rank]: key for key in together}
         summed: list[Group] = []
         for key, names in together.items():
-            part = mine.get(names[0])
-            if part is None:
-                wide = any(place[1] for place in key if place)
-                part = _zeros(capture.modules[names[0]], wide, capture.outlier_threshold)
-            into = part.matrix
-            if names[0] in mine and last[key[self.rank]] != key:
-                into = torch.empty_like(into)
+            number = key[self.rank]
             try:
-                summed.append((self._added(part, into, device), names))
+                if number is None:
+                    part = _zeros(capture.modules[names[0]], capture.outlier_threshold)
+                else:
+                    part, _ = groups[number]
+                into = part.matrix if last[number] == key else torch.empty_like(part.matrix)
+                summed.append((_added(part, into, device), names))
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
-                    f"{device} has too little memory to add up the ranks' covariances, at layer "
-                    f"{names[0]}: go block by block (--memory-limit), or run on the CPU "
-                    "(--device cpu)"
+                    f"{device} has too little memory to add up covariances at layer {names[0]}: go "
+                    "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
 
-    def _added(self, part: Covariance, into: Tensor, device: torch.device) -> Covariance:
-        """The sum of every rank's part, its matrix written to `into`."""
-        channels, home = part.matrix.shape[0], part.matrix.device
-        where = home if home.type == device.type else device
-        triangle = pack_symmetric(part.matrix).to(where)
-        absmax = part.absmax.clone().to(where)
-        counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
-        counts = counts.to(where)
-        with _peers_needed():
-            torch.distributed.all_reduce(triangle)
-            torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
-            torch.distributed.all_reduce(counts)
-        return Covariance(
-            unpack_symmetric(triangle.to(home), channels, out=into),
-            int(counts[-2]),
-            int(counts[-1]),
-            absmax.to(home),
-            counts[:-2].to(home, copy=True),
-            part.outlier_threshold,
-        )
+
+def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
+    """The sum of every rank's part, its matrix written to `into`."""
+    home = part.matrix.device
+    where = home if home.type == device.type else device
+    triangle = pack_symmetric(part.matrix).to(where)
+    absmax = part.absmax.clone().to(where)
+    counts = torch.cat([part.outlier_count.cpu(), torch.tensor([part.tokens, part.calls])])
+    counts = counts.to(where)
+    with _peers_needed():
+        torch.distributed.all_reduce(triangle)
+        torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(counts)
+    tokens, calls = counts[-2:].tolist()
+    return Covariance(
+        unpack_symmetric(triangle.to(home), len(part.matrix), out=into),
+        tokens,
+        calls,
+        absmax.to(home),
+        counts[:-2].to(home, copy=True),
+        part.outlier_threshold,
+    )
 
 
-def _zeros(module: Any, wide: bool, threshold: float) -> Covariance:
+def _zeros(module: Any, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
     channels, device = linear_shape(module)[1], module.weight.device
-    dtype = torch.float64 if wide else torch.float32
+    dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
     absmax = torch.zeros(channels, dtype=torch.float32, device=device)
     return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)
 
 
 def _difference(values: list[Any]) -> str:
-    """Which ranks have another value than rank 0, and which; "" where none has."""
-    others = [rank for rank, value in enumerate(values) if not _alike(value, values[0])]
-    if not others:
-        return ""
-    named = [f"{_shown(values[rank])}on rank {rank}" for rank in [0, *others[:_NAMED]]]
+    """Which ranks have another value than rank 0, and which; "" where none has.
+
+    Nothing is said of numbers, and of a checksum its start.
+    """
+    first = values[0]
+
+    def alike(value: Any) -> bool:
+        if isinstance(value, Tensor) and isinstance(first, Tensor):
+            same = value.shape == first.shape
+            return same and torch.allclose(value, first, rtol=_ALIKE, atol=0, equal_nan=True)
+        return type(value) is type(first) and bool(value == first)
+
+    others = [rank for rank, value in enumerate(values) if not alike(value)]
+    named = []
+    for rank in [0, *others[:_NAMED]] if others else []:
+        text = "" if isinstance(values[rank], Tensor) else str(values[rank])
+        named.append(f"{text if len(text) <= _SHOWN else text[:8]} on rank {rank}".lstrip())
     return ", ".join([*named, "…"] if others[_NAMED:] else named)
-
-
-def _alike(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.shape == other.shape and torch.allclose(
-            value, other, rtol=_ALIKE, atol=0, equal_nan=True
-        )
-    return type(value) is type(other) and bool(value == other)
-
-
-def _shown(value: Any) -> str:
-    """What a message says of a value; nothing of numbers, the start of a checksum."""
-    if isinstance(value, Tensor):
-        return ""
-    text = str(value)
-    return f"{text if len(text) <= _SHOWN else text[:8]} "
 
 
 @contextlib.contextmanager
@@ -262,10 +238,8 @@ def _peers_needed() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DistributedError(
-            f"another rank has ended or cannot be reached ({reason}): see what it said, and start "
-            "all ranks again"
-        ) from error
+        says = f"another rank has ended or cannot be reached ({reason})"
+        raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 
 def text_given(batches: Iterable[Batch]) -> dict[str, object]:
@@ -276,19 +250,26 @@ def text_given(batches: Iterable[Batch]) -> dict[str, object]:
 def layers_given(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, object]:
     """Weights and their dtypes, and which layers it is about.
 
+    The weights are recognised by the names, sizes and dtypes of all, and by entries of each.
+
     Args:
-        modules: that hold the weights, see `weights_digest`.
+        modules: that hold the weights, by their names in the model, which itself has the name "".
         targets: names of the layers.
     """
-    dtypes = {
-        str(parameter.dtype).removeprefix("torch.")
-        for module in modules.values()
-        for parameter in module.parameters()
-    }
+    dtypes = {parameter.dtype for module in modules.values() for parameter in module.parameters()}
+    sizes = []
+    samples = {}
+    for prefix, module in modules.items():
+        for name, tensor in [*module.named_parameters(prefix), *module.named_buffers(prefix)]:
+            sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+            for part, values in _plain_parts(tensor.detach()).items():
+                if values.device.type != "meta":  # offloaded: its values are elsewhere
+                    flat = values.reshape(-1)
+                    samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
     return {
         "targets": digest({}, "\n".join(targets)),
-        "dtype": ", ".join(sorted(dtypes)),
-        "weights": weights_digest(modules),
+        "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        "weights": digest(samples, "\n".join(sizes)),
     }
 
 
@@ -305,28 +286,6 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
         "covariances": torch.stack(norms) if norms else torch.empty(0),
         "normalization": covariances.normalize,
     }
-
-
-def weights_digest(modules: Mapping[str, nn.Module]) -> str:
-    """A checksum over the names, sizes and dtypes of all weights, and over entries of each.
-
-    Args:
-        modules: by their names in the model; the model itself has the name "".
-    """
-    samples = {}
-    sizes = []
-    named = (
-        weights
-        for prefix, module in modules.items()
-        for weights in (module.named_parameters(prefix), module.named_buffers(prefix))
-    )
-    for name, tensor in itertools.chain.from_iterable(named):
-        sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        for part, values in _plain_parts(tensor.detach()).items():
-            if values.device.type != "meta":  # offloaded: its values are elsewhere
-                flat = values.reshape(-1)
-                samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]
-    return digest(samples, "\n".join(sizes))
 
 
 def _plain_parts(tensor: Any) -> dict[str, Tensor]:

@@ -13,12 +13,15 @@ than the sums on a long text, are never written.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +30,18 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
-from corda_kernels.fields import Check, check_fields, is_object, is_text, is_whole
+from corda_kernels.fields import Check, is_object, is_text, is_whole
 from corda_kernels.linears import linear_shape
 
 FORMAT = "corda_kernels.calibration/1"
-_REMEDY = "delete it and start again"
+_FILE: Any = {
+    "format_": FORMAT,
+    "what": "calibration checkpoint",
+    "error": CheckpointError,
+    "remedy": "delete it and start again",
+}
 # What a file says of itself, besides its groups, and what each field may hold.
 _FIELDS: dict[str, Check] = {
-    "groups": lambda _: True,  # `read_groups` has checked them
     "fingerprint": is_object,
     # Sums are of a batch at least, or those before the first one would count twice.
     "batches": lambda value: is_whole(value, 1),
@@ -100,13 +107,11 @@ class CalibrationCheckpoint:
             CheckpointError: the run to resume was made up of another number of them, or went block
                 by block.
         """
-        self._refuse("memory_limit", lambda found: found["block"] is not None)
-        self._refuse(
-            "stability",
-            lambda found: (
-                (found["part"] is None) != (count == 1) or int(found["part"] or 0) > count
-            ),
-        )
+        for file, found in self._to_resume():
+            if found["block"] is not None:
+                raise foreign(file, "memory_limit")
+            if (found["part"] is None) != (count == 1) or int(found["part"] or 0) > count:
+                raise foreign(file, "stability")
         return [self._ending(f"-{i + 1}") for i in range(count)] if count > 1 else [self]
 
     def block(self, index: int) -> CalibrationCheckpoint:
@@ -115,7 +120,9 @@ class CalibrationCheckpoint:
         Raises:
             CheckpointError: the run to resume did not go block by block.
         """
-        self._refuse("memory_limit", lambda found: found["block"] is None)
+        for file, found in self._to_resume():
+            if found["block"] is None:
+                raise foreign(file, "memory_limit")
         return self._ending(f"-block-{index}")
 
     def of_rank(self, ranks: Ranks) -> CalibrationCheckpoint:
@@ -124,24 +131,21 @@ class CalibrationCheckpoint:
         Raises:
             CheckpointError: the run to resume was shared by another number of ranks.
         """
-        self._refuse("ranks", lambda found: int(found["ranks"] or 1) != ranks.size)
-        if ranks.size == 1:
-            return self
-        return self._ending(f"-rank-{ranks.rank}-of-{ranks.size}")
+        for file, found in self._to_resume():
+            if int(found["ranks"] or 1) != ranks.size:
+                raise foreign(file, "ranks")
+        return self if ranks.size == 1 else self._ending(f"-rank-{ranks.rank}-of-{ranks.size}")
 
     def discard(self) -> None:
         """Deletes it once the run's result is safe."""
-        for file, _ in self._matching():
+        for file in self.kept():
             file.unlink(missing_ok=True)
 
     def _ending(self, ending: str) -> CalibrationCheckpoint:
         return replace(self, path=f"{os.fspath(self.path)}{ending}")
 
-    def _refuse(self, what: str, differs: Callable[[re.Match[str]], bool]) -> None:
-        """Makes sure that no file to go on from is one of a run that went another way."""
-        for file, found in self._matching() if self.resume else ():
-            if differs(found):
-                raise foreign(file, what)
+    def _to_resume(self) -> list[tuple[Path, re.Match[str]]]:
+        return self._matching() if self.resume else []
 
     def _matching(self) -> list[tuple[Path, re.Match[str]]]:
         """The files that have its name, whatever their endings."""
@@ -152,64 +156,60 @@ class CalibrationCheckpoint:
         )
 
 
+@dataclass(frozen=True)
 class Journal:
     """Keeps the sums of captures in a checkpoint's files, or restores them.
 
-    Args:
+    Attributes:
         checkpoint: where to; None for nowhere.
         given: makes what the run depends on besides its text, by the names in messages.
         device: where the model runs.
         ranks: that share the text.
 
-    Attributes:
-        active: whether there is a checkpoint.
-
     Raises:
         CheckpointError: the run to resume was shared by another number of ranks.
     """
 
-    def __init__(
-        self,
-        checkpoint: CalibrationCheckpoint | None,
-        given: Callable[[], Mapping[str, object]],
-        device: torch.device,
-        ranks: Ranks,
-    ) -> None:
-        self.active = checkpoint is not None
-        self._checkpoint = checkpoint
-        self._device = device
-        self._ranks = ranks
-        self._fingerprint: dict[str, object] = {}
-        if checkpoint is not None:
-            checkpoint.of_rank(ranks)  # refuses what other ranks have left
-            self._fingerprint = {**given(), "ranks": [ranks.rank, ranks.size]}
+    checkpoint: CalibrationCheckpoint | None
+    given: Callable[[], Mapping[str, object]]
+    device: torch.device
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        """Refuses what other ranks have left."""
+        if self.checkpoint is not None:
+            self.checkpoint.of_rank(self.ranks)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, object]:
+        return {**self.given(), "ranks": [self.ranks.rank, self.ranks.size]}
 
     def file(self, block: int | None = None) -> Path:
         """This rank's file, of one decoder block or of a pass over the whole model."""
-        assert self._checkpoint is not None
-        checkpoint = self._checkpoint if block is None else self._checkpoint.block(block)
-        return Path(checkpoint.of_rank(self._ranks).path)
+        assert self.checkpoint is not None
+        checkpoint = self.checkpoint if block is None else self.checkpoint.block(block)
+        return Path(checkpoint.of_rank(self.ranks).path)
 
     def holds(self, block: int | None = None) -> bool:
         """Whether there is something to go on from."""
-        checkpoint = self._checkpoint
+        checkpoint = self.checkpoint
         return checkpoint is not None and checkpoint.resume and self.file(block).exists()
 
     def interval(self, captures: Sequence[InputCapture]) -> float:
         """Tokens that have to pass before it pays to write the captures' sums."""
-        if self._checkpoint is None:
+        if self.checkpoint is None:
             return math.inf
-        if self._checkpoint.every is not None:
-            return self._checkpoint.every
+        if self.checkpoint.every is not None:
+            return self.checkpoint.every
         groups, modules = captures[0].sums(), captures[0].modules
         if not groups:
             return math.inf
         work = sum(covariance.matrix.shape[0] ** 2 for covariance, _ in groups)
         # Parts and ranks share the tokens out, and each of them writes as much.
-        size = 2 * len(captures) * self._ranks.size * work
+        size = 2 * len(captures) * self.ranks.size * work
         for _, names in groups:
             work += sum(2 * math.prod(linear_shape(modules[name])) for name in names)
-        rate = _FLOP_PER_BYTE.get(self._device.type, _FLOP_PER_BYTE_ELSEWHERE)
+        rate = _FLOP_PER_BYTE.get(self.device.type, _FLOP_PER_BYTE_ELSEWHERE)
         return math.ceil(size * rate / work / _SHARE)
 
     def keep(
@@ -231,13 +231,10 @@ class Journal:
             "parts": [len(groups) for groups in sums],
         }
         try:
-            write_groups(self.file(block), FORMAT, [each for part in sums for each in part], header)
+            write_groups(self.file(block), FORMAT, itertools.chain(*sums), header)
         except OutputError as error:
-            warn(
-                f"this run's progress could not be kept: {error}; it goes on, and can be resumed "
-                "from the last checkpoint that was written",
-                CordaWarning,
-            )
+            says = f"this run goes on, but its progress could not be kept: {error}"
+            warn(f"{says}; it can be resumed from the checkpoint before", CordaWarning)
 
     def restore(
         self, captures: Sequence[InputCapture], block: int | None = None
@@ -248,49 +245,29 @@ class Journal:
             CheckpointError: the file is missing, truncated, altered, or of another run.
         """
         file, modules = self.file(block), captures[0].modules
-        # Sums that are still added to move to where their inputs are.
-        device = torch.device("cpu") if block is None else self._computing_device(captures[0])
-        header, groups = read_groups(
-            file,
-            FORMAT,
-            what="calibration checkpoint",
-            error=CheckpointError,
-            remedy=_REMEDY,
-            device=device,
-        )
-        try:
-            check_fields(header, _FIELDS, "the header")
-        except ValueError as error:
-            raise CheckpointError(
-                f"{file}: its header is not that of a calibration checkpoint file ({error}): "
-                f"{_REMEDY}"
-            ) from error
+        device = torch.device("cpu")  # sums that are still added to move to where their inputs are
+        if block is not None:
+            # Where the block's inputs come from, and hence its sums are: not where weights wait.
+            device = next(next(iter(modules.values())).parameters()).device
+            device = self.device if device.type == "meta" else device
+        header, groups = read_groups(file, _FIELDS, device, **_FILE)
         found, expected = header["fingerprint"], self._fingerprint
         differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
             raise foreign(file, *differing)
-        for part, names in groups:
-            for name in names:
-                module = modules.get(name)
-                if module is None or linear_shape(module)[1] != part.matrix.shape[0]:
-                    raise CheckpointError(
-                        f"{file} holds sums that do not fit layer {name}: {_REMEDY}"
-                    )
         counts = header["parts"]
         if len(counts) != len(captures) or sum(counts) != len(groups):
             raise foreign(file, "stability")
         for capture, count in zip(captures, counts, strict=True):
             own, groups = groups[:count], groups[count:]
-            layers = [name for _, names in own for name in names]
-            if len(set(layers)) < len(layers):
-                raise CheckpointError(f"{file} holds the sums of a layer twice: {_REMEDY}")
+            left = {name: linear_shape(module)[1] for name, module in modules.items()}
+            for part, names in own:
+                for name in names:
+                    if left.pop(name, None) != len(part.matrix):
+                        says = f"{file} holds sums that do not fit layer {name}"
+                        raise CheckpointError(f"{says}: {_FILE['remedy']}")
             capture.restore(own)
         return header["batches"], header["text"]
-
-    def _computing_device(self, capture: InputCapture) -> torch.device:
-        """Where a block's inputs come from, and hence its sums are: not where its weights wait."""
-        device = next(next(iter(capture.modules.values())).parameters()).device
-        return self._device if device.type == "meta" else device
 
 
 def foreign(path: str | os.PathLike[str], *differing: str) -> CheckpointError:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
@@ -23,15 +24,15 @@ from corda_kernels.models import decoder_blocks
 
 _TRIED_TOKENS = 2
 
-# Attention masks for a number of tokens: a finished one, one of ones, or none.
+# Attention masks for a number of tokens: a finished one, one of ones, or none. To make a mask for a
+# model without weights, transformers would look at values, which there are none of. Most models
+# take a finished one, some only one of ones, or none.
 _Mask = Callable[[int], Tensor] | None
 _MASKS: tuple[_Mask, ...] = (
     lambda tokens: torch.zeros(1, 1, tokens, tokens, dtype=torch.bool),
     lambda tokens: torch.ones(1, tokens, dtype=torch.int64),
     None,
 )
-# Channels of an input, and the layers that read it.
-_Input = tuple[int, list[str]]
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,43 @@ def calibration_needs(
     Args:
         model: see `calibrate`.
         targets: see `calibrate`.
-        seq_len: tokens in each sequence.
+        seq_len: tokens in each sequence; 0 to leave out the operations of the forward pass.
 
     Raises:
         TargetError: no layer matches.
         ModelError: the model does not run without weights.
     """
     run = CalibrationRun(model, targets)
-    mask = _fitting_mask(run)
-    inputs, outputs = _seen(run, mask)
-    obstacle = _obstacle(run, inputs, outputs)
+    mask, groups, outputs = _tried(run)
+    sizes: dict[str, int] = {}
+    obstacle = ""
+    try:
+        sizes = dict.fromkeys(decoder_blocks(model), 0)
+        for output in outputs:
+            hidden_states(output)
+    except ModelError:
+        obstacle = "the model has no list of decoder blocks"
+    except CalibrationError:
+        obstacle = "the model's blocks return more than hidden states"
+    for channels, names in groups:
+        block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
+        if block is None:
+            obstacle = obstacle or "targets lie outside of the decoder's blocks"
+        else:
+            sizes[block] += 4 * channels**2
+    flops, length = 0.0, min(seq_len, run.positions or seq_len)
+    if length:
+        with FlopCounterMode(display=False) as counter:
+            _run(run, length, mask)
+        flops = counter.get_total_flops() / length
     parameters = list(model.parameters())
     return CalibrationNeeds(
-        inputs,
-        None if obstacle else _block_bytes(model, inputs),
+        groups,
+        None if obstacle else sizes,
         obstacle,
         sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         getattr(_text_config(model), "hidden_size", 0) * parameters[0].element_size(),
-        _forward_flops(run, min(seq_len, run.positions or seq_len), mask),
+        flops,
         run.positions,
     )
 
@@ -105,141 +125,83 @@ def covariance_bytes(
     """Sizes of the target layers' covariances, in float32, by a run over two tokens.
 
     Returns:
-        Of all together, and of those of the largest decoder block, 0 in a model without blocks.
+        Of all together, and of those of the largest decoder block, 0 in a model that cannot run
+        block by block.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
-        run = CalibrationRun(model, targets)
-    inputs, _ = _seen(run, _fitting_mask(run))
-    largest = 0
-    with contextlib.suppress(ModelError):
-        largest = max(_block_bytes(model, inputs).values())
-    return sum(4 * channels**2 for channels, _ in inputs), largest
+        needs = calibration_needs(model, targets, seq_len=0)
+    return needs.covariance_bytes, max((needs.block_bytes or {"": 0}).values())
 
 
-def _block_bytes(model: nn.Module, inputs: list[_Input]) -> dict[str, int]:
-    """Size of all covariances of each decoder block, by its name.
+def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any]]:
+    """What a pass over two tokens shows of the model.
+
+    Returns:
+        The attention mask with which a model without weights runs, none where it has some; the
+        channels of each distinct input with the layers that read it, those that are never called
+        alone; and what the decoder's blocks return.
 
     Raises:
-        ModelError: the model has no list of decoder blocks.
+        ModelError: it runs with none of the masks.
     """
-    sizes = dict.fromkeys(decoder_blocks(model), 0)
-    for channels, names in inputs:
-        block = _block_of(names[0], sizes)
-        if block is not None:
-            sizes[block] += 4 * channels**2
-    return sizes
-
-
-def _block_of(name: str, blocks: Iterable[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config of the language model within a transformers model; None for other models."""
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    return find() if callable(find) else None
-
-
-def _seen(run: CalibrationRun, mask: _Mask) -> tuple[list[_Input], list[Any]]:
-    """Each distinct input with the layers that read it, and what the decoder's blocks return.
-
-    Layers that are never called stand alone.
-    """
-    names: dict[int, list[str]] = {}
+    layers = {module: name for name, module in run.linears.items()}
+    blocks: Collection[nn.Module] = ()
+    with contextlib.suppress(ModelError):
+        blocks = decoder_blocks(run.model).values()
+    readers: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
     outputs: list[Any] = []
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module in layers:
             alive.append(args[0])
-            names.setdefault(id(args[0]), []).append(name)
+            readers.setdefault(id(args[0]), []).append(layers[module])
 
-        return hook
+    def note_output(module: nn.Module, args: object, output: object) -> None:
+        if module in blocks:
+            outputs.append(output)
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in run.linears.items()]
-    with contextlib.suppress(ModelError):
-        handles += [
-            block.register_forward_hook(lambda module, args, output: outputs.append(output))
-            for block in decoder_blocks(run.model).values()
-        ]
-    try:
-        _run(run, _TRIED_TOKENS, mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = {name for group in names.values() for name in group}
-    groups = list(names.values()) + [[name] for name in run.linears if name not in seen]
-    return [(linear_shape(run.linears[group[0]])[1], group) for group in groups], outputs
-
-
-def _fitting_mask(run: CalibrationRun) -> _Mask:
-    """The attention mask with which a model without weights runs; none where it has some.
-
-    To make a mask, transformers would look at values, which there are none of. Most models take a
-    finished one, some only one of ones, or none.
-
-    Raises:
-        ModelError: it runs with none of them.
-    """
-    if run.device.type != "meta":
-        return None
-    reason = ""
-    for mask in _MASKS:
+    skeleton, reason = run.device.type == "meta", ""
+    for mask in _MASKS if skeleton else (None,):
+        readers.clear()
+        outputs.clear()
+        reading = hooks.register_module_forward_pre_hook(note_input)
         try:
-            _run(run, _TRIED_TOKENS, mask)
-            return mask
+            with reading, hooks.register_module_forward_hook(note_output):
+                _run(run, _TRIED_TOKENS, mask)
         except Exception as error:  # a model's own code: it may raise anything
+            if not skeleton:
+                raise
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
-    raise ModelError(
-        f"{type(run.model).__name__} does not run without its weights ({reason}): what it "
-        "needs cannot be told in advance, calibrate it with a --memory-limit"
-    )
+        else:
+            seen = {name for names in readers.values() for name in names}
+            groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
+            channels = [linear_shape(run.linears[names[0]])[1] for names in groups]
+            return mask, list(zip(channels, groups, strict=True)), outputs
+    says = f"{type(run.model).__name__} does not run without its weights ({reason})"
+    raise ModelError(f"{says}: plan nothing, and calibrate it with a --memory-limit")
 
 
 def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
     if mask is not None:
         inputs["attention_mask"] = mask(tokens)
-    with evaluating(run.model), _experts_by_shape(run):
-        run.forward(inputs)
-
-
-@contextlib.contextmanager
-def _experts_by_shape(run: CalibrationRun) -> Iterator[None]:
-    """Inside the block, routed experts without weights run as products of known sizes.
-
-    The default looks at how many tokens each expert gets, or has no float32.
-    """
-    experts, config = "_experts_implementation", _text_config(run.model)
-    before = getattr(config, experts, None)
-    if before is None or run.device.type != "meta":
-        yield
-        return
-    setattr(config, experts, "batched_mm")
+    config = _text_config(run.model)
+    experts = getattr(config, "_experts_implementation", None)
+    routed = experts is not None and run.device.type == "meta"
     try:
-        yield
+        if routed:
+            # The default looks at how many tokens each expert gets, or has no float32.
+            config._experts_implementation = "batched_mm"
+        with evaluating(run.model):
+            run.forward(inputs)
     finally:
-        setattr(config, experts, before)
+        if routed:
+            config._experts_implementation = experts
 
 
-def _obstacle(run: CalibrationRun, inputs: list[_Input], outputs: list[Any]) -> str:
-    """Why the model cannot be calibrated block by block; empty where it can."""
-    try:
-        blocks = decoder_blocks(run.model)
-    except ModelError:
-        return "the model has no list of decoder blocks"
-    if any(_block_of(names[0], blocks) is None for _, names in inputs):
-        return "targets lie outside of the decoder's blocks"
-    try:
-        for output in outputs:
-            hidden_states(output)
-    except CalibrationError:
-        return "the model's blocks return more than hidden states"
-    return ""
-
-
-def _forward_flops(run: CalibrationRun, seq_len: int, mask: _Mask) -> float:
-    with FlopCounterMode(display=False) as counter:
-        _run(run, seq_len, mask)
-    return float(counter.get_total_flops()) / seq_len
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model within a transformers model; None for other models."""
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    return find() if callable(find) else None

@@ -4,67 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from corda_kernels import models
 from corda_kernels.arguments import flag, instance_of, one_of
-from corda_kernels.calibration.batches import Batch, TextSum, Thrift, token_count, unpadded
+from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_count, unpadded
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
-from corda_kernels.errors import BatchError, CalibrationError, CordaWarning, LeftOutWarning, warn
+from corda_kernels.errors import (
+    BatchError,
+    CalibrationError,
+    CordaWarning,
+    LeftOutWarning,
+    OutOfMemoryWarning,
+    warn,
+)
 from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
-from corda_kernels.models import (
-    decoder,
-    input_device,
-    output_head,
-    position_count,
-    target_linears,
-    trained_positions,
-    unreached_weights,
-    vocabulary_size,
-)
+from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
 Normalize = Literal["tokens", "peft"]
 OnUnseen = Literal["error", "skip"]
+T = TypeVar("T")
 
 _UNSEEN = "never called during calibration"
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Options of `calibrate` and `calibrate_blocks`, which say what they mean.
-
-    Raises:
-        ConfigError: an option has a value that is not allowed.
-    """
-
-    outlier_threshold: float = 6.0
-    normalize: Normalize = "tokens"
-    on_unseen: OnUnseen = "error"
-    checkpoint: CalibrationCheckpoint | None = None
-    distributed: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuses values that are not possible, before anything runs."""
-        check_threshold(self.outlier_threshold)
-        one_of("normalize", self.normalize, ("tokens", "peft"))
-        one_of("on_unseen", self.on_unseen, ("error", "skip"))
-        instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
-        flag("distributed", self.distributed)
-        flag("progress", self.progress)
 
 
 @torch.no_grad()
@@ -120,123 +92,106 @@ def calibrate(
 
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
-    options = CalibrationOptions(
-        outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+    run = CalibrationRun(
+        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
     )
-    run = CalibrationRun(model, targets, options)
     run.agree("calibrate", batches)
-    remedy = "go block by block (--memory-limit), or run on the CPU (--device cpu)"
-    thrift = Thrift(batches, run.device, remedy)
-    while True:
-        capture = run.capture(run.linears, thrift.on_host)
-        try:
-            tokens, text = _accumulate(run, batches, capture, thrift.max_rows)
-            break
-        except torch.OutOfMemoryError as error:
-            thrift.tighten(error, "starting again")
+    capture, text = run.retry(batches, lambda: _accumulate(run, batches), "starting again")
     run.ranks.agree("the end of the text", text.given)
     run.ranks.add_up(capture, run.device)
-    return run.result(capture, tokens)
+    return run.result(capture, sum(text.counts))
 
 
-def _accumulate(
-    run: CalibrationRun, batches: Iterable[Batch], capture: InputCapture, max_rows: int | None
-) -> tuple[int, TextSum]:
-    """Sums up this rank's batches, `max_rows` sequences at a time.
-
-    Returns:
-        Tokens and checksum of all batches; the latter empty where nobody asks for it.
-    """
-    journal, ranks, text = run.journal(), run.ranks, TextSum()
+def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:
+    """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
+    capture, journal, text = run.capture(run.linears), run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
-    tokens = kept_tokens = done = 0
-    with evaluating(run.model), capture, token_bar(batches, run.shown) as bar:
-        for index, batch in enumerate(batches):
-            before, done = tokens, index + 1
-            tokens += token_count(batch)
-            own = ranks.owns(index)
-            if ranks.size > 1 or journal.active:
-                text.add(batch, own=own)
-            if own and done > restored:
-                for inputs in unpadded(
-                    batch, index, pad_token_id=run.pad_token_id, max_rows=max_rows
-                ):
-                    run.forward(inputs, index)
-                capture.end_pass(index, (before, tokens))
-            bar.update(tokens - before)
-            if done == restored:
-                if text.own() != restored_text:
-                    raise foreign(journal.file(), "data")
+    kept_tokens = 0
+    reads = contextlib.closing(run.read(batches, text))
+    with evaluating(run.model), capture, reads as numbered:
+        for index, batch, own in numbered:
+            done, tokens = index + 1, text.span[1]
+            if done == restored and text.own() != restored_text:
+                raise foreign(journal.file(), "data")
+            if done <= restored:
                 kept_tokens = tokens
-            elif done > restored and tokens - kept_tokens >= journal.interval([capture]):
+                continue
+            if own:
+                for inputs in run.sequences(batch, index):
+                    run.forward(inputs, index)
+                capture.end_pass(index, text.span)
+            if tokens - kept_tokens >= journal.interval([capture]):
                 journal.keep([capture], done, text.own())
                 kept_tokens = tokens
-        if done < restored:
-            raise foreign(journal.file(), "data")
-    return tokens, text
+    if len(text.counts) < restored:
+        raise foreign(journal.file(), "data")
+    return capture, text
 
 
+@dataclass(eq=False)
 class CalibrationRun:
     """A model as calibration runs it: its target layers, and its decoder without the head.
 
-    Warns of weights left out.
-
-    Args:
-        model: see `calibrate`.
-        targets: see `calibrate`.
-        options: of the calibration.
+    Warns of weights left out. See `calibrate` for all that it is made of.
 
     Attributes:
-        model: the whole model.
-        linears: its target layers by name.
+        linears: the target layers by name.
         left_out: weights that cannot be reached, by name with the reason.
-        options: of the calibration.
         ranks: that share the text.
         shown: whether this process shows progress bars.
         device: where inputs go.
-        pad_token_id: of the model's config, if it has one.
         positions: the most tokens of a sequence; None where nothing bounds them.
+        max_rows: the most sequences that run together; None for as many as a batch has. It sinks
+            when memory runs out.
+        on_host: whether inputs are copied to the host, and summed up there.
 
     Raises:
         TargetError: no layer matches.
         CalibrationError: the model carries an adapter.
-        ConfigError: ranks are asked for without a process group.
+        ConfigError: an option is not allowed, or ranks are asked for without a process group.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: str | Sequence[str] = "all-linear",
-        options: CalibrationOptions = CalibrationOptions(),
-    ) -> None:
-        self.model = model
-        self.options = options
-        self.ranks = Ranks.of(options.distributed)
-        self.shown = options.progress and self.ranks.rank == 0
-        self.linears = target_linears(model, targets)
+    model: nn.Module
+    targets: str | Sequence[str] = "all-linear"
+    outlier_threshold: float = 6.0
+    normalize: Normalize = "tokens"
+    on_unseen: OnUnseen = "error"
+    checkpoint: CalibrationCheckpoint | None = None
+    distributed: bool = False
+    progress: bool = True
+    max_rows: int | None = field(default=None, init=False)
+    on_host: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not possible, and looks at the model."""
+        check_threshold(self.outlier_threshold)
+        one_of("normalize", self.normalize, ("tokens", "peft"))
+        one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
+        flag("distributed", self.distributed)
+        flag("progress", self.progress)
+        model = self.model
+        self.ranks = Ranks.of(self.distributed)
+        self.shown = self.progress and self.ranks.rank == 0
+        self.linears = models.target_linears(model, self.targets)
         if getattr(model, "peft_config", None):
-            raise CalibrationError(
-                "the model carries a PEFT adapter already; calibrate the base model before "
-                "attaching one (model.unload() takes it off)"
-            )
-        self.left_out = unreached_weights(model) if targets == "all-linear" else {}
-        for name, reason in list(self.left_out.items())[:1]:
-            warn(
-                f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
-                f"{name}: {reason}; all are named in left_out",
-                LeftOutWarning,
-            )
-        head = output_head(model)
+            remedy = "calibrate the base model (model.unload() takes the adapter off)"
+            raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
+        self.left_out = models.unreached_weights(model) if self.targets == "all-linear" else {}
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            says = f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
+            warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
+        head = models.output_head(model)
         asked = head is not None and any(module is head for module in self.linears.values())
-        self._runner = model if asked else decoder(model)
+        self._runner = model if asked else models.decoder(model)
         accepted = inspect.signature(self._runner.forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in accepted else {}
-        self.device = input_device(model)
-        self.positions = position_count(model)
-        self._vocabulary = vocabulary_size(model)
-        self._trained = trained_positions(model)
-        self.pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self.device = models.input_device(model)
+        self.positions = models.position_count(model)
+        self._vocabulary = models.vocabulary_size(model)
+        self._trained = models.trained_positions(model)
 
     def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
         """Makes sure that there are batches, and that all ranks calibrate the same.
@@ -254,41 +209,98 @@ class CalibrationRun:
         """
         remedy = "give a list of (batch, seq) tensors"
         instance_of("batches", batches, Iterable, CalibrationError, remedy=remedy)
-        checkpoint = self.options.checkpoint
-        kept = "none" if checkpoint is None else ("resumed" if checkpoint.resume else "kept")
-        self.ranks.agree(
-            step,
-            lambda: {
-                **self._given(),
-                **text_given(batches),
-                **more,
-                "on_unseen": self.options.on_unseen,
-                "checkpoint": kept,
-            },
-        )
+        kept = "none"
+        if self.checkpoint is not None:
+            kept = "resumed" if self.checkpoint.resume else "kept"
+        about = {"on_unseen": self.on_unseen, "checkpoint": kept}
+        self.ranks.agree(step, lambda: {**self._given(), **text_given(batches), **more, **about})
 
     def _given(self) -> dict[str, object]:
         """What sums depend on besides the text, by the name under which it is reported."""
         return {
             **layers_given({"": self.model}, self.linears),
             "device": self.device.type,
-            "outlier_threshold": self.options.outlier_threshold,
-            "normalize": self.options.normalize,
+            "outlier_threshold": self.outlier_threshold,
+            "normalize": self.normalize,
         }
 
     def journal(self) -> Journal:
         """Of this rank's sums."""
-        return Journal(self.options.checkpoint, self._given, self.device, self.ranks)
+        return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, linears: Mapping[str, nn.Module], on_host: bool = False) -> InputCapture:
+    def capture(self, linears: Mapping[str, nn.Module]) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             linears,
-            self.options.outlier_threshold,
-            self.options.normalize,
-            deterministic=self.options.checkpoint is not None,
-            on_host=on_host,
+            self.outlier_threshold,
+            self.normalize,
+            deterministic=self.checkpoint is not None,
+            on_host=self.on_host,
         )
+
+    def read(
+        self, batches: Iterable[Batch], text: TextSum, parts: int = 1
+    ) -> Generator[tuple[int, Batch, bool]]:
+        """Yields each batch, taken into `text`, with its number and whether this rank runs it.
+
+        The ranks take turns within each of the `parts` of the text. A bar counts tokens.
+        """
+        total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
+        summed = self.ranks.size > 1 or self.checkpoint is not None
+        with progress_bar(
+            description="calibrating", unit="tokens", shown=self.shown, total=total, scaled=True
+        ) as bar:
+            for index, batch in enumerate(batches):
+                own = self.ranks.owns(index // parts)
+                text.add(batch, own=own, summed=summed)
+                yield index, batch, own
+                bar.update(text.counts[-1])
+
+    def sequences(self, batch: Batch, index: int) -> Iterator[dict[str, Tensor]]:
+        """What `forward` takes of a batch; see `unpadded`."""
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
+
+    def retry(
+        self, batches: Iterable[Batch], attempt: Callable[[], T], again: str, summing: bool = True
+    ) -> T:
+        """Makes an attempt on the batches again with less memory until that suffices. Warns.
+
+        Sequences that run together are halved; once it is one, the host sums up, which is slow.
+
+        Args:
+            batches: that are run.
+            attempt: what may run out of memory.
+            again: what is done then, for the warning.
+            summing: whether covariances are summed up.
+
+        Raises:
+            CalibrationError: nothing is left to be done, or the batches cannot be read a second
+                time.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                spared = self._tighten(batches, summing, error)
+            warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
+
+    def _tighten(self, batches: Iterable[Batch], summing: bool, error: Exception) -> str:
+        if not isinstance(batches, Sequence | Tensor):
+            remedy = "give smaller batches, or a list of batches, which can be started again"
+            raise CalibrationError(f"memory ran out while calibrating: {remedy}") from error
+        rows = self.max_rows or max(map(row_count, batches))
+        if rows > 1:
+            self.max_rows = rows // 2
+            return f"at most {self.max_rows} sequence(s) at a time"
+        if not summing or self.on_host or not has_own_memory(self.device):
+            raise CalibrationError(
+                "memory does not suffice for a single sequence: use shorter ones (--seq-len), go "
+                "block by block (--memory-limit), or run on the CPU (--device cpu)"
+            ) from error
+        # Then activations may have had room enough: as many sequences as at first.
+        self.on_host, self.max_rows = True, None
+        return "covariances that the CPU sums up, which takes longer"
 
     def forward(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
         """Runs sequences of equal length, without padding.
@@ -303,32 +315,22 @@ class CalibrationRun:
         ids = inputs["input_ids"]
         length = ids.shape[1]
         if self.positions is not None and length > self.positions:
-            raise BatchError(
-                batch,
-                f"has sequences of {length} tokens, but the model has {self.positions} "
-                f"positions: lower --seq-len to {self.positions}, or cut the sequences",
-            )
+            says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
+            raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
         if self._trained is not None and length > self._trained:
-            warn(
-                f"batch {batch} (counted from 0) has sequences of {length} tokens, and the "
-                f"model's max_position_embeddings is {self._trained}: beyond that its activations "
-                f"are not those of text that it knows; lower --seq-len to {self._trained}",
-                CordaWarning,
-            )
+            says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
+            remedy = "lower --seq-len to that, since it was not trained on longer text"
+            warn(f"{says} {self._trained}: {remedy}", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.
         if self._vocabulary is not None and ids.device.type == "cpu":
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= self._vocabulary:
-                raise BatchError(
-                    batch,
-                    f"holds token {least if least < 0 else most}, but the model's tokens are 0 to "
-                    f"{self._vocabulary - 1}: the tokenizer belongs to another model, take this "
-                    "one's own",
-                )
-        self._runner(
-            **{name: value.to(self.device) for name, value in inputs.items()}, **self._arguments
-        )
+                odd, last = (least if least < 0 else most), self._vocabulary - 1
+                says = f"holds token {odd}, but the model's tokens are 0 to {last}"
+                raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
+        there = {name: value.to(self.device) for name, value in inputs.items()}
+        self._runner(**there, **self._arguments)
 
     def result(self, capture: InputCapture, tokens: int) -> CovarianceSet:
         """The covariances with notes on where they come from.
@@ -341,21 +343,17 @@ class CalibrationRun:
             CalibrationError: there were no tokens, or a layer received none.
         """
         if not tokens:
-            raise CalibrationError(
-                "there were no tokens to calibrate on: the batches are empty or masked throughout"
-            )
+            reason = "the batches are empty or masked throughout"
+            raise CalibrationError(f"there were no tokens to calibrate on: {reason}")
         missed = capture.unseen()
-        if self.options.on_unseen == "error":
+        if self.on_unseen == "error":
             refuse_unseen(missed)
+        name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
         return CovarianceSet(
             capture.covariances(),
-            normalize=self.options.normalize,
+            normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
-            provenance={
-                "model": str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
-                "tokens": tokens,
-                "versions": library_versions(),
-            },
+            provenance={"model": name, "tokens": tokens, "versions": library_versions()},
         )
 
 
@@ -367,10 +365,10 @@ def unseen(covariances: CovarianceSet) -> list[str]:
 def refuse_unseen(names: Sequence[str]) -> None:
     """Raises a CalibrationError if there are layers that never received a token."""
     if names:
+        shown = ", ".join([*names[:5], "…"] if names[5:] else names)
         raise CalibrationError(
-            f"{len(names)} target layer(s) never received a token: {', '.join(names[:5])}"
-            f"{', …' if len(names) > 5 else ''}; leave them out of the targets, or use more "
-            'text if they are routed experts, or calibrate(..., on_unseen="skip") in Python'
+            f"{len(names)} target layer(s) never received a token: {shown}; leave them out of the "
+            'targets, use more text for routed experts, or calibrate(..., on_unseen="skip")'
         )
 
 
@@ -388,11 +386,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def token_bar(batches: Iterable[Batch], shown: bool) -> tqdm[Any]:
-    """A progress bar that counts tokens, towards a total where the batches are at hand."""
-    total = sum(map(token_count, batches)) if isinstance(batches, Sequence) else None
-    return progress_bar(
-        description="calibrating", unit="tokens", shown=shown, total=total, scaled=True
-    )

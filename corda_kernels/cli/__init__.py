@@ -11,26 +11,17 @@ from typing import Annotated
 
 import typer
 
-from corda_kernels import __version__
+from corda_kernels import __version__, errors
 from corda_kernels.cli import options
 from corda_kernels.cli.bench import bench
 from corda_kernels.cli.calibrate import calibrate
 from corda_kernels.cli.demo import demo
 from corda_kernels.cli.doctor import doctor
-from corda_kernels.cli.export import export
+from corda_kernels.cli.export import export, merge
 from corda_kernels.cli.init import init
 from corda_kernels.cli.inspect import inspect
-from corda_kernels.cli.merge import merge
 from corda_kernels.cli.plan import plan
 from corda_kernels.cli.printing import echo
-from corda_kernels.errors import (
-    ConfigError,
-    CordaError,
-    CordaWarning,
-    DataWarning,
-    LeftOutWarning,
-    RankDeficientWarning,
-)
 
 app = typer.Typer(
     name="corda-kernels",
@@ -47,25 +38,19 @@ app.add_typer(bench)
 
 _INTERRUPTED = 130  # the exit status after Ctrl-C
 # About the model or the whole text, and not about one rank's share of the work.
-_COMMON = (DataWarning, LeftOutWarning, RankDeficientWarning)
+_COMMON = (errors.DataWarning, errors.LeftOutWarning, errors.RankDeficientWarning)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        echo(f"corda_kernels {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")
     ] = False,
 ) -> None:
-    pass
+    if version:
+        echo(f"corda_kernels {__version__}")
+        raise typer.Exit
 
 
 def main() -> None:
@@ -90,7 +75,7 @@ def main() -> None:
         if debug:
             raise
         message = str(error)
-        if not isinstance(error, CordaError | OSError):
+        if not isinstance(error, errors.CordaError | OSError):
             message = (
                 f"unexpected {type(error).__name__}: {message}; run again with --debug to see "
                 "where it came from, and please report it"
@@ -101,7 +86,7 @@ def main() -> None:
 
 def _who() -> str:
     """Which rank speaks, if there are several."""
-    with contextlib.suppress(ConfigError):  # which is then what is spoken of
+    with contextlib.suppress(errors.ConfigError):  # which is then what is spoken of
         if options.under_torchrun():
             return f"rank {os.environ.get('RANK', 0)}: "
     return ""
@@ -115,7 +100,7 @@ def _quiet() -> None:
     for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(library, "error")
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", CordaWarning)
+    warnings.simplefilter("always", errors.CordaWarning)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if options.first_rank() or not isinstance(message, _COMMON):

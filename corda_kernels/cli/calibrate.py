@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
+from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    context: typer.Context,
+    context: Context,
     model: options.Model,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The covariance file to write (.safetensors).")
-    ],
-    data: Annotated[Path, typer.Option(help="Calibration text: text or JSON lines (.jsonl).")],
+    out: Annotated[Path, Argument(metavar="OUT", help="The .safetensors file to write.")],
+    data: Annotated[Path, Option(help="Calibration text: plain text or JSON lines (.jsonl).")],
     field: options.Field = None,
     template: options.Template = None,
     chat_template: options.ChatTemplate = False,
@@ -33,20 +32,18 @@ def calibrate(
     targets: options.Targets = "all-linear",
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
-    rank: Annotated[int, typer.Option(help="At which the stability is judged.")] = 32,
+    rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run of this stopped.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where such a run stopped.")] = False,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(
+        Option(
+            min=0,
             metavar="TOKENS",
-            help="Keep what is done every so many tokens, for --resume; 0 for never. "
-            "By default so many that it takes about 1 % of the time on a CPU; never on a GPU, "
-            "whose sums would have to run in one order, which takes longer.",
+            help="Tokens after which what is done is kept for --resume; 0 for never. By default so "
+            "many that keeping takes 1 % of the time on a CPU; never on a GPU, which it slows.",
         ),
     ] = None,
     overwrite: options.Overwrite = False,
@@ -56,20 +53,12 @@ def calibrate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
-    from corda_kernels.calibration import CalibrationCheckpoint
-    from corda_kernels.calibration.covariance import save_pieces
+    from corda_kernels import linears, models
+    from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
-    from corda_kernels.linears import linear_shape
-    from corda_kernels.models import load_tokenizer, target_linears
-    from corda_kernels.outputs import format_bytes
 
-    text = options.TextOptions.of(context)
-    options.check_output(out)
-    options.check_unused(out, overwrite)
-    limit = options.parse_size(memory_limit)
-    if checkpoint_every is not None and checkpoint_every < 0:
-        raise ConfigError(f"--checkpoint-every must be at least 0, got {checkpoint_every}")
+    first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
         raise ConfigError(
             "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of "
@@ -77,64 +66,54 @@ def calibrate(
         )
     if checkpoint_every is None and not resume and options.resolve_device(device) != "cpu":
         checkpoint_every = 0
-    checkpoint = CalibrationCheckpoint(
-        out.with_name(f"{out.name}.checkpoint"), checkpoint_every, resume
-    )
+    checkpoint = CalibrationCheckpoint(f"{out}.checkpoint", checkpoint_every, resume)
+    if first:
+        outputs.check_output(out)
+        options.check_unused(out, overwrite)
+        if checkpoint_every != 0:
+            outputs.check_output(checkpoint.longest_path())
     if not resume and (left := checkpoint.kept()):
         raise ConfigError(
             f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
             "delete the file"
         )
-    if checkpoint_every != 0:
-        options.check_output(checkpoint.longest_path())
-    batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
+    tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    batches = options.text_batches(context.params, tokenizer)
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
-    chosen = options.parse_targets(targets)
-    # Layers of one parent and width mostly share their input: a lower bound of what is written.
-    widths = {
-        (name.rpartition(".")[0], linear_shape(module)[1])
-        for name, module in target_linears(network, chosen).items()
-    }
-    options.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
+    if first:
+        # Layers of one parent and width mostly share an input: a lower bound of what is written.
+        modules = models.target_linears(network, targets)
+        widths = {(n.rpartition(".")[0], linears.linear_shape(m)[1]) for n, m in modules.items()}
+        outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
     layers = groups = 0
     notes: list[dict[str, Any]] = []
 
-    def noted(stages: Iterable[CovarianceSet]) -> Iterator[CovarianceSet]:
+    def noted(stages: Iterator[CovarianceSet]) -> Iterator[CovarianceSet]:
         nonlocal layers, groups
         for covariances in stages:
-            covariances.provenance["data"] = text.provenance()
+            covariances.provenance["data"] = text
             notes.append(covariances.provenance)
-            layers += len(covariances)
-            groups += len(covariances.groups())
+            layers, groups = layers + len(covariances), groups + len(covariances.groups())
             yield covariances
             del covariances  # before the next ones are made
 
     with options.ranks(device) as distributed:
-        plan = CalibrationPlan(
-            targets=chosen,
-            rank=rank if stability else None,
-            damping=damping,
-            candidates=candidates,
-            selection=selection,
-            domain=text.domain(),
-            memory_limit=limit,
-            checkpoint=None if checkpoint_every == 0 else checkpoint,
-            distributed=distributed,
-        )
-        stages = covariance_stages(network, batches, plan)
-        if options.first_rank():
-            save_pieces(noted(stages), out, united_provenance)
+        plan = options.options_of(CalibrationPlan, context, distributed=distributed)
+        kept = None if checkpoint_every == 0 else checkpoint
+        stages = covariance_stages(network, batches, plan, domain=text["file"], checkpoint=kept)
+        if first:
+            covariance.save_pieces(noted(stages), out, united_provenance)
         else:
             for _ in stages:
                 pass
         Ranks.of(distributed).gather(None, "the result is safe")
         checkpoint.discard()
-    if not options.first_rank():
+    if not first:
         return
     provenance = united_provenance(notes)
     echo(
         f"{out}: {layers} layers, {groups} distinct covariances, {provenance['tokens']} tokens, "
-        f"{format_bytes(out.stat().st_size)}"
+        f"{outputs.format_bytes(out.stat().st_size)}"
     )
     options.report_selection(provenance)
     echo(f"next: corda-kernels inspect {out}")

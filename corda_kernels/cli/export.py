@@ -1,37 +1,78 @@
-"""`corda-kernels export`: a trained adapter → a plain LoRA."""
+"""`corda-kernels export` and `merge`: a trained adapter → a plain LoRA, or a whole model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
+from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo
+from corda_kernels.errors import ModelError, OutputError
+
+Adapter = Annotated[Path, Argument(metavar="ADAPTER", help="An adapter folder, trained.")]
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder, trained.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    adapter: Adapter,
+    out: Annotated[Path, Argument(metavar="OUT", help="The LoRA folder to write.")],
     rank: Annotated[
-        int | None,
-        typer.Option(help="Rank to cut the LoRA off at; it has twice its components."),
+        int | None, Option(help="Rank to cut the LoRA off at; it has twice its components.")
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
     from corda_kernels.adapter import ADAPTER_FILES, export_lora
 
-    options.check_output(out, folder=True)
+    outputs.check_output(out, folder=True)
     options.check_unused(out, overwrite, ADAPTER_FILES)
     written = export_lora(adapter, out, rank)
-    lost = (
-        f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
-        if written.layer
-        else ""
-    )
+    lost = f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
     echo(
-        f"{out}: a plain LoRA of rank {written.rank}{lost}; load it with "
+        f"{out}: a plain LoRA of rank {written.rank}{lost if written.layer else ''}; load it with "
         f"PeftModel.from_pretrained(base, '{out}')"
     )
+
+
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, Argument(metavar="OUT", help="The model folder to write.")],
+    model: Annotated[
+        str | None, Option(help="The base model; by default the one noted in the adapter.")
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Fold ADAPTER into its base model and write the result with its tokenizer."""
+    from corda_kernels import adapter as adapters
+    from corda_kernels.adapter.folder import base_name, read_lora
+    from corda_kernels.models import MODEL_FILES, save_model
+
+    source = model or base_name(read_lora(adapter).config)
+    outputs.check_output(out, folder=True)
+    if source is None:
+        raise ModelError(f"{adapter} does not say where its base is: say so with --model")
+    if any((out / name).exists() for name in ("adapter_config.json", "corda.json")):
+        raise OutputError(
+            f"{out} holds an adapter, which would be loaded on the merged model: choose another "
+            "folder"
+        )
+    if Path(source).is_dir() and out.resolve() == Path(source).resolve():
+        raise OutputError(f"{out} is the base itself: choose another folder")
+    options.check_unused(out, overwrite, MODEL_FILES)
+    try:
+        network = options.load(source, dtype, device, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        remedy = "" if model else "; say where the base is with --model"
+        raise ModelError(f"{error}{remedy}") from error
+    size = network.get_memory_footprint(return_buffers=False)
+    outputs.check_output(out, folder=True, needed_bytes=size)
+    merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
+    made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
+    card, trusted = adapters.model_card(source, "Merged model", made), trust_remote_code
+    save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
+    echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Context, Option
 
+from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ConfigError
@@ -16,40 +17,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corda_kernels.adapter import AdapterRecord
+    from corda_kernels.calibration import CovarianceSet
 
 
 def init(
-    context: typer.Context,
+    context: Context,
     model: options.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter folder to write.")],
-    mode: Annotated[
-        Literal["kpm", "ipm"],
-        typer.Option(help="kpm keeps knowledge (its text in --data), ipm learns a task fast."),
-    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="The adapter folder to write.")],
+    mode: Annotated[Literal["kpm", "ipm"], Option(help="kpm keeps knowledge, ipm learns a task.")],
     data: options.Data = None,
-    cov: Annotated[Path | None, typer.Option(help="A covariance file, instead of --data.")] = None,
+    cov: Annotated[Path | None, Option(help="Covariance file, instead of --data.")] = None,
     mix: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE=WEIGHT", help="Covariance files to mix, instead; once for each file."
-        ),
+        list[str] | None, Option(metavar="FILE=WEIGHT", help="Covariance file to mix; repeatable.")
     ] = None,
-    rank: Annotated[
-        int, typer.Option(help="Components of each layer; the LoRA has twice that rank.")
-    ] = 32,
+    rank: Annotated[int, Option(help="Components of a layer, half the LoRA's rank.")] = 32,
     budget: Annotated[
         str | None,
-        typer.Option(
-            metavar="N|SHARE|r=RANK",
-            help="Share out adapter parameters over the layers, instead of --rank: a number "
-            "(2500000), a share of the model (1%), or those of a rank in all layers (r=32).",
-        ),
+        Option(help="Parameters to share out over the layers: 2500000, 1% of the model, or r=32."),
     ] = None,
-    min_rank: Annotated[int, typer.Option(help="Of every layer, under a budget.")] = 0,
-    max_rank: Annotated[int | None, typer.Option(help="Of any layer, under a budget.")] = None,
-    rank_multiple: Annotated[
-        int, typer.Option(help="Of which each rank is a multiple, under a budget.")
-    ] = 1,
+    min_rank: Annotated[int, Option(help="Least rank of a layer under a budget.")] = 0,
+    max_rank: Annotated[int | None, Option(help="Largest rank of a layer under a budget.")] = None,
+    rank_multiple: Annotated[int, Option(help="Divisor of all ranks under a budget.")] = 1,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
     field: options.Field = None,
@@ -60,23 +48,17 @@ def init(
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
-    exclude: Annotated[
-        str | None, typer.Option(help="Layers to leave out, written as --targets are.")
-    ] = None,
-    hold: Annotated[
-        float,
-        typer.Option(help="How firmly training is held to the components, such as 1 or 8."),
-    ] = 1.0,
+    exclude_modules: options.Exclude = None,
+    hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 8.")] = 1.0,
     residual: Annotated[
-        Literal["none", "weight"],
-        typer.Option(help="weight: the published form, with W − BA in the base."),
+        Literal["none", "weight"], Option(help="weight: the published form, W − BA in the base.")
     ] = "none",
     damping: options.Damping = 0.01,
     method: Annotated[
-        Literal["auto", "exact", "randomized"], typer.Option(help="Of the decomposition.")
+        Literal["auto", "exact", "randomized"], Option(help="Method of the decomposition.")
     ] = "auto",
     save_base: Annotated[
-        bool, typer.Option("--save-base", help="Also store W − BA, with --residual weight.")
+        bool, Option("--save-base", help="Also store W − BA, with --residual weight.")
     ] = False,
     overwrite: options.Overwrite = False,
     stability: options.Stability = False,
@@ -86,122 +68,106 @@ def init(
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Make an adapter for MODEL from calibration text, in OUT."""
-    from corda_kernels.adapter import (
-        ADAPTER_FILES,
-        check_adapter_folder,
-        model_card,
-        subtract_initial,
-        write_adapter,
-    )
-    from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.init import (
-        CordaConfig,
-        adapter_parameters,
-        check_targets,
-        corda_adapter,
-    )
-    from corda_kernels.models import MODEL_FILES, load_tokenizer, save_model
-    from corda_kernels.planning import mix_covariances
+    """Make an adapter for MODEL from calibration text, in OUT.
+
+    The text is a sample of the knowledge to keep (kpm) or of the task to learn (ipm). In its place
+    a covariance file can be given (--cov), or several to mix (--mix, once for each).
+    """
+    from corda_kernels import adapter, models
+    from corda_kernels.init import CordaConfig, adapter_parameters, check_targets, corda_adapter
     from corda_kernels.report import describe_mixture, describe_ranks
 
+    given, first, published = context.params, options.first_rank(), residual == "weight"
     if sum(bool(source) for source in (data, cov, mix)) != 1:
         raise ConfigError("give one of --data, --cov and --mix")
-    if data is None and (field or template or chat_template):
-        raise ConfigError("--field, --template and --chat-template are of --data")
-    if data is None and candidates > 1:
-        raise ConfigError("--candidates are samples of --data: they are selected in calibration")
-    if data is None and memory_limit is not None:
+    of_text = (field, template, chat_template, candidates > 1, memory_limit is not None)
+    if data is None and any(of_text):
         raise ConfigError(
-            "--memory-limit is of a calibration on --data: covariance files are read whole"
+            "--field, --template, --chat-template, --candidates and --memory-limit are of a "
+            "calibration on --data: leave them out with covariance files, which are read whole"
         )
-    if save_base and residual == "none":
+    if save_base and not published:
         raise ConfigError(
             "--save-base stores the base without the part that --residual weight takes out of it: "
             "otherwise the adapter sits on MODEL as it is"
         )
-    config = CordaConfig(
-        mode=mode,
-        rank=rank,
-        budget=budget,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        rank_multiple=rank_multiple,
-        candidates=candidates,
-        selection=selection,
-        hold=hold,
-        residual=None if residual == "none" else residual,
-        exclude_modules=None if exclude is None else options.parse_targets(exclude, "--exclude"),
-        damping=damping,
-        targets=options.parse_targets(targets),
-        method=method,
-        seed=seed,
-        stability=stability,
-        memory_limit=options.parse_size(memory_limit),
-    )
-    if options.first_rank():
-        check_adapter_folder(out)
-    options.check_unused(out, overwrite, ADAPTER_FILES)
-    if save_base:
-        options.check_unused(out / "base", overwrite, MODEL_FILES)
-    covariances = None if cov is None else CovarianceSet.load(cov)
-    if mix:
-        mixture = options.parse_mixture(mix)
-        covariances = mix_covariances(
-            [CovarianceSet.load(file) for file in mixture], list(mixture.values())
-        )
-        covariances.provenance["mixture"]["files"] = [file.name for file in mixture]
-    batches: list[dict[str, Tensor]] = []
-    if data is not None:
-        text = options.TextOptions.of(context)
-        batches = text.batches(load_tokenizer(model, trust_remote_code=trust_remote_code))
+    form = "weight" if published else None
+    config = options.options_of(CordaConfig, context, residual=form)
+    if first:
+        adapter.check_adapter_folder(out)
+        options.check_unused(out, overwrite, adapter.ADAPTER_FILES)
+        if save_base:
+            options.check_unused(out / "base", overwrite, models.MODEL_FILES)
+    text: dict[str, Any] = {}
+    source: CovarianceSet | list[dict[str, Tensor]]
+    if data is None:
+        source = _covariances(cov, mix)
+    else:
+        text = options.text_provenance(given)
+        tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
+        source = options.text_batches(given, tokenizer)
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     modules = check_targets(network, config)
     # In float32; with a residual the initial factors too.
-    needed = (4 if residual == "none" else 8) * adapter_parameters(network, modules, config)
+    needed = (8 if published else 4) * adapter_parameters(network, modules, config)
     if save_base:
-        needed += sum(p.numel() * p.element_size() for p in network.parameters())
-    options.check_output(out, folder=True, needed_bytes=needed)
+        needed += network.get_memory_footprint(return_buffers=False)
+    if first:
+        outputs.check_output(out, folder=True, needed_bytes=needed)
     with options.ranks(device) as distributed:
         config = replace(config, distributed=distributed)
-        if covariances is None:
-            adapter = corda_adapter(network, batches, config, domain=text.domain())
-        else:
-            adapter = corda_adapter(network, covariances, config)
-    if not options.first_rank():
+        made = corda_adapter(network, source, config, domain=text.get("file", ""))
+    if not first:
         return
-    if covariances is None:
-        adapter.record.calibration["data"] = text.provenance()
-    write_adapter(adapter, out)
-    form = "" if residual == "weight" else f": a LoRA of rank {config.rows * adapter.record.rank}"
+    record = made.record
+    if text:
+        record.calibration["data"] = text
+    adapter.write_adapter(made, out)
+    lora = "" if published else f": a LoRA of rank {config.rows * record.rank}"
     echo(
-        f"{out}: {mode.upper()} adapter of {describe_ranks(adapter.record)} for "
-        f"{len(adapter.layers)} layers of {adapter.record.base_name}{form}"
+        f"{out}: {mode.upper()} adapter of {describe_ranks(record)} for {len(made.layers)} layers "
+        f"of {record.base_name}{lora}"
     )
     if mix:
-        mixed = describe_mixture(adapter.record.calibration["mixture"])
-        echo(f"mixture: {mixed}")
-    options.report_selection(adapter.record.calibration)
-    _report_stability(adapter.record, asked=stability and bool(data) and candidates == 1)
-    if save_base and adapter.initial is not None:
-        subtract_initial(network, adapter.initial)
-        made = (
+        echo(f"mixture: {describe_mixture(record.calibration['mixture'])}")
+    options.report_selection(record.calibration)
+    _report_stability(record, asked=stability and bool(data) and candidates == 1)
+    if save_base and made.initial is not None:
+        adapter.subtract_initial(network, made.initial)
+        card = adapter.model_card(
+            model,
+            "Residual of a CorDA adapter",
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "
-            "useful model. Load it with that adapter (corda_kernels.load_for_training)."
+            "useful model. Load it with that adapter (corda_kernels.load_for_training).",
         )
-        card = model_card(model, "Residual of a CorDA adapter", made)
-        save_model(
-            network,
-            out / "base",
-            source=model,
-            card=card,
-            trust_remote_code=trust_remote_code,
-        )
-        echo(f"{out / 'base'}: the base that it sits on")
-    load = "PeftModel.from_pretrained(base, OUT, is_trainable=True)"
-    if residual == "weight":
-        load = "corda_kernels.load_for_training(base, OUT)"
-    echo(f"next: model = {load.replace('OUT', repr(str(out)))}, then train it")
+        base, trusted = out / "base", trust_remote_code
+        models.save_model(network, base, source=model, card=card, trust_remote_code=trusted)
+        echo(f"{base}: the base that it sits on")
+    load = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"
+    if published:
+        load = f"corda_kernels.load_for_training(base, '{out}')"
+    echo(f"next: model = {load}, then train it")
+
+
+def _covariances(cov: Path | None, mix: list[str] | None) -> CovarianceSet:
+    """Those of a file, or a mixture of several."""
+    from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.planning import mix_covariances
+
+    if cov is not None:
+        return CovarianceSet.load(cov)
+    parts = mix or []
+    try:
+        mixture = {Path(file): float(weight) for file, weight in (p.rsplit("=", 1) for p in parts)}
+    except ValueError as error:
+        raise ConfigError(
+            f"--mix {' '.join(parts)!r} is not FILE=WEIGHT, such as knowledge.safetensors=0.7"
+        ) from error
+    if len(mixture) < len(parts):
+        raise ConfigError("--mix names a file twice: give each one weight")
+    mixed = mix_covariances([CovarianceSet.load(file) for file in mixture], [*mixture.values()])
+    mixed.provenance["mixture"]["files"] = [file.name for file in mixture]
+    return mixed
 
 
 def _report_stability(record: AdapterRecord, *, asked: bool) -> None:

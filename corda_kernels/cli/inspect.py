@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
+from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo, show
 from corda_kernels.errors import ConfigError
@@ -17,38 +18,23 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A covariance file or an adapter folder.")
-    ],
+    file: Annotated[Path, Argument(metavar="FILE", help="A covariance file or an adapter folder.")],
     html: Annotated[
-        Path | None, typer.Option(metavar="PAGE", help="Also write a page with figures.")
+        Path | None, Option(metavar="PAGE", help="Page with figures to write as well.")
     ] = None,
     cov: Annotated[
-        Path | None,
-        typer.Option(help="On an adapter's page also show its covariances, from `calibrate`."),
+        Path | None, Option(help="Covariances of an adapter, to show on its page as well.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="On the page also show whole spectra of W·C, of this model's layers."),
+        str | None, Option(help="Model whose spectra of W·C to show on the page as well.")
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
-    from corda_kernels.adapter import read_adapter
-    from corda_kernels.adapter.folder import RECORD_FILE
-    from corda_kernels.adapter.lora import CONFIG_FILE
+    from corda_kernels import models
+    from corda_kernels import report as reports
+    from corda_kernels.adapter import folder
     from corda_kernels.calibration import CovarianceSet
-    from corda_kernels.models import target_linears
-    from corda_kernels.outputs import check_output
-    from corda_kernels.report import (
-        adapter_report,
-        check_matplotlib,
-        covariance_report,
-        measure_inputs,
-        measure_spectra,
-        with_covariances,
-        write_page,
-    )
 
     if html is None and (cov or model):
         raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
@@ -57,36 +43,32 @@ def inspect(
     if model is not None and cov is None and file.is_dir():
         raise ConfigError("the spectra of W·C take the covariances too: give --cov as well")
     if html is not None:
-        check_matplotlib()
-        check_output(html)
-    if (file / CONFIG_FILE).is_file() and not (file / RECORD_FILE).is_file():
+        reports.check_matplotlib()
+        outputs.check_output(html)
+    if (file / folder.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
-    covariances: CovarianceSet | None = None
+    inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
     if file.is_dir():
-        adapter = read_adapter(file)
-        if cov is not None:
-            covariances = CovarianceSet.load(cov)
+        found = folder.read_adapter(file)
         # What is shown here does without the notes on the run, which may have been altered.
-        _show(file, adapter_report(file.name, adapter, run=False))
-        if html is None:
-            return
-        report = adapter_report(file.resolve().name, adapter)
-        inputs = [] if covariances is None else measure_inputs(covariances)
+        _show(file, reports.adapter_report(file.name, found, run=False))
+        report = reports.adapter_report(file.resolve().name, found, run=html is not None)
     else:
         covariances = CovarianceSet.load(file)
-        inputs = measure_inputs(covariances)
-        report = covariance_report(file.name, covariances, inputs)
+        inputs = reports.measure_inputs(covariances)
+        report = reports.covariance_report(file.name, covariances, inputs)
         _show(file, report)
-        if html is None:
-            return
+    if html is None:
+        return
     if covariances is not None:
-        spectra = None
+        inputs, spectra = inputs or reports.measure_inputs(covariances), None
         if model is not None:
             base = options.load(model, None, "auto", trust_remote_code=trust_remote_code)
-            spectra = measure_spectra(target_linears(base), covariances, damping=report.damping)
-        report = with_covariances(report, inputs, spectra)
-    write_page(report, html)
+            layers = models.target_linears(base)
+            spectra = reports.measure_spectra(layers, covariances, damping=report.damping)
+        report = reports.with_covariances(report, inputs, spectra)
+    reports.write_page(report, html)
     echo(f"{html}: the same with figures")
 
 
@@ -102,14 +84,14 @@ def _show(file: Path, report: Report) -> None:
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.folder import base_name, lora_layers, read_lora
 
-    config, tensors = read_lora(folder)
-    layers = lora_layers(config, tensors, folder)
+    lora = read_lora(folder)
+    layers = lora_layers(lora)
     ranks = sorted({layer.rank for layer in layers.values()})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     echo(
         f"{folder}: a LoRA of {shown} for {len(layers)} layers of "
-        f"{base_name(config) or 'a model without a name'}; it has no corda.json, which would say "
-        "how it was made (an exported LoRA has none: inspect the adapter that it came from)"
+        f"{base_name(lora.config) or 'a model without a name'}; it has no corda.json, which would "
+        "say how it was made (an exported LoRA has none: inspect the adapter that it came from)"
     )

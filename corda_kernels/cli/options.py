@@ -5,206 +5,159 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import typer
+from typer import Argument, CallbackParam, Context, Option
 
 from corda_kernels.cli.printing import echo
-from corda_kernels.errors import ConfigError, OutputError
+from corda_kernels.errors import ConfigError, DistributedError, OutputError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Model = Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file.", metavar="MODEL")]
-Data = Annotated[
-    Path | None, typer.Option(help="Calibration text: a text file or JSON lines (.jsonl).")
-]
-Field = Annotated[str | None, typer.Option(help="JSON field that holds the text.")]
+T = TypeVar("T")
+
+# Bytes by the unit of a size, in capitals.
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(size: str | None) -> int | None:
+    """The number of bytes that a text such as "8GB", "1.5 GiB" or "1000" stands for."""
+    if size is None:
+        return None
+    number = size.rstrip("BIKMGTbikmgt ")
+    try:
+        return int(float(number) * _UNITS[size[len(number) :].strip().upper()])
+    except (KeyError, OverflowError, ValueError) as error:
+        raise ConfigError(
+            f"{size!r} is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB "
+            "or TiB"
+        ) from error
+
+
+def parse_targets(option: CallbackParam, given: str | None) -> str | list[str] | None:
+    """The endings in a comma-separated list; a regular expression or "all-linear" as it is."""
+    if given is None or given == "all-linear" or re.search(r"[^\w., -]", given):
+        return given
+    endings = [ending.strip() for ending in given.split(",") if ending.strip()]
+    if not endings:
+        raise ConfigError(f"{option.opts[0]} is empty: leave it out, or give endings")
+    return endings
+
+
+Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a hub id or a GGUF file.")]
+Data = Annotated[Path | None, Option(help="Calibration text: plain text or JSON lines (.jsonl).")]
+Field = Annotated[str | None, Option(help="JSON field that holds the text.")]
 Template = Annotated[
-    str | None,
-    typer.Option(help=r"Text with JSON fields, such as 'Q: {question}\nA: {answer[0]}'."),
+    str | None, Option(help=r"Text with JSON fields, such as 'Q: {question}\nA: {answer[0]}'.")
 ]
 ChatTemplate = Annotated[
-    bool, typer.Option("--chat-template", help="Lay texts out by the tokenizer's chat template.")
+    bool, Option("--chat-template", help="Lay texts out by the tokenizer's chat template.")
 ]
-Samples = Annotated[int, typer.Option(help="Number of calibration sequences.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens in each sequence.")]
+Samples = Annotated[int, Option(min=1, help="Number of calibration sequences.")]
+SeqLen = Annotated[int, Option(min=1, help="Number of tokens in each sequence.")]
 BatchSize = Annotated[
     int | None,
-    typer.Option(
-        help="Sequences in each forward pass.",
-        show_default="so many that they make 2048 tokens, 8192 on a GPU",
-    ),
+    Option(min=1, help="Sequences in a forward pass; by default of 2048 tokens, on a GPU 8192."),
 ]
-Pack = Annotated[bool, typer.Option(help="Pack texts into full sequences.")]
+Pack = Annotated[bool, Option(help="Pack texts into full sequences.")]
 Targets = Annotated[
     str,
-    typer.Option(help="all-linear, endings separated by commas, or a regular expression."),
+    Option(callback=parse_targets, help="all-linear, endings by commas, or a regular expression."),
+]
+Exclude = Annotated[
+    str | None,
+    Option("--exclude", callback=parse_targets, help="Layers to leave out, written as --targets."),
 ]
 Candidates = Annotated[
-    int,
-    typer.Option(help="Samples of the text, each of --samples sequences, to select from."),
+    int, Option(min=1, help="Samples of the text, each of --samples sequences, to select from.")
 ]
 Selection = Annotated[
     Literal["argmin", "pool"],
-    typer.Option(help="argmin: each layer keeps its best candidate; pool: all text counts."),
+    Option(help="argmin: each layer keeps its best candidate; pool: all text counts."),
 ]
 Damping = Annotated[
-    float,
-    typer.Option(help="Added to each covariance, times its mean diagonal; 0 for none."),
+    float, Option(help="Share of its mean diagonal that is added to a covariance; 0 for none.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the choice of texts and of random starts.")]
+Seed = Annotated[int, Option(help="Random seed of the choice of texts and of random starts.")]
 Device = Annotated[
-    str,
-    typer.Option(
-        help="cpu, cuda, cuda:1; auto takes a GPU if there is one. Under torchrun cuda is each "
-        "rank's own."
-    ),
+    str, Option(help="cpu, cuda (under torchrun each rank's own) or cuda:1; auto prefers a GPU.")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own if not given.")
+    str | None, Option(help="float32, bfloat16 or float16; by default the checkpoint's own.")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", help="Run Python code that comes with MODEL; read it first."
-    ),
+    Option("--trust-remote-code", help="Run the Python code beside MODEL; read it first."),
 ]
-Stability = Annotated[
-    bool, typer.Option(help="Find out whether there are enough samples; takes longer.")
-]
+Stability = Annotated[bool, Option(help="Judge whether there are enough samples; takes longer.")]
 MemoryLimit = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="SIZE",
-        help="Of the covariances, such as 8GB; if all take more, the model runs block by block.",
+        callback=parse_size,
+        help="Memory for covariances, such as 8GB; if they take more, the model runs by block.",
     ),
 ]
-
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a result that OUT holds already.")
-]
-
-_DIGITS = 99  # of a size: more than any that is meant, and fewer than a float has room for
-_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE | re.ASCII)
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace a result that is in OUT already.")]
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """Where calibration text comes from and how it is cut up; see `token_batches`.
+def options_of(kind: type[T], context: Context, **more: Any) -> T:
+    """A dataclass made of the command's options that have its fields' names, and of `more`."""
+    names = {field.name for field in fields(kind)} & context.params.keys()  # type: ignore[arg-type]
+    return kind(**{name: context.params[name] for name in names} | more)
 
-    There are `samples` sequences for each of the candidates.
-    """
 
-    data: Path
-    field: str | None
-    template: str | None
-    chat_template: bool
-    samples: int
-    candidates: int
-    seq_len: int
-    batch_size: int | None
-    pack: bool
-    seed: int
-    device: str = "cpu"
+def text_batches(
+    given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
+    """Token batches of the text that a command's options describe, `samples` for each candidate."""
+    from corda_kernels.text import decode_escapes, fitting_batch_size, token_batches
 
-    @classmethod
-    def of(cls, context: typer.Context) -> TextOptions:
-        """The options of these names that a command was given."""
-        return cls(**{field.name: context.params[field.name] for field in fields(cls)})
+    kind = resolve_device(given["device"]).partition(":")[0]
 
-    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-        """Token batches."""
-        from corda_kernels.text import decode_escapes, fitting_batch_size, token_batches
+    def fitting(found: int) -> int:
+        return fitting_batch_size(max(1, found // given["candidates"]), given["seq_len"], kind)
 
-        kind = resolve_device(self.device).partition(":")[0]
+    return token_batches(
+        given["data"],
+        tokenizer,
+        samples=given["samples"] * given["candidates"],
+        batch_size=given["batch_size"] or fitting,
+        template=None if given["template"] is None else decode_escapes(given["template"]),
+        **{name: given[name] for name in ("field", "chat_template", "seq_len", "pack", "seed")},
+    )
 
-        def fitting(found: int) -> int:
-            return fitting_batch_size(max(1, found // self.candidates), self.seq_len, kind)
 
-        return token_batches(
-            self.data,
-            tokenizer,
-            samples=self.samples * self.candidates,
-            seq_len=self.seq_len,
-            batch_size=fitting if self.batch_size is None else self.batch_size,
-            field=self.field,
-            template=None if self.template is None else decode_escapes(self.template),
-            chat_template=self.chat_template,
-            pack=self.pack,
-            seed=self.seed,
-        )
-
-    def domain(self) -> str:
-        """What the batches are a sample of."""
-        from corda_kernels.files import utf8_name
-
-        return utf8_name(self.data)
-
-    def provenance(self) -> dict[str, Any]:
-        """What to note beside the covariances, in JSON's terms."""
-        return {
-            "file": self.domain(),
-            "field": self.field,
-            "template": self.template,
-            "chat_template": self.chat_template,
-            "samples": self.samples * self.candidates,
-            "seq_len": self.seq_len,
-            "packed": self.pack,
-            "seed": self.seed,
-        }
+def text_provenance(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What to note of the text beside the covariances, in JSON's terms."""
+    names = ("field", "template", "chat_template", "samples", "seq_len", "pack", "seed")
+    # What of the file's name is not UTF-8 is replaced.
+    file = os.fsencode(Path(given["data"]).name).decode(errors="replace")
+    samples = given["samples"] * given["candidates"]
+    return {"file": file} | {name: given[name] for name in names} | {"samples": samples}
 
 
 def under_torchrun() -> bool:
     """Whether torchrun started this process as one of several ranks."""
     size = os.environ.get("WORLD_SIZE", "1")
-    try:
-        return int(size) > 1
-    except ValueError as error:
+    if not size.isdecimal():
         raise ConfigError(
             f"the environment's WORLD_SIZE, a number of ranks, is {size!r}: unset it, or start "
             "the program with torchrun, which sets it"
-        ) from error
+        )
+    return int(size) > 1
 
 
 def first_rank() -> bool:
     """Whether this process is the one that writes and prints."""
     return not under_torchrun() or os.environ.get("RANK", "0") == "0"
-
-
-def check_output(path: Path, *, needed_bytes: int = 0, folder: bool = False) -> None:
-    """See `corda_kernels.outputs.check_output`; on the rank that writes."""
-    from corda_kernels import outputs
-
-    if first_rank():
-        outputs.check_output(path, needed_bytes=needed_bytes, folder=folder)
-
-
-def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = None) -> None:
-    """Refuses to replace a result that is there already, unless that is asked for.
-
-    Args:
-        path: a file, or the folder that `files` are in.
-        overwrite: whether it is.
-        files: names of files in a folder that would be replaced.
-    """
-    if overwrite or not first_rank():
-        return
-    if files is None:
-        taken = path.name if path.exists() else None
-    else:
-        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        taken = next(filter(files.fullmatch, names), None)
-    if taken is not None:
-        where = path if files is None else path / taken
-        raise OutputError(
-            f"{where} is there already: choose another path, or give --overwrite to replace it"
-        )
 
 
 @contextlib.contextmanager
@@ -214,9 +167,6 @@ def ranks(device: str) -> Iterator[bool]:
         yield False
         return
     import torch
-    import torch.distributed
-
-    from corda_kernels.errors import DistributedError
 
     where = torch_device(device)
     if where.type == "cuda":
@@ -232,6 +182,22 @@ def ranks(device: str) -> Iterator[bool]:
     torch.distributed.destroy_process_group()
 
 
+def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = None) -> None:
+    """Refuses to replace a result that is there already, unless that is asked for.
+
+    Args:
+        path: a file, or the folder that `files` are in.
+        overwrite: whether it is.
+        files: names of the files in a folder that are the result; None for the path itself.
+    """
+    found = [path] if files is None else sorted(path.glob("*"))
+    for file in found if not overwrite else ():
+        if file.exists() and (files is None or files.fullmatch(file.name)):
+            raise OutputError(
+                f"{file} is there already: choose another path, or give --overwrite to replace it"
+            )
+
+
 def load(
     model: str, dtype: str | None, device: str, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -241,12 +207,8 @@ def load(
     from corda_kernels.models import load_model
 
     logging.disable_progress_bar()
-    return load_model(
-        model,
-        dtype=dtype,
-        device=resolve_device(device),
-        trust_remote_code=trust_remote_code,
-    )
+    where = resolve_device(device)
+    return load_model(model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
 
 
 def resolve_device(device: str) -> str:
@@ -262,14 +224,15 @@ def resolve_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (device.startswith("cuda") and under_torchrun()):
         return device
-    if device == "cuda":
-        if not (rank := os.environ.get("LOCAL_RANK", "")).isdecimal():
-            raise ConfigError(
-                f"the environment has a WORLD_SIZE, but its LOCAL_RANK is {rank!r}: start the "
-                "program with torchrun, which sets both, or name the GPU (--device cuda:0)"
-            )
+    rank, ranks = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if device == "cuda" and rank.isdecimal():
         return f"cuda:{rank}"
-    if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+    if device == "cuda":
+        raise ConfigError(
+            f"the environment has a WORLD_SIZE, but its LOCAL_RANK is {rank!r}: start the program "
+            "with torchrun, which sets both, or name the GPU (--device cuda:0)"
+        )
+    if ranks != "1":
         raise ConfigError(
             f"--device {device} puts all {ranks} ranks of this machine on one GPU: give --device "
             "cuda, by which each takes its own"
@@ -282,59 +245,13 @@ def torch_device(device: str) -> torch.device:
     import torch
 
     try:
-        found = torch.device(resolve_device(device))
-        if found.type == "meta":
-            raise ConfigError("device meta holds no numbers: choose cpu or cuda")
-        torch.zeros(1, device=found)
+        found = torch.zeros(1, device=resolve_device(device))
+        found.item()  # which the meta device has none of
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"--device {device!r} is not there ({error}): choose cpu or cuda"
         ) from error
-    return found
-
-
-def parse_size(size: str | None) -> int | None:
-    """The number of bytes that a text such as "8GB", "1.5 GiB" or "1000" stands for."""
-    if size is None:
-        return None
-    match = _SIZE.fullmatch(size.strip())
-    if match is None or len(size) > _DIGITS:
-        raise ConfigError(
-            f"{size!r} is not a size: write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB "
-            "or TiB"
-        )
-    number, prefix, binary = match.groups(default="")
-    power = " kmgt".index(prefix.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def parse_targets(targets: str, option: str = "--targets") -> str | list[str]:
-    """The endings in a comma-separated list; a regular expression or "all-linear" as it is."""
-    plain = all(letter.isalnum() or letter in "_.,- " for letter in targets)
-    if targets == "all-linear" or not plain:
-        return targets
-    endings = [ending.strip() for ending in targets.split(",") if ending.strip()]
-    if not endings:
-        raise ConfigError(f"{option} is empty: leave it out, or give endings or an expression")
-    return endings
-
-
-def parse_mixture(parts: Sequence[str]) -> dict[Path, float]:
-    """Weights by covariance file, of arguments such as a.safetensors=0.7."""
-    mixture: dict[Path, float] = {}
-    for part in parts:
-        file, equals, weight = part.rpartition("=")
-        try:
-            mixture[Path(file)] = float(weight)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ConfigError(
-                f"--mix {part!r} is not FILE=WEIGHT, such as knowledge.safetensors=0.7"
-            )
-    if len(mixture) < len(parts):
-        raise ConfigError("--mix names a file twice: give each one weight")
-    return mixture
+    return found.device
 
 
 def report_selection(provenance: Mapping[str, Any]) -> None:

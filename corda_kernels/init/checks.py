@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,15 +20,9 @@ from corda_kernels.errors import (
     warn,
 )
 from corda_kernels.init.config import CordaConfig
-from corda_kernels.init.ranks import adapter_parameters, layer_shapes
-from corda_kernels.linears import check_writable, linear_shape
-from corda_kernels.models import (
-    check_unshared,
-    check_unwrapped,
-    target_linears,
-    unreached_weights,
-)
-from corda_kernels.planning.ranks import check_guaranteed
+from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
+from corda_kernels.models import check_unshared, check_unwrapped, target_linears, unreached_weights
+from corda_kernels.planning.ranks import check_guaranteed, parse_budget, uniform_budget
 
 
 def check_targets(
@@ -45,9 +41,7 @@ def check_targets(
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
     """
     if has_adapter(model):
-        raise ModelError(
-            "the model carries an adapter already: load the base afresh, or merge the adapter"
-        )
+        raise ModelError("the model carries an adapter: load the base afresh, or merge the adapter")
     if residual_marker(model) is not None:
         raise ModelError(
             "this model is the residual that an adapter left (see --save-base): load the "
@@ -71,23 +65,51 @@ def check_targets(
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
+    shapes = {name: linear_shape(module) for name, module in modules.items()}
     if config.budget is not None:
-        check_guaranteed(
-            layer_shapes(modules),
-            adapter_parameters(model, modules, config),
-            config.min_rank,
-            config.max_rank,
-            config.rank_multiple,
-            config.rows,
-        )
+        most = adapter_parameters(model, modules, config)
+        check_guaranteed(shapes, most, *config.bounds, config.rows)
         return modules
-    for name, (outputs, inputs) in layer_shapes(modules).items():
-        if not 1 <= config.rank <= min(outputs, inputs):
+    for name, shape in shapes.items():
+        if config.rank > min(shape):
             raise RankError(
-                f"rank {config.rank} is not possible for layer {name} ({outputs} × {inputs}): "
-                f"choose one between 1 and {min(outputs, inputs)}, or leave the layer out"
+                f"rank {config.rank} is not possible for layer {name} ({shape[0]} × {shape[1]}): "
+                f"choose one between 1 and {min(shape)}, or leave the layer out"
             )
     return modules
+
+
+def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+    """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
+    names = [name for name, _ in model.named_modules()]
+    for ending in saved:
+        whole = [name for name in names if f".{name}".endswith(f".{ending}")]
+        if not whole:
+            raise TargetError(f"modules_to_save names {ending!r}, which the model does not have")
+        for name in modules:
+            if any(f"{name}.".startswith(f"{part}.") for part in whole):
+                raise TargetError(
+                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
+                    "leave it out by exclude_modules, or do not name it"
+                )
+
+
+def adapter_parameters(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
+) -> int:
+    """How many parameters an adapter of `modules` may have at most.
+
+    Raises:
+        ConfigError: the budget cannot be read.
+    """
+    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    if config.budget is None:
+        return uniform_budget(shapes, config.rank, config.rows)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
+            whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
+    return parse_budget(config.budget, shapes, whole, config.rows)
 
 
 def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -105,26 +127,17 @@ def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, n
         )
 
 
-def covered_modules(
-    modules: Mapping[str, nn.Module], covariances: CovarianceSet
-) -> dict[str, nn.Module]:
-    """The modules that have a covariance in the set, after a check that it is of their size."""
-    covered = {name: module for name, module in modules.items() if name in covariances}
-    for name, module in covered.items():
-        inputs = linear_shape(module)[1]
-        channels = covariances[name].matrix.shape[0]
-        if channels != inputs:
-            raise CovarianceError(
-                f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
-                "the covariances were taken from another model"
-            )
-    return covered
-
-
-def check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
-    """Makes sure that a set covers all modules but those that were left out on purpose."""
-    for name in modules:
-        if name not in covariances and name not in covariances.left_out:
+def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
+    """Makes sure that a set has a covariance of every module that was not left out on purpose."""
+    for name, module in modules.items():
+        if name in covariances:
+            inputs, channels = linear_shape(module)[1], covariances[name].matrix.shape[0]
+            if channels != inputs:
+                raise CovarianceError(
+                    f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
+                    "the covariances were taken from another model"
+                )
+        elif name not in covariances.left_out:
             raise CovarianceError(
                 f"there is no covariance for layer {name}: calibrate the same model with the same "
                 "targets, or leave the layer out of the targets"
@@ -133,47 +146,30 @@ def check_complete(modules: Mapping[str, nn.Module], covariances: CovarianceSet)
         raise CovarianceError("the covariances cover none of the target layers")
 
 
-def rank_deficient(names: Iterable[str], covariances: CovarianceSet) -> dict[str, tuple[int, int]]:
-    """Tokens and channels of each layer whose covariance is singular, having fewer tokens."""
-    return {
-        name: (covariances[name].tokens, covariances[name].matrix.shape[0])
-        for name in names
-        if covariances[name].tokens < covariances[name].matrix.shape[0]
-    }
+def warn_rank_deficient(
+    modules: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Any]], damping: float | None
+) -> None:
+    """Says which covariances are singular for want of tokens, and what stood in for the rest.
 
-
-def warn_rank_deficient(short: Mapping[str, tuple[int, int]], damping: float | None) -> None:
-    """Says which covariances are singular, and what stood in for what they lack."""
+    Args:
+        modules: the layers that it is about.
+        inputs: what `measured_input` gave of each covariance.
+        damping: of all of them.
+    """
+    notes = [(note, name) for note in inputs for name in note["layers"] if name in modules]
+    short = [each for each in notes if each[0]["tokens"] < each[0]["channels"]]
     if not short:
         return
-    name, (tokens, channels) = max(short.items(), key=lambda item: item[1][1])
-    effect = (
-        f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
-        "directions that the text never touched"
-        if damping
-        else "without damping, directions that the text never touched are ordered by the weights"
-    )
+    note, name = max(short, key=lambda each: each[0]["channels"])
+    effect = "without damping, directions that the text never touched are ordered by the weights"
+    if damping:
+        effect = (
+            f"a damping of {damping:g} times the mean diagonal was added, which stands in for the "
+            "directions that the text never touched"
+        )
     warn(
         f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
-        f"singular, for one {name} ({tokens} tokens, {channels} channels): {effect}; use more "
-        "samples or longer sequences",
+        f"singular, for one {name} ({note['tokens']} tokens, {note['channels']} channels): "
+        f"{effect}; use more samples or longer sequences",
         RankDeficientWarning,
     )
-
-
-def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
-    """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
-    for ending in saved:
-        whole = [
-            name
-            for name, _ in model.named_modules()
-            if name == ending or name.endswith(f".{ending}")
-        ]
-        if not whole:
-            raise TargetError(f"modules_to_save names {ending!r}, which the model does not have")
-        for name in modules:
-            if any(name == part or name.startswith(f"{part}.") for part in whole):
-                raise TargetError(
-                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
-                    "leave it out by exclude_modules, or do not name it"
-                )

@@ -1,22 +1,15 @@
-"""How to make an adapter."""
+"""How to make covariances of text, and an adapter of covariances: what a user asks for, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from corda_kernels.adapter.factors import check_hold
-from corda_kernels.arguments import (
-    flag,
-    name_list,
-    one_of,
-    real_number,
-    seed_number,
-    whole_number,
-)
+from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
 from corda_kernels.errors import ConfigError
-from corda_kernels.init.covariances import CalibrationPlan
+from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.models import check_selection
 from corda_kernels.planning.ranks import check_bounds, parse_budget
@@ -26,17 +19,16 @@ from corda_kernels.planning.selection import METHODS, Method
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
     "r": "rank is the number of components, and the LoRA has twice that rank",
-    "lora_alpha": "hold sets the scaling",
-    "alpha_pattern": "hold sets the scaling",
+    **dict.fromkeys(("lora_alpha", "alpha_pattern"), "hold sets the scaling"),
     "rank_pattern": "a budget shares ranks out",
     "target_modules": "targets names the layers",
-    "layers_to_transform": "targets names the layers, as a regular expression too",
-    "layers_pattern": "targets names the layers, as a regular expression too",
+    **dict.fromkeys(
+        ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
+    ),
     "target_parameters": "only linear layers are adapted",
     "init_lora_weights": "the start is what this package makes",
     "use_rslora": "the scaling is 1/hold at any rank",
-    "bias": "a bias has no covariance, and the base stays as it is",
-    "lora_bias": "a bias has no covariance, and the base stays as it is",
+    **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
     "trainable_token_indices": "name the embeddings in modules_to_save",
     "loftq_config": "it starts the adapter from the error of quantisation",
     "eva_config": "it starts the adapter in another way",
@@ -46,8 +38,71 @@ _OF_PEFT = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """How text becomes covariances, whatever is made of them.
+
+    Attributes:
+        rank: at which the stability is judged.
+        candidates: into how many candidates to deal the batches out, one after the other in turn,
+            each a sample of its own: candidate i takes batch i and every `candidates`-th after it.
+        selection: of candidates, see `select_covariance`.
+        condition: of candidates, see `select_covariance`.
+        damping: of the comparison of halves, and of the scores of candidates, which cannot do
+            without and take 0.01 then.
+        targets: see `calibrate`.
+        stability: whether to compare two halves of the text, which every other batch belongs to;
+            not with several candidates.
+        memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
+            of both halves and their mean count, or two candidates. None for no limit.
+        distributed: see `calibrate`; the ranks share the judging too.
+        progress: whether to show progress bars.
+    """
+
+    rank: int = 32
+    candidates: int = 1
+    selection: Method = "argmin"
+    condition: Condition = "ratio"
+    damping: float | None = 0.01
+    targets: str | Sequence[str] = "all-linear"
+    stability: bool = False
+    memory_limit: int | None = None
+    distributed: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses values that are not allowed; numbers are kept as Python's own, for the record."""
+        one_of("selection", self.selection, METHODS)
+        one_of("condition", self.condition, CONDITIONS)
+        for name in ("stability", "distributed", "progress"):
+            flag(name, getattr(self, name))
+        check_selection("targets", self.targets, ConfigError)
+        check_damping(self.damping)
+        if self.damping is not None:
+            object.__setattr__(self, "damping", float(self.damping))
+        for name in ("rank", "candidates"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        if self.memory_limit is not None:
+            whole_number("memory_limit", self.memory_limit, 0)
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        """The ends of the spectrum at which the stability is judged."""
+        return ("largest", "smallest")
+
+    @property
+    def all_at_once(self) -> bool:
+        """Whether block by block will not do, since ranks depend on all layers."""
+        return False
+
+    def given(self) -> dict[str, object]:
+        """What all ranks must be given alike; the layers are compared instead of their choice."""
+        apart = ("targets", "exclude_modules", "progress")
+        return {name: value for name, value in asdict(self).items() if name not in apart}
+
+
 @dataclass(frozen=True)
-class CordaConfig:
+class CordaConfig(CalibrationPlan):
     """How to make an adapter.
 
     Attributes:
@@ -92,28 +147,18 @@ class CordaConfig:
     """
 
     mode: Literal["kpm", "ipm"]
-    rank: int = 32
     budget: int | float | str | None = None
     min_rank: int = 0
     max_rank: int | None = None
     rank_multiple: int = 1
-    candidates: int = 1
-    selection: Method = "argmin"
-    condition: Condition = "ratio"
     hold: float = 1.0
     residual: Literal["weight"] | None = None
-    damping: float | None = 0.01
-    targets: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     lora_dropout: float = 0.0
     use_dora: bool = False
     method: Literal["auto", "exact", "randomized"] = "auto"
     seed: int = 0
-    stability: bool = False
-    memory_limit: int | None = None
-    distributed: bool = False
-    progress: bool = True
 
     def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
         """Refuses options of LoraConfig that are not passed on, with the reason."""
@@ -123,38 +168,21 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that are not allowed."""
-        for name, allowed in (
-            ("mode", ("kpm", "ipm")),
-            ("selection", METHODS),
-            ("condition", CONDITIONS),
-            ("residual", (None, "weight")),
-            ("method", ("auto", "exact", "randomized")),
-        ):
-            one_of(name, getattr(self, name), allowed)
-        for name in ("use_dora", "stability", "distributed", "progress"):
-            flag(name, getattr(self, name))
-        check_damping(self.damping)
-        # Kept as Python's own numbers, which can be written into the adapter's record.
-        for name, value in (
-            ("hold", check_hold(self.hold)),
-            ("damping", None if self.damping is None else float(self.damping)),
-            ("candidates", whole_number("candidates", self.candidates, 1)),
-            ("rank", whole_number("rank", self.rank, 1)),
-            ("seed", seed_number("seed", self.seed)),
-        ):
-            object.__setattr__(self, name, value)
-        if self.memory_limit is not None:
-            whole_number("memory_limit", self.memory_limit, 0)
+        super().__post_init__()
+        one_of("mode", self.mode, ("kpm", "ipm"))
+        one_of("residual", self.residual, (None, "weight"))
+        one_of("method", self.method, ("auto", "exact", "randomized"))
+        flag("use_dora", self.use_dora)
+        object.__setattr__(self, "hold", check_hold(self.hold))
+        object.__setattr__(self, "seed", seed_number("seed", self.seed))
         if self.budget is not None:
             parse_budget(self.budget, {}, 1)
-        check_bounds(self.min_rank, self.max_rank, self.rank_multiple)
-        bounds = (self.min_rank, self.max_rank, self.rank_multiple)
-        if self.budget is None and bounds != (0, None, 1):
+        check_bounds(*self.bounds)
+        if self.budget is None and self.bounds != (0, None, 1):
             raise ConfigError(
                 "min_rank, max_rank and rank_multiple bound the ranks under a budget: give one, "
                 'such as budget="r=32"'
             )
-        check_selection("targets", self.targets, ConfigError)
         if self.exclude_modules is not None:
             check_selection("exclude_modules", self.exclude_modules, ConfigError)
         if self.modules_to_save is not None:
@@ -167,33 +195,16 @@ class CordaConfig:
                 "these"
             )
 
-    def calibration(self, targets: str | Sequence[str], domain: str) -> CalibrationPlan:
-        """How text is to become covariances.
-
-        Args:
-            targets: the layers.
-            domain: what the text is.
-        """
-        return CalibrationPlan(
-            targets=targets,
-            rank=self.rank if self.stability else None,
-            ends=(self.which,),
-            damping=self.damping,
-            candidates=self.candidates,
-            selection=self.selection,
-            condition=self.condition,
-            domain=domain,
-            memory_limit=self.memory_limit,
-            all_at_once=self.budget is not None,
-            distributed=self.distributed,
-            progress=self.progress,
-        )
+    @property
+    def bounds(self) -> tuple[int, int | None, int]:
+        """Of a rank under a budget: the least, the most, and what it is a multiple of."""
+        return self.min_rank, self.max_rank, self.rank_multiple
 
     @property
     def lora(self) -> dict[str, Any]:
         """The options that are passed on to PEFT's LoraConfig."""
         options = {
-            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+            "modules_to_save": self.modules_to_save and list(self.modules_to_save),
             "lora_dropout": float(self.lora_dropout),
             "use_dora": self.use_dora,
         }
@@ -205,6 +216,16 @@ class CordaConfig:
         return 2 if self.residual is None else 1
 
     @property
-    def which(self) -> Literal["largest", "smallest"]:
+    def which(self) -> End:
         """The end of the spectrum that the mode trains."""
         return "largest" if self.mode == "ipm" else "smallest"
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        """The end that the mode trains, alone."""
+        return (self.which,)
+
+    @property
+    def all_at_once(self) -> bool:
+        """A budget is shared out by the spectra of all layers."""
+        return self.budget is not None

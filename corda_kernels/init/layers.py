@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import (
-    AdapterFactors,
-    LayerAdapter,
-    adapter_factors,
-    published_factors,
-)
+from corda_kernels.adapter import AdapterFactors, LayerAdapter, adapter_factors, published_factors
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import OutOfMemoryWarning, warn
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.measured import sampled_spectrum
-from corda_kernels.linalg import CoSVD, co_svd_layers
+from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
@@ -37,47 +33,38 @@ class MadeLayer:
     note: dict[str, Any]
     spectrum: dict[str, Any]
 
-    def to(self, device: torch.device) -> MadeLayer:
-        """The same, with the factors on a device."""
-        return replace(self, adapter=self.adapter.to(device))
 
-
-def layer_adapters(
+def made_layers(
     modules: Mapping[str, nn.Module],
     covariances: CovarianceSet,
-    ranks: Mapping[str, int],
+    components: Mapping[str, int],
     config: CordaConfig,
-    *,
-    progress: bool,
 ) -> dict[str, MadeLayer]:
-    """The adapter of every module, in the order in which they come.
+    """The adapter of every module that gets a component, each made by one of the ranks.
 
     Raises:
         DecompositionError: a covariance is not finite.
+        DistributedError: another rank has ended.
     """
+    ranks = Ranks.of(config.distributed)
+    share = ranks.share_layers({name: modules[name] for name in modules if components[name]})
+    shown = config.progress and ranks.rank == 0
     made: dict[str, MadeLayer] = {}
-    bar = progress_bar(description="decomposing", unit="layers", shown=progress, total=len(modules))
+    bar = progress_bar(description="decomposing", unit="layers", shown=shown, total=len(share))
     with bar:
-        for together in _loaded_together(modules, covariances):
+        for together in _loaded_together(share, covariances):
             with contextlib.ExitStack() as stack:
                 for name in together:
-                    stack.enter_context(weights_at_hand(modules[name]))
-                weights = {name: linear_weight(modules[name]).detach() for name in together}
-                matrices = {name: covariances[name].matrix for name in together}
-                for name, part, layer in _decomposed(weights, matrices, ranks, config):
-                    note = {
-                        "rank": ranks[name],
-                        "tokens": covariances[name].tokens,
-                        "sigma_max": float(part.S[0]),
-                        "sigma_min": float(part.S[-1]),
-                        "residual": float(part.residual),
-                    }
-                    whole = min(weights[name].shape)
-                    first = 0 if config.which == "largest" else whole - ranks[name]
-                    spectrum = sampled_spectrum(part.S, first, whole)
-                    made[name] = MadeLayer(layer, note, spectrum)
+                    stack.enter_context(weights_at_hand(share[name]))
+                weights = {name: linear_weight(share[name]).detach() for name in together}
+                for name, layer in _decomposed(weights, covariances, components, config):
+                    made[name] = layer
                     bar.update()
-    return made
+    if ranks.size > 1:
+        for name, layer in made.items():
+            made[name] = replace(layer, adapter=layer.adapter.to(torch.device("cpu")))
+    parts = ranks.gather(made, "decompositions")
+    return {name: layer for part in parts for name, layer in part.items()}
 
 
 def _loaded_together(
@@ -86,10 +73,9 @@ def _loaded_together(
     """All layers whose weights are in memory, then offloaded and quantised ones, those of as many
     inputs at a time as may be unpacked."""
     apart = {
-        name for name, module in modules.items() if module.weight.is_meta or is_quantised(module)
+        name for name in modules if modules[name].weight.is_meta or is_quantised(modules[name])
     }
-    present = [name for name in modules if name not in apart]
-    if present:
+    if present := [name for name in modules if name not in apart]:
         yield present
     together: list[str] = []
     size = 0
@@ -107,52 +93,51 @@ def _loaded_together(
 
 def _decomposed(
     weights: Mapping[str, Tensor],
-    matrices: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
+    covariances: CovarianceSet,
+    components: Mapping[str, int],
     config: CordaConfig,
-) -> Iterator[tuple[str, CoSVD, LayerAdapter]]:
-    """The decomposition and adapter of each layer, on the CPU where a device's memory runs out."""
+) -> Iterator[tuple[str, MadeLayer]]:
+    """Each layer's decomposition, on the CPU where a device's memory runs out, as an adapter."""
+    left = dict(weights)
 
-    def found(of: Mapping[str, Tensor]) -> Iterator[tuple[str, CoSVD, LayerAdapter]]:
+    def adapters(of: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
         for name, part in co_svd_layers(
             of,
-            {name: matrices[name] for name in of},
-            rank=ranks,
+            {name: covariances[name].matrix for name in of},
+            rank=components,
             which=config.which,
             method=config.method,
             damping=config.damping,
             seed=config.seed,
         ):
-            yield name, part, _fresh(of[name], part, config)
+            note = {
+                "rank": components[name],
+                "tokens": covariances[name].tokens,
+                "sigma_max": float(part.S[0]),
+                "sigma_min": float(part.S[-1]),
+                "residual": float(part.residual),
+            }
+            whole = min(of[name].shape)
+            first = 0 if config.which == "largest" else whole - components[name]
+            spectrum = sampled_spectrum(part.S, first, whole)
+            if config.residual is None:
+                found = adapter_factors(of[name], part, hold=config.hold)
+            else:
+                found = published_factors(of[name], part)
+            A, B = found.A.float().contiguous(), found.B.float().contiguous()
+            factors = AdapterFactors(A, B, found.scaling)
+            adapter = LayerAdapter(factors)
+            if config.residual is not None:  # what is trained are tensors of their own
+                adapter = LayerAdapter(factors.to(torch.float32, copy=True), factors)
+            del left[name]
+            yield name, MadeLayer(adapter, note, spectrum)
 
-    left = dict(weights)
-    try:
-        for entry in found(weights):
-            del left[entry[0]]
-            yield entry
-    except torch.OutOfMemoryError:
-        pass  # what is left goes one by one, which takes less
-    for name, weight in left.items():
+    with contextlib.suppress(torch.OutOfMemoryError):
+        yield from adapters(weights)
+    for name, weight in list(left.items()):  # one by one, which takes less
         try:
-            yield from found({name: weight})
+            yield from adapters({name: weight})
         except torch.OutOfMemoryError:
-            warn(
-                f"{weight.device} has too little memory to decompose layer {name}: the CPU takes "
-                "over",
-                OutOfMemoryWarning,
-            )
-            yield from found({name: weight.cpu()})
-
-
-def _fresh(weight: Tensor, part: CoSVD, config: CordaConfig) -> LayerAdapter:
-    """The untrained adapter of one layer, in float32."""
-    if config.residual is None:
-        return LayerAdapter(_kept(adapter_factors(weight, part, hold=config.hold)))
-    start = _kept(published_factors(weight, part))
-    # The trained factors are tensors of their own, for training changes them in place.
-    return LayerAdapter(start.to(torch.float32, copy=True), start)
-
-
-def _kept(factors: AdapterFactors) -> AdapterFactors:
-    A, B = factors.A.float().contiguous(), factors.B.float().contiguous()
-    return AdapterFactors(A, B, factors.scaling)
+            reason = f"{weight.device} has too little memory to decompose layer {name}"
+            warn(f"{reason}: the CPU takes over", OutOfMemoryWarning)
+            yield from adapters({name: weight.cpu()})

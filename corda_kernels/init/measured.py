@@ -1,4 +1,4 @@
-"""What an initialisation comes across anyway and a report shows: spectra, channels, time, memory.
+"""What an initialisation comes across anyway and a report shows: spectra, channels.
 
 All of it is small: a spectrum is some forty of its values, a map of channels sixty-four maxima.
 """
@@ -6,16 +6,15 @@ All of it is small: a spectrum is some forty of its values, a map of channels si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance
-from corda_kernels.memory import cuda_peak_bytes, peak_bytes
+from corda_kernels.linears import linear_shape
 from corda_kernels.planning.scores import Condition, LayerSpectrum
-from corda_kernels.usage import Stopwatch
 
 # Values kept of a whole spectrum, and maxima of a layer's input.
 _VALUES = 40
@@ -71,40 +70,23 @@ def measured_input(covariance: Covariance, names: Sequence[str]) -> dict[str, An
     }
 
 
-def measured_layers(
-    shapes: Mapping[str, tuple[int, int]],
-    parts: Mapping[str, dict[str, Any]],
-    spectra: Mapping[str, LayerSpectrum],
-    condition: Condition,
-) -> dict[str, dict[str, Any]]:
-    """Of every layer `shape` and `spectrum`, as JSON, and `condition`, λmax/λmin of C damped.
+def measured_layer(
+    module: nn.Module, part: dict[str, Any], whole: LayerSpectrum | None, condition: Condition
+) -> dict[str, Any]:
+    """Of one layer `shape` and `spectrum`, as JSON, and `condition`, λmax/λmin of C damped.
 
     Args:
-        shapes: (out, in) of each.
-        parts: spectra of what was decomposed, from `sampled_spectrum`.
-        spectra: whole ones, where a budget asked for them; they are taken instead.
-        condition: what their log condition is of; only "ratio" tells λmax/λmin.
+        module: the layer.
+        part: of the spectrum, what was decomposed, from `sampled_spectrum`.
+        whole: the whole one, where a budget asked for it; it is taken instead.
+        condition: what its log condition is of; only "ratio" tells λmax/λmin.
     """
-    found: dict[str, dict[str, Any]] = {name: {"shape": list(shapes[name])} for name in shapes}
-    for name, part in parts.items():
-        found[name]["spectrum"] = part
-    for name, spectrum in spectra.items():
-        values = spectrum.singular_values
-        found[name]["spectrum"] = sampled_spectrum(values, 0, values.numel())
+    outputs, inputs = linear_shape(module)
+    note: dict[str, Any] = {"shape": [outputs, inputs], "spectrum": part}
+    if whole is not None:
+        values = whole.singular_values
+        note["spectrum"] = sampled_spectrum(values, 0, values.numel())
         if condition == "ratio":
-            ratio = math.exp(spectrum.log_condition) / math.sqrt(shapes[name][0])
-            found[name]["condition"] = float(f"{ratio:.4g}")
-    return found
-
-
-def measured_run(
-    layers: Mapping[str, dict[str, Any]], inputs: Iterable[dict[str, Any]], clock: Stopwatch
-) -> dict[str, Any]:
-    """What an adapter's record keeps of the run that made it; see `AdapterRecord.measured`."""
-    peaks = {"process": peak_bytes()} | cuda_peak_bytes()
-    return {
-        "layers": dict(layers),
-        "inputs": list(inputs),
-        "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
-        "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
-    }
+            ratio = math.exp(whole.log_condition) / math.sqrt(outputs)
+            note["condition"] = float(f"{ratio:.4g}")
+    return note

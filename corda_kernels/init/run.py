@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from corda_kernels.adapter import (
-    Adapter,
-    AdapterRecord,
-    attach,
-    check_at_hand,
-    describe_base,
-)
+from corda_kernels.adapter import Adapter, AdapterRecord, attach, check_at_hand, describe_base
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
-from corda_kernels.errors import CalibrationError, ConfigError
+from corda_kernels.errors import CalibrationError, ConfigError, RankError
 from corda_kernels.init.checks import (
-    check_complete,
+    adapter_parameters,
+    check_covered,
     check_targets,
-    covered_modules,
-    rank_deficient,
     warn_left_out,
     warn_rank_deficient,
 )
 from corda_kernels.init.config import CordaConfig
-from corda_kernels.init.covariances import CalibrationPlan, covariance_stages, united_provenance
-from corda_kernels.init.layers import MadeLayer, layer_adapters
-from corda_kernels.init.measured import measured_input, measured_layers, measured_run
-from corda_kernels.init.ranks import layer_shapes, planned_ranks
-from corda_kernels.linears import unpack
+from corda_kernels.init.covariances import DOMAIN, covariance_stages, united_provenance
+from corda_kernels.init.layers import MadeLayer, made_layers
+from corda_kernels.init.measured import measured_input, measured_layer
+from corda_kernels.linears import linear_shape, unpack
+from corda_kernels.memory import cuda_peak_bytes, peak_bytes
 from corda_kernels.models import devices, target_linears
-from corda_kernels.planning import Stability
+from corda_kernels.planning import Stability, allocate_ranks, layer_spectra
+from corda_kernels.planning.scores import SCORING_DAMPING, LayerSpectrum
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
 
@@ -93,7 +86,7 @@ def corda_adapter(
     data: Iterable[Batch] | CovarianceSet,
     config: CordaConfig,
     *,
-    domain: str = CalibrationPlan.domain,
+    domain: str = DOMAIN,
     use_peft: bool = True,
 ) -> Adapter:
     """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
@@ -112,122 +105,123 @@ def corda_adapter(
     modules = check_targets(model, config, use_peft=use_peft)
     warn_left_out(model, config, modules)
     unpack(modules)
-    ranks = Ranks.of(config.distributed)
-    ranks.agree("corda_adapter", lambda: _given(model, modules, data, config, domain))
+    Ranks.of(config.distributed).agree(
+        "corda_adapter",
+        lambda: {
+            **layers_given({"": model}, modules),
+            **config.given(),
+            "domain": domain,
+            # Batches are compared where they are run.
+            "data": "covariances" if isinstance(data, CovarianceSet) else "batches",
+            **(covariances_given(data) if isinstance(data, CovarianceSet) else {}),
+        },
+    )
     clock = Stopwatch(devices(model))
-    work = _Work(model, modules, config, ranks, clock)
+    stages: Iterable[CovarianceSet]
     if isinstance(data, CovarianceSet):
-        check_complete(modules, data)
-        work.add(data)
+        check_covered(modules, data)
+        stages = (data,)
     else:
         # Names are given only where "all-linear" would take more than can be adapted.
         whole = target_linears(model, config.targets).keys() == modules.keys()
-        plan = config.calibration(config.targets if whole else list(modules), domain)
-        for covariances in covariance_stages(model, data, plan, clock=clock):
-            work.add(covariances)
-            del covariances  # before the next ones are made
-    return work.adapter()
+        plan = config if whole else replace(config, targets=list(modules))
+        stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
+    made: dict[str, MadeLayer] = {}
+    allocation: dict[str, Any] = {}
+    measured: dict[str, Any] = {"layers": {}, "inputs": []}
+    provenances: list[dict[str, Any]] = []
+    for covariances in stages:
+        covered = {name: module for name, module in modules.items() if name in covariances}
+        components = dict.fromkeys(covered, config.rank)
+        spectra: dict[str, LayerSpectrum] = {}
+        if config.budget is not None:
+            with clock.stage("allocation"):
+                spectra, allocation = _shared_out(model, covered, covariances, config)
+            components = allocation["ranks"]
+        with clock.stage("decomposition"):
+            made |= made_layers(covered, covariances, components, config)
+        for name, module in covered.items():
+            part = made[name].spectrum if name in made else {}
+            note = measured_layer(module, part, spectra.get(name), config.condition)
+            measured["layers"][name] = note
+        measured["inputs"] += [measured_input(part, names) for part, names in covariances.groups()]
+        provenances.append(covariances.provenance)
+        del covariances  # before the next ones are made
+    warn_rank_deficient(modules, measured["inputs"], config.damping)
+    made = {name: made[name] for name in modules if name in made}
+    calibration = united_provenance(provenances)
+    stability = calibration.pop("stability", None)
+    if stability:
+        # A covariance file may know of other layers, and of the end that is not trained.
+        judged = Stability.from_json(stability).at(config.which, made)
+        stability = judged and judged.to_json()
+    peaks = {"process": peak_bytes()} | cuda_peak_bytes()
+    record = AdapterRecord(
+        mode=config.mode,
+        rank=max(layer.note["rank"] for layer in made.values()),
+        hold=None if config.residual else config.hold,
+        residual=config.residual,
+        damping=config.damping,
+        base=describe_base(model, {name: modules[name] for name in made}),
+        stability=stability or {},
+        calibration=calibration,
+        layers={name: layer.note for name, layer in made.items()},
+        allocation=allocation,
+        measured={
+            **measured,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
+            "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
+        },
+        versions=library_versions(),
+        lora=config.lora,
+    )
+    return Adapter({name: layer.adapter for name, layer in made.items()}, record)
 
 
-@dataclass
-class _Work:
-    """What the stages of covariances have given so far."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    config: CordaConfig
-    ranks: Ranks
-    clock: Stopwatch
-    made: dict[str, MadeLayer] = field(default_factory=dict)
-    allocation: dict[str, Any] = field(default_factory=dict)
-    provenances: list[dict[str, Any]] = field(default_factory=list)
-    short: dict[str, tuple[int, int]] = field(default_factory=dict)
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, covariances: CovarianceSet) -> None:
-        """Decomposes the layers that have a covariance here."""
-        covered = covered_modules(self.modules, covariances)
-        self.short |= rank_deficient(covered, covariances)
-        planned = planned_ranks(self.model, covered, covariances, self.config, self.clock)
-        self.allocation = planned.allocation
-        with self.clock.stage("decomposition"):
-            made = self._decomposed(covered, covariances, planned.ranks)
-        self.made |= made
-        parts = {name: layer.spectrum for name, layer in made.items()}
-        self.measured |= measured_layers(
-            layer_shapes(covered), parts, planned.spectra, self.config.condition
-        )
-        self.inputs += [measured_input(part, names) for part, names in covariances.groups()]
-        self.provenances.append(covariances.provenance)
-
-    def _decomposed(
-        self,
-        modules: Mapping[str, nn.Module],
-        covariances: CovarianceSet,
-        components: Mapping[str, int],
-    ) -> dict[str, MadeLayer]:
-        """The adapters of all layers that get a component, each made by one of the ranks."""
-        adapted = {name: module for name, module in modules.items() if components[name]}
-        share = self.ranks.share_layers(adapted)
-        shown = self.config.progress and self.ranks.rank == 0
-        made = layer_adapters(share, covariances, components, self.config, progress=shown)
-        if self.ranks.size > 1:
-            made = {name: layer.to(torch.device("cpu")) for name, layer in made.items()}
-        united: dict[str, MadeLayer] = {}
-        for part in self.ranks.gather(made, "decompositions"):
-            united |= part
-        return united
-
-    def adapter(self) -> Adapter:
-        """The adapter of all layers, and its record."""
-        config = self.config
-        warn_rank_deficient(self.short, config.damping)
-        made = {name: self.made[name] for name in self.modules if name in self.made}
-        calibration = united_provenance(self.provenances)
-        stability = calibration.pop("stability", None)
-        if stability:
-            # A covariance file may know of other layers, and of the end that is not trained.
-            judged = Stability.from_json(stability).at(config.which, made)
-            stability = None if judged is None else judged.to_json()
-        record = AdapterRecord(
-            mode=config.mode,
-            rank=max(layer.note["rank"] for layer in made.values()),
-            hold=None if config.residual else config.hold,
-            residual=config.residual,
-            damping=config.damping,
-            base=describe_base(self.model, {name: self.modules[name] for name in made}),
-            stability=stability or {},
-            calibration=calibration,
-            layers={name: layer.note for name, layer in made.items()},
-            allocation=self.allocation,
-            measured=measured_run(self.measured, self.inputs, self.clock),
-            versions=library_versions(),
-            lora=config.lora,
-        )
-        return Adapter({name: layer.adapter for name, layer in made.items()}, record)
-
-
-def _given(
+def _shared_out(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    data: Iterable[Batch] | CovarianceSet,
+    covariances: CovarianceSet,
     config: CordaConfig,
-    domain: str,
-) -> dict[str, object]:
-    """What all ranks must be given alike; batches are compared where they are run."""
-    options = asdict(config)
-    for name in ("targets", "exclude_modules", "progress"):
-        del options[name]
-    if isinstance(data, CovarianceSet):
-        about = {"data": "covariances", **covariances_given(data)}
-    else:
-        about = {"data": "batches", "domain": domain}
-    return {**layers_given({"": model}, modules), **about, **options}
+) -> tuple[dict[str, LayerSpectrum], dict[str, Any]]:
+    """The spectra of all layers, and the ranks that they get of a budget, as JSON.
+
+    Raises:
+        RankError: the budget does not pay for a single component.
+    """
+    budget = adapter_parameters(model, modules, config)
+    spectra = layer_spectra(
+        modules,
+        covariances,
+        damping=config.damping or SCORING_DAMPING,
+        condition=config.condition,
+        distributed=config.distributed,
+        progress=config.progress,
+    )
+    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    ranks = allocate_ranks(
+        {name: spectrum.singular_values for name, spectrum in spectra.items()},
+        {name: spectrum.log_condition for name, spectrum in spectra.items()},
+        shapes,
+        budget=budget,
+        mode=config.mode,
+        min_rank=config.min_rank,
+        max_rank=config.max_rank,
+        rank_multiple=config.rank_multiple,
+        rows=config.rows,
+    )
+    spent = config.rows * sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    if not spent:
+        raise RankError(
+            f"a budget of {budget} adapter parameters does not pay for one component of the layer "
+            "that is first in line: raise the budget, or write it as the rank it would hold in all "
+            "layers (r=8)"
+        )
+    allocation = {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
+    return spectra, allocation
 
 
 def _check_kinds(data: object, config: object) -> None:
     instance_of("config", config, CordaConfig)
-    instance_of(
-        "data", data, Iterable, CalibrationError, remedy="give batches of token ids or covariances"
-    )
+    remedy = "give batches of token ids or covariances"
+    instance_of("data", data, Iterable, CalibrationError, remedy=remedy)

@@ -1,19 +1,4 @@
 """The former address of `corda_kernels.peft_corda`."""
 
-from corda_kernels.peft_corda import (
-    TRIED_VERSIONS,
-    CordaEigens,
-    PeftPatch,
-    patch_peft,
-    preprocess_corda,
-    save_adapter,
-)
-
-__all__ = [
-    "TRIED_VERSIONS",
-    "CordaEigens",
-    "PeftPatch",
-    "patch_peft",
-    "preprocess_corda",
-    "save_adapter",
-]
+from corda_kernels.peft_corda import *  # noqa: F403
+from corda_kernels.peft_corda import __all__ as __all__

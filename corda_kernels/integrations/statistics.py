@@ -6,7 +6,7 @@ covariance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import CovarianceError, DecompositionError, ModelError, RankError
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import linear_weight
+from corda_kernels.planning.selection import model_layer
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ def svd_llm_whitening(
 
     check_damping(damping)
 
-    def whiten(covariance: Covariance, layer: str) -> Tensor:
+    def whiten(covariance: Covariance, names: list[str]) -> Tensor:
         total = covariance.matrix.double() * covariance.tokens
         if damping:
             total.diagonal().add_(damping * total.diagonal().mean())
@@ -80,7 +81,7 @@ def svd_llm_whitening(
         factor, info = torch.linalg.cholesky_ex(total)
         if int(info):
             raise DecompositionError(
-                f"the covariance of layer {layer} is singular (minor {int(info)} of "
+                f"the covariance of layer {names[0]} is singular (minor {int(info)} of "
                 f"{total.shape[0]}): calibrate on more tokens, or pass a damping, such as 0.01"
             )
         return factor
@@ -122,17 +123,15 @@ def smoothquant_scales(
     Source: SmoothQuant (arXiv:2211.10438), equation 4.
     """
     real_number("alpha", alpha, "between 0 and 1", lambda x: 0 <= x <= 1)
-    _check_tokens(covariances)
     instance_of("the model", model, nn.Module, ModelError)
-    modules = dict(model.named_modules())
-    scales: dict[str, Tensor] = {}
-    for covariance, names in covariances.groups():
-        heights = [_column_maximum(modules, name, covariance) for name in names]
+
+    def scale(covariance: Covariance, names: list[str]) -> Tensor:
+        heights = [_column_maximum(model, name, covariance) for name in names]
         weight = torch.stack(heights).amax(0).clamp_min(_SMALLEST_MAGNITUDE)
         activation = covariance.absmax.to(weight).clamp_min(_SMALLEST_MAGNITUDE)
-        scale = (activation**alpha / weight ** (1 - alpha)).clamp_min(_SMALLEST_MAGNITUDE)
-        scales.update(dict.fromkeys(names, scale))
-    return {name: scales[name] for name in covariances}
+        return (activation**alpha / weight ** (1 - alpha)).clamp_min(_SMALLEST_MAGNITUDE)
+
+    return _by_group(covariances, scale)
 
 
 @torch.no_grad()
@@ -151,11 +150,11 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
 
     whole_number("rank", rank, 1, error=RankError)
 
-    def decompose(covariance: Covariance, layer: str) -> InputComponents:
+    def decompose(covariance: Covariance, names: list[str]) -> InputComponents:
         channels = covariance.matrix.shape[0]
         if rank > channels:
             raise RankError(
-                f"rank {shown(rank)} is not possible for layer {layer} of {channels} inputs"
+                f"rank {shown(rank)} is not possible for layer {names[0]} of {channels} inputs"
             )
         values, vectors = torch.linalg.eigh(covariance.matrix.double())
         values = values.clamp_min(0).flip(0)
@@ -168,32 +167,29 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
     return _by_group(covariances, decompose)
 
 
-def _by_group(covariances: CovarianceSet, compute: Callable[[Covariance, str], T]) -> dict[str, T]:
-    """One result for each distinct covariance, by the names of all its layers."""
-    _check_tokens(covariances)
-    results: dict[str, T] = {}
-    for covariance, names in covariances.groups():
-        results.update(dict.fromkeys(names, compute(covariance, names[0])))
-    return {name: results[name] for name in covariances}
-
-
-def _check_tokens(covariances: CovarianceSet) -> None:
+def _by_group(
+    covariances: CovarianceSet, compute: Callable[[Covariance, list[str]], T]
+) -> dict[str, T]:
+    """One result for each distinct covariance and its layers, by the names of these."""
     instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     if covariances.normalize != "tokens":
         raise CovarianceError(
             f'these covariances were taken with normalize="{covariances.normalize}", which divides '
             'each call by its own scale: calibrate with normalize="tokens"'
         )
+    results: dict[str, T] = {}
+    for covariance, names in covariances.groups():
+        results.update(dict.fromkeys(names, compute(covariance, names)))
+    return {name: results[name] for name in covariances}
 
 
-def _column_maximum(modules: Mapping[str, nn.Module], name: str, covariance: Covariance) -> Tensor:
+def _column_maximum(model: nn.Module, name: str, covariance: Covariance) -> Tensor:
     """max|W| of each column, (in,) float32."""
-    if name not in modules:
-        raise CovarianceError(f"the model has no layer {name}: give the one that was calibrated")
-    weight = linear_weight(modules[name])
-    if weight.shape[1] != covariance.matrix.shape[0]:
+    weight = linear_weight(model_layer(model, name))
+    channels = len(covariance.matrix)
+    if weight.shape[1] != channels:
         raise CovarianceError(
-            f"layer {name} has {weight.shape[1]} inputs, but its covariance "
-            f"{covariance.matrix.shape[0]} channels: give the model that was calibrated"
+            f"layer {name} has {weight.shape[1]} inputs, but its covariance {channels} channels: "
+            "give the model that was calibrated"
         )
     return weight.abs().amax(0).float()

@@ -150,7 +150,7 @@ def _gpu(device: torch.device) -> torch.device:
     if device.type != "cuda":
         raise BackendError(
             f"the backend cuda needs tensors on a GPU, these are on {device}: move them, or "
-            'use_backend("reference")'
+            'call it in `with use_backend("reference"):`'
         )
     return device
 

@@ -10,8 +10,8 @@ X = U_I (D U_I)ᵀ W, a projection that is oblique.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,18 +22,10 @@ from corda_kernels.arguments import (
     one_of,
     real_number,
     real_tensor,
-    shown,
     whole_number,
 )
 from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError, warn
-from corda_kernels.linalg.exact import (
-    End,
-    exact,
-    lower_gram,
-    lower_triangle,
-    null_share,
-    orthogonal_factor,
-)
+from corda_kernels.linalg.exact import End, exact, lower_gram, lower_triangle, no_taller, null_share
 from corda_kernels.linalg.krylov import STOP, block_size, bottom, top
 from corda_kernels.linalg.operand import Operand, check_damping, check_entries, damped
 from corda_kernels.precision import without_autocast
@@ -82,8 +74,8 @@ def co_svd(
     covariance: Tensor,  # (*batch, in, in)
     *,
     rank: int,
-    which: Literal["largest", "smallest"] = "largest",
-    method: Literal["auto", "exact", "randomized"] = "auto",
+    which: End = "largest",
+    method: Method = "auto",
     damping: float | None = None,
     generator: torch.Generator | None = None,
     output_covariance: Tensor | None = None,  # (*batch, out, out)
@@ -125,34 +117,29 @@ def co_svd(
 
     Source: CorDA (arXiv:2406.05223), equation 2; for D and power, the head of this file.
     """
-    check(weight, covariance, rank, which, method, damping)
+    rank = check(weight, covariance, rank, which, method, damping)
     real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
-    if output_covariance is not None:
-        _check_output_covariance(output_covariance, weight)
     instance_of("generator", generator, (torch.Generator, type(None)))
-    rank = int(rank)
-    C, share = damped(covariance.to(weight.device), damping)
-    right = C if power == 1.0 else Operand(input_root(C.double()))
-    P = None
+    C = damped(covariance.to(weight.device), damping)
+    if power != 1.0:
+        C = replace(C, matrix=input_root(C.double()), shift=None, symmetric=False)
+    M, P = weight, None
     if output_covariance is not None:
-        P = _output_root(damped(output_covariance.to(weight.device), damping)[0].double())
-    M = weight if P is None else P.mT @ weight.double()
-    Q, S, residual, given_up = decompose(M, right, rank, which, method, generator)
+        P = _output_root(weight, output_covariance, damping)
+        M = P.mT @ weight.double()
+    start = 0 if generator is None else generator
+    found, given_up = decompose(M, C, rank, which, method, start)
     warn_given_up(given_up)
     if P is None:
-        return CoSVD(Q, S, share, residual)
-    U = torch.linalg.solve_triangular(P.mT, Q, upper=True)
-    return CoSVD(U, S, share, residual, P @ Q)
+        return found
+    U = torch.linalg.solve_triangular(P.mT, found.U, upper=True)
+    return replace(found, U=U, dual=P @ found.U)
 
 
 @without_autocast()
 @torch.no_grad()
 def singular_values(
-    weight: Tensor,  # (*batch, out, in)
-    covariance: Tensor,  # (*batch, in, in)
-    *,
-    damping: float | None = None,
-    tail: bool = True,
+    weight: Tensor, covariance: Tensor, *, damping: float | None = None, tail: bool = True
 ) -> Tensor:
     """The singular values of W·(C + λI), descending, in float64.
 
@@ -174,17 +161,15 @@ def singular_values(
     """
     check(weight, covariance, 1, "largest", "exact", damping)
     flag("tail", tail)
-    C = damped(covariance.to(weight.device), damping)[0].double()
+    C = damped(covariance.to(weight.device), damping).double()
     W = weight.double()
-    if not tail:
-        M = W @ C
-        gram = lower_gram(M if M.shape[-2] <= M.shape[-1] else M.mT)
-        squares: Tensor = torch.linalg.eigvalsh(gram)
-        return squares.flip(-1).clamp_min(0).sqrt()
-    if W.shape[-2] > W.shape[-1]:
-        W = orthogonal_factor(W)[1]
-    values: Tensor = torch.linalg.svdvals(lower_triangle(W @ C))
-    return values
+    values: Tensor
+    if tail:
+        values = torch.linalg.svdvals(lower_triangle(no_taller(W)[1] @ C))
+        return values
+    M = W @ C
+    values = torch.linalg.eigvalsh(lower_gram(M if M.shape[-2] <= M.shape[-1] else M.mT))
+    return values.flip(-1).clamp_min(0).sqrt()
 
 
 def warn_given_up(error: Tensor, prefix: str = "") -> None:
@@ -198,32 +183,30 @@ def warn_given_up(error: Tensor, prefix: str = "") -> None:
 
 
 def check(
-    weight: Tensor,
-    covariance: Tensor,
-    rank: int,
-    which: str,
-    method: str,
-    damping: float | None,
-) -> None:
-    """Refuses what `co_svd` cannot decompose; see there. The devices may differ."""
+    weight: Tensor, covariance: Tensor, rank: int, which: str, method: str, damping: float | None
+) -> int:
+    """Refuses what `co_svd` cannot decompose, see there, and returns the rank as an int.
+
+    The devices may differ.
+    """
     one_of("which", which, ("largest", "smallest"))
     one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
     check_shapes(weight, covariance)
     outputs, inputs = weight.shape[-2:]
-    if not 1 <= whole_number("rank", rank, error=RankError) <= min(outputs, inputs):
-        raise RankError(
-            f"rank {shown(rank)} is not possible for a weight of {outputs} × {inputs}: "
-            f"it must be between 1 and {min(outputs, inputs)}"
-        )
-    if not _symmetric(covariance):
+    name, most = f"the rank for a weight of {outputs} × {inputs}", min(outputs, inputs)
+    number = whole_number(name, rank, 1, most, error=RankError)
+    # Some rows are compared with the columns. NaN is another matter.
+    some = torch.linspace(0, inputs - 1, _PROBED, device=covariance.device).long()
+    rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
+    if rows.numel() and bool(((rows - columns).abs() > _ASYMMETRY * rows.abs().amax()).any()):
         raise DecompositionError(
             "the covariance is not symmetric: if only a triangle of it is filled, fill the other"
         )
     check_entries("weight", weight, "check the model's weights")
-    check_entries(
-        "covariance", covariance, "calibrate again, in a wider dtype if activations overflowed"
-    )
+    remedy = "calibrate again, in a wider dtype if activations overflowed"
+    check_entries("covariance", covariance, remedy)
+    return number
 
 
 def check_shapes(weight: Tensor, covariance: Tensor) -> None:
@@ -234,101 +217,73 @@ def check_shapes(weight: Tensor, covariance: Tensor) -> None:
             the weight is empty.
     """
     real_tensor("the weight", weight, DecompositionError)
-    real_tensor("the covariance", covariance, DecompositionError)
-    if weight.ndim < 2 or covariance.shape != (
-        *weight.shape[:-2],
-        weight.shape[-1],
-        weight.shape[-1],
-    ):
-        raise DecompositionError(
-            f"a weight {tuple(weight.shape)} needs a covariance (*batch, in, in), "
-            f"got {tuple(covariance.shape)}"
-        )
+    _check_side(weight, -1, covariance, "covariance", "a covariance (*batch, in, in)")
     if 0 in weight.shape[-2:]:
         raise DecompositionError(f"a weight {tuple(weight.shape)} has nothing to decompose")
 
 
-def _symmetric(covariance: Tensor) -> bool:
-    """Whether some rows of C (*batch, in, in) are what the columns are, but for rounding."""
-    some = torch.linspace(0, covariance.shape[-1] - 1, _PROBED, device=covariance.device).long()
-    rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
-    if not rows.numel():
-        return True
-    # NaN is another matter.
-    return not bool(((rows - columns).abs() > _ASYMMETRY * rows.abs().amax()).any())
-
-
-class Found(NamedTuple):
-    """What `decompose` found.
-
-    Attributes:
-        U: (*batch, out, rank).
-        S: (*batch, rank), descending.
-        residual: (*batch), see `CoSVD`.
-        given_up: (*batch), the error at which the iteration gave up, 0 where it did not.
-    """
-
-    U: Tensor
-    S: Tensor
-    residual: Tensor
-    given_up: Tensor
+def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: str) -> None:
+    """Refuses a matrix that is no covariance of one side of the weight."""
+    real_tensor(f"the {name}", matrix, DecompositionError)
+    if weight.ndim < 2 or matrix.shape != (*weight.shape[:-2], *2 * (weight.shape[side],)):
+        raise DecompositionError(
+            f"a weight {tuple(weight.shape)} needs {wanted}, got {tuple(matrix.shape)}"
+        )
 
 
 @without_autocast()
 def decompose(
-    W: Tensor,  # (*batch, out, in)
-    C: Operand,  # (*batch, in, in)
-    rank: int,
-    which: End,
-    method: Method,
-    generator: torch.Generator | None,
-) -> Found:
-    """One end of the singular value decomposition of W·C, in float64; see `co_svd`.
+    W: Tensor, C: Operand, rank: int, which: End, method: Method, start: torch.Generator | int
+) -> tuple[CoSVD, Tensor]:
+    """One end of the singular value decomposition of W·C; see `co_svd`.
 
     By iteration or by the exact method, which also takes those of a batch where the former fails.
+
+    Args:
+        W: (*batch, out, in).
+        C: (*batch, in, in), damped, or a root of that.
+        rank: how many pairs.
+        which: see `co_svd`.
+        method: see `co_svd`.
+        start: a generator or a seed of the random start of an iteration.
+
+    Returns:
+        The decomposition, and the error (*batch) at which the iteration gave up, 0 where it did
+        not.
     """
     shortest = min(W.shape[-2:])
     dense = shortest <= _DENSE_SIZE or shortest < _DENSE_BLOCKS * block_size(rank, shortest)
     if method == "exact" or (method == "auto" and dense) or W.numel() == 0:
         U, S = exact(W.double(), C.double(), rank, which)
-        return Found(U, S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0]))
-    if generator is None:
-        generator = torch.Generator(W.device).manual_seed(0)
-    end = top if which == "largest" else bottom
-    U, S, error, largest = end(W, C, rank, generator)
-    # Of null directions the order is a question to W, not to M.
-    null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
-    lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either
-    given_up = torch.where(lost & ~null, error, 0.0)
-    for index in map(tuple, torch.nonzero(null | lost).tolist()):
-        U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
-        error[index] = 0
-    return Found(U, S, error, given_up)
+        error = given_up = torch.zeros_like(S[..., 0])
+    else:
+        if isinstance(start, int):
+            start = torch.Generator(W.device).manual_seed(start)
+        U, S, error, largest = (top if which == "largest" else bottom)(W, C, rank, start)
+        # Of null directions the order is a question to W, not to M.
+        null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
+        lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either
+        given_up = torch.where(lost & ~null, error, 0.0)
+        for index in map(tuple, torch.nonzero(null | lost).tolist()):
+            U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
+            error[index] = 0
+    return CoSVD(U, S, torch.full_like(error, C.damping), error), given_up
 
 
-def _check_output_covariance(output_covariance: Tensor, weight: Tensor) -> None:
-    real_tensor("the output covariance", output_covariance, DecompositionError)
-    outputs = weight.shape[-2]
-    if output_covariance.shape != (*weight.shape[:-2], outputs, outputs):
-        raise DecompositionError(
-            f"a weight {tuple(weight.shape)} needs an output covariance (*batch, out, out), "
-            f"got {tuple(output_covariance.shape)}"
-        )
-    check_entries("output covariance", output_covariance, "check the model's weights")
-
-
-def _output_root(D: Tensor) -> Tensor:
-    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64.
+def _output_root(weight: Tensor, output_covariance: Tensor, damping: float | None) -> Tensor:
+    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64, damped.
 
     Raises:
-        DecompositionError: a D is not positive definite to working precision, so that X would be
-            free in directions that D does not see.
+        DecompositionError: D is of another kind or shape, or is not positive definite to working
+            precision, so that X would be free in directions that D does not see.
     """
-    P, ratio = _cholesky(D)
-    sound = ratio > D.shape[-1] * torch.finfo(D.dtype).eps
-    if not bool(sound.all()):
+    wanted = "an output covariance (*batch, out, out)"
+    _check_side(weight, -2, output_covariance, "output covariance", wanted)
+    check_entries("output covariance", output_covariance, "check the model's weights")
+    P, ratio = _cholesky(damped(output_covariance.to(weight.device), damping).double())
+    if bool((ratio <= P.shape[-1] * torch.finfo(P.dtype).eps).any()):
         raise DecompositionError(
-            f"an output covariance ({D.shape[-1]} outputs) is singular or indefinite, from too few "
+            f"an output covariance ({P.shape[-1]} outputs) is singular or indefinite, from too few "
             "tokens or with dead outputs: use a damping, such as 0.01"
         )
     return P
@@ -344,9 +299,18 @@ def input_root(C: Tensor) -> Tensor:
         DecompositionError: a C has an eigenvalue further below 0 than rounding explains.
     """
     G, ratio = _cholesky(C)
-    regular = ratio > _DOUBTFUL * C.shape[-1] * torch.finfo(C.dtype).eps
-    for index in map(tuple, torch.nonzero(~regular).tolist()):
-        G[index] = _eigen_root(C[index])
+    size, eps = C.shape[-1], torch.finfo(C.dtype).eps
+    for index in map(tuple, torch.nonzero(ratio <= _DOUBTFUL * size * eps).tolist()):
+        eigenvalues, V = torch.linalg.eigh(C[index])
+        largest = eigenvalues[-1].clamp(min=0)
+        # Covariances are often summed in float32.
+        if bool(eigenvalues[0] < -size * torch.finfo(torch.float32).eps * largest):
+            least, most = float(eigenvalues[0]), float(eigenvalues[-1])
+            raise DecompositionError(
+                f"a covariance ({size} channels) has an eigenvalue of {least:.1e}, its largest is "
+                f"{most:.1e}: not a covariance; check how it was made"
+            )
+        G[index] = V * torch.where(eigenvalues <= size * eps * largest, 0.0, eigenvalues).sqrt()
     return G
 
 
@@ -356,19 +320,3 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     ratio = (diagonal.amin(-1) / diagonal.amax(-1)).square()
     return factor, torch.where((info == 0) & torch.isfinite(ratio), ratio, 0.0)
-
-
-def _eigen_root(C: Tensor) -> Tensor:
-    """V Λ^½ of one C, (in, in), without what is zero to working precision."""
-    eigenvalues, V = torch.linalg.eigh(C)
-    largest = eigenvalues[-1].clamp(min=0)
-    size = C.shape[-1]
-    # Covariances are often summed in float32.
-    if bool(eigenvalues[0] < -size * torch.finfo(torch.float32).eps * largest):
-        raise DecompositionError(
-            f"a covariance ({size} channels) has an eigenvalue of {float(eigenvalues[0]):.1e}, its "
-            f"largest is {float(eigenvalues[-1]):.1e}: not a covariance; check how it was made"
-        )
-    null = eigenvalues <= size * torch.finfo(C.dtype).eps * largest
-    root: Tensor = V * torch.where(null, 0.0, eigenvalues).sqrt()
-    return root

@@ -36,18 +36,15 @@ def exact(W: Tensor, C: Tensor, rank: int, which: End) -> tuple[Tensor, Tensor]:
         U (*batch, out, rank) and S (*batch, rank), descending.
     """
     lift, W = no_taller(W)
-    M = W @ C
-    U, S, _ = torch.linalg.svd(torch.linalg.qr(M.mT, mode="r").R.mT)
-    U = _order_null_block(W, U, S, S[..., 0] * null_share(W))
-    if which == "largest":
-        return lift(U[..., :rank]), S[..., :rank]
-    return lift(U[..., -rank:]), S[..., -rank:]
-
-
-def no_taller(W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """W = Q R (*batch, out, in) with R no taller than wide: X ↦ Q X as a function, and R."""
-    # Taken first, so that U lies in the range of W even where C is singular.
-    return orthogonal_factor(W) if W.shape[-2] > W.shape[-1] else (lambda X: X, W)
+    U, S, _ = torch.linalg.svd(torch.linalg.qr((W @ C).mT, mode="r").R.mT)
+    # Vectors of σ = 0 are turned among themselves into the limit that a damping λ → 0 gives: on
+    # them M = λW, so that they are the singular vectors of NᵀW, N the block of those vectors.
+    null = (S[..., :1] * null_share(W) >= S).sum(-1)
+    for index in map(tuple, torch.nonzero(null).tolist()):
+        block = U[index][:, -int(null[index]) :]
+        block.copy_(block @ torch.linalg.svd(block.mT @ W[index], full_matrices=False).U)
+    kept = slice(rank) if which == "largest" else slice(-rank, None)
+    return lift(U[..., kept]), S[..., kept]
 
 
 def null_share(W: Tensor) -> float:
@@ -55,40 +52,15 @@ def null_share(W: Tensor) -> float:
     return W.shape[-1] * torch.finfo(torch.float64).eps
 
 
-def _order_null_block(W: Tensor, U: Tensor, S: Tensor, level: Tensor) -> Tensor:
-    """Turns the vectors of σ = 0 among themselves into the limit that a damping λ → 0 gives.
+def no_taller(W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """W = Q R (*batch, out, in) with R no taller than wide: X ↦ Q X as a function, and R.
 
-    On them M = λW, so that they are the singular vectors of NᵀW, N the block of those vectors.
+    X has orthonormal columns; so have those of Q X, which lie in the range of W even where C is
+    singular. Of a W that is no taller than wide Q is the identity.
     """
-    count = (level[..., None] >= S).sum(-1)
-    if not bool(count.any()):
-        return U
-    ordered = U.clone()
-    for index in map(tuple, torch.nonzero(count).tolist()):
-        null = ordered[index][:, -int(count[index]) :]
-        inside = null.mT @ W[index]
-        null.copy_(null @ torch.linalg.svd(inside, full_matrices=False).U)
-    return ordered
-
-
-def lower_triangle(M: Tensor) -> Tensor:
-    """L (*batch, n, n), lower triangular with L Lᵀ = M Mᵀ, for M (*batch, n, m) with n ≤ m.
-
-    The left singular pairs of M are those of L.
-    """
-    factor = _gram_factor(M) if M.shape[-1] >= _SLENDER * M.shape[-2] else None
-    if factor is not None:
-        return factor
-    lower: Tensor = torch.linalg.qr(M.mT, mode="r").R.mT
-    return lower.contiguous()
-
-
-def orthogonal_factor(W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """W = Q R for W (*batch, out, in) with out > in: X ↦ Q X as a function, and R (*batch, in, in).
-
-    X is (*batch, in, k) with orthonormal columns; so are those of Q X.
-    """
-    factor = _gram_factor(W.mT) if W.shape[-2] >= _SLENDER * W.shape[-1] else None
+    if W.shape[-2] <= W.shape[-1]:
+        return lambda X: X, W
+    factor = _gram_factor(W.mT)
     if factor is None:
         Q, R = torch.linalg.qr(W)
         return lambda X: Q @ X, R
@@ -103,6 +75,18 @@ def orthogonal_factor(W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lift, upper
 
 
+def lower_triangle(M: Tensor) -> Tensor:
+    """L (*batch, n, n), lower triangular with L Lᵀ = M Mᵀ, for M (*batch, n, m) with n ≤ m.
+
+    The left singular pairs of M are those of L.
+    """
+    factor = _gram_factor(M)
+    if factor is not None:
+        return factor
+    lower: Tensor = torch.linalg.qr(M.mT, mode="r").R.mT
+    return lower.contiguous()
+
+
 def lower_gram(M: Tensor) -> Tensor:
     """M Mᵀ, (*batch, n, n), for M (*batch, n, m), of which only the lower triangle is filled."""
     flat = M.reshape(-1, *M.shape[-2:])
@@ -113,12 +97,12 @@ def lower_gram(M: Tensor) -> Tensor:
 
 
 def _gram_factor(M: Tensor) -> Tensor | None:
-    """The Cholesky factor of M Mᵀ, (*batch, n, n), or None where one of the batch is too close to
-    singular for it."""
+    """The Cholesky factor of M Mᵀ, (*batch, n, n), for M (*batch, n, m); None where M is not wide
+    enough, or one of the batch too close to singular for it."""
+    if M.shape[-1] < _SLENDER * M.shape[-2]:
+        return None
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(lower_gram(M))
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     regular = (info == 0) & (diagonal.amin(-1) > _LEAST_RATIO * diagonal.amax(-1))
-    if not bool(regular.all()):
-        return None
-    return factor
+    return factor if bool(regular.all()) else None

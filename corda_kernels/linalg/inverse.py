@@ -1,20 +1,14 @@
-"""Inverses by factors: of covariances, damped and with their extreme eigenvalues, and of W·C.
-
-All is batched. That of W·C comes as products with it, by which to iterate towards the smallest
-singular values.
-"""
+"""Inverses of covariances by Cholesky factors, damped, and their extreme eigenvalues. Batched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from corda_kernels.arguments import real_number, real_tensor
 from corda_kernels.errors import DecompositionError
-from corda_kernels.linalg.exact import lower_triangle
 from corda_kernels.linalg.operand import Operator, check_damping
 from corda_kernels.precision import without_autocast
 
@@ -46,10 +40,7 @@ class RegularizedInverse:
 @without_autocast()
 @torch.no_grad()
 def regularized_inverse(
-    matrix: Tensor,  # (*batch, d, d)
-    *,
-    damping: float | None = None,
-    max_condition: float | None = None,
+    matrix: Tensor, *, damping: float | None = None, max_condition: float | None = None
 ) -> RegularizedInverse:
     """Inverts symmetric positive semi-definite matrices by Cholesky, each with its own damping.
 
@@ -70,41 +61,34 @@ def regularized_inverse(
     check_damping(damping)
     if max_condition is not None:
         real_number("max_condition", max_condition, "at least 1", lambda x: x >= 1)
-    _check_square(matrix)
+    flat = _flat(matrix)
     eps = torch.finfo(matrix.dtype).eps
     limit = 0.1 / eps if max_condition is None else max_condition
-    flat = matrix.reshape(-1, *matrix.shape[-2:])
-    broken = torch.nonzero(~torch.isfinite(flat.tril()).all(-1).all(-1))
-    if broken.numel():
-        raise _not_invertible(int(broken[0]), damping or 0.0, flat[int(broken[0])])
     mean_diagonal = flat.diagonal(dim1=-2, dim2=-1).mean(-1)
-
     share = torch.full_like(mean_diagonal, float(damping or 0.0))
+    _require(torch.isfinite(flat.tril()).all(-1).all(-1), flat, share)
+
     attempts = torch.zeros_like(share, dtype=torch.int64)
     factor = torch.zeros_like(flat)
-    pending = torch.arange(flat.shape[0], device=flat.device)
-    allowed = _ATTEMPTS if damping is None else 1
-    while pending.numel() and allowed:
+    done = torch.zeros_like(share, dtype=torch.bool)
+    for attempt in range(_ATTEMPTS if damping is None else 1):
+        pending = torch.nonzero(~done)[:, 0]
+        if not pending.numel():
+            break
+        if attempt:
+            share[pending] = eps * 10.0 ** (attempt - 1)
         shift = share[pending] * mean_diagonal[pending]
         candidate, good = _factor(flat[pending], shift)
         if damping is None:
             largest, smallest = _factored_extremes(flat[pending], shift, candidate)
             good &= largest <= limit * smallest
-        attempts[pending] += 1
+        attempts[pending] = attempt + 1
         factor[pending[good]] = candidate[good]
-        pending = pending[~good]
-        allowed -= 1
-        if allowed:
-            share[pending] = torch.where(share[pending] == 0, eps, share[pending] * 10)
-    if pending.numel():
-        raise _not_invertible(int(pending[0]), float(share[pending[0]]), flat[pending[0]])
-
-    shape = matrix.shape[:-2]
-    return RegularizedInverse(
-        torch.cholesky_inverse(factor).reshape(matrix.shape),
-        share.reshape(shape),
-        attempts.reshape(shape),
-    )
+        done[pending] = good
+    _require(done, flat, share)
+    inverse = torch.cholesky_inverse(factor).reshape(matrix.shape)
+    batch = matrix.shape[:-2]
+    return RegularizedInverse(inverse, share.reshape(batch), attempts.reshape(batch))
 
 
 @without_autocast()
@@ -126,38 +110,32 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
         DecompositionError: the matrices have another shape or dtype; or one is not positive
             definite to working precision.
     """
-    _check_square(matrix)
-    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    flat = _flat(matrix)
+    undamped = flat.new_zeros(flat.shape[0])
     if flat.shape[-1] <= _DENSE_SIZE:
-        good = flat.tril().sum((-2, -1)).isfinite()
-        if bool(good.all()):
-            eigenvalues = torch.linalg.eigvalsh(flat)
-            largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
-            good = smallest > torch.finfo(flat.dtype).eps * largest
+        _require(flat.tril().sum((-2, -1)).isfinite(), flat, undamped)
+        eigenvalues = torch.linalg.eigvalsh(flat)
+        largest, smallest = eigenvalues[..., -1], eigenvalues[..., 0]
+        good = smallest > torch.finfo(flat.dtype).eps * largest
     else:
-        undamped = flat.new_zeros(flat.shape[0])
         factor, good = _factor(flat, undamped)
-        if bool(good.all()):
-            largest, smallest = _factored_extremes(flat, undamped, factor)
-            good = smallest > 0
-    if not bool(good.all()):
-        index = int(torch.nonzero(~good)[0])
-        raise _not_invertible(index, 0.0, flat[index])
+        _require(good, flat, undamped)
+        largest, smallest = _factored_extremes(flat, undamped, factor)
+        good = smallest > 0
+    _require(good, flat, undamped)
     return largest.reshape(matrix.shape[:-2]), smallest.reshape(matrix.shape[:-2])
 
 
-def _check_square(matrix: Tensor) -> None:
+def _flat(matrix: Tensor) -> Tensor:
+    """Square matrices (*batch, d, d) of float32 or float64 as (b, d, d)."""
     real_tensor("matrix", matrix, DecompositionError)
-    if (
-        matrix.ndim < 2
-        or matrix.shape[-1] != matrix.shape[-2]
-        or not matrix.shape[-1]
-        or matrix.dtype not in (torch.float32, torch.float64)
-    ):
+    square = matrix.ndim > 1 and matrix.shape[-1] == matrix.shape[-2] > 0
+    if not square or matrix.dtype not in (torch.float32, torch.float64):
         raise DecompositionError(
-            f"matrix must be (*batch, d, d) in float32 or float64, "
+            "matrix must be (*batch, d, d) in float32 or float64, "
             f"got {tuple(matrix.shape)} in {matrix.dtype}"
         )
+    return matrix.reshape(-1, *matrix.shape[-2:])
 
 
 def _factor(flat: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,14 +153,8 @@ def _factored_extremes(flat: Tensor, shift: Tensor, factor: Tensor) -> tuple[Ten
     """λmax and λmin of flat + shift·I, (b,) each, given its Cholesky factor."""
     lower = flat.tril()
     full = lower + lower.tril(-1).mT
-
-    def multiply(x: Tensor) -> Tensor:
-        return full @ x + shift[:, None, None] * x
-
-    def solve(x: Tensor) -> Tensor:
-        return torch.cholesky_solve(x, factor)
-
-    return _largest_by_lanczos(multiply, flat), 1 / _largest_by_lanczos(solve, flat)
+    largest = _largest_by_lanczos(lambda x: full @ x + shift[:, None, None] * x, flat)
+    return largest, 1 / _largest_by_lanczos(lambda x: torch.cholesky_solve(x, factor), flat)
 
 
 def _largest_by_lanczos(apply: Operator, like: Tensor) -> Tensor:
@@ -217,97 +189,19 @@ def _largest_by_lanczos(apply: Operator, like: Tensor) -> Tensor:
     return largest
 
 
-def _not_invertible(index: int, share: float, matrix: Tensor) -> DecompositionError:
-    dead = int((matrix.diagonal() == 0).sum())
-    if not bool(torch.isfinite(matrix).all()):
+def _require(good: Tensor, flat: Tensor, share: Tensor) -> None:
+    """Refuses the first of the matrices, each with a damping, that is not good."""
+    if bool(good.all()):
+        return
+    index = int(torch.nonzero(~good)[0])
+    dead = int((flat[index].diagonal() == 0).sum())
+    if not bool(torch.isfinite(flat[index]).all()):
         cause = "it holds NaN or Inf: check the calibration"
     elif dead:
         cause = f"{dead} channels are dead: leave them out, or use a fixed damping, such as 0.01"
     else:
         cause = "it was taken from too few tokens: use more, or a fixed damping, such as 0.01"
-    return DecompositionError(
-        f"matrix {index} of the batch ({matrix.shape[0]} channels) cannot be inverted with a "
-        f"damping of {share:.1e} times its mean diagonal; likely cause: {cause}"
+    raise DecompositionError(
+        f"matrix {index} of the batch ({flat.shape[-1]} channels) cannot be inverted with a "
+        f"damping of {float(share[index]):.1e} times its mean diagonal; likely cause: {cause}"
     )
-
-
-def inverse_of_product(M: Tensor) -> tuple[Operator, Operator]:
-    """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
-    L = _floored(lower_triangle(M))
-    return (
-        lambda X: _solved(L, X, upper=False),
-        lambda Y: _solved(L.mT, Y, upper=True),
-    )
-
-
-class InverseOfFactors(NamedTuple):
-    """(W·C)⁻¹ = C⁻¹W⁻¹ of square W and positive definite C, by the factors of either.
-
-    Neither the product nor its triangular factor is formed, which takes three times as long, and
-    what rounding does to one factor is not multiplied by the condition of the other, so that
-    float32 will do for a draft.
-
-    Attributes:
-        packed: (*batch, n, n), the LU factors of Wᵀ; of an upper triangular W, W itself.
-        pivots: (*batch, n) int32, of the LU factors; None with an upper triangular W.
-        root: (*batch, n, n), the lower Cholesky factor of C.
-    """
-
-    packed: Tensor
-    pivots: Tensor | None
-    root: Tensor
-
-    @classmethod
-    def of(cls, W: Tensor, C: Tensor, *, upper: bool) -> InverseOfFactors | None:
-        """Of W, upper triangular or not, and C (*batch, n, n), float64.
-
-        Both are overwritten. Where a C cannot be factored it is None, and W as it was.
-        """
-        # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
-        info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
-        root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
-        if bool((info != 0).any()):
-            return None
-        if upper:
-            return cls(_floored(W), None, root)
-        pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
-        # A zero on the diagonal is an entry below the floor.
-        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
-        return cls(_floored(packed), pivots, root)
-
-    def single(self) -> InverseOfFactors:
-        """In float32, where some inverses overflow."""
-        return InverseOfFactors(self.packed.float(), self.pivots, self.root.float())
-
-    def operators(self) -> tuple[Operator, Operator]:
-        """Products with (W·C)⁻¹ and its transpose."""
-        return (
-            lambda X: self._covariance_solved(self._weight_solved(X, transposed=False)),
-            lambda Y: self._weight_solved(self._covariance_solved(Y), transposed=True),
-        )
-
-    def _weight_solved(self, X: Tensor, *, transposed: bool) -> Tensor:
-        """W⁻¹ X or W⁻ᵀ X."""
-        if self.pivots is None:
-            triangle = self.packed.mT if transposed else self.packed
-            return _solved(triangle, X, upper=not transposed)
-        solved: Tensor = torch.linalg.lu_solve(self.packed, self.pivots, X, adjoint=not transposed)
-        return solved
-
-    def _covariance_solved(self, X: Tensor) -> Tensor:
-        return _solved(self.root.mT, _solved(self.root, X, upper=False), upper=True)
-
-
-def _solved(triangle: Tensor, X: Tensor, *, upper: bool) -> Tensor:
-    solved: Tensor = torch.linalg.solve_triangular(triangle, X, upper=upper)
-    return solved
-
-
-def _floored(triangle: Tensor) -> Tensor:
-    """A triangle with no diagonal entry below eps times the largest, so that it can be divided by;
-    the same tensor."""
-    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.abs().amax(-1, keepdim=True)
-    floor = torch.where(largest > 0, torch.finfo(triangle.dtype).eps * largest, 1.0)
-    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
-    return triangle

@@ -12,6 +12,7 @@ draft.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from corda_kernels.errors import DecompositionError
 from corda_kernels.kernels import batched_svd
-from corda_kernels.linalg.exact import no_taller, null_share
-from corda_kernels.linalg.inverse import InverseOfFactors, inverse_of_product
+from corda_kernels.linalg.exact import lower_triangle, no_taller, null_share
 from corda_kernels.linalg.operand import Operand, Operator
 
-_OUT_OF_RANGE = (
-    "W·C leaves the range of float64: scale the weight or the covariance to sizes near 1"
-)
+Operators = tuple[Operator, Operator]  # half and back, see above
+Found = tuple[Tensor, Tensor, Tensor, Tensor]  # see `top`
+
+_solve = torch.linalg.solve_triangular
 
 
 class Stop(NamedTuple):
@@ -80,29 +81,24 @@ _LEAST_SINE = 1e-5
 _SOUND_SINE = {torch.float64: 1e-2, torch.float32: 1e-1}
 
 
-class Pairs(NamedTuple):
-    """What iterating towards one end of the spectrum gives.
-
-    Attributes:
-        U: (*batch, out, rank), orthonormal.
-        S: (*batch, rank), descending.
-        error: (*batch), see `leading_pairs`.
-        largest: (*batch), about ‖W·C‖₂, by which to tell whether the smallest of S are zero.
-    """
-
-    U: Tensor
-    S: Tensor
-    error: Tensor
-    largest: Tensor
-
-
 def block_size(rank: int, shortest: int) -> int:
     """How many vectors are iterated with, for a matrix whose shorter side is `shortest`."""
     return min(-(-(rank + _SPARE) // _WIDTH) * _WIDTH, shortest)
 
 
-def top(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Pairs:
-    """The largest, of W (*batch, out, in), any floating dtype, and C (*batch, in, in)."""
+def top(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Found:
+    """The largest singular pairs of W·C.
+
+    Args:
+        W: (*batch, out, in), any floating dtype.
+        C: (*batch, in, in).
+        rank: how many.
+        generator: source of the random start.
+
+    Returns:
+        U (*batch, out, rank), orthonormal; S (*batch, rank), descending; the error (*batch), see
+        `leading_pairs`; and about ‖W·C‖₂, (*batch), by which to tell which of S are zero.
+    """
     operators = _factored(Operand(W), C)
     draft = _factored(Operand(W).single(), C.single())
     # The basis grows on the shorter side.
@@ -111,37 +107,95 @@ def top(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Pairs:
         operators, draft = operators[::-1], draft[::-1]
     start = _start(max(W.shape[-2:]), rank, W, generator)
     U, S, error = leading_pairs(operators, start, rank, STOP["largest"], far=tall, draft=draft)
-    return Pairs(U, S, error, S[..., 0])
+    return U, S, error, S[..., 0]
 
 
-def bottom(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Pairs:
+def bottom(W: Tensor, C: Operand, rank: int, generator: torch.Generator) -> Found:
     """The smallest, likewise."""
     # The left singular vectors of a tall W lie in its range.
     lift, R = no_taller(W.double())
     start = _start(R.shape[-2], rank, W, generator)
-    factors = None
+    solves = None
     if C.symmetric and R.shape[-2] == R.shape[-1] >= _SOLVED_BLOCKS * start.shape[-1]:
         upper = R.shape != W.shape
         # Overwritten: of a tall W the triangle that `lift` needs, of another perhaps W itself.
         own = R.clone() if upper or R.dtype == W.dtype else R
-        factors = InverseOfFactors.of(own, C.double(copy=True), upper=upper)
-    if factors is None:
-        operators, draft = inverse_of_product(R @ C.double()), None
-    else:
-        operators, draft = factors.operators(), factors.single().operators()
+        solves = inverse_of_factors(own, C.double(copy=True), upper=upper)
+    operators, draft = solves or (inverse_of_product(R @ C.double()), None)
     U, inverse, error = leading_pairs(operators, start, rank, STOP["smallest"], draft=draft)
     S = 1 / inverse.flip(-1)
-    return Pairs(lift(U.flip(-1)), S, error, _size(W, C, S[..., -1], generator))
+    return lift(U.flip(-1)), S, error, _size(W, C, S[..., -1], generator)
 
 
-def _factored(W: Operand, C: Operand) -> tuple[Operator, Operator]:
+def _factored(W: Operand, C: Operand) -> Operators:
     """Products with (W·C)ᵀ and W·C, factor by factor: that costs no more than forming W·C."""
     # A root of a covariance is not symmetric; a covariance is, and as it stands it is faster.
     C_transposed = C.times if C.symmetric else C.transposed_times
-    return (
-        lambda X: C_transposed(W.transposed_times(X)),
-        lambda Y: W.times(C.times(Y)),
-    )
+    return lambda X: C_transposed(W.transposed_times(X)), lambda Y: W.times(C.times(Y))
+
+
+def inverse_of_product(M: Tensor) -> Operators:
+    """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
+    return _solves(_floored(lower_triangle(M)), upper=False)
+
+
+def inverse_of_factors(
+    W: Tensor, C: Tensor, *, upper: bool
+) -> tuple[Operators, Operators | None] | None:
+    """Products with (W·C)⁻¹ = C⁻¹W⁻¹ and its transpose, by the factors of either: LU and Cholesky.
+
+    Neither the product nor its triangular factor is formed, which takes three times as long, and
+    what rounding does to one factor is not multiplied by the condition of the other, so that
+    float32 will do for a draft.
+
+    Args:
+        W: (*batch, n, n) float64, overwritten.
+        C: (*batch, n, n) float64, positive definite, overwritten.
+        upper: whether W is upper triangular, and its own factor.
+
+    Returns:
+        The products in float64, and in float32, where some overflow; None, and W as it was, where
+        a C cannot be factored.
+    """
+    # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
+    info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
+    root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
+    if bool((info != 0).any()):
+        return None
+    packed, pivots = W, None
+    if not upper:
+        pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
+        # A zero on the diagonal is an entry below the floor.
+        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
+    _floored(packed)
+    single = packed.float(), pivots, root.float()
+    return _factor_solves(packed, pivots, root), _factor_solves(*single)
+
+
+def _factor_solves(packed: Tensor, pivots: Tensor | None, root: Tensor) -> Operators:
+    """Of C's Cholesky factor and the LU factors of Wᵀ or, without pivots, an upper triangular W."""
+    lower, upper = _solves(root, upper=False)
+    if pivots is None:
+        weight, transposed = _solves(packed, upper=True)
+    else:
+        solve = partial(torch.linalg.lu_solve, packed, pivots)
+        weight, transposed = partial(solve, adjoint=True), solve
+    return lambda X: upper(lower(weight(X))), lambda Y: transposed(upper(lower(Y)))
+
+
+def _solves(triangle: Tensor, *, upper: bool) -> Operators:
+    """Products with T⁻¹ and T⁻ᵀ."""
+    return partial(_solve, triangle, upper=upper), partial(_solve, triangle.mT, upper=not upper)
+
+
+def _floored(triangle: Tensor) -> Tensor:
+    """A triangle with no diagonal entry below eps times the largest, so that it can be divided by;
+    the same tensor."""
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.abs().amax(-1, keepdim=True)
+    floor = torch.where(largest > 0, torch.finfo(triangle.dtype).eps * largest, 1.0)
+    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
+    return triangle
 
 
 def _start(rows: int, rank: int, W: Tensor, generator: torch.Generator) -> Tensor:
@@ -172,20 +226,19 @@ def _norm(matrix: Tensor) -> Tensor:
     """‖matrix‖_F, (*batch), in float64."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=dtype)
-    if bool(((norm > _NORMS[0]) & (norm < _NORMS[1])).all()):
-        return norm.double()
-    exact: Tensor = torch.linalg.vector_norm(matrix.double(), dim=(-2, -1))
-    return exact
+    if not bool(((norm > _NORMS[0]) & (norm < _NORMS[1])).all()):
+        norm = torch.linalg.vector_norm(matrix.double(), dim=(-2, -1))
+    return norm.double()
 
 
 def leading_pairs(
-    operators: tuple[Operator, Operator],
+    operators: Operators,
     start: Tensor,  # (*batch, m, block)
     rank: int,
     stop: Stop,
     *,
     far: bool = False,
-    draft: tuple[Operator, Operator] | None = None,
+    draft: Operators | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular pairs of `back`, by block Golub-Kahan iteration with restarts.
 
@@ -217,28 +270,27 @@ def leading_pairs(
     """
     half, back = operators
     tolerance, least_gap, gain = stop
-    begun = None
+    found = None
     if draft is not None:
         front = _orthonormal(draft[1](start.float()))
-        begun, reached = _bidiagonalized(draft, front, rank, 0, gain * tolerance, least_gap)
-    drafted = begun is not None
-    front = _orthonormal(back(start)) if begun is None else _orthonormal(begun.double())
-    near = drafted
+        found, reached = _bidiagonalized(draft, front, rank, 0, gain * tolerance, least_gap)
+    # Whether the block is near enough to be measured without iterating first.
+    near = drafted = found is not None
+    front = _orthonormal(back(start) if found is None else found.double())
     for cycle in range(_MOST_CYCLES):
         if not near:
             if drafted and cycle == 1:
                 # What the draft has missed altogether no iteration from it would find.
                 front = _orthonormal(front + _STIR * _orthonormal(back(start)))
-            found, reached = _bidiagonalized(
-                operators, front, rank, cycle, gain * tolerance, least_gap
-            )
-            if found is None:
-                raise DecompositionError(_OUT_OF_RANGE)
-            front = found
+            goal = gain * tolerance
+            found, reached = _bidiagonalized(operators, front, rank, cycle, goal, least_gap)
+            front = front if found is None else found
         # Ritz pairs of A on this subspace, and once more A on them.
         image = half(front)
-        if not bool(image.isfinite().all()):
-            raise DecompositionError(_OUT_OF_RANGE)
+        if found is None or not bool(image.isfinite().all()):
+            raise DecompositionError(
+                "W·C leaves the range of float64: scale the weight or covariance to sizes near 1"
+            )
         right, triangle = torch.linalg.qr(image)
         turn, sigma = batched_svd(triangle.mT, exact=True)
         turned = back(right)
@@ -259,36 +311,30 @@ def leading_pairs(
 
 
 def _bidiagonalized(
-    operators: tuple[Operator, Operator],
-    front: Tensor,  # (*batch, n, block), orthonormal
-    rank: int,
-    cycle: int,
-    tolerance: float,
-    least_gap: float,
+    operators: Operators, front: Tensor, rank: int, cycle: int, goal: float, least_gap: float
 ) -> tuple[Tensor | None, float]:
     """An orthonormal block, (*batch, n, block), of A applied to the leading Ritz vectors, and the
-    error that these had; in the dtype of `front`. None where its range or precision does not do."""
+    error that these had; in the dtype of `front` (*batch, n, block), which is orthonormal. None
+    where its range or precision does not do."""
     half, back = operators
     *batch, n, block = front.shape
     blocks = max(1, min(_MOST_BLOCKS, n // (2 * block)))
     look = min((_FIRST_LOOK if front.device.type == "cpu" else _FIRST_LOOK_GPU)[cycle > 0], blocks)
+    single = front.dtype == torch.float32
+    image = half(front)
     # Orthonormal bases on both sides, and `back` of the far one; `half` of the near one is the far
     # one times a triangle. From images under A alone rounding would hide what is below √eps·σ₁.
     near, images = (front.new_empty(*batch, n, blocks * block) for _ in range(2))
+    far = image.new_empty(*batch, image.shape[-2], blocks * block)
     triangle = front.new_zeros(*batch, blocks * block, blocks * block)
-    far, size, before = None, 0, float("inf")
-    single = front.dtype == torch.float32
+    size, before = 0, float("inf")
     while True:
-        image = half(front)
-        if far is None:
-            far = image.new_empty(*batch, image.shape[-2], blocks * block)
         fresh = slice(size, size + block)
-        beyond = _orthonormal(image, far[..., :size])
-        near[..., fresh], far[..., fresh] = front, beyond
+        near[..., fresh] = front
+        far[..., fresh] = beyond = _orthonormal(image, far[..., :size])
         size += block
         triangle[..., :size, fresh] = far[..., :size].mT @ image
-        image = back(beyond)
-        images[..., fresh] = image
+        images[..., fresh] = image = back(beyond)
         basis = near[..., :size]
         if not bool(image.isfinite().all()):
             return None, float("nan")
@@ -302,12 +348,13 @@ def _bidiagonalized(
             error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
             # What float32 cannot tell apart more blocks do not, either.
             stuck = single and not error <= before / 2
-            if not error > tolerance or look == blocks or stuck:  # NaN ends it, too
+            if not error > goal or look == blocks or stuck:  # NaN ends it, too
                 return _orthonormal(applied), error
             # A block takes off one to three orders of magnitude.
             before = error
-            look = min(blocks, look + (1 if error < _NEAR * tolerance else 2))
+            look = min(blocks, look + (1 if error < _NEAR * goal else 2))
         front = _orthonormal(image, basis)
+        image = half(front)
 
 
 def _ritz(triangle: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,14 +371,11 @@ def _ritz(triangle: Tensor) -> tuple[Tensor, Tensor]:
     return theta.to(triangle), turn.to(triangle)
 
 
-def _error(
-    ritz: Tensor,  # (*batch, n, block)
-    applied: Tensor,  # (*batch, n, block), A of them
-    theta: Tensor,  # (*batch, at least block)
-    rank: int,
-    least_gap: float,
-) -> Tensor:
+def _error(ritz: Tensor, applied: Tensor, theta: Tensor, rank: int, least_gap: float) -> Tensor:
     """The error of the wanted Ritz vectors as a sine, (*batch), estimated: that of the worst.
+
+    Given the Ritz vectors of a block, (*batch, n, block), A of them, and at least so many Ritz
+    values, (*batch, block …).
 
     In the basis of the wanted Ritz vectors, the others of the block, and the rest, A is
 
@@ -367,43 +411,33 @@ def _gap(above: Tensor, below: Tensor, least: float) -> Tensor:
 
 def _orthonormal(X: Tensor, basis: Tensor | None = None) -> Tensor:
     """Orthonormal columns, (*batch, n, k), that span X (*batch, n, k) or, given an orthonormal
-    basis (*batch, n, j), what X adds to it."""
-    length = torch.linalg.vector_norm(X, dim=-2)
-    straight, sound = _straightened(X if basis is None else _without(basis, X), length)
-    if sound:
-        return straight
-    # Twice is enough, also of an X that lies in the basis and leaves nothing but rounding.
-    return _straightened(straight if basis is None else _without(basis, straight))[0]
+    basis (*batch, n, j), what X adds to it.
 
-
-def _without(basis: Tensor, X: Tensor) -> Tensor:
-    inside = basis @ (basis.mT @ X)
-    return torch.sub(X, inside, out=inside)
-
-
-def _straightened(X: Tensor, length: Tensor | None = None) -> tuple[Tensor, bool]:
-    """A basis of the columns of X (*batch, n, k), the closer to orthonormal the more X is, and
-    whether it will do.
-
-    By Cholesky, of which two rounds cost a fraction of a QR; by QR, and orthonormal, where a column
-    lies too close to the span of those before it.
-
-    Args:
-        X: what is left of columns once their parts in a basis have been taken off.
-        length: (*batch, k), norms of those columns, by which to tell what rounding has done.
+    By Cholesky, of which two rounds cost a fraction of a QR; by QR where a column lies too close to
+    the span of those before it.
 
     Source: Fukaya et al., "CholeskyQR2: a simple and communication-avoiding algorithm for computing
     a tall-skinny QR factorization on a large-scale parallel system", ScalA 2014.
     """
-    wide = X.double()
-    gram = wide.mT @ wide
-    factor, info = torch.linalg.cholesky_ex(gram)
-    distance = factor.diagonal(dim1=-2, dim2=-1)
-    if length is None:
-        length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    least = torch.where(info == 0, (distance / length).amin(-1), 0.0).amin()
-    if not least > _LEAST_SINE:
-        return torch.linalg.qr(X).Q, False
-    eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
-    inverse = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
-    return X @ inverse.to(X), bool(least > _SOUND_SINE[X.dtype])
+    # Before the parts in the basis are taken off, by which to tell what rounding has done.
+    length = torch.linalg.vector_norm(X, dim=-2)
+    # Twice is enough, also of an X that lies in the basis and leaves nothing but rounding.
+    for again in (False, True):
+        if basis is not None:
+            inside = basis @ (basis.mT @ X)
+            X = torch.sub(X, inside, out=inside)
+        wide = X.double()
+        gram = wide.mT @ wide
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if again:
+            length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        sines = factor.diagonal(dim1=-2, dim2=-1) / length
+        least = torch.where(info == 0, sines.amin(-1), 0.0).amin()
+        if least > _LEAST_SINE:
+            eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
+            X = X @ _solve(factor.mT, eye, upper=True).to(X)
+            if bool(least > _SOUND_SINE[X.dtype]):
+                break
+        else:  # NaN, too
+            X = torch.linalg.qr(X).Q
+    return X

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextvars
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from corda_kernels.arguments import instance_of, seed_number, whole_number
 from corda_kernels.errors import DecompositionError, RankError
-from corda_kernels.linalg.context_svd import (
-    CoSVD,
-    Method,
-    check,
-    decompose,
-    warn_given_up,
-)
+from corda_kernels.kernels import batched_svd
+from corda_kernels.linalg.context_svd import CoSVD, Method, check, decompose, warn_given_up
 from corda_kernels.linalg.exact import End
-from corda_kernels.linalg.operand import Operand, damped
-from corda_kernels.linalg.parallel import parallel_map, streamed_map
+from corda_kernels.linalg.operand import damped
 from corda_kernels.memory import free_bytes
 
 # Up to this many rows or columns on the longer side, layers run side by side on a CPU, and in
@@ -30,8 +30,12 @@ _MATRICES = 4
 # Batches at work at a time on a GPU, at most. With 1, 4, 8 and 16 of them an H100 takes 62, 38, 41
 # and 43 ms for the top 128 of a layer of LLaMA-2-7B, and 157, 67, 60 and 56 ms for the bottom.
 _STREAMS = 4
+# Items taken ahead, for each worker on a CPU.
+_AHEAD = 8
 _CPU = torch.device("cpu")
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Entry = tuple[str, CoSVD, Tensor]  # name, what was found, the error at which an iteration gave up
 
 
@@ -76,27 +80,31 @@ def co_svd_layers(
     seed_number("seed", seed)
     if memory_limit is not None:
         whole_number("memory_limit", memory_limit, 0)
-    ranks = {name: _rank_of(name, rank) for name in weights}
-    _check(weights, covariances, ranks, which, method, damping)
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(weights, rank)
+    for name, weight in weights.items():
+        if name not in ranks:
+            raise RankError(f"layer {name} has no rank: give one, or one rank for all layers")
+        try:
+            ranks[name] = check(weight, covariances[name], ranks[name], which, method, damping)
+        except KeyError as error:
+            raise DecompositionError(f"layer {name} has no covariance: give one") from error
+        except (RankError, DecompositionError) as error:
+            raise type(error)(f"layer {name}: {error}") from error
 
     def on_cpu(names: list[str]) -> list[Entry]:
-        C, share = damped(covariances[names[0]].cpu(), damping)
+        C = damped(covariances[names[0]].cpu(), damping)
         if which == "smallest" and len(names) > 1:  # converted once for all of them
-            C = Operand(C.double(), symmetric=True)
-        entries = []
-        for name in names:
-            W = weights[name]
-            found = decompose(W, C, ranks[name], which, method, _generator(W, seed))
-            part = CoSVD(found.U, found.S, share, found.residual)
-            entries.append((name, part, found.given_up))
-        return entries
+            C = replace(C, matrix=C.double(), shift=None)
+        return [
+            (name, *decompose(weights[name], C, ranks[name], which, method, seed)) for name in names
+        ]
 
     def in_batch(names: list[str]) -> list[Entry]:
         W = torch.stack([weights[name] for name in names])
-        C, share = damped(torch.stack([covariances[name].to(W.device) for name in names]), damping)
-        found = decompose(W, C, ranks[names[0]], which, method, _generator(W, seed))
-        parts = zip(names, found.U, found.S, share, found.residual, found.given_up, strict=True)
-        return [(name, CoSVD(*part[:4]), part[4]) for name, *part in parts]
+        C = damped(torch.stack([covariances[name].to(W.device) for name in names]), damping)
+        found, error = decompose(W, C, ranks[names[0]], which, method, seed)
+        parts = map(CoSVD, found.U, found.S, found.damping, found.residual)
+        return list(zip(names, parts, error, strict=True))
 
     groups = _together(weights, covariances, ranks)
     small: list[list[str]] = []
@@ -107,12 +115,9 @@ def co_svd_layers(
     for device, of_shapes in groups.items():
         limit = free_bytes(device) // 2 if memory_limit is None else memory_limit
         batches = _batches(of_shapes, weights, limit)
-        if device.type == "cuda":
-            need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
-            workers = max(1, min(_STREAMS, limit // max(need, 1)))
-            running.append(streamed_map(in_batch, batches, device, workers))
-        else:
-            running.append(map(in_batch, batches))
+        need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
+        workers = max(1, min(_STREAMS, limit // need))
+        running.append(streamed_map(in_batch, batches, device, workers))
     for name, found, given_up in chain.from_iterable(chain.from_iterable(running)):
         if found.U.is_cuda:
             for tensor in (found.U, found.S, found.damping, found.residual):
@@ -147,7 +152,7 @@ def _batches(
         weight = weights[names[0]]
         most = 1
         if max(weight.shape) <= _SMALL:
-            most = max(1, limit // _STREAMS // max(_bytes(weight), 1))
+            most = max(1, limit // _STREAMS // _bytes(weight))
         batches += [names[start : start + most] for start in range(0, len(names), most)]
     return batches
 
@@ -156,34 +161,81 @@ def _bytes(weight: Tensor) -> int:
     return 8 * _MATRICES * max(weight.shape) * weight.shape[1]
 
 
-def _check(
-    weights: Mapping[str, Tensor],
-    covariances: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
-    which: End,
-    method: Method,
-    damping: float | None,
-) -> None:
-    for name, weight in weights.items():
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of each item, in their order, as many at a time as torch has threads.
+
+    LAPACK's factorisations of a few hundred rows use a second core badly: two at a time with one
+    thread each are 1.6 to 2 times as fast as one after the other with two. A few items are taken
+    ahead of the one whose result is due, so that a long one keeps nobody waiting. While it is
+    iterated over, torch runs on one thread in the whole process; afterwards on as many as before.
+
+    Args:
+        function: releases the GIL most of the time, as torch's operations do.
+        items: taken one by one, as workers become free.
+    """
+    threads = torch.get_num_threads()
+    if threads < 2:
+        yield from map(function, items)
+        return
+    # A new thread has OpenMP's own number of threads until torch has been asked for its own there.
+    # MKL's QR on several rounds otherwise, it seems: on a busy machine the R of a 160 × 64 matrix
+    # was another in 4 of 192 runs, and with it files that should be the same; with this in none.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)
+    try:
+        yield from _in_order(pool, function, items, _AHEAD * threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def streamed_map(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device, workers: int
+) -> Iterator[Result]:
+    """The same on a GPU, each worker on a stream of its own.
+
+    Eigenproblems and triangular solves of a single layer leave most of a GPU idle, and others fill
+    it. What a call returns is complete: it can be used on any stream.
+    """
+    caller = torch.cuda.current_stream(device)
+    streams = [_stream(device, index) for index in range(workers)]
+    # torch loads its CUDA linear algebra at the first use, which two threads must not do at once,
+    # and so does `batched_svd` with its kernels.
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
+    batched_svd(torch.eye(2, device=device))
+
+    def run(item: Item) -> Result:
+        stream = streams.pop()
         try:
-            C = covariances[name]
-        except KeyError as error:
-            raise DecompositionError(
-                f"layer {name} has no covariance: give the covariances of all these layers"
-            ) from error
-        try:
-            check(weight, C, ranks[name], which, method, damping)
-        except (RankError, DecompositionError) as error:
-            raise type(error)(f"layer {name}: {error}") from error
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):
+                result = function(item)
+            stream.synchronize()
+        finally:
+            streams.append(stream)
+        return result
+
+    yield from _in_order(ThreadPoolExecutor(workers), run, items, workers)
 
 
-def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
-    if not isinstance(rank, Mapping):
-        return whole_number("rank", rank, error=RankError)
-    if name not in rank:
-        raise RankError(f"layer {name} is given no rank: name it, or give one rank for all layers")
-    return whole_number(f"rank of layer {name}", rank[name], error=RankError)
+@functools.cache
+def _stream(device: torch.device, index: int) -> torch.cuda.Stream:
+    """The same ones every time: torch keeps what memory each has used apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _generator(like: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator(like.device).manual_seed(seed)
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the items, of which some are taken ahead; the pool ends with them."""
+    running: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            # Each in the caller's context, by which a backend may have been chosen.
+            context = contextvars.copy_context()
+            running.append(pool.submit(context.run, torch.no_grad()(function), item))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

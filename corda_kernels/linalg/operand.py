@@ -17,8 +17,8 @@ Operator = Callable[[Tensor], Tensor]
 # take what the product alone takes (2 cores), where a whole copy adds a third or more. On a GPU all
 # are, and once: there is memory for it, and launches are what costs.
 _PANEL = 384
-# Up to this size Xᵀ·matrix is faster than matrixᵀ·X: of 576 × 1536 with 48 columns in float32 93
-# against 68 GFLOP/s on one core. At 4096, on two, it is 145 against 168.
+# Up to this size Xᵀ·matrix is faster than matrixᵀ·X on a CPU: of 576 × 1536 with 48 columns in
+# float32 93 against 68 GFLOP/s on one core. At 4096, on two, it is 145 against 168.
 _SMALL = 2048
 # With the largest entries between these, products of four such matrices are within float32's range.
 _MODERATE = (1e-6, 1e6)
@@ -36,11 +36,13 @@ class Operand:
         matrix: (*batch, rows, columns), any floating dtype.
         shift: (*batch, 1, 1) float64, for square matrices; None for none.
         symmetric: whether the matrix is.
+        damping: the shift as a multiple of the mean diagonal, or 0.
     """
 
     matrix: Tensor
     shift: Tensor | None = None
     symmetric: bool = False
+    damping: float = 0.0
     # Kept from product to product: fresh memory costs more than the conversion.
     _buffer: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -57,7 +59,8 @@ class Operand:
     def transposed_times(self, X: Tensor) -> Tensor:
         """Gᵀ X (*batch, columns, k) for X (*batch, rows, k), in X's dtype."""
         if self.matrix.dtype == X.dtype:
-            product = _transposed_product(self.matrix, X)
+            small = max(self.matrix.shape[-2:]) <= _SMALL
+            product = (X.mT @ self.matrix).mT if small else self.matrix.mT @ X
         else:
             product = X.new_zeros(*X.shape[:-2], self.matrix.shape[-1], X.shape[-1])
             for rows, panel in self._panels(X.dtype):
@@ -87,27 +90,35 @@ class Operand:
         largest = largest.clamp_min(torch.finfo(torch.float64).tiny)
         shift = None if self.shift is None else self.shift / largest
         dtype = torch.promote_types(self.matrix.dtype, torch.float32)
-        matrix = (self.matrix.to(dtype) / largest.to(dtype)).float()
-        return replace(self, matrix=matrix, shift=shift)
+        return replace(
+            self, matrix=(self.matrix.to(dtype) / largest.to(dtype)).float(), shift=shift
+        )
 
     def _shifted(self, product: Tensor, X: Tensor) -> Tensor:
         return product if self.shift is None else product.addcmul_(self.shift.to(X), X)
 
     def _panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and what stands in them in another dtype until the next are asked for."""
-        *batch, height, width = self.matrix.shape
-        taken = list(panels(height, self.matrix.device))
-        known = self._buffer is not None and self._buffer.dtype == dtype
-        if self._buffer is None or not known:
-            most = max((rows.stop - rows.start for rows in taken), default=0)
-            self._buffer = self.matrix.new_empty(*batch, most, width, dtype=dtype)
+        taken = list(panels(self.matrix.shape[-2], self.matrix.device))
+        buffer = self._buffer
+        known = buffer is not None and buffer.dtype == dtype
+        if buffer is None or not known:
+            *batch, _, width = self.matrix.shape
+            buffer = self.matrix.new_empty(*batch, taken[0].stop, width, dtype=dtype)
+            self._buffer = buffer
         for rows in taken:
-            panel = self._buffer[..., : rows.stop - rows.start, :]
+            panel = buffer[..., : rows.stop - rows.start, :]
             # A panel that is all of the matrix still stands there from the last time.
-            yield (
-                rows,
-                panel if known and len(taken) == 1 else panel.copy_(self.matrix[..., rows, :]),
-            )
+            if not known or len(taken) > 1:
+                panel.copy_(self.matrix[..., rows, :])
+            yield rows, panel
+
+
+def panels(height: int, device: torch.device) -> Iterator[slice]:
+    """Rows 0 … height, as many at a time as are best converted together."""
+    step = _PANEL if device.type == "cpu" else max(height, 1)
+    for start in range(0, height, step):
+        yield slice(start, min(start + step, height))
 
 
 def check_damping(damping: float | None) -> None:
@@ -121,12 +132,13 @@ def check_damping(damping: float | None) -> None:
         real_number("damping", damping, rule, lambda x: 0 <= x <= _MOST_DAMPING)
 
 
-def damped(covariance: Tensor, damping: float | None) -> tuple[Operand, Tensor]:
-    """C + λI for C (*batch, in, in), and λ as a multiple of the mean diagonal of C, (*batch)."""
-    mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    share = torch.full_like(mean, float(damping or 0.0))
-    shift = (share * mean)[..., None, None] if damping else None
-    return Operand(covariance, shift, symmetric=True), share
+def damped(covariance: Tensor, damping: float | None) -> Operand:
+    """C + λI for C (*batch, in, in), λ of each matrix the damping times its mean diagonal."""
+    share, shift = float(damping or 0.0), None
+    if share:
+        mean = covariance.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+        shift = (share * mean)[..., None, None]
+    return Operand(covariance, shift, symmetric=True, damping=share)
 
 
 def largest_entry(matrix: Tensor) -> Tensor:
@@ -167,17 +179,3 @@ def check_entries(name: str, matrix: Tensor, remedy: str) -> None:
         f"the largest entry of the {name} is not between {least:.0e} and {most:.0e}, and W·C "
         f"leaves the range of float64: scale the {name} to sizes near 1"
     )
-
-
-def _transposed_product(matrix: Tensor, X: Tensor) -> Tensor:
-    """matrixᵀ X, the way round that is faster on a CPU."""
-    if max(matrix.shape[-2:]) <= _SMALL:
-        return (X.mT @ matrix).mT
-    return matrix.mT @ X
-
-
-def panels(height: int, device: torch.device) -> Iterator[slice]:
-    """Rows 0 … height, as many at a time as are best converted together."""
-    step = _PANEL if device.type == "cpu" else max(height, 1)
-    for start in range(0, height, step):
-        yield slice(start, min(start + step, height))

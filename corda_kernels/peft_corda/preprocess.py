@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ from corda_kernels.linalg.operand import check_damping
 from corda_kernels.outputs import check_output
 from corda_kernels.peft_corda import cache
 from corda_kernels.peft_corda.observe import Observed, Observer
-from corda_kernels.peft_corda.targets import Target, corda_targets, exclude
+from corda_kernels.peft_corda.targets import Target, corda_targets
 from corda_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -66,6 +67,20 @@ class Options:
         check_damping(self.damping)
         if self.memory_limit is not None:
             whole_number("memory_limit", self.memory_limit, 0)
+
+    def check_seen(self, wanted: Iterable[str], found: Container[str], lack: str) -> None:
+        """Refuses layers that are missing from `found`, unless they are to be skipped.
+
+        Raises:
+            CalibrationError: there are some.
+        """
+        absent = [name for name in wanted if name not in found]
+        if absent and self.on_unseen == "error":
+            raise CalibrationError(
+                f"{len(absent)} target layer(s) {lack}: {', '.join(absent[:5])}"
+                f"{', …' if len(absent) > 5 else ''}; leave them out of target_modules, or pass "
+                'on_unseen="skip"'
+            )
 
 
 @torch.no_grad()
@@ -112,63 +127,42 @@ def preprocess_corda(
         raise ConfigError(f"run_model must be a function, got {shown(run_model)}")
     theirs = _checked(getattr(lora_config, "corda_config", None), ours.memory_limit)
     targets = corda_targets(model, lora_config)
-    cache_file, covariance_file = theirs.cache_file, theirs.covariance_file
-    observed: dict[str, Observed] = {}
+    method, normalize = theirs.corda_method, ours.normalize
+    recipe = {"corda_method": method, "damping": ours.damping, "normalize": normalize}
     eigens: dict[str, cache.CordaEigens] = {}
-    absent: list[str] = []
-
-    def settle(wanted: Mapping[str, Target], found: Mapping[str, object], reason: str) -> None:
-        unseen = [name for name in wanted if name not in found]
-        if unseen and ours.on_unseen == "error":
-            raise CalibrationError(
-                f"{len(unseen)} target layer(s) {reason}: {', '.join(unseen[:5])}"
-                f"{', …' if len(unseen) > 5 else ''}; leave them out of target_modules, or pass "
-                'on_unseen="skip"'
-            )
-        absent.extend(unseen)
-
-    recipe = {
-        "corda_method": theirs.corda_method,
-        "damping": ours.damping,
-        "normalize": ours.normalize,
-    }
-    if cache.is_written(cache_file):
-        eigens = cache.read_cache(cache_file, model, targets, recipe)
-        settle(targets, eigens, f"are not in {cache_file}")
+    kept: dict[str, Observed] = {}
+    if cache.is_written(theirs.cache_file):
+        eigens, _ = cache.read_cache(theirs.cache_file, targets, recipe, model)
+        ours.check_seen(targets, eigens, f"are not in {theirs.cache_file}")
     else:
-        observer = Observer(ours.normalize)
-        for path in (cache_file, covariance_file):
+        for path in (theirs.cache_file, theirs.covariance_file):
             if path is not None:
                 check_output(path)
-        for part in _parts(targets, ours.memory_limit):
-            if cache.is_written(covariance_file):
-                found = cache.read_covariances(covariance_file, model, part, ours.normalize)
-                settle(part, found, f"are not in {covariance_file}")
-            else:
-                if run_model is None:
-                    raise ConfigError(
-                        "run_model is None, but neither the cache nor the covariance file is "
-                        "written yet: pass a function that runs the model on calibration data"
-                    )
-                hooked = dict((hooked_model or model).named_modules())
-                modules = {name: hooked[name] for name in part if name in hooked}
-                found = observer.observe(hooked_model or model, modules, run_model)
-                settle(part, found, "never received a token")
-                if covariance_file is not None:
-                    cache.write_covariances(covariance_file, found, model, part, ours.normalize)
+        observer = Observer(hooked_model or model, run_model, normalize) if run_model else None
+        for found in _covariances(model, targets, theirs, ours, observer):
             if not theirs.prune_temporary_fields:
-                observed = dict(found)
-            eigens |= _decompose(found, part, theirs, ours)
-        if cache_file is not None:
-            cache.write_cache(cache_file, eigens, model, targets, recipe)
+                kept = dict(found)
+            eigens |= _decompose(found, targets, theirs, ours)
+        if theirs.cache_file is not None:
+            cache.write_cache(theirs.cache_file, eigens, model, recipe)
+    absent = [name for name in targets if name not in eigens]
     if absent:
-        exclude(lora_config, absent)
+        _exclude(lora_config, absent)
         warn(
             f"{len(absent)} target layer(s) get no adapter, among them {absent[0]}: there was "
             "nothing to make it from; they were added to lora_config.exclude_modules",
             LeftOutWarning,
         )
-    _attach(targets, eigens, observed, theirs)
+    for name, target in targets.items():
+        module: Any = target.module
+        for field in _TEMPORARY:
+            vars(module).pop(field, None)
+        if name in eigens:
+            module.eigens = eigens[name]
+            if not theirs.prune_temporary_fields:
+                module.corda_method, module.rank = method, target.rank
+        if name in kept:
+            module.covariance_matrix, module.sample_count = kept[name].matrix, kept[name].calls
 
 
 def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConfig:
@@ -186,8 +180,8 @@ def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConf
             "layers share are held once, and memory_limit bounds them",
             CompatibilityWarning,
         )
-    keeps_covariances = options.covariance_file is not None or not options.prune_temporary_fields
-    if memory_limit is not None and keeps_covariances:
+    freed = options.covariance_file is None and options.prune_temporary_fields
+    if memory_limit is not None and not freed:
         raise ConfigError(
             "memory_limit frees covariances as it goes: it cannot be combined with covariance_file "
             "or prune_temporary_fields=False"
@@ -195,37 +189,66 @@ def _checked(options: CordaConfig | None, memory_limit: int | None) -> CordaConf
     return options
 
 
-def _parts(targets: Mapping[str, Target], memory_limit: int | None) -> Iterator[dict[str, Target]]:
+def _parts(targets: dict[str, Target], memory_limit: int | None) -> list[dict[str, Target]]:
     """Consecutive layers whose covariances, taken as shared by none, fit into the limit."""
-    part: dict[str, Target] = {}
-    used = 0
+    if memory_limit is None:
+        return [targets]
+    parts: list[dict[str, Target]] = []
+    room = 0
     for name, target in targets.items():
         size = 4 * target.weight.shape[1] ** 2
-        if memory_limit is not None and size > memory_limit:
+        if size > memory_limit:
             raise ConfigError(
                 f"the covariance of layer {name} alone takes {size} bytes, more than "
                 f"memory_limit={memory_limit}"
             )
-        if memory_limit is not None and used + size > memory_limit:
-            yield part
-            part, used = {}, 0
-        part[name] = target
-        used += size
-    yield part
+        if size > room or not parts:
+            parts.append({})
+            room = memory_limit
+        parts[-1][name] = target
+        room -= size
+    return parts
+
+
+def _covariances(
+    model: nn.Module,
+    targets: dict[str, Target],
+    theirs: CordaConfig,
+    ours: Options,
+    observer: Observer | None,
+) -> Iterator[dict[str, Observed]]:
+    """The layers' covariances, from their file or from passes of `run_model`; all, or in parts."""
+    file = theirs.covariance_file
+    if cache.is_written(file):
+        found = cache.read_covariances(file, targets, ours.normalize, model)
+        ours.check_seen(targets, found, f"are not in {file}")
+        yield found
+        return
+    if observer is None:
+        raise ConfigError(
+            "run_model is None, but neither the cache nor the covariance file is written yet: pass "
+            "a function that runs the model on calibration data"
+        )
+    for part in _parts(targets, ours.memory_limit):
+        found = observer.observe(part)
+        ours.check_seen(part, found, "never received a token")
+        if file is not None:
+            cache.write_covariances(file, found, model, ours.normalize)
+        yield found
 
 
 def _decompose(
-    covariances: dict[str, Observed], part: Mapping[str, Target], theirs: CordaConfig, ours: Options
+    found: dict[str, Observed], targets: dict[str, Target], theirs: CordaConfig, ours: Options
 ) -> dict[str, cache.CordaEigens]:
-    """The layers' components. Uses `covariances` up: each is freed after its last reader."""
-    order = list(covariances)
-    weights = {name: part[name].weight for name in order}
+    """The layers' components. Uses `found` up: each is freed after its last reader."""
+    order = list(found)
+    weights = {name: targets[name].weight for name in order}
     # The very same tensor for layers that share it.
-    matrices = {name: covariances.pop(name).matrix for name in order}
+    matrices = {name: found.pop(name).matrix for name in order}
     decomposed = co_svd_layers(
         weights,
         matrices,
-        rank={name: part[name].rank for name in order},
+        rank={name: targets[name].rank for name in order},
         which="largest" if theirs.corda_method == "ipm" else "smallest",
         method=ours.method,
         damping=ours.damping,
@@ -233,28 +256,17 @@ def _decompose(
     bar = progress_bar(
         decomposed, description="decomposing", unit="layers", shown=theirs.verbose, total=len(order)
     )
-    found = {}
+    eigens = {}
     for name, components in bar:
-        found[name] = cache.corda_eigens(weights[name], components)
+        eigens[name] = cache.corda_eigens(weights[name], components)
         del matrices[name]
-    return {name: found[name] for name in order}
+    return {name: eigens[name] for name in order}
 
 
-def _attach(
-    targets: Mapping[str, Target],
-    eigens: Mapping[str, cache.CordaEigens],
-    observed: Mapping[str, Observed],
-    options: CordaConfig,
-) -> None:
-    for name, target in targets.items():
-        module: Any = target.module
-        for field in _TEMPORARY:
-            if hasattr(module, field):
-                delattr(module, field)
-        if name in eigens:
-            module.eigens = eigens[name]
-            if not options.prune_temporary_fields:
-                module.corda_method, module.rank = options.corda_method, target.rank
-        if name in observed:
-            module.covariance_matrix = observed[name].matrix
-            module.sample_count = observed[name].calls
+def _exclude(config: LoraConfig, names: Sequence[str]) -> None:
+    """Adds layers to `config.exclude_modules`, in place: `get_peft_model` then passes them by."""
+    present = config.exclude_modules or []
+    if isinstance(present, str):
+        config.exclude_modules = "|".join([f"(?:{present})", *map(re.escape, names)])
+    else:
+        config.exclude_modules = {*present, *names}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 
 from corda_kernels.adapter import not_selectable
 from corda_kernels.errors import RankError, TargetError
-from corda_kernels.linears import is_linear, is_quantised, linear_weight
-from corda_kernels.models import check_unshared
+from corda_kernels.linears import is_quantised, linear_layers, linear_weight
+from corda_kernels.models import check_unshared, no_match
 
 # What PEFT's corda_init accepts.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,38 +61,31 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             "by a second adapter with another init_lora_weights"
         )
     resolved = _resolve(config, model)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = linear_layers(model)
     targets = {}
     for name, module in linears.items():
         if LoraModel._check_target_module_exists(resolved, name):
             key = get_pattern_key(resolved.rank_pattern.keys(), name)
             targets[name] = Target(module, resolved.rank_pattern.get(key, resolved.r))
     if not targets:
-        endings = sorted({name.rpartition(".")[2] for name in linears})
-        raise TargetError(
-            f"no linear layer matches target_modules={config.target_modules!r}; the model's linear "
-            f"layers end in: {', '.join(endings[:20]) or '(it has none)'}"
-        )
-    for name, reason in not_selectable(model, targets).items():
-        raise TargetError(
-            f"layer {name} cannot be adapted through PEFT ({reason}): leave it out of "
-            "target_modules"
-        )
+        raise no_match("target_modules", config.target_modules, linears)
     check_unshared(model, {name: target.module for name, target in targets.items()})
+    unselectable = not_selectable(model, targets)
     for name, target in targets.items():
-        module = target.module
-        if module.weight.is_meta:
-            raise TargetError(
-                f"the weight of layer {name} is offloaded (device meta), where PEFT cannot change "
-                "it: load the model with a device_map that keeps all targets on a device"
+        module, weight, wrong = target.module, target.module.weight, ""
+        if name in unselectable:
+            wrong = f"cannot be adapted through PEFT ({unselectable[name]}): leave it out"
+        elif weight.is_meta:
+            wrong = "is offloaded: load the model with a device_map that keeps it on a device"
+        elif weight.dtype not in _DTYPES or is_quantised(module):
+            kind = type(weight).__name__ if is_quantised(module) else weight.dtype
+            wrong = (
+                f"({type(module).__name__}) holds its weight as {kind}, into which PEFT cannot "
+                "write W − B·A: load it in float32, float16 or bfloat16, or take init_corda, which "
+                "leaves the base as it is"
             )
-        if module.weight.dtype not in _DTYPES or is_quantised(module):
-            kind = type(module.weight).__name__ if is_quantised(module) else module.weight.dtype
-            raise TargetError(
-                f"layer {name} ({type(module).__name__}) holds its weight as {kind}, into which "
-                "PEFT cannot write W − B·A: load it in float32, float16 or bfloat16, and quantise "
-                "the residual afterwards; or take init_corda, which leaves the base as it is"
-            )
+        if wrong:
+            raise TargetError(f"layer {name} {wrong}")
         outputs, inputs = target.weight.shape
         if not 1 <= target.rank <= min(outputs, inputs):
             raise RankError(
@@ -102,15 +93,6 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
                 "another in rank_pattern, or leave the layer out of target_modules"
             )
     return targets
-
-
-def exclude(config: LoraConfig, names: Sequence[str]) -> None:
-    """Adds layers to `config.exclude_modules`, in place: `get_peft_model` then passes them by."""
-    present = config.exclude_modules or []
-    if isinstance(present, str):
-        config.exclude_modules = "|".join([f"(?:{present})", *map(re.escape, names)])
-    else:
-        config.exclude_modules = {*present, *names}
 
 
 def _resolve(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError, ModelError
 from corda_kernels.linalg import co_svd
 from corda_kernels.linears import linear_weight
-from corda_kernels.planning.selection import model_layer
+from corda_kernels.planning.selection import check_alike, model_layer
 from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
-_MOST_WEIGHT = 1e100  # sums of such are finite
 _MOST_STEPS = 10_000
+_NOT_NOTED = ("stability", "versions")  # long, or said already
 
 
 @torch.no_grad()
@@ -77,18 +77,24 @@ def mix_covariances(
     mixed: dict[str, Covariance] = {}
     for names in _shared_by_all(sets):
         if any(shares[name] != shares[names[0]] for name in names):
-            raise ConfigError(
-                f"{names[0]} and {names[-1]} read one input and need the same weights"
-            )
-        parts = [part[names[0]] for part in sets]
-        covariance = _mixture(parts, shares[names[0]], normalize, names[0])
+            raise ConfigError(f"{names[0]} and {names[-1]} read one input: weigh both the same")
+        covariance = _mixture(sets, names[0], shares[names[0]], normalize)
         mixed.update(dict.fromkeys(names, covariance))
-    first = sets[0]
+    sources = [
+        {note: value for note, value in part.provenance.items() if note not in _NOT_NOTED}
+        for part in sets
+    ]
+    each = shares if isinstance(weights, Mapping) else next(iter(shares.values()))
     return CovarianceSet(
-        {name: mixed[name] for name in first},
-        normalize=first.normalize,
+        {name: mixed[name] for name in sets[0]},
+        normalize=sets[0].normalize,
         left_out={name: reason for part in sets for name, reason in part.left_out.items()},
-        provenance=_provenance(sets, weights, shares, normalize),
+        provenance={
+            "model": sources[0].get("model", ""),
+            "tokens": sum(source.get("tokens", 0) for source in sources),
+            "versions": library_versions(),
+            "mixture": {"normalize": normalize, "weights": each, "sources": sources},
+        },
     )
 
 
@@ -137,9 +143,7 @@ def drift_weights(
     whole_number("rank", rank, 1)
     whole_number("steps", steps, 1, _MOST_STEPS)
     instance_of("model", model, nn.Module, ModelError)
-    _check_sets(sets)
-    instance_of("held_out", held_out, Sequence, CovarianceError)
-    _check_sets([*sets, *held_out])
+    _check_sets(sets, held_out)
     if len(held_out) != len(sets):
         raise ConfigError(f"{len(sets)} domains need as many held-out sets, got {len(held_out)}")
     grid = [
@@ -147,64 +151,46 @@ def drift_weights(
         for counts in itertools.product(range(steps + 1), repeat=len(sets))
         if sum(counts) == steps
     ]
-    alone = [grid.index(tuple(float(d == e) for e in range(len(sets)))) for d in range(len(sets))]
+    alone = [grid.index(tuple(row)) for row in torch.eye(len(sets)).tolist()]
     chosen: dict[str, tuple[float, ...]] = {}
-    for names in progress_bar(
-        _shared_by_all([*sets, *held_out]), description="drift", unit="inputs", shown=progress
-    ):
+    groups = _shared_by_all([*sets, *held_out])
+    for names in progress_bar(groups, description="drift", unit="inputs", shown=progress):
         layers = [linear_weight(model_layer(model, name)).detach() for name in names]
-        parts = [part[names[0]] for part in sets]
         outside = [part[names[0]].matrix for part in held_out]
-        mixtures = (_mixture(parts, shares, normalize, names[0]).matrix for shares in grid)
+        mixtures = (_mixture(sets, names[0], shares, normalize).matrix for shares in grid)
         drifts = torch.stack([_drift(layers, C, outside, rank, damping) for C in mixtures])
-        best = drifts[alone].diagonal()
-        worst = (drifts / best).amax(1)
+        worst = (drifts / drifts[alone].diagonal()).amax(1)
         chosen.update(dict.fromkeys(names, grid[int(worst.argmin())]))
     return {name: chosen[name] for name in sets[0]}
 
 
 def _drift(
-    layers: Sequence[Tensor],
-    mixture: Tensor,
-    outside: Sequence[Tensor],
-    rank: int,
-    damping: float | None,
+    layers: list[Tensor], mixture: Tensor, outside: list[Tensor], rank: int, damping: float | None
 ) -> Tensor:
     """Drift of each domain's held-out outputs, (domains), summed over layers of one input."""
     moved = torch.zeros(len(outside), dtype=torch.float64)
     whole = torch.zeros_like(moved)
     for weight in layers:
-        device = weight.device
-        k = min(rank, *weight.shape)
-        part = co_svd(weight, mixture.to(device), rank=k, which="smallest", damping=damping)
+        k, C = min(rank, *weight.shape), mixture.to(weight.device)
+        part = co_svd(weight, C, rank=k, which="smallest", damping=damping)
         W = weight.double()
         trained = part.U.mT @ W
         for domain, matrix in enumerate(outside):
-            C = matrix.to(device).double()
+            C = matrix.to(W)
             moved[domain] += float(((trained @ C) * trained).sum())
             whole[domain] += float(((W @ C) * W).sum())
     # Below this it is rounding, of which there is no ratio.
     return (moved / whole.clamp_min(1e-300)).clamp_min(1e-14)
 
 
-def _check_sets(sets: Sequence[CovarianceSet]) -> None:
+def _check_sets(sets: Sequence[CovarianceSet], held_out: Sequence[CovarianceSet] = ()) -> None:
     instance_of("sets", sets, Sequence, CovarianceError)
-    for part in sets:
-        instance_of("each set", part, CovarianceSet, CovarianceError)
+    instance_of("held_out", held_out, Sequence, CovarianceError)
     if not sets:
         raise CovarianceError("there are no covariances to mix: give at least one set")
-    for index, part in enumerate(sets[1:], 1):
-        if part.normalize != sets[0].normalize:
-            raise CovarianceError(
-                f'covariances normalised by "{sets[0].normalize}" and "{part.normalize}" cannot be '
-                "mixed: calibrate all alike"
-            )
-        odd = sorted(part.keys() ^ sets[0].keys())
-        if odd:
-            raise CovarianceError(
-                f"sets 0 and {index} cover different layers ({odd[0]} and {len(odd) - 1} more are "
-                "in one only): calibrate all with the same model and targets"
-            )
+    for index, part in enumerate([*sets, *held_out]):
+        instance_of("each set", part, CovarianceSet, CovarianceError)
+        check_alike(f"sets 0 and {index}", part, sets[0].normalize, sets[0])
 
 
 def _shared_by_all(sets: Sequence[CovarianceSet]) -> list[list[str]]:
@@ -217,42 +203,36 @@ def _shared_by_all(sets: Sequence[CovarianceSet]) -> list[list[str]]:
 
 def _shares(weights: Weights, sets: Sequence[CovarianceSet]) -> dict[str, tuple[float, ...]]:
     """Weights of each layer, their sum 1."""
-    if not isinstance(weights, Mapping):
-        return dict.fromkeys(sets[0], _normalized(weights, len(sets), "the weights"))
-    odd = sorted(weights.keys() ^ sets[0].keys())
-    if odd:
-        raise ConfigError(
-            f"weights by layer must name the layers of the sets; {odd[0]} is in one only"
-        )
-    return {name: _normalized(weights[name], len(sets), name) for name in sets[0]}
-
-
-def _normalized(weights: Sequence[float], count: int, whose: str) -> tuple[float, ...]:
-    rule = (
-        f"{count} sets need {count} weights of at least 0, not all of them 0, and below "
-        f"{_MOST_WEIGHT:.0e}"
-    )
-    if not isinstance(weights, Sequence) or len(weights) != count:
-        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
-    each = [
-        real_number(whose, weight, f"numbers: {rule}", lambda x: 0 <= x < _MOST_WEIGHT)
-        for weight in weights
-    ]
-    total = math.fsum(each)
-    if not total:
-        raise ConfigError(f"{whose}: {rule}, got {shown(weights)}")
-    return tuple(weight / total for weight in each)
+    by_layer = weights if isinstance(weights, Mapping) else dict.fromkeys(sets[0], weights)
+    if odd := sorted(by_layer.keys() ^ sets[0].keys()):
+        raise ConfigError(f"weights by layer must be of the sets' layers: {odd[0]} is in one only")
+    count = len(sets)
+    rule = f"{count} sets need {count} weights of at least 0, not all of them 0, and below 1e100"
+    shares = {}
+    for name in sets[0]:
+        given, what = by_layer[name], f"weights of layer {name}"
+        each: list[float] = []
+        if isinstance(given, Sequence) and len(given) == count:
+            # Sums of such are finite.
+            each = [
+                real_number(what, x, f"numbers: {rule}", lambda x: 0 <= x < 1e100) for x in given
+            ]
+        if not any(each):
+            raise ConfigError(f"{what}: {rule}, got {shown(given)}")
+        shares[name] = tuple(weight / math.fsum(each) for weight in each)
+    return shares
 
 
 def _mixture(
-    parts: Sequence[Covariance], shares: Sequence[float], normalize: str, name: str
+    sets: Sequence[CovarianceSet], name: str, shares: Sequence[float], normalize: str
 ) -> Covariance:
+    parts = [part[name] for part in sets]
     thresholds = {part.outlier_threshold for part in parts}
     widths = {part.matrix.shape[0] for part in parts}
     if len(thresholds) > 1 or len(widths) > 1:
         raise CovarianceError(
-            f"layer {name}: covariances of {sorted(widths)} channels and outlier thresholds "
-            f"{sorted(thresholds)} cannot be mixed: calibrate all with the same model and options"
+            f"layer {name}: {sorted(widths)} channels and outlier thresholds {sorted(thresholds)} "
+            "do not mix: calibrate all with the same model and options"
         )
     scales = list(shares)
     if normalize == "trace":
@@ -260,39 +240,11 @@ def _mixture(
         mean = math.fsum(share * trace for share, trace in zip(shares, traces, strict=True))
         scales = [s * mean / trace if trace else s for s, trace in zip(shares, traces, strict=True)]
     # A part of weight 0 leaves no trace, not even of an Inf.
-    used = [(part, scale) for part, scale in zip(parts, scales, strict=True) if scale]
+    used = [part for part, scale in zip(parts, scales, strict=True) if scale]
     matrix = torch.zeros_like(parts[0].matrix)
-    for part, scale in used:
+    for part, scale in zip(used, filter(None, scales), strict=True):
         matrix.add_(part.matrix.to(matrix), alpha=scale)
-    counts = [part.outlier_count.to(matrix.device) for part, _ in used]
-    return Covariance(
-        matrix,
-        tokens=sum(part.tokens for part, _ in used),
-        calls=sum(part.calls for part, _ in used),
-        absmax=torch.stack([part.absmax.to(matrix.device) for part, _ in used]).amax(0),
-        outlier_count=torch.stack(counts).sum(0),
-        outlier_threshold=parts[0].outlier_threshold,
-    )
-
-
-def _provenance(
-    sets: Sequence[CovarianceSet],
-    weights: Weights,
-    shares: Mapping[str, tuple[float, ...]],
-    normalize: str,
-) -> dict[str, Any]:
-    by_layer = isinstance(weights, Mapping)
-    sources = [dict(part.provenance) for part in sets]
-    for source in sources:
-        for note in ("stability", "versions"):  # long, or said already
-            source.pop(note, None)
-    return {
-        "model": sources[0].get("model", ""),
-        "tokens": sum(source.get("tokens", 0) for source in sources),
-        "versions": library_versions(),
-        "mixture": {
-            "normalize": normalize,
-            "weights": dict(shares) if by_layer else next(iter(shares.values())),
-            "sources": sources,
-        },
-    }
+    tokens, calls = sum(part.tokens for part in used), sum(part.calls for part in used)
+    absmax = torch.stack([part.absmax.to(matrix.device) for part in used]).amax(0)
+    counts = torch.stack([part.outlier_count.to(matrix.device) for part in used]).sum(0)
+    return Covariance(matrix, tokens, calls, absmax, counts, parts[0].outlier_threshold)

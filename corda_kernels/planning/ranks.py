@@ -29,6 +29,7 @@ from corda_kernels.errors import ConfigError, RankError
 Shapes = Mapping[str, tuple[int, int]]
 
 _MOST = 2**40  # of a rank or a size: more than any layer has, and products fit into int64
+_LAST = torch.full((1,), torch.inf, dtype=torch.float64)  # score of a layer's last component
 _DIGITS = 99  # of a budget: more than any that is meant, and fewer than Python refuses to read
 
 
@@ -98,21 +99,17 @@ def allocate_ranks(
     rows = whole_number("rows", rows, 1, 1024)
     check_bounds(min_rank, max_rank, rank_multiple)
     _check_names(spectra, log_condition, shapes)
-    for name, shape in shapes.items():
-        _check_shape(name, shape)
     values = [_checked_spectrum(name, spectra[name], shapes[name]) for name in spectra]
-    factors = [_checked_log_condition(name, log_condition[name]) for name in spectra]
     if not values:
         return {}
 
     sizes = torch.tensor([len(value) for value in values])
     multiple = int(rank_multiple)
-    costs = rows * multiple * torch.tensor([sum(shapes[name]) for name in spectra])
-    most, guaranteed = _bounds(sizes, min_rank, max_rank, multiple)
-    _check_paid(guaranteed // multiple * costs, budget, min_rank)
+    costs = rows * torch.tensor([sum(shapes[name]) for name in spectra])
+    most, guaranteed = _bounds(sizes, costs, budget, min_rank, max_rank, multiple)
 
     # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
-    order = _filtering_order(values, factors)
+    order = _filtering_order(values, list(spectra), log_condition)
     layer = torch.repeat_interleave(torch.arange(len(values)), sizes)
     nth = torch.arange(len(layer)) - (sizes.cumsum(0) - sizes)[layer] + 1
     if mode == "ipm":
@@ -124,7 +121,7 @@ def allocate_ranks(
     first = nth <= guaranteed[layer]
     layer = torch.cat([layer[first], layer[~first]])
 
-    spent = costs[layer].cumsum(0)
+    spent = multiple * costs[layer].cumsum(0)
     # A budget beyond int64 is no more than all of it.
     paid = int((spent <= min(budget, int((sizes * costs).sum()))).sum())
     ranks = torch.bincount(layer[:paid], minlength=len(values)) * multiple
@@ -147,12 +144,7 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
 
 
 def check_guaranteed(
-    shapes: Shapes,
-    budget: int,
-    min_rank: int,
-    max_rank: int | None,
-    rank_multiple: int,
-    rows: int = 1,
+    shapes: Shapes, budget: int, min_rank: int, max_rank: int | None, rank_multiple: int, rows: int
 ) -> None:
     """Refuses a budget that does not hold `min_rank` in every layer, before spectra are known.
 
@@ -160,26 +152,28 @@ def check_guaranteed(
         RankError: it does not.
     """
     sizes = torch.tensor([min(shape) for shape in shapes.values()])
-    _, guaranteed = _bounds(sizes, min_rank, max_rank, rank_multiple)
     costs = rows * torch.tensor([sum(shape) for shape in shapes.values()])
-    _check_paid(guaranteed * costs, budget, min_rank)
+    _bounds(sizes, costs, budget, min_rank, max_rank, rank_multiple)
 
 
 def _bounds(
-    sizes: Tensor, min_rank: int, max_rank: int | None, multiple: int
+    sizes: Tensor, costs: Tensor, budget: int, least: int, most: int | None, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """What each layer gets at most, and what before all others; multiples both."""
-    most = sizes if max_rank is None else sizes.clamp_max(max_rank)
-    most = most - most % multiple
-    return most, most.clamp_max(-(-min_rank // multiple) * multiple)
+    """What each layer gets at most, and what before all others; multiples both.
 
-
-def _check_paid(needed: Tensor, budget: int, min_rank: int) -> None:
-    if int(needed.sum()) > budget:
+    Raises:
+        RankError: the budget does not pay for the latter.
+    """
+    limit = sizes if most is None else sizes.clamp_max(most)
+    limit = limit - limit % multiple
+    guaranteed = limit.clamp_max(-(-least // multiple) * multiple)
+    needed = int((guaranteed * costs).sum())
+    if needed > budget:
         raise RankError(
-            f"min_rank {min_rank} needs {int(needed.sum())} adapter parameters over {len(needed)} "
-            f"layers, the budget holds {budget}: lower min_rank or raise the budget"
+            f"min_rank {least} needs {needed} adapter parameters over {len(sizes)} layers, the "
+            f"budget holds {budget}: lower min_rank or raise the budget"
         )
+    return limit, guaranteed
 
 
 def uniform_budget(shapes: Shapes, rank: int, rows: int = 1) -> int:
@@ -228,31 +222,30 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows
         if share.is_finite() and 0 < share <= 1:
             return int(share * total_parameters)
     raise ConfigError(
-        f"{shown(value)} is not a budget: write a whole number of parameters (2500000), a share of "
-        "the model (0.01 or 1%, above 0 and at most all of it), or the rank it would hold in all "
-        "layers (r=128)"
+        f"{shown(value)} is not a budget: write a number of parameters (2500000), a share of the "
+        "model (0.01 or 1%, at most all of it), or the rank it would hold in all layers (r=128)"
     )
 
 
-def _filtering_order(spectra: list[Tensor], factors: list[float]) -> Tensor:
+def _filtering_order(
+    spectra: list[Tensor], names: list[str], log_condition: Mapping[str, float]
+) -> Tensor:
     """Indices into all components, layer by layer and ascending, in the order of filtering.
 
     Within a layer the scores never fall: the next component is no smaller, the sum over what
     remains no larger, and rounding keeps both orders. The loop, which takes the lowest of
     all layers' next scores and the earlier layer's of equals, therefore merges sorted lists.
     """
-    scores = [_scores(*layer) for layer in zip(spectra, factors, strict=True)]
+    rule = "finite and at least 0 (damp a singular covariance)"
+    scores = []
+    for name, spectrum in zip(names, spectra, strict=True):
+        what = f"layer {name}: its log condition"
+        factor = real_number(what, log_condition[name], rule, lambda x: 0 <= x < math.inf)
+        tail = spectrum.flip(0)  # the smallest component first
+        # Summed from the largest down: a difference of sums would not be rounded in order.
+        remaining = spectrum.cumsum(0)[:-1].flip(0)
+        scores += [(factor * tail[:-1] / remaining).masked_fill(tail[:-1] == 0, 0), _LAST]
     return torch.sort(torch.cat(scores), stable=True).indices
-
-
-def _scores(spectrum: Tensor, factor: float) -> Tensor:
-    """Scores of a layer's components, (R,), the smallest component first."""
-    tail = spectrum.flip(0)
-    scores = torch.full_like(tail, torch.inf)
-    # Summed from the largest down: a difference of sums would not be rounded in order.
-    remaining = spectrum.cumsum(0)[:-1].flip(0)
-    scores[:-1] = (factor * tail[:-1] / remaining).masked_fill(tail[:-1] == 0, 0)
-    return scores
 
 
 def _check_names(
@@ -261,8 +254,7 @@ def _check_names(
     instance_of("spectra", spectra, Mapping)
     for what, given in (("log_condition", log_condition), ("shapes", shapes)):
         instance_of(what, given, Mapping)
-        odd = sorted(spectra.keys() ^ given.keys())
-        if odd:
+        if odd := sorted(spectra.keys() ^ given.keys()):
             there, absent = ("spectra", what) if odd[0] in spectra else (what, "spectra")
             raise ConfigError(
                 f"layer {odd[0]} is in {there} but not in {absent} ({len(odd)} such layers): take "
@@ -270,23 +262,19 @@ def _check_names(
             )
 
 
-def _check_shape(name: str, shape: tuple[int, int]) -> None:
+def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The spectrum in float64 on the CPU; the shape is checked too."""
     what = f"layer {name}: its shape"
     instance_of(what, shape, (tuple, list))
     if len(shape) != 2:
         raise ConfigError(f"{what} must be (out, in), got {shown(shape)}")
     for size in shape:
         whole_number(f"each size in {what}", size, 1, _MOST)
-
-
-def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The spectrum in float64 on the CPU."""
-    real_tensor(f"layer {name}: its spectrum", spectrum, ConfigError)
+    what = f"layer {name}: its spectrum"
+    real_tensor(what, spectrum, ConfigError)
     spectrum = spectrum.detach().cpu().double()
     if spectrum.ndim != 1 or not len(spectrum):
-        raise ConfigError(
-            f"layer {name}: a spectrum is a vector of singular values, got {tuple(spectrum.shape)}"
-        )
+        raise ConfigError(f"{what} is a vector of singular values, got {tuple(spectrum.shape)}")
     if len(spectrum) > min(shape):
         raise RankError(
             f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[0]} × "
@@ -294,20 +282,8 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
         )
     if not bool(spectrum.sum().isfinite()):
         raise ConfigError(
-            f"layer {name}: its spectrum holds NaN or Inf, or sums up to Inf: check its weight and "
-            "covariance, or compute the spectrum in a wider dtype"
+            f"{what} holds NaN or Inf, or sums up to Inf: check weight and covariance"
         )
     if bool(spectrum[-1] < 0) or bool((spectrum.diff() > 0).any()):
-        raise ConfigError(
-            f"layer {name}: its singular values must be descending and at least 0; "
-            "were they eigenvalues, or sorted the other way round?"
-        )
+        raise ConfigError(f"{what} must be descending and at least 0: was it sorted otherwise?")
     return spectrum
-
-
-def _checked_log_condition(name: str, value: float) -> float:
-    rule = (
-        "finite and at least 0 (damp a singular covariance, and divide one by its mean diagonal "
-        "where the condition depends on its scale)"
-    )
-    return real_number(f"layer {name}: its log condition", value, rule, lambda x: 0 <= x < math.inf)

@@ -5,11 +5,9 @@ Selection scores every candidate by it, rank allocation reads the same two parts
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from corda_kernels.arguments import instance_of, one_of, real_tensor, whole_number
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.covariance import Group
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
 from corda_kernels.linalg import extreme_eigenvalues, parallel_map, singular_values
@@ -34,11 +33,7 @@ SCORING_DAMPING = 0.01
 # Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
 _SMALL = 2048
 
-# A covariance and the layers that read that input.
-_Group = tuple[Tensor, list[str]]
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -103,7 +98,8 @@ def log_condition(
         condition: which π.
 
     Returns:
-        (*batch) float64. λmax and λmin come from Lanczos steps (`extreme_eigenvalues`).
+        (*batch) float64. λmax and λmin come from all eigenvalues up to 2048 channels, beyond from
+        Lanczos steps (`extreme_eigenvalues`).
 
     Raises:
         ConfigError: damping, condition or outputs is not possible.
@@ -113,20 +109,14 @@ def log_condition(
     check_condition(damping, condition)
     whole_number("outputs", outputs, 1)
     real_tensor("the covariance", covariance, DecompositionError)
-    if (
-        covariance.ndim < 2
-        or covariance.shape[-2] != covariance.shape[-1]
-        or not covariance.numel()
-    ):
-        raise DecompositionError(
-            f"a covariance must be (*batch, in, in), got {tuple(covariance.shape)}"
-        )
+    shape = tuple(covariance.shape)
+    if len(shape) < 2 or shape[-2] != shape[-1] or not covariance.numel():
+        raise DecompositionError(f"a covariance must be (*batch, in, in), got {shape}")
     damped = near_one(covariance)
     mean = damped.diagonal(dim1=-2, dim2=-1).mean(-1)
     if bool((mean == 0).any()):
         raise DecompositionError(
-            "all its inputs are zero on this text, so that there is nothing to score: leave it out "
-            "of the targets, or use other text"
+            "all its inputs are zero on this text: leave it out of the targets, or use other text"
         )
     damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean[..., None])
     largest, smallest = extreme_eigenvalues(damped)
@@ -195,65 +185,59 @@ def layer_spectra(
     check_condition(damping, condition)
     instance_of("covariances", covariances, CovarianceSet, CovarianceError)
     ranks = Ranks.of(distributed)
+    options = {"damping": damping, "condition": condition, "tail": tail}
     ranks.agree(
         "layer_spectra",
-        lambda: {
-            **layers_given(modules, modules),
-            **covariances_given(covariances),
-            "damping": damping,
-            "condition": condition,
-            "tail": tail,
-        },
+        lambda: layers_given(modules, modules) | covariances_given(covariances) | options,
     )
     share = ranks.share_layers(modules)
-    members = [
-        (covariance.matrix, [name for name in names if name in share])
-        for covariance, names in covariances.groups()
-    ]
-    groups = [(matrix, names) for matrix, names in members if names]
-    score = partial(_group_spectra, modules=share, damping=damping, condition=condition, tail=tail)
-    small: list[_Group] = []
-    large: list[_Group] = []
-    for group in groups:
-        device = share[group[1][0]].weight.device
-        beside = device == torch.device("cpu") and len(group[0]) <= _SMALL
-        (small if beside else large).append(group)
-    found: dict[str, LayerSpectrum] = {}
+
+    def scored(group: Group) -> dict[str, LayerSpectrum]:
+        """The layers that read one input."""
+        spectra: dict[str, LayerSpectrum] = {}
+        for name in group[1]:
+            with weights_at_hand(share[name]):
+                weight = linear_weight(share[name]).detach()
+                C = group[0].matrix.to(weight.device)
+                try:
+                    values = singular_values(weight, C, damping=damping, tail=tail)
+                    if not spectra:
+                        first = float(log_condition(C, 1, damping=damping, condition=condition))
+                except DecompositionError as error:
+                    raise DecompositionError(f"layer {name}: {error}") from error
+            spectra[name] = LayerSpectrum(values.cpu(), first + math.log(weight.shape[0]) / 2)
+        return spectra
+
+    members = ((part, [n for n in names if n in share]) for part, names in covariances.groups())
+    groups = [group for group in members if group[1]]
+    on_cpu = [share[names[0]].weight.device == torch.device("cpu") for _, names in groups]
     shown = progress and ranks.rank == 0
     bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
+    found: dict[str, LayerSpectrum] = {}
     with bar:
-        for part in itertools.chain(parallel_map(score, small), map(score, large)):
+        for part in each_input(scored, groups, on_cpu):
             found.update(part)
             bar.update(len(part))
-    found = {
-        name: spectrum for part in ranks.gather(found, "spectra") for name, spectrum in part.items()
-    }
-    return {name: found[name] for name in modules}
+    gathered = ranks.gather(found, "spectra")
+    return {name: next(part[name] for part in gathered if name in part) for name in modules}
 
 
-def _group_spectra(
-    group: _Group,
-    modules: Mapping[str, nn.Module],
-    damping: float,
-    condition: Condition,
-    tail: bool,
-) -> dict[str, LayerSpectrum]:
-    """Those of the layers that read one input."""
-    matrix, names = group
-    found: dict[str, LayerSpectrum] = {}
-    spread = 0.0
-    for name in names:
-        with weights_at_hand(modules[name]):
-            weight = linear_weight(modules[name]).detach()
-            C = matrix.to(weight.device)
-            try:
-                spectrum = singular_values(weight, C, damping=damping, tail=tail)
-                if not found:
-                    spread = float(log_condition(C, 1, damping=damping, condition=condition))
-            except DecompositionError as error:
-                raise DecompositionError(f"layer {name}: {error}") from error
-        found[name] = LayerSpectrum(spectrum.cpu(), spread + math.log(weight.shape[0]) / 2)
-    return found
+def each_input(
+    function: Callable[[Group], Result], groups: Sequence[Group], on_cpu: Sequence[bool]
+) -> Iterator[Result]:
+    """`function` of each covariance and the layers that read that input, small ones side by side.
+
+    Args:
+        function: see `parallel_map`.
+        groups: the covariances.
+        on_cpu: of each, whether that is where its work is done.
+    """
+    small: list[Group] = []
+    large: list[Group] = []
+    for group, here in zip(groups, on_cpu, strict=True):
+        (small if here and len(group[0].matrix) <= _SMALL else large).append(group)
+    yield from parallel_map(function, small)
+    yield from map(function, large)
 
 
 def check_condition(damping: float, condition: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -16,29 +17,30 @@ from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import ConfigError, CovarianceError, ModelError
 from corda_kernels.fields import (
-    Check,
+    Schema,
     check_fields,
     is_names,
     is_number,
-    is_object,
     is_text,
     is_whole,
+    number,
 )
 from corda_kernels.outputs import check_output
 from corda_kernels.planning.scores import CONDITIONS, Condition, check_condition, layer_spectra
+from corda_kernels.planning.stability import list_of
 
 Method = Literal["argmin", "pool"]
 
 METHODS = ("argmin", "pool")
 
-_FIELDS: dict[str, Check] = {
+_FIELDS: dict[str, Schema] = {
     "method": lambda value: value in METHODS,
-    "damping": lambda value: is_number(value, 0),
+    "damping": number(0),
     "condition": lambda value: value in CONDITIONS,
-    "tokens": lambda value: isinstance(value, list) and all(map(is_whole, value)),
-    "domains": lambda value: isinstance(value, list) and all(map(is_text, value)),
-    "scores": is_object,
-    "groups": lambda value: isinstance(value, list) and all(map(is_names, value)),
+    "tokens": list_of(is_whole),
+    "domains": list_of(is_text),
+    "scores": {"*": list_of(is_number)},
+    "groups": list_of(lambda value: is_names(value) and len(value) > 0),
 }
 
 # From how many times the deviation within one domain on scores are said to differ.
@@ -99,43 +101,32 @@ def select_covariance(
     instance_of("candidates", candidates, Iterable, CovarianceError)
     if distributed and state is not None:
         raise ConfigError("a distributed selection keeps no state: leave one of them out")
+    scoring: Any = {"damping": damping, "condition": condition}
     ranks = Ranks.of(distributed)
-    ranks.agree(
-        "select_covariance",
-        lambda: {"selection": selection, "damping": damping, "condition": condition},
-    )
+    ranks.agree("select_covariance", lambda: {"selection": selection, **scoring})
+    scoring |= {"tail": False, "distributed": distributed, "progress": progress}
     report = Selection(selection, damping, condition, [], [], {}, [])
     kept: dict[str, Covariance] = {}
-    about: CovarianceSet | None = None
+    about: dict[str, Any] = {}
     if state is not None and check_output(state).is_file():
-        about = CovarianceSet.load(state)
-        report = _resumed(about, report, state)
-        kept.update(about)
-        about = _without_covariances(about)
-    pending = iter(candidates)
-    for _ in range(report.rounds):
-        next(pending, None)
-    while (candidate := _produced(pending)) is not None:
-        if about is None:
-            about = _without_covariances(candidate)
-        else:
-            _check_alike(candidate, about.normalize, report.groups)
+        before = CovarianceSet.load(state)
+        report = _resumed(before, report, state)
+        kept, about = dict(before), _about(before)
+        del before
+    for entry in itertools.islice(candidates, report.rounds, None):
+        candidate = entry() if callable(entry) else entry
+        instance_of("each candidate", candidate, CovarianceSet, CovarianceError)
+        if about:
+            _check_comparable(candidate, about["normalize"], report.groups)
+        about = about or _about(candidate)
         modules = {name: model_layer(model, name) for name in candidate}
-        spectra = layer_spectra(
-            modules,
-            candidate,
-            damping=damping,
-            condition=condition,
-            tail=False,
-            distributed=distributed,
-            progress=progress,
-        )
+        spectra = layer_spectra(modules, candidate, **scoring)
         report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
         _adopt(kept, candidate, report)
-        del candidate  # before the next is made
+        del entry, candidate  # before the next is made
         if state is not None:
             _result(kept, about, report).save(state)
-    if about is None:
+    if not about:
         raise CovarianceError("there are no candidates to select from: give at least one")
     ranks.gather(None, "the end of the candidates")
     return _result(kept, about, report)
@@ -176,12 +167,15 @@ class Selection:
         """
         try:
             check_fields(value, _FIELDS)
-            _check_scores(value)
+            rounds = len(value["tokens"])
+            lengths = {len(each) for each in (value["domains"], *value["scores"].values())}
+            if lengths != {rounds} or not rounds:
+                raise ValueError("its fields are not of the same candidates")
+            if sorted(itertools.chain(*value["groups"])) != sorted(value["scores"]):
+                raise ValueError("'groups' and 'scores' are not of the same layers")
         except ValueError as error:
-            raise CovarianceError(
-                f"the covariances' note on their selection cannot be read ({error}): "
-                "calibrate again"
-            ) from error
+            what = "the covariances' note on their selection cannot be read"
+            raise CovarianceError(f"{what} ({error}): calibrate again") from error
         return cls(**value)
 
     def after(self, candidate: CovarianceSet, scores: Mapping[str, float]) -> Selection:
@@ -262,22 +256,6 @@ class Selection:
         )
 
 
-def _check_scores(value: Mapping[str, Any]) -> None:
-    """Makes sure that every layer of the groups has a score under every candidate.
-
-    Raises:
-        ValueError: one has not, or fields are of different numbers of candidates.
-    """
-    rounds = len(value["tokens"])
-    if not rounds or len(value["domains"]) != rounds:
-        raise ValueError("'domains' and 'tokens' are not of the same candidates")
-    if sorted(name for names in value["groups"] for name in names) != sorted(value["scores"]):
-        raise ValueError("'groups' and 'scores' are not of the same layers")
-    for name, scores in value["scores"].items():
-        if not (isinstance(scores, list) and len(scores) == rounds and all(map(is_number, scores))):
-            raise ValueError(f"the scores of {name} are not one number for each candidate")
-
-
 def _deviation(kinds: Sequence[Sequence[float]]) -> float:
     """Standard deviation within kinds, pooled over them, over the mean of all."""
     mean = statistics.fmean(value for kind in kinds for value in kind)
@@ -291,11 +269,9 @@ def _deviation(kinds: Sequence[Sequence[float]]) -> float:
 def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[str]) -> Selection:
     """The report in a state file, after a check that it belongs to the selection asked for."""
     if "selection" not in chosen.provenance:
-        raise ConfigError(
-            f"{path} holds covariances, but no selection to go on with: choose another file"
-        )
+        raise ConfigError(f"{path} holds no selection to go on with: choose another file")
     found = Selection.from_json(chosen.provenance["selection"])
-    _check_alike(chosen, chosen.normalize, found.groups)
+    _check_comparable(chosen, chosen.normalize, found.groups)
     for option in ("method", "damping", "condition"):
         before, now = getattr(found, option), getattr(asked, option)
         if before != now:
@@ -306,35 +282,40 @@ def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[st
     return found
 
 
-def _produced(
-    pending: Iterator[CovarianceSet | Callable[[], CovarianceSet]],
-) -> CovarianceSet | None:
-    """The next candidate, made if it has to be; None after the last."""
-    entry = next(pending, None)
-    if callable(entry):
-        entry = entry()
-    elif entry is None:
-        return None
-    instance_of("each candidate", entry, CovarianceSet, CovarianceError)
-    return entry
-
-
-def _check_alike(candidate: CovarianceSet, normalize: str, groups: Sequence[list[str]]) -> None:
-    if candidate.normalize != normalize:
-        raise CovarianceError(
-            f'candidates normalised by "{normalize}" and "{candidate.normalize}" cannot be '
-            "compared: calibrate all alike"
-        )
-    odd = sorted(candidate.keys() ^ {name for names in groups for name in names})
-    if odd:
-        raise CovarianceError(
-            f"the candidates cover different layers ({odd[0]} and {len(odd) - 1} more are in one "
-            "only): calibrate all with the same model and targets, on enough text for every layer"
-        )
+def _check_comparable(
+    candidate: CovarianceSet, normalize: str, groups: Sequence[list[str]]
+) -> None:
+    check_alike("the candidates", candidate, normalize, itertools.chain(*groups))
     if {frozenset(names) for _, names in candidate.groups()} != set(map(frozenset, groups)):
         raise CovarianceError(
-            "layers share their inputs in one candidate that do not in another, so that they "
-            "cannot decide together: calibrate all with the same model"
+            "layers share their inputs in one candidate that do not in another: calibrate all with "
+            "the same model"
+        )
+
+
+def check_alike(
+    which: str, covariances: CovarianceSet, normalize: str, names: Iterable[str]
+) -> None:
+    """Refuses covariances that do not go with others.
+
+    Args:
+        which: sets it is about.
+        covariances: one of them.
+        normalize: how the others are normalised.
+        names: of the layers that they cover.
+
+    Raises:
+        CovarianceError: they are normalised differently or cover different layers.
+    """
+    if covariances.normalize != normalize:
+        raise CovarianceError(
+            f'{which} are normalised by "{normalize}" and "{covariances.normalize}", which cannot '
+            "be put together: calibrate all alike"
+        )
+    if odd := sorted(covariances.keys() ^ set(names)):
+        raise CovarianceError(
+            f"{which} cover different layers ({odd[0]} and {len(odd) - 1} more are in one only): "
+            "calibrate all with the same model and targets, on enough text for every layer"
         )
 
 
@@ -345,32 +326,25 @@ def _adopt(kept: dict[str, Covariance], candidate: CovarianceSet, report: Select
     """
     winners = report.winners()
     for covariance, names in candidate.groups():
-        if names[0] not in kept:
-            kept.update(dict.fromkeys(names, covariance))
-        elif report.method == "pool":
-            pooled = kept[names[0]].merge(covariance, normalize=candidate.normalize)
-            kept.update(dict.fromkeys(names, pooled))
-        elif winners[names[0]] == report.rounds - 1:
-            kept.update(dict.fromkeys(names, covariance))
+        if report.method == "pool" and names[0] in kept:
+            covariance = kept[names[0]].merge(covariance, normalize=candidate.normalize)
+        elif winners[names[0]] < report.rounds - 1:
+            continue
+        kept.update(dict.fromkeys(names, covariance))
 
 
-def _without_covariances(covariances: CovarianceSet) -> CovarianceSet:
-    """What a set says about itself, without holding on to its matrices."""
-    return CovarianceSet(
-        {},
-        normalize=covariances.normalize,
-        left_out=covariances.left_out,
-        provenance=covariances.provenance,
-    )
+def _about(covariances: CovarianceSet) -> dict[str, Any]:
+    """What a set says about itself, without its matrices."""
+    return {name: getattr(covariances, name) for name in ("normalize", "left_out", "provenance")}
 
 
 def _result(
-    kept: Mapping[str, Covariance], about: CovarianceSet, report: Selection
+    kept: Mapping[str, Covariance], about: Mapping[str, Any], report: Selection
 ) -> CovarianceSet:
     # The stability was one candidate's, as was the domain.
-    notes = {k: v for k, v in about.provenance.items() if k not in ("stability", "domain")}
+    notes = {k: v for k, v in about["provenance"].items() if k not in ("stability", "domain")}
     notes |= {"tokens": sum(report.tokens), "selection": report.to_json()}
-    return CovarianceSet(kept, normalize=about.normalize, left_out=about.left_out, provenance=notes)
+    return CovarianceSet(kept, **{**about, "provenance": notes})
 
 
 def model_layer(model: nn.Module, name: str) -> nn.Module:
@@ -382,7 +356,5 @@ def model_layer(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise CovarianceError(
-            f"the model has no layer {name}, of which there is a covariance: calibrate the model "
-            "that the adapter is for"
-        ) from error
+        what = f"the model has no layer {name}, of which there is a covariance"
+        raise CovarianceError(f"{what}: give the model that was calibrated") from error

@@ -7,10 +7,11 @@ that matter at that end of the spectrum.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +19,26 @@ from torch import Tensor, nn
 from corda_kernels.arguments import instance_of, one_of, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.fields import Check, check_fields, is_number, is_object, is_whole
-from corda_kernels.linalg import CoSVD, co_svd_layers
+from corda_kernels.fields import Check, Schema, check_fields, is_number, is_whole, maybe, whole
+from corda_kernels.linalg import CoSVD, End, co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
 
-End = Literal["largest", "smallest"]
 
-_FIELDS: dict[str, Check] = {
-    "rank": lambda value: is_whole(value, 1),
+def list_of(check: Check) -> Check:
+    """A check for a list of what `check` accepts."""
+    return lambda value: isinstance(value, list | tuple) and all(map(check, value))
+
+
+# The attribute of `LayerStability` that has the agreement at an end.
+_AT: dict[End, str] = {"largest": "top", "smallest": "bottom"}
+_FIELDS: dict[str, Schema] = {
+    "rank": whole(1),
     "damping": lambda _: True,  # see check_damping
-    "tokens": lambda value: (
-        isinstance(value, list | tuple) and len(value) == 2 and all(map(is_whole, value))
-    ),
-    "layers": is_object,
+    "tokens": lambda value: list_of(is_whole)(value) and len(value) == 2,
+    "layers": {"*": {"top?": maybe(is_number), "bottom?": maybe(is_number)}},
 }
-_LAYER_FIELDS: dict[str, Check] = dict.fromkeys(
-    ("top", "bottom"), lambda value: value is None or is_number(value)
-)
 
 # Bounds of the verdicts "stable" and "fair".
 _TOP = (0.9, 0.75)
@@ -90,18 +92,13 @@ class Stability:
         try:
             check_fields(value, _FIELDS)
             check_damping(value["damping"])
-            for name, entry in value["layers"].items():
-                check_fields(entry, _LAYER_FIELDS, name, may_lack=_LAYER_FIELDS)
-                if entry.get("top") is None and entry.get("bottom") is None:
-                    raise ValueError(f"{name} has neither 'top' nor 'bottom'")
+            layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
+            if LayerStability() in layers.values():
+                raise ValueError("a layer has neither 'top' nor 'bottom'")
         except ValueError as error:
-            raise CovarianceError(
-                f"the covariances' note on their stability cannot be read ({error}): calibrate "
-                "again"
-            ) from error
-        layers = {name: LayerStability(**entry) for name, entry in value["layers"].items()}
-        first, second = value["tokens"]
-        return cls(value["rank"], value["damping"], (first, second), layers)
+            what = "the covariances' note on their stability cannot be read"
+            raise CovarianceError(f"{what} ({error}): calibrate again") from error
+        return cls(value["rank"], value["damping"], tuple(value["tokens"]), layers)
 
     def at(self, end: End, names: Iterable[str]) -> Stability | None:
         """What it says of some layers at one end alone; None if that was measured in none of them.
@@ -113,12 +110,12 @@ class Stability:
         Raises:
             ConfigError: there is no such end.
         """
-        one_of("end", end, ("largest", "smallest"))
-        known = {name: self.layers[name] for name in names if name in self.layers}
+        one_of("end", end, tuple(_AT))
+        known = {name: getattr(self.layers.get(name), _AT[end], None) for name in names}
         layers = {
-            name: replace(layer, bottom=None) if end == "largest" else replace(layer, top=None)
-            for name, layer in known.items()
-            if (layer.top if end == "largest" else layer.bottom) is not None
+            name: LayerStability(**{_AT[end]: share})
+            for name, share in known.items()
+            if share is not None
         }
         return replace(self, layers=layers) if layers else None
 
@@ -129,11 +126,8 @@ class Stability:
             ConfigError: the layer was measured at neither end.
         """
         instance_of("layer", layer, LayerStability)
-        grades = []
-        if layer.top is not None:
-            grades.append(sum(layer.top < bound for bound in _TOP))
-        if layer.bottom is not None:
-            grades.append(sum(layer.bottom < bound for bound in _BOTTOM))
+        ends = ((layer.top, _TOP), (layer.bottom, _BOTTOM))
+        grades = [sum(x < bound for bound in bounds) for x, bounds in ends if x is not None]
         if not grades:
             raise ConfigError("the layer's stability was measured at neither end: measure one")
         return ("stable", "fair", "unstable")[max(grades)]
@@ -167,8 +161,7 @@ def subspace_stability(
     *,
     rank: int,
     damping: float | None = 0.01,
-    top: bool = True,
-    bottom: bool = True,
+    ends: Sequence[str] = ("largest", "smallest"),
     progress: bool = False,
 ) -> Stability:
     """Compares the subspaces that two halves of a calibration text lead to.
@@ -179,8 +172,7 @@ def subspace_stability(
         second: covariances from the other.
         rank: number of components; cut to what a layer allows.
         damping: times the mean diagonal of each covariance.
-        top: whether to compare the largest components.
-        bottom: whether to compare the smallest.
+        ends: of the spectrum to compare, "largest" and "smallest" components.
         progress: whether to show a progress bar.
 
     Raises:
@@ -190,53 +182,45 @@ def subspace_stability(
     """
     rank = whole_number("rank", rank, 1)
     instance_of("modules", modules, Mapping)
-    for half in (first, second):
+    halves = (first, second)
+    for half in halves:
         instance_of("each half", half, CovarianceSet, CovarianceError)
-        missing = [name for name in modules if name not in half]
-        if missing:
-            raise CovarianceError(
-                f"a half has no covariance of layer {missing[0]}: calibrate it with that target"
-            )
-    asked: tuple[tuple[End, bool], ...] = (("largest", top), ("smallest", bottom))
-    ends = [end for end, wanted in asked if wanted]
+        if missing := [name for name in modules if name not in half]:
+            raise CovarianceError(f"a half has no covariance of layer {missing[0]}: calibrate it")
+    for each in ends:
+        one_of("each end", each, tuple(_AT))
     if not ends:
-        raise ConfigError("there is nothing to compare: ask for the top, the bottom or both")
+        raise ConfigError("there is nothing to compare: ask for the largest or smallest components")
     weights = LinearWeights(modules)
-    agreement: dict[End, dict[str, float]] = {end: {} for end in ends}
-    bar = progress_bar(
-        description="stability",
-        unit="decompositions",
-        shown=progress,
-        total=2 * len(ends) * len(weights),
-    )
+    ranks = {name: min(rank, *linear_shape(module)) for name, module in modules.items()}
 
-    def decomposed(half: CovarianceSet, end: End) -> Iterator[tuple[str, CoSVD]]:
-        ranks = {name: min(rank, *linear_shape(module)) for name, module in modules.items()}
-        matrices = {name: half[name].matrix for name in weights}
-        for part in co_svd_layers(weights, matrices, rank=ranks, which=end, damping=damping):
-            bar.update()
-            yield part
+    def decompositions() -> Iterator[tuple[End, str, CoSVD]]:
+        """Of both halves in turn, for each end."""
+        for end, half in itertools.product(_AT, halves):
+            if end in ends:
+                matrices = {name: half[name].matrix for name in weights}
+                options: Any = {"rank": ranks, "which": end, "damping": damping}
+                for name, part in co_svd_layers(weights, matrices, **options):
+                    yield end, name, part
 
-    with bar:
-        for end in ends:
-            of_first = dict(decomposed(first, end))
-            for name, of_second in decomposed(second, end):
-                pair = (of_first.pop(name), of_second)
-                if end == "largest":
-                    agreement[end][name] = _top_overlap(*pair)
-                else:
-                    weight = weights[name]
-                    both = [half[name].matrix.to(weight.device) for half in (first, second)]
-                    agreement[end][name] = _bottom_agreement(weight, both, pair, damping)
-    top_of, bottom_of = (agreement.get(end, {}) for end, _ in asked)
-    layers = {name: LayerStability(top_of.get(name), bottom_of.get(name)) for name in weights}
-    tokens = [max((c.tokens for c in half.values()), default=0) for half in (first, second)]
+    found: dict[str, dict[str, float]] = {name: {} for name in weights}
+    of_first: dict[str, CoSVD] = {}
+    total = 2 * len(ends) * len(weights)
+    bar: Any = {"description": "stability", "unit": "decompositions", "total": total}
+    for end, name, part in progress_bar(decompositions(), shown=progress, **bar):
+        if name not in of_first:
+            of_first[name] = part
+        elif end == "largest":
+            overlap = (of_first.pop(name).U.mT @ part.U).square().sum()
+            found[name][_AT[end]] = float(overlap) / part.U.shape[1]
+        else:
+            weight = weights[name]
+            both = [half[name].matrix.to(weight.device) for half in halves]
+            pair = (of_first.pop(name), part)
+            found[name][_AT[end]] = _bottom_agreement(weight, both, pair, damping)
+    layers = {name: LayerStability(**shares) for name, shares in found.items()}
+    tokens = [max((c.tokens for c in half.values()), default=0) for half in halves]
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
-
-
-def _top_overlap(first: CoSVD, second: CoSVD) -> float:
-    """‖U₁ᵀU₂‖²/rank."""
-    return float((first.U.mT @ second.U).square().sum()) / first.U.shape[1]
 
 
 def _bottom_agreement(

@@ -1,8 +1,8 @@
 """What an adapter or covariances hold: a table, and a page with figures in one HTML file."""
 
-from corda_kernels.report.content import Report
-from corda_kernels.report.gather import (
+from corda_kernels.report.content import (
     DAMPING,
+    Report,
     adapter_report,
     covariance_report,
     describe_mixture,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
 from corda_kernels.errors import CovarianceError, DecompositionError
-from corda_kernels.init.measured import measured_input, sampled_spectrum
-from corda_kernels.linalg import extreme_eigenvalues, parallel_map
-from corda_kernels.linears import linear_shape
-from corda_kernels.planning.scores import layer_spectra
+from corda_kernels.init.measured import measured_input, measured_layer, sampled_spectrum
+from corda_kernels.linalg import extreme_eigenvalues
+from corda_kernels.planning.scores import each_input, layer_spectra
 from corda_kernels.progress import progress_bar
 
 # Up to this many channels all eigenvalues are computed; beyond, only the extreme ones.
@@ -24,6 +22,7 @@ _DENSE_SIZE = 2048
 _SHIFT = 1e-6
 
 
+@torch.no_grad()
 def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list[dict[str, Any]]:
     """Of every distinct covariance what `measured_input` gives, and its spectrum, as JSON.
 
@@ -36,51 +35,37 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
         DecompositionError: a covariance is not finite.
     """
     groups = covariances.groups()
-    small: list[Group] = []
-    large: list[Group] = []
-    for group in groups:
-        matrix = group[0].matrix
-        beside = matrix.device.type == "cpu" and len(matrix) <= _DENSE_SIZE
-        (small if beside else large).append(group)
-    found: dict[str, dict[str, Any]] = {}
-    bar = progress_bar(description="spectra", unit="covariances", shown=progress, total=len(groups))
-    with bar:
-        for note in chain(parallel_map(_measured, small), map(_measured, large)):
-            found[note["layers"][0]] = note
-            bar.update()
+    notes = each_input(_measured, groups, [part.matrix.is_cpu for part, _ in groups])
+    bar: dict[str, Any] = {"description": "spectra", "unit": "covariances", "total": len(groups)}
+    found = {note["layers"][0]: note for note in progress_bar(notes, shown=progress, **bar)}
     return [found[names[0]] for _, names in groups]
 
 
 def _measured(group: Group) -> dict[str, Any]:
     covariance, names = group
-    try:
-        return measured_input(covariance, names) | _eigenvalues(covariance.matrix.double())
-    except DecompositionError as error:
-        raise DecompositionError(f"layer {names[0]}: {error}") from error
-
-
-@torch.no_grad()
-def _eigenvalues(matrix: Tensor) -> dict[str, Any]:
-    channels = matrix.shape[0]
-    mean = float(matrix.diagonal().mean())
+    note = measured_input(covariance, names)
+    matrix = covariance.matrix.double()
+    channels, mean = len(matrix), float(matrix.diagonal().mean())
     if not mean:
-        return {"effective_rank": 0.0}
+        return note | {"effective_rank": 0.0}
     if not bool(matrix.isfinite().all()):
-        raise DecompositionError("the covariance holds NaN or Inf: calibrate again")
+        raise DecompositionError(
+            f"layer {names[0]}: its covariance holds NaN or Inf: calibrate again"
+        )
     scaled = matrix / mean
-    found: dict[str, Any] = {"effective_rank": channels**2 / float(scaled.square().sum())}
+    note["effective_rank"] = channels**2 / float(scaled.square().sum())
     if channels <= _DENSE_SIZE:
         values = torch.linalg.eigvalsh(scaled).flip(-1)
         largest, smallest = float(values[0]), float(values[-1])
-        found["spectrum"] = sampled_spectrum(values.clamp_min(0), 0, channels)
+        note["spectrum"] = sampled_spectrum(values.clamp_min(0), 0, channels)
     else:
         try:
-            largest, smallest = (float(value) for value in extreme_eigenvalues(scaled))
+            largest, smallest = map(float, extreme_eigenvalues(scaled))
         except DecompositionError:
             scaled.diagonal().add_(_SHIFT)
             largest, smallest = float(extreme_eigenvalues(scaled)[0]) - _SHIFT, 0.0
     singular = smallest <= torch.finfo(scaled.dtype).eps * largest
-    return found | {"largest": largest, "smallest": 0.0 if singular else smallest}
+    return note | {"largest": largest, "smallest": 0.0 if singular else smallest}
 
 
 def measure_spectra(
@@ -90,7 +75,7 @@ def measure_spectra(
     damping: float | None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Shape and whole spectrum of W·C damped, by layer, as JSON.
+    """Shape, condition of C and whole spectrum of W·C, damped, by layer, as JSON.
 
     Raises:
         CovarianceError: no module has a covariance.
@@ -99,16 +84,7 @@ def measure_spectra(
     covered = {name: module for name, module in modules.items() if name in covariances}
     if not covered:
         raise CovarianceError(
-            "the covariances cover none of the model's layers: give the model that they were "
-            "taken from"
+            "the covariances cover none of the model's layers: give the model that they come from"
         )
     spectra = layer_spectra(covered, covariances, damping=damping or 0.0, progress=progress)
-    found = {}
-    for name, spectrum in spectra.items():
-        values = spectrum.singular_values
-        outputs, inputs = linear_shape(covered[name])
-        found[name] = {
-            "shape": [outputs, inputs],
-            "spectrum": sampled_spectrum(values, 0, values.numel()),
-        }
-    return found
+    return {name: measured_layer(covered[name], {}, spectra[name], "ratio") for name in spectra}

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 _BLOCK = re.compile(r"(?:(.*?)\.)?([0-9]{1,6})(?:\.(.*))?", re.DOTALL)
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,6}(?![^.])")
 
 
-class Place(NamedTuple):
-    """A layer's place.
+def place(name: str) -> tuple[str, int]:
+    """A layer's kind and block, by the first number in its name; further numbers become "*".
 
-    Attributes:
-        kind: what the layers of all blocks that do the same are called, such as "mlp.down_proj".
-        block: number of the block, 0 for layers outside of all.
+    Layers of all blocks that do the same are of one kind, such as "mlp.down_proj". Those outside of
+    all blocks have block 0.
     """
-
-    kind: str
-    block: int
-
-
-def place(name: str) -> Place:
-    """The place of a layer, by the first number in its name; further numbers become "*"."""
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return Place(name, 0)
+        return name, 0
     before, number, rest = match.groups(default="")
-    return Place(_NUMBER.sub("*", rest) or before or name, int(number))
+    return _NUMBER.sub("*", rest) or before or name, int(number)
 
 
-def by_kind(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
-    """Block and name of the layers of each kind, in the order in which kinds first come."""
+def by_kind(names: Iterable[str], most: int = 12) -> dict[str, list[tuple[int, str]]]:
+    """Block and name of the layers of each kind, ascending, in the order in which kinds first come.
+
+    Args:
+        names: of the layers.
+        most: how many kinds, those that have the most layers; a model has seven or so.
+    """
     kinds: dict[str, list[tuple[int, str]]] = {}
     for name in names:
         kind, block = place(name)
         kinds.setdefault(kind, []).append((block, name))
-    return kinds
+    largest = sorted(kinds, key=lambda kind: -len(kinds[kind]))[:most]
+    return {kind: sorted(entries) for kind, entries in kinds.items() if kind in largest}
 
 
 def printable(text: str) -> str:

@@ -25,10 +25,7 @@ def check_matplotlib() -> None:
         MissingExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(
-            "the report's figures need matplotlib, which is not installed; get it by: "
-            'pip install "corda_kernels[report]"'
-        )
+        raise MissingExtraError('figures need matplotlib: pip install "corda_kernels[report]"')
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
@@ -53,12 +50,7 @@ def html_page(report: Report) -> str:
     from corda_kernels.report.figures import draw_sections
 
     environment = Environment(
-        autoescape=True,
-        finalize=_shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["short"] = short
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corda_kernels.report.content import Input, Report
@@ -57,7 +58,7 @@ def layer_table(report: Report) -> Table:
     damped = "cond C damped" if report.damping else "cond C"
     rows: dict[str, dict[str, str]] = {}
     for name, layer in report.layers.items():
-        row = rows[name] = {} if name not in inputs else _input_cells(inputs[name])
+        row = rows[name] = _input_cells(inputs[name]) if name in inputs else {}
         if name in conditions:
             row[damped] = _ratio(conditions[name])
         if layer.tokens is not None:
@@ -89,8 +90,11 @@ def layer_table(report: Report) -> Table:
 
 
 def _input_cells(entry: Input) -> dict[str, str]:
-    row = {"tokens": f"{entry.tokens:,}", "in": str(entry.channels)}
-    row["outliers"] = str(entry.outliers)
+    row = {
+        "tokens": f"{entry.tokens:,}",
+        "in": f"{entry.channels}",
+        "outliers": f"{entry.outliers}",
+    }
     if entry.absmax:
         row["max |x|"] = f"{max(entry.absmax):.3g} ({entry.channel})"
     condition = entry.condition(0.0)
@@ -102,36 +106,25 @@ def _input_cells(entry: Input) -> dict[str, str]:
     return row
 
 
-def _selection_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
-    selection = report.selection
-    if selection is None:
-        return []
+def _selection_cells(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    if (selection := report.selection) is None:
+        return
     winners = selection.winners()
-    return [
-        (
-            name,
-            {
-                "chosen": str(winners[name] + 1) if selection.method == "argmin" else "all",
-                "score min": f"{min(selection.scores[name]):.4g}",
-                "max": f"{max(selection.scores[name]):.4g}",
-                "spread": f"{spread:.1%}",
-            },
-        )
-        for names, spread in zip(selection.groups, selection.spreads(), strict=True)
-        for name in names
-    ]
+    for names, spread in zip(selection.groups, selection.spreads(), strict=True):
+        for name in names:
+            scores = selection.scores[name]
+            chosen = str(winners[name] + 1) if selection.method == "argmin" else "all"
+            row = {"chosen": chosen, "score min": f"{min(scores):.4g}", "max": f"{max(scores):.4g}"}
+            yield name, row | {"spread": f"{spread:.1%}"}
 
 
-def _stability_cells(report: Report) -> list[tuple[str, dict[str, str]]]:
-    stability = report.stability
-    if stability is None:
-        return []
-    cells = []
+def _stability_cells(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    if (stability := report.stability) is None:
+        return
     for name, layer in stability.layers.items():
         shares = {"top": layer.top, "bottom": layer.bottom}
-        row = {end: f"{share:.2f}" for end, share in shares.items() if share is not None}
-        cells.append((name, row | {"verdict": stability.verdict(layer)}))
-    return cells
+        cells = {end: f"{share:.2f}" for end, share in shares.items() if share is not None}
+        yield name, cells | {"verdict": stability.verdict(layer)}
 
 
 def _ratio(value: float) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import LogitsProcessor
 
 from corda_kernels.adapter import LayerAdapter, live_adapter
+from corda_kernels.adapter.linear import low_rank
 from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
 
@@ -91,7 +93,11 @@ class RankSchedule:
             ConfigError: `generate` was called twice, or without the processor.
         """
         live = live_adapter(model)
-        if _starts_by_cancelling(model):
+        config: Any = (
+            model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+        )
+        # Then only the sum of the components began at 0, not each of them.
+        if getattr(config, "init_lora_weights", None) == "orthogonal":
             raise AdapterError(
                 'a part of a LoRA that began with init_lora_weights="orthogonal" changes the base, '
                 "trained or not: a schedule needs another start"
@@ -127,25 +133,25 @@ class RankControl(LogitsProcessor):  # type: ignore[misc]
         self._ends = ends
         self._layer_ranks = layer_ranks
         self._length: int | None = None
-        self._share = (
-            max(schedule.first, schedule.last) if schedule.kind == "entropy" else schedule.share(0)
-        )
+        entropy = schedule.kind == "entropy"
+        self._share = max(schedule.first, schedule.last) if entropy else schedule.share(0)
 
     @property
     def average_rank(self) -> float:
         """Mean over the steps and the adapted layers."""
-        return sum(self.ranks) / len(self.ranks)
+        return statistics.fmean(self.ranks)
 
     def rank(self, full: int) -> int:
         """Components in use, at present, of a layer that has `full`."""
         return round(self._share * full)
 
-    def __call__(
-        self,
-        input_ids: Tensor,  # (rows, tokens so far)
-        scores: Tensor,  # (rows, vocabulary), logits or their log-softmax
-    ) -> Tensor:
-        """Notes the step that gave `scores`, which are returned as they are."""
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Notes the step that gave `scores`, which are returned as they are.
+
+        Args:
+            input_ids: (rows, tokens so far).
+            scores: (rows, vocabulary), logits or their log-softmax.
+        """
         length = input_ids.shape[1]
         if self._length is not None and length != self._length + 1:
             raise ConfigError(
@@ -153,13 +159,10 @@ class RankControl(LogitsProcessor):  # type: ignore[misc]
                 "by token; open a block for each call, and generate without an assistant"
             )
         self._length = length
-        self.ranks.append(
-            sum(self.rank(full) for full in self._layer_ranks) / len(self._layer_ranks)
-        )
-        if self._schedule.kind == "entropy":
-            self._share = self._schedule.share(self._entropy(input_ids, scores))
-        else:
-            self._share = self._schedule.share(len(self.ranks))
+        self.ranks.append(statistics.fmean(map(self.rank, self._layer_ranks)))
+        entropy = self._schedule.kind == "entropy"
+        at = self._entropy(input_ids, scores) if entropy else len(self.ranks)
+        self._share = self._schedule.share(at)
         return scores
 
     def _entropy(self, input_ids: Tensor, scores: Tensor) -> float:
@@ -171,22 +174,10 @@ class RankControl(LogitsProcessor):  # type: ignore[misc]
 
 def _ends(model: nn.Module) -> Tensor:
     """Ids of the tokens that end a sequence or follow its end."""
-    config: Any = getattr(model, "generation_config", None)
-    found: list[int] = []
-    for name in ("eos_token_id", "pad_token_id"):
-        ids = getattr(config, name, None)
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return torch.tensor(found, dtype=torch.long)
-
-
-def _starts_by_cancelling(model: Any) -> bool:
-    """Whether only the sum of the components began at 0, not each of them."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return False
-    config: Any = model.peft_config[model.active_adapters[0]]
-    return bool(config.init_lora_weights == "orthogonal")
+    config = getattr(model, "generation_config", None)
+    found = [getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")]
+    ids = [each for one in found for each in (one if isinstance(one, list) else [one])]
+    return torch.tensor([each for each in ids if each is not None], dtype=torch.long)
 
 
 def _reverting(
@@ -200,14 +191,10 @@ def _reverting(
             return None
         components = torch.arange(layer.trained.rank, device=layer.A.device) % full
         unused = components < full - rank if smallest_first else components >= rank
-        learnt = _low_rank(args[0], layer.A[unused], layer.B[:, unused])
+        learnt = low_rank(args[0], layer.A[unused], layer.B[:, unused])
         if layer.initial is not None:
             initial = layer.initial.to(layer.A.device)
-            learnt = learnt - _low_rank(args[0], initial.A[unused], initial.B[:, unused])
+            learnt = learnt - low_rank(args[0], initial.A[unused], initial.B[:, unused])
         return (output - layer.scaling * learnt).to(output.dtype)
 
     return hook
-
-
-def _low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return functional.linear(functional.linear(x.to(A.dtype), A), B)

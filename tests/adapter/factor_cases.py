@@ -39,12 +39,6 @@ LAYERS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
 all_ends = pytest.mark.parametrize("which", ENDS)
 
 
-all_layers = pytest.mark.parametrize("name", LAYERS)
-
-
-all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square", "tall"])
-
-
 def layer(
     name: str, shape: tuple[int, int], which: str, rank: int = RANK
 ) -> tuple[Tensor, Tensor, CoSVD]:

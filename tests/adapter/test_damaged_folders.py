@@ -17,9 +17,8 @@ from torch import nn
 
 from corda_kernels import load_for_training
 from corda_kernels.adapter import Adapter, read_adapter, save_adapter
-from corda_kernels.adapter.folder import read_record
-from corda_kernels.adapter.lora import lora_config, lora_layers, read_lora
-from corda_kernels.adapter.record import check_base
+from corda_kernels.adapter.folder import lora_layers, read_lora, read_record
+from corda_kernels.adapter.record import check_base, lora_config
 from corda_kernels.errors import AdapterError
 
 WEIGHTS, INITIAL = "adapter_model.safetensors", "corda_initial.safetensors"
@@ -114,12 +113,12 @@ def test_a_field_of_the_record(calibrated: Callable[..., Any], folder: Path) -> 
 
 @pytest.mark.parametrize("kind", ["planned"], indirect=True)
 def test_a_field_of_the_configuration(folder: Path) -> None:
-    expected = lora_layers(*read_lora(folder), folder)
+    expected = lora_layers(read_lora(folder))
     file = folder / "adapter_config.json"
     for path, text in damaged_json(json.loads(file.read_text())):
         file.write_text(text)
         try:
-            found = lora_layers(*read_lora(folder), folder)
+            found = lora_layers(read_lora(folder))
         except AdapterError:
             continue
         assert same(found, expected, scaling=not path.startswith(OF_SCALING)), (path, text)

@@ -91,7 +91,10 @@ def test_a_lora_with_other_parts_can_only_be_copied(
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda m: m, "carries no adapter: attach one with init_corda or load_for_training"),
+        (
+            lambda m: m,
+            "carries no adapter of linear layers: attach one with init_corda or load_for_training",
+        ),
         (
             lambda m: get_peft_model(
                 m, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from factor_cases import (
+    ENDS,
     LAYERS,
     RANK,
-    all_ends,
-    all_layers,
-    all_shapes,
+    SHAPES,
     halves,
     layer,
     of_tokens,
@@ -21,6 +20,7 @@ from factor_cases import (
     random,
     span,
 )
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels import CordaConfig
@@ -30,9 +30,6 @@ from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import CoSVD, co_svd
 
 HOLDS = [1, 8, 0.25]
-
-
-all_holds = pytest.mark.parametrize("hold", HOLDS)
 
 
 def two_sided(
@@ -52,10 +49,7 @@ def gradients(factors: AdapterFactors, G: Tensor) -> AdapterFactors:
     return AdapterFactors(A.grad, B.grad)
 
 
-@all_shapes
-@all_ends
-@all_holds
-@all_layers
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS, name=list(LAYERS))
 def test_any_layer_gets_a_lora_of_twice_the_rank_that_starts_at_exactly_zero(
     name: str, hold: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -71,9 +65,7 @@ def test_any_layer_gets_a_lora_of_twice_the_rank_that_starts_at_exactly_zero(
         assert not bool(cast.product().any())
 
 
-@all_shapes
-@all_ends
-@all_holds
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS)
 def test_the_first_steps_are_those_of_the_published_factors(
     hold: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -97,9 +89,7 @@ def test_the_first_steps_are_those_of_the_published_factors(
     torch.testing.assert_close(cosine(of_Q, published.B, 0), ones)
 
 
-@all_shapes
-@all_ends
-@all_holds
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS)
 def test_p_and_s_span_the_component(hold: float, which: str, shape: tuple[int, int]) -> None:
     W, _, found = layer("well_conditioned", shape, which)
     P, _, _, S = halves(adapter_factors(W, found, hold=hold))
@@ -112,9 +102,7 @@ def test_p_and_s_span_the_component(hold: float, which: str, shape: tuple[int, i
     torch.testing.assert_close(cosine(S, found.U.mT @ W, 1), ones)
 
 
-@all_shapes
-@all_ends
-@all_holds
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS)
 def test_p_and_s_have_the_rms_of_loras_own_start_times_hold(
     hold: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -146,10 +134,7 @@ def first_step_of_adam(factors: AdapterFactors, rate: float = 1e-7) -> float:
     return float((factors.scaling * (B @ A) - product(factors)).norm()) / rate
 
 
-@all_shapes
-@all_ends
-@all_holds
-@pytest.mark.parametrize("name", ["well_conditioned", "dead_channels"])
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS, name=["well_conditioned", "dead_channels"])
 def test_the_first_step_moves_the_weight_by_a_root_of_two_more_than_loras(
     name: str, hold: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -230,10 +215,7 @@ def test_only_components_that_the_weight_lacks_get_a_row_of_zeros() -> None:
     assert bool((halves(adapter_factors(W, found))[3] != 0).any(1).all())
 
 
-@all_shapes
-@all_ends
-@all_holds
-@pytest.mark.parametrize("power", [0.5, 1.0])
+@pairwise(shape=SHAPES, which=ENDS, hold=HOLDS, power=[0.5, 1.0])
 def test_a_two_sided_decomposition_gives_the_directions_of_its_oblique_projection(
     power: float, hold: float, which: str, shape: tuple[int, int]
 ) -> None:

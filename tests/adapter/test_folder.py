@@ -347,7 +347,10 @@ def test_resized_embeddings_come_back(
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda m: m, "carries no adapter: attach one with init_corda or load_for_training"),
+        (
+            lambda m: m,
+            "carries no adapter of linear layers: attach one with init_corda or load_for_training",
+        ),
         (
             lambda m: get_peft_model(m, LoraConfig(target_modules="all-linear")),
             "no record of how it was made: stock PEFT saves and loads it all the same",

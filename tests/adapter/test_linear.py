@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from corda_kernels import CordaLinear, CovarianceSet, export_lora, merge, save_adapter
 from corda_kernels.adapter import AdapterFactors, adapter_of, read_adapter
-from corda_kernels.adapter.linear import detach_linears
 from corda_kernels.linears import linear_weight
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
@@ -104,12 +103,12 @@ def test_nothing_but_the_factors_is_trained(
     assert moved == {f"{name}.{factor}" for name in covariances for factor in "AB"}
 
 
-def test_detaching_gives_the_model_back(calibrated: Calibrated, adapt: Make) -> None:
+def test_a_merge_gives_the_models_layers_back(calibrated: Calibrated, adapt: Make) -> None:
     plain, covariances = calibrated("gpt2")
     before = {name: (id(module), type(module)) for name, module in plain.named_modules()}
     model = adapt((plain, covariances), use_peft=False)
     assert corda_linears(model)
-    assert detach_linears(model) is model
+    assert merge(model) is model
     assert {name: (id(m), type(m)) for name, m in model.named_modules()} == before
 
 

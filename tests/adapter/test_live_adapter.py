@@ -71,7 +71,10 @@ def with_two(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda m: m, "the model carries no adapter: attach one with init_corda or load_for_train"),
+        (
+            lambda m: m,
+            "the model carries no adapter of linear layers: attach one with init_corda or load",
+        ),
         (
             lambda m: plain(m, init_lora_weights="pissa"),
             "adapter 'default' was initialised by init_lora_weights='pissa', which does not start",
@@ -85,12 +88,12 @@ def with_two(model: nn.Module) -> nn.Module:
             lambda m: get_peft_model(
                 m, IA3Config(target_modules=["q_proj"], feedforward_modules=[])
             ),
-            "is of kind IA3Config: only a LoRA changes",
+            r"active adapters are default \(IA3Config\): activate one LoRA with set_adapter",
         ),
-        (with_two, r"has 2 active adapters \(default, other\): activate one with set_adapter"),
+        (with_two, r"are default \(LoraConfig\), other \(LoraConfig\): activate one LoRA"),
         (
             lambda m: get_peft_model(m, LoraConfig(target_modules=["embed_tokens"])),
-            "adapter 'default' adapts no linear layer",
+            "carries no adapter of linear layers",
         ),
     ],
     ids=["none", "pissa", "random", "dora", "another kind", "two", "embeddings"],
@@ -110,7 +113,7 @@ def test_a_residual_whose_initial_factors_are_not_at_hand_is_refused(
     base = model.unload()
     for note in ("corda_record", "corda_initial"):
         assert not hasattr(base, note)
-    with pytest.raises(AdapterError, match=r"has lost a part to its adapter, .* load_for_training"):
+    with pytest.raises(AdapterError, match=r"fits the residual of its base, .* load_for_training"):
         live_adapter(plain(base))
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter.lora import lora_layers, read_lora
+from corda_kernels.adapter.folder import lora_layers, read_lora
 from corda_kernels.errors import AdapterError
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
@@ -42,7 +42,7 @@ def test_patterns_in_a_file_are_names(calibrated: Calibrated, tmp_path: Path, pa
         with pytest.raises(AdapterError, match="no regular expression is run that stands in a fil"):
             export_lora(tmp_path / "lora", tmp_path / "out")
         return
-    layers = lora_layers(*read_lora(tmp_path / "lora"), tmp_path)
+    layers = lora_layers(read_lora(tmp_path / "lora"))
     stock = PeftModel.from_pretrained(calibrated()[0], tmp_path / "lora").get_base_model()
     for name, layer in layers.items():
         assert layer.scaling == stock.get_submodule(name).scaling["default"]
@@ -73,7 +73,7 @@ def test_a_selection_by_an_expression_is_made_anew_from_the_tensors(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     model: Any = load_for_training(calibrated()[0], tmp_path)
     assert model.peft_config["default"].target_modules == {"q_proj"}
-    assert len(lora_layers(*read_lora(tmp_path), tmp_path)) == 2
+    assert len(lora_layers(read_lora(tmp_path))) == 2
 
 
 def test_a_selection_of_layers_that_are_not_there_is_refused(

@@ -226,8 +226,8 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
     rows = torch.randint(3, 64, (40, 12), generator=torch.Generator().manual_seed(3))
     data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = {
-        "max_steps": 20,
-        "save_steps": 10,
+        "max_steps": 12,
+        "save_steps": 6,
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
@@ -273,10 +273,10 @@ def test_a_resumed_training_goes_on_as_if_uninterrupted(
     start = logits(model)
     uninterrupted = trainer(model, whole)
     uninterrupted.train()
-    assert len(losses(uninterrupted)) == 20
+    assert len(losses(uninterrupted)) == 12
     assert not torch.allclose(logits(model), start, atol=0.1)
 
-    shutil.copytree(whole / "checkpoint-10", cut / "checkpoint-10")
+    shutil.copytree(whole / "checkpoint-6", cut / "checkpoint-6")
     again = load_for_training(calibrated(architecture)[0], fresh)
     resumed = trainer(again, cut)
     resumed.train(resume_from_checkpoint=True)
@@ -285,7 +285,7 @@ def test_a_resumed_training_goes_on_as_if_uninterrupted(
     # The same sums in the same order: a tolerance only for other libraries.
     assert losses(resumed) == pytest.approx(losses(uninterrupted), rel=1e-5)
     torch.testing.assert_close(logits(again), logits(model))
-    for folder in (whole / "checkpoint-20", cut / "checkpoint-20"):
+    for folder in (whole / "checkpoint-12", cut / "checkpoint-12"):
         if "residual" in options:  # what a trainer does not save
             shutil.copy(fresh / "corda_initial.safetensors", folder)
         loaded = load_for_training(calibrated(architecture)[0], folder)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from factor_cases import (
+    ENDS,
     LAYERS,
     RANK,
     SHAPES,
     all_ends,
-    all_layers,
-    all_shapes,
     halves,
     layer,
     of_tokens,
     product,
     span,
 )
+from pairs import pairwise
 
 from corda_kernels.adapter.factors import AdapterFactors, adapter_factors
 from corda_kernels.adapter.published import published_factors, residual
-from corda_kernels.errors import ConfigError, DecompositionError
 from corda_kernels.linalg import co_svd
 
 
-@all_shapes
-@all_ends
-@all_layers
+@pairwise(shape=SHAPES, which=ENDS, name=list(LAYERS))
 def test_published_factors_are_finite_and_trainable_and_of_the_projection(
     name: str, which: str, shape: tuple[int, int]
 ) -> None:
@@ -45,8 +40,7 @@ def test_published_factors_are_finite_and_trainable_and_of_the_projection(
     assert factors.scaling == 1
 
 
-@all_shapes
-@all_ends
+@pairwise(shape=SHAPES, which=ENDS)
 def test_published_factors_are_the_published_formula(which: str, shape: tuple[int, int]) -> None:
     W, C, found = layer("well_conditioned", shape, which)
     U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
@@ -134,9 +128,7 @@ def test_ranks_from_one_to_all(which: str, rank: int) -> None:
         assert float(residual(W, factors).norm()) <= 4e-15 * float(W.norm())
 
 
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("power", [0.5, 1.0])
+@pairwise(shape=SHAPES, which=ENDS, power=[0.5, 1.0])
 def test_published_factors_of_a_two_sided_decomposition_are_its_oblique_projection(
     power: float, which: str, shape: tuple[int, int]
 ) -> None:
@@ -157,65 +149,3 @@ def test_published_components_that_vanish_two_sidedly_can_still_train() -> None:
     assert bool((factors.A[:3] != 0).any(1).all())
     assert not bool(factors.A[3:].any())
     assert bool((factors.B != 0).any(0).all())
-
-
-@all_shapes
-@all_ends
-@pytest.mark.parametrize("damping", [None, 0.01])
-def test_the_published_reconstruction_is_the_projection_but_for_rounding(
-    damping: float | None, which: str, shape: tuple[int, int]
-) -> None:
-    W, C = LAYERS["well_conditioned"](*shape)
-    found = co_svd(W, C, rank=RANK, which=which, damping=damping)
-    plain = published_factors(W, found)
-    inverse = published_factors(W, found, reconstruction="inverse", covariance=C)
-    torch.testing.assert_close(inverse.A, plain.A, rtol=0, atol=1e-11 * float(plain.A.norm()))
-    torch.testing.assert_close(inverse.B, plain.B, rtol=0, atol=1e-11 * float(plain.B.norm()))
-    assert not torch.equal(inverse.A, plain.A)
-    assert inverse.damping == (damping or 0.0)
-    assert plain.damping is None
-
-
-def test_the_published_reconstruction_damps_what_it_cannot_invert() -> None:
-    W, C, found = layer("dead_channels", (40, 64), "largest")
-    factors = published_factors(W, found, reconstruction="inverse", covariance=C)
-    assert factors.damping is not None
-    assert 0 < factors.damping < 1e-5
-    # What C does not see has no part in Vᵀ.
-    expected = found.U @ (found.U.T @ W) * (C.diagonal() > 0)
-    error = (product(factors) - expected).norm() / expected.norm()
-    assert float(error) <= 1e-4
-
-
-@all_ends
-def test_the_published_reconstruction_keeps_components_that_vanish_trainable(which: str) -> None:
-    W, C, found = layer("single_token", (40, 64), which)
-    factors = published_factors(W, found, reconstruction="inverse", covariance=C.float())
-    assert bool(torch.isfinite(factors.A).all() & torch.isfinite(factors.B).all())
-    assert bool(((factors.A != 0).any(1) | (factors.B != 0).any(0)).all())
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"reconstruction": "pinv"}, ConfigError, "reconstruction must be"),
-        ({"reconstruction": "inverse"}, ConfigError, "needs the covariance"),
-        ({"covariance": torch.eye(64)}, ConfigError, "needs the covariance"),
-        (
-            {"reconstruction": "inverse", "covariance": torch.eye(3)},
-            DecompositionError,
-            r"needs a covariance \(64, 64\), got \(3, 3\)",
-        ),
-        (
-            {"reconstruction": "inverse", "covariance": torch.zeros(64, 64)},
-            DecompositionError,
-            "cannot be inverted.*64 channels are dead",
-        ),
-    ],
-)
-def test_a_reconstruction_that_cannot_be_is_refused(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    W, _, found = layer("well_conditioned", (40, 64), "largest")
-    with pytest.raises(error, match=message):
-        published_factors(W, found, **options)

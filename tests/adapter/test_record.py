@@ -68,12 +68,6 @@ def test_a_record_of_another_form_is_refused(
         AdapterRecord.from_json(value)
 
 
-@pytest.mark.parametrize("value", [None, [], "record", 1])
-def test_a_record_that_is_no_object_is_refused(value: Any) -> None:
-    with pytest.raises(AdapterError, match="altered: it holds no object"):
-        AdapterRecord.from_json(value)
-
-
 # Of each field, by its path: values that it cannot have.
 WRONG: dict[str, list[Any]] = {
     "mode": [None, 1, "both"],
@@ -123,30 +117,32 @@ def test_every_field_has_its_wrong_values(calibrated: Calibrated) -> None:
     assert set(there) - {"format"} - MAY_LACK == WRONG.keys()
 
 
-@pytest.mark.parametrize(
-    ("path", "value"), [(path, value) for path, values in WRONG.items() for value in values]
-)
-def test_a_field_of_another_kind_is_refused(calibrated: Calibrated, path: str, value: Any) -> None:
-    altered = copy.deepcopy(record(calibrated()[0], allocation=ALLOCATION).to_json())
-    *above, last = path.split(".")
-    entry = altered
-    for name in above:
-        entry = entry[name]
-    entry[last] = value
-    with pytest.raises(AdapterError, match=r"corda\.json was altered"):
-        AdapterRecord.from_json(altered)
-
-
-@pytest.mark.parametrize("path", WRONG)
-def test_a_field_that_is_gone_is_refused(calibrated: Calibrated, path: str) -> None:
-    altered = copy.deepcopy(record(calibrated()[0], allocation=ALLOCATION).to_json())
+def is_refused(record: dict[str, Any], path: str, *value: Any) -> bool:
+    """Whether a record is refused with another value of a field, or without the field."""
+    altered = copy.deepcopy(record)
     *above, last = path.split(".")
     entry = altered
     for name in above:
         entry = entry[name]
     del entry[last]
-    with pytest.raises(AdapterError, match=r"corda\.json was altered"):
+    if value:
+        entry[last] = value[0]
+    try:
         AdapterRecord.from_json(altered)
+    except AdapterError as error:
+        return "corda.json was altered" in str(error)
+    return False
+
+
+def test_a_field_of_another_kind_is_refused(calibrated: Calibrated) -> None:
+    sound = record(calibrated()[0], allocation=ALLOCATION).to_json()
+    values = [(path, value) for path, wrong in WRONG.items() for value in wrong]
+    assert [case for case in values if not is_refused(sound, *case)] == []
+
+
+def test_a_field_that_is_gone_is_refused(calibrated: Calibrated) -> None:
+    sound = record(calibrated()[0], allocation=ALLOCATION).to_json()
+    assert [path for path in WRONG if not is_refused(sound, path)] == []
 
 
 @pytest.mark.parametrize(

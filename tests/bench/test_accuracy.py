@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_kernels.bench.accuracy import (
+from corda_kernels.bench.svd_cases import (
     EPS,
     Reference,
     adapter_error,

@@ -94,7 +94,7 @@ def test_command_prints_a_table_and_writes_all_results(
         ("--dims 20,0", "--dims must be numbers from 1 on, separated by commas"),
         ("--dims 20 --tokens 0", "--tokens must be a whole number of at least 1, got 0"),
         ("--dims 20 --dtypes float32,int3", "dtype 'int3' is not one of float32"),
-        ("--dims 20 --device meta", "device meta holds no numbers: choose cpu or cuda"),
+        ("--dims 20 --device meta", "--device 'meta' is not there"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(

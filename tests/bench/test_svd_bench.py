@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from corda_kernels.bench import svd, svd_methods
-from corda_kernels.bench.svd_cases import Case, make_case, realistic_covariance
+from corda_kernels.bench import svd, svd_cases
+from corda_kernels.bench.svd_cases import ENDS, Case, check_case, make_case, realistic_covariance
 from corda_kernels.bench.timing import measure
 from corda_kernels.cli import main
 from corda_kernels.errors import ConfigError
+from corda_kernels.linalg import End
 from corda_kernels.memory import can_forget_peak
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def small() -> Case:
 
 
 def test_every_method_is_compared_with_the_published_procedure() -> None:
-    rows = list(svd.bench_case(small(), svd_methods.methods(CPU)))
+    rows = list(svd.bench_case(small(), svd.methods(CPU)))
     assert [(row.method, row.which) for row in rows] == [
         ("published", "largest"),
         ("published", "smallest"),
@@ -54,15 +55,15 @@ def test_every_method_is_compared_with_the_published_procedure() -> None:
 
 
 def test_a_wrong_result_has_no_speed_but_for_the_baseline() -> None:
-    def wrong(case: Case, ends: Iterable[svd_methods.End]) -> svd_methods.Parts:
+    def wrong(case: Case, ends: Iterable[End]) -> svd.Parts:
         # The other end.
-        flipped = svd_methods.ENDS[::-1]
+        flipped = ENDS[::-1]
         parts = exact(case, flipped)
-        turned = dict(zip(svd_methods.ENDS, (parts[end] for end in flipped), strict=True))
+        turned = dict(zip(ENDS, (parts[end] for end in flipped), strict=True))
         return {which: turned[which] for which in ends}
 
-    exact = svd_methods.ours
-    found = svd_methods.methods(CPU)
+    exact = svd.ours
+    found = svd.methods(CPU)
     replaced = {name: dataclasses.replace(found[name], run=wrong) for name in ("published", "ours")}
     for row in svd.bench_case(small(), replaced):
         assert not row.passed
@@ -73,15 +74,15 @@ def test_without_attrs_the_published_procedure_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft.tuners.lora.corda", None)
-    assert list(svd_methods.methods(CPU)) == ["ours", "svd_lowrank"]
+    assert list(svd.methods(CPU)) == ["ours", "svd_lowrank"]
     options = "--cases smollm2-block --rank 4 --device cpu --no-memory"
     assert run(monkeypatch, *options.split()) == 0
     assert "without published: import of peft.tuners.lora.corda halted" in capsys.readouterr().out
 
 
 def test_large_layers_are_checked_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(svd, "_QUICK", 8)
-    methods = svd_methods.methods(CPU, ["ours"])
+    monkeypatch.setattr(svd_cases, "_QUICK", 8)
+    methods = svd.methods(CPU, ["ours"])
     (unchecked, _) = svd.bench_case(small(), methods)
     (checked, _) = svd.bench_case(small(), methods, exact=True)
     assert unchecked.error is None
@@ -118,7 +119,7 @@ def test_the_memory_bound_is_of_the_largest_groups() -> None:
 def test_growth_is_the_peak_and_not_what_remains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ours(case: Case, ends: Iterable[svd_methods.End]) -> svd_methods.Parts:
+    def ours(case: Case, ends: Iterable[End]) -> svd.Parts:
         assert list(ends) == ["smallest"]
         torch.ones(64 << 20, dtype=torch.uint8)
         return {}
@@ -142,7 +143,7 @@ def test_memory_is_measured_in_a_child_process_for_the_same_case(
     case = dataclasses.replace(small(), name="some-model")
     largest, smallest = svd.bench_memory(case, CPU, ("folder", "file"))
     assert [json.loads(command[-1]) for command in commands] == [
-        ["model", which, 4, ["folder", "file"]] for which in svd_methods.ENDS
+        ["model", which, 4, ["folder", "file"]] for which in ENDS
     ]
     assert (largest.which, smallest.which, largest.grown) == ("largest", "smallest", 1 << 20)
     assert "ABOVE three float64 copies" in largest.line()
@@ -153,7 +154,7 @@ def test_memory_is_measured_in_a_child_process_for_the_same_case(
 )
 def test_cases_that_cannot_be_made_are_refused(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        make_case(name, CPU)
+        check_case(name, None, None)
 
 
 def test_a_single_call_is_its_own_quantiles() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from decomposition_accuracy import bottom_gap
 
-from corda_kernels.bench.accuracy import Reference
+from corda_kernels.bench.svd_cases import Reference
 
 
 def diagonal(values: list[float]) -> Reference:

@@ -206,11 +206,11 @@ def stages(model: nn.Module, batches: Any, folder: Path, *, blocks: bool) -> dic
     limit = 3 * covariance_bytes(model)[1]  # both halves of one block, and their mean
     plan = CalibrationPlan(
         rank=4,
+        stability=True,
         memory_limit=limit if blocks else None,
-        checkpoint=checkpoint(folder),
         progress=False,
     )
-    sets = list(covariance_stages(model, batches, plan))
+    sets = list(covariance_stages(model, batches, plan, checkpoint=checkpoint(folder)))
     layers = {name: covariance for stage in sets for name, covariance in stage.items()}
     return {"layers": layers, "notes": united_provenance([stage.provenance for stage in sets])}
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import batches as batches_module
 from corda_kernels.calibration import blocks as blocks_module
+from corda_kernels.calibration import passes as passes_module
 from corda_kernels.calibration.blocks import KeptText, alike, calibrate_block_parts
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.passes import CalibrationOptions, CalibrationRun
+from corda_kernels.calibration.passes import CalibrationRun
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -182,7 +182,7 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
 
 def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> None:
     model = make("gemma2")
-    run = CalibrationRun(model, options=CalibrationOptions(progress=False))
+    run = CalibrationRun(model, progress=False)
     blocks = list(decoder_blocks(model).values())
     batches = [torch.ones(1, 9).long()] * 5
     text = KeptText(run, blocks, batches)
@@ -191,7 +191,7 @@ def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> No
         id(tensor)
         for current in text.sequences
         for call in current.calls
-        for tensor in _tensors((call.args, call.kwargs))
+        for tensor in _tensors(call)
     }
     assert 2 < len(kept) <= 6  # cos, sin, positions, two masks: not 5 × 3 times as many
 
@@ -257,7 +257,7 @@ class Cramped:
 
 def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a device."""
-    for module in (blocks_module, batches_module):
+    for module in (blocks_module, passes_module):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
 
 
@@ -329,7 +329,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
 
 def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
     model, batches = make("llama"), random_batches()
-    run = CalibrationRun(model, options=CalibrationOptions(progress=False))
+    run = CalibrationRun(model, progress=False)
     blocks = list(decoder_blocks(model).values())
     text = KeptText(run, blocks, batches)
     text.record()
@@ -343,7 +343,7 @@ def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
 
     before = rows()
     for most in (3, 2, 1):
-        text._thrift.max_rows = most
+        run.max_rows = most
         text._regroup()
         assert max(len(current.hidden) for current in text.sequences) == most
         assert all(torch.equal(found, before[key]) for key, found in rows().items())

@@ -367,7 +367,7 @@ def test_sums_are_added_up_where_they_are(
 
     def gathered(values: list[Any], value: tuple[str, dict[str, Any]]) -> None:
         step, places = value
-        values[:] = [value, (step, places | ({} if shared else {"b": (7, False)}))]
+        values[:] = [value, (step, places | ({} if shared else {"b": 7}))]
 
     def reduced(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
         if op == torch.distributed.ReduceOp.SUM:
@@ -406,11 +406,12 @@ def test_a_rank_that_runs_out_of_memory_does_not_blame_another(
 
 
 def test_work_is_shared_out_evenly() -> None:
-    costs = {f"layer{index}": cost for index, cost in enumerate([9.0, 1, 1, 1, 3, 3, 3, 8, 1, 1])}
-    shares = [Ranks(rank, 3).share(costs) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == sorted(costs)
-    assert max(sum(costs[name] for name in share) for share in shares) <= 11
-    assert Ranks().share(costs) == list(costs)
+    sizes = [9, 1, 1, 1, 3, 3, 3, 8, 1, 1]  # a layer's decomposition costs the square of it
+    layers = {f"layer{i}": nn.Linear(1, size) for i, size in enumerate(sizes)}
+    shares = [Ranks(rank, 3).share_layers(layers) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(layers)
+    assert max(sum(layer.out_features**2 for layer in share.values()) for share in shares) <= 81
+    assert list(Ranks().share_layers(layers)) == list(layers)
 
 
 def test_distributed_work_needs_a_process_group(place: tuple[nn.Module, list[Any], Path]) -> None:

@@ -99,7 +99,7 @@ def test_a_terminal_without_greek_letters_shows_what_it_can(
         main()
     sys.stdout.flush()
     assert ended.value.code == 0
-    assert b"the published form, with W ? BA in the base" in b" ".join(shown.getvalue().split())
+    assert b"the published form, W ? BA in the base" in b" ".join(shown.getvalue().split())
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,12 @@ def test_a_terminal_without_greek_letters_shows_what_it_can(
         (("init", "model", "out", "--mode", "ipm", "--residual", "pair"), "--residual"),
         (("init", "model", "out", "--mode", "ipm", "--hold", "x"), "--hold"),
         (("calibrate", "model", "out"), "--data"),
+        (("calibrate", "m", "o", "--data", "d", "--checkpoint-every", "-1"), "--checkpoint-every"),
+        (("init", "model", "out", "--mode", "ipm", "--samples", "0"), "--samples"),
+        (("calibrate", "m", "o", "--data", "d", "--candidates", "0"), "--candidates"),
+        (("plan", "model", "--samples", "0"), "--samples"),
+        (("plan", "model", "--seq-len", "0"), "--seq-len"),
+        (("demo", "--steps", "0"), "--steps"),
         (("export", "adapter"), "OUT"),
         (("unknown",), "unknown"),
         (("doctor", "--unknown"), "--unknown"),

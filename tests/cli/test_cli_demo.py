@@ -41,7 +41,7 @@ def test_a_demo_that_was_stopped_while_unpacking_unpacks_again(
 ) -> None:
     module = importlib.import_module("corda_kernels.cli.demo")
     monkeypatch.setattr(module, "_gguf_file", lambda: place / "model")
-    arguments = ("demo", "--out", str(tmp_path / "out"), "--samples", "0")
+    arguments = ("demo", "--out", str(tmp_path / "out"), "--rank", "0")
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from corda_kernels.cli.options import TextOptions
+from corda_kernels.cli.options import text_batches, text_provenance
 from corda_kernels.text import fitting_batch_size
 
 
@@ -27,12 +27,13 @@ def test_batches_fit_each_candidate_unless_their_size_is_given(
     """Two candidates of 8 sequences each, which four sequences at a time divide evenly."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"w{n % 7} w{n % 5}" for n in range(documents)))
-    options = TextOptions(text, None, None, False, 8, 2, 4, asked, True, 0)
+    given = {"data": text, "samples": 8, "candidates": 2, "seq_len": 4, "batch_size": asked}
+    given |= {"field": None, "template": None, "chat_template": False, "pack": True, "seed": 0}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_words())
-    batches = options.batches(tokenizer)
+    batches = text_batches(given | {"device": "cpu"}, tokenizer)
     assert fitting_batch_size(8, 4) == 4
     assert [len(batch["input_ids"]) for batch in batches] == sizes
-    assert options.provenance()["samples"] == 16
+    assert text_provenance(given)["samples"] == 16
 
 
 def _words() -> Tokenizer:

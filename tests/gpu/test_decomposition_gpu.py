@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from corda_kernels import co_svd, co_svd_layers, regularized_inverse
-from corda_kernels.bench.accuracy import adapter_error, reference, tail_energy_ratio
-from corda_kernels.bench.svd_cases import realistic_covariance
+from corda_kernels.bench.svd_cases import (
+    adapter_error,
+    realistic_covariance,
+    reference,
+    tail_energy_ratio,
+)
 from corda_kernels.kernels import use_backend
-from corda_kernels.linalg import extreme_eigenvalues, layers, singular_values
+from corda_kernels.linalg import End, extreme_eigenvalues, layers, singular_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-End = Literal["largest", "smallest"]
 # Dense; iterated with both factors kept, square and tall; slender; wide.
 SHAPES = [(192, 192), (768, 768), (900, 768), (1536, 576), (576, 1536)]
 

@@ -33,7 +33,7 @@ def test_the_triangle_has_the_singular_values_of_the_matrix(
 @pytest.mark.parametrize("digits", [1, 2.5, 8])
 def test_the_orthogonal_factor_is_one(shape: tuple[int, int], digits: float) -> None:
     W = torch.stack([conditioned(*shape, digits), conditioned(*shape, 1)])
-    lift, R = exact.orthogonal_factor(W)
+    lift, R = exact.no_taller(W)
     identity = torch.eye(shape[1], dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(lift(identity) @ R, W, rtol=0, atol=1e-9)
     X = torch.linalg.qr(torch.randn(2, shape[1], min(3, shape[1]), dtype=torch.float64)).Q

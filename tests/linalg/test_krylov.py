@@ -8,8 +8,13 @@ from torch import Tensor
 
 from corda_kernels.linalg import krylov
 from corda_kernels.linalg.exact import lower_triangle
-from corda_kernels.linalg.krylov import Stop, leading_pairs
-from corda_kernels.linalg.operand import Operator
+from corda_kernels.linalg.krylov import (
+    Operators,
+    Stop,
+    inverse_of_factors,
+    inverse_of_product,
+    leading_pairs,
+)
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -213,7 +218,7 @@ def test_a_small_gap_behind_the_wanted_ones_does_not_ask_for_more_blocks(
     assert sum(columns) <= 5 * 20  # 4 blocks, and once more
 
 
-def counted(M: Tensor, columns: list[int]) -> tuple[Operator, Operator]:
+def counted(M: Tensor, columns: list[int]) -> Operators:
     def half(X: Tensor) -> Tensor:
         columns.append(X.shape[1])
         return M.mT @ X
@@ -343,3 +348,81 @@ def test_a_batch_equals_one_by_one(method: Callable[..., tuple[Tensor, ...]]) ->
         together = U.reshape(6, 160, 4)[index]
         torch.testing.assert_close(S.reshape(6, 4)[index], one_S, rtol=1e-4, atol=0)
         assert distance(together, one_U) <= 1e-3
+
+
+N = 40
+
+
+def positive(*batch: int) -> Tensor:
+    x = random(*batch, N, 2 * N)
+    return x @ x.mT / N
+
+
+def of_factors(W: Tensor, C: Tensor, *, upper: bool = False) -> tuple[Operators, Operators]:
+    made = inverse_of_factors(W.clone(), C.clone(), upper=upper)
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_factors_undo_the_product_and_its_transpose(batch: tuple[int, ...], upper: bool) -> None:
+    W, C, X = random(*batch, N, N), positive(*batch), random(*batch, N, 3)
+    if upper:
+        W = W.triu() + 10 * torch.eye(N)
+    M = W @ C
+    (half, back), (rough_half, rough_back) = of_factors(W, C, upper=upper)
+    torch.testing.assert_close(M @ half(X), X, rtol=0, atol=1e-9)
+    torch.testing.assert_close(M.mT @ back(X), X, rtol=0, atol=1e-9)
+    for rough, fine in ((rough_half, half), (rough_back, back)):
+        assert rough(X.float()).dtype == torch.float32
+        assert (rough(X.float()) - fine(X)).norm() <= 1e-2 * fine(X).norm()
+    # The float64 ones are not touched by the float32 ones.
+    torch.testing.assert_close(M @ half(X), X, rtol=0, atol=1e-9)
+
+
+def test_float32_is_hurt_by_the_condition_of_either_factor_not_of_the_product() -> None:
+    torch.manual_seed(0)
+    left, right, turn = (torch.linalg.qr(random(N, N)).Q for _ in range(3))
+    W = (left * torch.logspace(0, -4, N).double()) @ right
+    C = (turn * torch.logspace(0, -5, N).double()) @ turn.T
+    assert float(torch.linalg.cond(W @ C)) > 1e6
+    X = random(N, 3)
+    half, _ = of_factors(W, C)[1]
+    exact = torch.linalg.solve(W @ C, X)
+    assert (half(X.float()) - exact).norm() <= 0.02 * exact.norm()
+    M = (W @ C).float()  # as a product it is lost
+    assert (torch.linalg.solve(M, X.float()) - exact).norm() > 0.05 * exact.norm()
+
+
+def test_the_factors_take_the_place_of_the_matrices() -> None:
+    W, C = random(N, N), positive()
+    packed, root = torch.linalg.lu_factor(W.T)[0], torch.linalg.cholesky(C)
+    assert inverse_of_factors(W, C, upper=False) is not None
+    torch.testing.assert_close(W.T, packed)
+    torch.testing.assert_close(C.T.tril(), root)
+
+
+def test_a_covariance_that_cannot_be_factored_leaves_the_weight_as_it_was() -> None:
+    W, C = random(2, N, N), positive(2)
+    C[1, 3] = C[1, :, 3] = 0
+    kept = W.clone()
+    assert inverse_of_factors(W, C, upper=False) is None
+    assert torch.equal(W, kept)
+
+
+MADE: dict[str, Callable[[Tensor, Tensor], Operators]] = {
+    "product": lambda W, C: inverse_of_product(W @ C),
+    "factors": lambda W, C: of_factors(W, C)[0],
+    "single": lambda W, C: of_factors(W, C)[1],
+    "upper": lambda W, C: of_factors(W.triu(), C, upper=True)[0],
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_singular_weight_gives_large_numbers_but_numbers(name: str) -> None:
+    torch.manual_seed(0)
+    X = torch.ones(N, 1, dtype=torch.float32 if name == "single" else torch.float64)
+    for W in (random(N, 3) @ random(3, N), torch.zeros(N, N).double()):
+        half, back = MADE[name](W, positive())
+        assert bool(back(half(X)).isfinite().all())

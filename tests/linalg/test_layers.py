@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -10,20 +11,35 @@ from torch import Tensor
 
 from corda_kernels import kernels
 from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionError, RankError
-from corda_kernels.linalg import co_svd, co_svd_layers, layers, parallel, parallel_map
+from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, layers, parallel_map
 
-SHAPES = {"q": (300, 300), "k": (64, 300), "v": (64, 300), "up": (700, 300), "down": (300, 700)}
+# Of more than 256 channels, so that layers without short sides are iterated with.
+SHAPES = {"q": (272, 272), "k": (64, 272), "v": (64, 272), "up": (560, 272), "down": (272, 560)}
 
 
+@functools.cache
 def model() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    scales = torch.logspace(0, -3, 700)
+    scales = torch.logspace(0, -3, 560)
     matrices = {}
-    for width in (300, 700):
+    for width in (272, 560):
         x = torch.randn(4 * width, width) * scales[:width]
         matrices[width] = x.T @ x / len(x)
     return weights, {name: matrices[shape[1]] for name, shape in SHAPES.items()}
+
+
+RANKS = {name: 4 + i for i, name in enumerate(SHAPES)}
+
+
+@functools.cache
+def alone(which: str) -> dict[str, CoSVD]:
+    """Each layer by itself, on as many threads as there are."""
+    weights, covariances = model()
+    return {
+        name: co_svd(weights[name], covariances[name], rank=rank, which=which, damping=0.01)
+        for name, rank in RANKS.items()
+    }
 
 
 @pytest.fixture
@@ -37,18 +53,17 @@ def threads() -> Iterator[int]:
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 @pytest.mark.parametrize("side_by_side", [0, 2048])
 def test_each_layer_is_decomposed_as_it_would_be_alone(
-    which: str, side_by_side: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    which: str, side_by_side: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "_SMALL", side_by_side)
     weights, covariances = model()
-    options = {"which": which, "damping": 0.01}
-    ranks = {name: 4 + i for i, name in enumerate(weights)}
-    found = dict(co_svd_layers(weights, covariances, rank=ranks, **options))
+    expected = alone(which)
+    threads = request.getfixturevalue("threads")
+    found = dict(co_svd_layers(weights, covariances, rank=RANKS, which=which, damping=0.01))
     assert found.keys() == weights.keys()
     for name, part in found.items():
-        alone = co_svd(weights[name], covariances[name], rank=ranks[name], **options)
-        torch.testing.assert_close(part.S, alone.S, rtol=1e-9, atol=0)
-        projections = [p.U @ (p.U.T @ weights[name].double()) for p in (part, alone)]
+        torch.testing.assert_close(part.S, expected[name].S, rtol=1e-9, atol=0)
+        projections = [p.U @ (p.U.T @ weights[name].double()) for p in (part, expected[name])]
         torch.testing.assert_close(*projections, rtol=0, atol=1e-6)
         assert float(part.damping) == 0.01
     assert torch.get_num_threads() == threads
@@ -92,9 +107,9 @@ def test_batches_hold_one_shape_and_rank_and_keep_to_the_memory() -> None:
 
 def test_errors_and_warnings_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, covariances = model()
-    with pytest.raises(RankError, match="layer k: rank 65"):
+    with pytest.raises(RankError, match=r"layer k: the rank for a weight of 64 × 272 .* 65"):
         next(co_svd_layers(weights, covariances, rank=65))
-    broken = covariances | {"up": torch.full((300, 300), torch.nan)}
+    broken = covariances | {"up": torch.full((272, 272), torch.nan)}
     with pytest.raises(DecompositionError, match="layer up: the covariance holds NaN"):
         next(co_svd_layers(weights, broken, rank=2))
     with pytest.raises(ConfigError, match="which"):
@@ -138,7 +153,7 @@ def test_every_worker_is_told_of_its_one_thread(
 
     set_num_threads = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", noted)
-    workers = set(parallel_map(lambda _: threading.get_ident(), range(8), workers=threads))
+    workers = set(parallel_map(lambda _: threading.get_ident(), range(8)))
     assert {(worker, 1) for worker in workers} <= told
 
 
@@ -162,8 +177,8 @@ def test_items_on_streams_keep_their_order_and_few_streams_serve_all(
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "caller"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(parallel, "_stream", lambda device, index: _Stream(log, str(index)))
-    found = parallel.streamed_map(lambda item: 10 * item, range(20), cpu, 3)
+    monkeypatch.setattr(layers, "_stream", lambda device, index: _Stream(log, str(index)))
+    found = layers.streamed_map(lambda item: 10 * item, range(20), cpu, 3)
     assert list(found) == [10 * item for item in range(20)]
     waits = [entry for entry in log if entry.endswith("waits for caller")]
     assert len(waits) == 20
@@ -175,7 +190,7 @@ def test_items_on_streams_keep_their_order_and_few_streams_serve_all(
             raise torch.OutOfMemoryError("too little")
         return item
 
-    running = parallel.streamed_map(failing, range(20), cpu, 2)
+    running = layers.streamed_map(failing, range(20), cpu, 2)
     assert [next(running), next(running)] == [0, 1]
     with pytest.raises(torch.OutOfMemoryError, match="too little"):
         next(running)

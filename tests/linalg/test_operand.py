@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pairs import pairwise
 from torch import Tensor
 
 from corda_kernels.linalg.operand import Operand, near_one
 
-ROWS, COLUMNS = 1000, 700  # more rows than are converted at a time, and not a multiple
+ROWS, COLUMNS = 500, 300  # more rows than are converted at a time, and not a multiple
 
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-@pytest.mark.parametrize("of", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("into", [torch.float32, torch.float64])
+@pairwise(
+    batch=[(), (2,), (2, 3)],
+    of=[torch.bfloat16, torch.float16, torch.float32, torch.float64],
+    into=[torch.float32, torch.float64],
+)
 def test_products_are_those_of_a_copy_in_their_own_dtype(
     into: torch.dtype, of: torch.dtype, batch: tuple[int, ...]
 ) -> None:

@@ -18,19 +18,14 @@ from torch import nn
 
 from corda_kernels.errors import CacheError
 from corda_kernels.peft_corda import preprocess_corda
-from corda_kernels.peft_corda.cache import (
-    notes_path,
-    read_cache,
-    read_components,
-    read_covariances,
-)
+from corda_kernels.peft_corda.cache import notes_path, read_cache, read_covariances
 from corda_kernels.peft_corda.targets import corda_targets
 
 RECIPE = {"corda_method": "ipm", "damping": 0.01, "normalize": "peft"}
 # Notes by which nothing is computed.
 DESCRIPTIVE = (
-    *("versions", "base.source", "base.quantised", "base.task_type", "base.fan_in_fan_out"),
-    *("base.target_modules", "counts."),
+    *("base.source", "base.quantised", "base.task_type", "base.fan_in_fan_out"),
+    *("base.target_modules", "calls"),
 )
 
 
@@ -63,10 +58,10 @@ def read(path: Path, model: nn.Module) -> list[torch.Tensor]:
     """All tensors that the file gives the model's layers."""
     targets = corda_targets(model, lora())
     if path.name == "covariances":
-        found = read_covariances(path, model, targets, "peft")
+        found = read_covariances(path, targets, "peft", model)
         return [entry.matrix for entry in found.values()]
-    cached = read_cache(path, model, targets, RECIPE)
-    again, _ = read_components(path)
+    cached, _ = read_cache(path, targets, RECIPE, model)
+    again, _ = read_cache(path, targets, {}, None)
     parts = [(entry.S_WC, entry.U_WC, entry.V_WC) for entry in (*cached.values(), *again.values())]
     return [tensor for part in parts for tensor in part]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
+import importlib
 import sys
 import weakref
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from corda_kernels.errors import (
     PaddingWarning,
     TargetError,
 )
-from corda_kernels.peft_corda import preprocess, preprocess_corda
+from corda_kernels.peft_corda import CordaEigens, patch_peft, preprocess, preprocess_corda
 
 PAD = 0
 
@@ -155,18 +155,18 @@ def test_a_covariance_that_overflowed_where_it_was_made_ends_in_an_error(tmp_pat
     config = lora(["proj"], covariance_file=str(file))
     with (
         pytest.warns(CompatibilityWarning, match="no notes"),
-        pytest.raises(CacheError, match=r"16 NaN or Inf for layer proj"),
+        pytest.raises(CacheError, match=r"16 NaN or Inf in proj"),
     ):
         preprocess_corda(Line(), config)
 
 
 def test_bfloat16_sum_does_not_stall() -> None:
     config = lora(["proj"], use_float16_for_covariance=True, prune_temporary_fields=False)
-    calls = [torch.ones(1, 1, 4, dtype=torch.bfloat16)] * 1024
+    calls = [torch.ones(1, 1, 4, dtype=torch.bfloat16)] * 512
 
     peft = Line(torch.bfloat16)
     calib_cov_distribution(peft, config, running(peft, *calls), None, None)
-    assert float(peft.proj.covariance_matrix[0, 0]) == 0.25
+    assert float(peft.proj.covariance_matrix[0, 0]) == 0.5
 
     ours = Line(torch.bfloat16)
     with pytest.warns(CompatibilityWarning):
@@ -252,7 +252,7 @@ def test_a_stale_cache_is_refused(model: nn.Module, tmp_path: Path) -> None:
         preprocess_corda(model, lora(cache_file=file), run, normalize="tokens")
     larger = lora(cache_file=file)
     larger.r = 5
-    with pytest.raises(CacheError, match=r"S_WC of layer .* in shape \(4,\), but rank 5"):
+    with pytest.raises(CacheError, match=r"S_WC in shape \(4,\), but .* ask for \(5,\)"):
         preprocess_corda(model, larger, run)
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
@@ -398,21 +398,16 @@ def test_quantised_weights_are_refused_before_the_work(model: nn.Module) -> None
     assert not runs
 
 
-def test_attrs_is_not_needed() -> None:
+def test_attrs_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT imports attrs without depending on it."""
-    code = """
-import sys
-sys.modules["attr"] = None
-try:
-    import peft.tuners.lora.corda
-except ModuleNotFoundError as error:
-    assert error.name == "attr"
-else:
-    raise AssertionError("PEFT did without")
-from corda_kernels.peft_corda import patch_peft, preprocess_corda
-with patch_peft():
-    from peft.tuners.lora.corda import CordaEigens, preprocess_corda as patched
-    assert patched.__wrapped__ is preprocess_corda
-assert "peft.tuners.lora.corda" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    name = "peft.tuners.lora.corda"
+    monkeypatch.setitem(sys.modules, "attr", None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module(name)
+    assert caught.value.name == "attr"
+    with patch_peft():
+        home = importlib.import_module(name)
+        assert home.preprocess_corda.__wrapped__ is preprocess_corda
+        assert home.CordaEigens is CordaEigens
+    assert name not in sys.modules

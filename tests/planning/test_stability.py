@@ -14,6 +14,7 @@ from corda_kernels.planning import LayerStability, Stability, subspace_stability
 from corda_kernels.planning.stability import _BOTTOM, _TOP
 
 SIZES = {"wide": (24, 60), "square": (48, 48), "tall": (60, 24)}
+ENDS = (["largest", "smallest"], ["smallest"], ["largest"])
 FAIR = {"top": sum(_TOP) / 2, "bottom": sum(_BOTTOM) / 2}
 
 
@@ -107,14 +108,14 @@ def test_the_top_is_the_overlap_of_the_two_subspaces() -> None:
     assert found.layers["layer"].bottom == pytest.approx(1)
 
 
-@pytest.mark.parametrize("ends", [{}, {"top": False}, {"bottom": False}])
-def test_rank_is_cut_to_the_layer(ends: dict[str, bool]) -> None:
+@pytest.mark.parametrize("ends", ENDS)
+def test_rank_is_cut_to_the_layer(ends: list[str]) -> None:
     halves = calibration(400), calibration(400)
-    found = subspace_stability(modules(), *halves, rank=1000, **ends)
+    found = subspace_stability(modules(), *halves, rank=1000, ends=ends)
     assert found.rank == 1000
     for layer in found.layers.values():  # everything against everything
-        assert layer.top == (pytest.approx(1) if ends.get("top", True) else None)
-        assert layer.bottom == (pytest.approx(1, abs=1e-6) if ends.get("bottom", True) else None)
+        assert layer.top == (pytest.approx(1) if "largest" in ends else None)
+        assert layer.bottom == (pytest.approx(1, abs=1e-6) if "smallest" in ends else None)
 
 
 def test_the_order_of_the_halves_does_not_matter() -> None:
@@ -145,12 +146,13 @@ def test_damping_is_added_to_both_covariances() -> None:
     assert found["wide"].bottom != pytest.approx(bare["wide"].bottom, rel=0.01)
 
 
-@pytest.mark.parametrize("end", ["top", "bottom"])
-def test_one_end_alone_leaves_the_other_out(end: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "end", "other"), [("largest", "top", "bottom"), ("smallest", "bottom", "top")]
+)
+def test_one_end_alone_leaves_the_other_out(which: str, end: str, other: str) -> None:
     layers, halves = modules(), (calibration(60), calibration(60))
     both = subspace_stability(layers, *halves, rank=4)
-    other = "bottom" if end == "top" else "top"
-    alone = subspace_stability(layers, *halves, rank=4, **{other: False})
+    alone = subspace_stability(layers, *halves, rank=4, ends=[which])
     for name, layer in alone.layers.items():
         assert getattr(layer, other) is None
         assert getattr(layer, end) == pytest.approx(getattr(both.layers[name], end), rel=1e-6)
@@ -237,11 +239,11 @@ def test_the_summary_says_if_it_was_judged_at_another_rank(rank: int | None, say
     assert summary.endswith("of the text)") != says
 
 
-@pytest.mark.parametrize("ends", [{}, {"top": False}, {"bottom": False}])
+@pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("damping", [None, 0.01])
-def test_json_gives_back_the_same(damping: float | None, ends: dict[str, bool]) -> None:
+def test_json_gives_back_the_same(damping: float | None, ends: list[str]) -> None:
     halves = calibration(30), calibration(50)
-    found = subspace_stability(modules(), *halves, rank=4, damping=damping, **ends)
+    found = subspace_stability(modules(), *halves, rank=4, damping=damping, ends=ends)
     assert Stability.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,9 @@ def reports(
         covariance_report("cov", covariances, inputs), inputs, spectra
     )
     return found
+
+
+@pytest.fixture(scope="session")
+def page_of(reports: dict[str, Report]) -> Callable[[str], str]:
+    """The page of each report, drawn when it is first asked for."""
+    return functools.cache(lambda name: html_page(reports[name]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from corda_kernels.errors import MissingExtraError
 from corda_kernels.report import Report, html_page, page, write_page
 from corda_kernels.report.content import Layer
-from corda_kernels.report.drawing import power_of_ten
+from corda_kernels.report.figures import power_of_ten
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "use", "path", "rect", "image", "stop"}
 SECTIONS = {
@@ -132,10 +132,9 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_page_shows_what_is_known_and_says_what_is_not(
-    reports: dict[str, Report], name: str
+    reports: dict[str, Report], page_of: Callable[[str], str], name: str
 ) -> None:
-    report = reports[name]
-    text = html_page(report)
+    report, text = reports[name], page_of(name)
     check(text)
     found = sections(text)
     assert found.keys() >= SECTIONS - ({"Ranks"} if name == "covariances" else set())
@@ -156,8 +155,8 @@ def test_a_page_shows_what_is_known_and_says_what_is_not(
 
 
 @pytest.mark.parametrize("name", ["ipm", "pool", "covariances"])
-def test_ticks_of_shares_are_round(reports: dict[str, Report], name: str) -> None:
-    shown = sections(html_page(reports[name]))["Spectra of W·C"]
+def test_ticks_of_shares_are_round(page_of: Callable[[str], str], name: str) -> None:
+    shown = sections(page_of(name))["Spectra of W·C"]
     ticks = [text for node in shown.all("text") if (text := node.text.strip()).endswith("%")]
     assert len(set(ticks)) > 2
     for tick in ticks:
@@ -226,8 +225,10 @@ def test_a_large_page_is_sound_and_small(large_page: str) -> None:
     assert "Left out" in found
 
 
-def test_two_pages_of_one_report_are_the_same(reports: dict[str, Report]) -> None:
-    assert html_page(reports["old"]) == html_page(reports["old"])
+def test_two_pages_of_one_report_are_the_same(
+    reports: dict[str, Report], page_of: Callable[[str], str]
+) -> None:
+    assert html_page(reports["old"]) == page_of("old")
 
 
 def test_without_matplotlib_the_error_names_the_extra(
