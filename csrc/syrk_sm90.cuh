@@ -237,18 +237,25 @@ __device__ __forceinline__ void compute(const Launch& launch, const Memory& memo
   };
   for_each_unit(launch, [&](const Unit& unit) {
     if (unit.begin >= unit.end) return;
+    const int row = unit.r * kTile + rank * kRows + half * 64;
+    const bool inside = row < launch.channels;  // the last row of tiles reaches beyond C
     int last = -1;  // the stage whose products are still running
     for (int token = unit.begin; token < unit.end; token += kStep) {
       wait(memory.full + 8 * ring.stage, ring.parity);
       const auto a = operand(memory.rows(ring.stage) + half * kBox);
       const auto b = operand(memory.columns(ring.stage));
-      begin_products();
+      if (inside) {
+        begin_products();
 #pragma unroll
-      for (int part = 0; part < kStep / 16; ++part) {
-        const int further = part * 16 * 128 >> 4;  // 16 tokens, in the operands' units
-        multiply(Type(), sums, a + further, b + further, part || last >= 0);
+        for (int part = 0; part < kStep / 16; ++part) {
+          const int further = part * 16 * 128 >> 4;  // 16 tokens, in the operands' units
+          multiply(Type(), sums, a + further, b + further, part || last >= 0);
+        }
+        commit_products();
+      } else {
+        // As products would: a warp that is two phases late would wait for the wrong one.
+        warpgroup_sync(group);
       }
-      commit_products();
       wait_for_products<1>();
       if (last >= 0) release(last);
       last = ring.stage;
@@ -256,8 +263,7 @@ __device__ __forceinline__ void compute(const Launch& launch, const Memory& memo
     }
     wait_for_products<0>();
     release(last);
-    const int row = unit.r * kTile + rank * kRows + half * 64;
-    add_to_c(launch, sums, staged, row, unit.j * kTile, group);
+    if (inside) add_to_c(launch, sums, staged, row, unit.j * kTile, group);
   });
   if (thread == 0) wait_for_additions();
 }

@@ -15,8 +15,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ import torch
 from pairs import pairwise
 from torch import Tensor
 
-from corda_kernels.kernels import cuda, reference, shares, syrk_sm90
+from corda_kernels import kernels
+from corda_kernels.errors import BackendError, ConfigError
+from corda_kernels.kernels import cuda, reference, shares, syrk_, syrk_sm90, use_backend
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -282,6 +285,132 @@ def test_what_the_kernel_does_not_take(run: Any) -> None:
     assert len(run.driver.launches) == 1
 
 
+@pytest.fixture
+def dispatched(run: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`kernels.syrk_` on the backend sm90; gives its driver."""
+    monkeypatch.setitem(kernels._WHY_NOT, "sm90", lambda: None)
+    monkeypatch.setitem(kernels._WHY_NOT, "triton", lambda: None)
+    monkeypatch.setattr(kernels, "_no_triton", lambda: "it is not asked for here")
+    monkeypatch.setattr(kernels, "_again", {})
+    with use_backend("sm90"):
+        yield run.driver
+
+
+def test_a_call_is_made_ready_once_and_repeated(
+    dispatched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    prepare = syrk_sm90._launches
+    monkeypatch.setattr(
+        syrk_sm90, "_launches", lambda *given: prepared.append(1) or prepare(*given)
+    )
+    x, other = random(90, 48), random(90, 48)
+    c, count = torch.zeros(48, 48), torch.zeros(48, dtype=torch.int64)
+    for _ in range(3):
+        assert syrk_(c, x, outlier_count=count) is c
+    assert len(prepared) == 1
+    assert error(c / 3, x) <= 1e-6
+    assert torch.equal(count, 3 * (x.abs() > 6).sum(0))
+    # Whatever is different is another call.
+    syrk_(c, x[:80], outlier_count=count)
+    syrk_(c, other, outlier_count=count)
+    syrk_(c, x, outlier_count=count, outlier_threshold=1.0)
+    syrk_(c, x)
+    syrk_(c, [x, other], alpha=0.5)
+    assert len(prepared) == len(dispatched.launches) - 2 == 6
+    with use_backend("reference"):
+        syrk_(c, x, outlier_count=count)
+    assert len(dispatched.launches) == 8
+    with pytest.raises(ConfigError, match="deterministic must be True or False"):
+        syrk_(c, x, outlier_count=count, deterministic=0)  # type: ignore[arg-type]
+
+
+def test_what_the_kernel_does_not_take_goes_elsewhere(dispatched: Any) -> None:
+    parts = [random(30, 40), random(20, 40).float(), random(1, 40), random(0, 40)]
+    c = torch.zeros(40, 40)
+    for _ in range(2):
+        syrk_(c, parts)
+    exact = torch.cat([part.float() for part in parts])
+    assert error(c / 2, exact) <= 1e-6
+    assert len(dispatched.launches) == 4
+    assert not kernels._again
+
+
+def test_a_launch_that_fails_is_told(dispatched: Any) -> None:
+    def failing(*_: Any) -> int:
+        return 700
+
+    def text(code: int, place: Any) -> None:
+        place._obj.value = b"an illegal memory access was encountered"
+
+    dispatched.cuLaunchKernel, dispatched.cuGetErrorString = failing, text
+    with pytest.raises(BackendError, match="cuLaunchKernel: CUDA error 700, an illegal memory"):
+        syrk_(torch.zeros(8, 8), random(3, 8))
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """CuPy's NVRTC, which notes what it compiles; `refuses` holds what it says."""
+
+    def compile_(program: str, options: tuple[str, ...]) -> None:
+        double.options.append(options)
+        if double.refuses:
+            raise RuntimeError("NVRTC_ERROR_COMPILATION")
+
+    double = types.SimpleNamespace(
+        options=[],
+        refuses="",
+        getVersion=lambda: (13, 0),
+        createProgram=lambda source, name, *_: source,
+        compileProgram=compile_,
+        getProgramLog=lambda program: double.refuses,
+        getCUBIN=lambda program: b"code",
+    )
+    for name, module in (("cupy", types), ("cupy.cuda", types.SimpleNamespace(nvrtc=double))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    return double
+
+
+def test_nvrtc_compiles_once_and_again_when_a_source_has_changed(
+    nvrtc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = syrk_sm90._compiled()
+    assert first.read_bytes() == b"code"
+    assert first.parent == tmp_path / "cache"
+    assert syrk_sm90._compiled() == first
+    assert [options[0] for options in nvrtc.options] == ["-arch=sm_90a"]
+    copy = tmp_path / "csrc"
+    shutil.copytree(cuda.sources(), copy)
+    (copy / "hopper.cuh").write_text("// later")
+    monkeypatch.setattr(syrk_sm90, "sources", lambda: copy)
+    assert syrk_sm90._compiled() != first
+    assert len(nvrtc.options) == 2
+
+
+def test_what_nvrtc_refuses_is_told(nvrtc: Any) -> None:
+    nvrtc.refuses = "syrk_sm90.cu(1): error"
+    with pytest.raises(BackendError, match=r"NVRTC_ERROR_COMPILATION: syrk_sm90.cu\(1\): error"):
+        syrk_sm90._compiled()
+
+
+def test_other_devices_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    syrk_sm90.unavailable.cache_clear()
+    assert syrk_sm90.unavailable() == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    syrk_sm90.unavailable.cache_clear()
+    wanted = "compute capability 9.0 is needed, the device has 10.0"
+    assert syrk_sm90.unavailable() == wanted
+    syrk_sm90.unavailable.cache_clear()
+
+
+def test_tensors_on_a_cpu_are_refused() -> None:
+    options = 1.0, None, None, 6.0, "default", False
+    with pytest.raises(BackendError, match="the backend sm90 needs tensors on a GPU"):
+        syrk_sm90.syrk_(torch.zeros(8, 8), [random(3, 8)], *options)
+
+
 # Each makes the kernel wrong, and must make the tests above fail.
 FAULTS = {
     "a stage is released while products still read it": (
@@ -311,6 +440,10 @@ FAULTS = {
     "a block leaves before the other": ("  __syncwarp();\n  cluster_sync();\n}", "}"),
     "sums are not awaited": ("wait_for_products<0>();", ""),
     "operands are too far apart": ("Word(kBox >> 4) << 16", "Word(kBox >> 5) << 16"),
+    "warps without products run ahead of each other": (
+        "      } else {\n",
+        "      } else if (false) {\n",
+    ),
     "additions are not awaited": ("if (thread == 0) wait_for_additions();", ""),
 }
 
