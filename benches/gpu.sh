@@ -53,11 +53,12 @@ print(*[file for folder in folders for file in Path(folder).glob("*.gguf")][:1])
 PYTHON
 }
 
-kernel() { # The covariance kernels against each other: which one should a GPU prefer?
-    local sizes=(--backends triton,sm90 --seconds 160)
-    [[ -n $small ]] && sizes=(--backends cpu --widths 64 --tokens 256 --seconds 1)
-    part kernel 180 "$python" benches/syrk_experiment.py --device "$device" "${sizes[@]}" \
+kernel() { # The covariance kernels: which one should a GPU prefer? And what a call costs the host
+    local sizes=(--seconds 220)
+    [[ -n $small ]] && sizes=(--kernels cpu --widths 64 --tokens 256 --seconds 1)
+    part kernel 240 "$python" benches/syrk_experiment.py --device "$device" "${sizes[@]}" \
         --json "$out/$name-kernel.json"
+    part host 40 "$python" benches/syrk_host.py --device "$device" --json "$out/$name-host.json"
 }
 
 tests() {

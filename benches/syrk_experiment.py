@@ -1,16 +1,17 @@
-"""Which covariance kernel a GPU should prefer: every backend against torch.addmm and each other.
+"""Which covariance kernel a GPU should prefer: all against torch.addmm and each other.
 
     python benches/syrk_experiment.py --json OUT                                        # on a GPU
-    python benches/syrk_experiment.py --device cpu --widths 64 --tokens 256 --backends cpu
+    python benches/syrk_experiment.py --device cpu --widths 64 --tokens 256 --kernels cpu
 
-First each backend is checked in a process of its own, because a new kernel may hang. Only those
+First each kernel is checked in a process of its own, because a new one may hang. Only those
 that are right are timed: single calls issued ahead of a busy device, calls back to back, which show
 what the power limit leaves, and growing numbers of tokens, whose slope is the main loop and whose
 intercept is the cost of adding a tile to C. Every line is printed and written at once, so that a
 run that is stopped leaves what it has.
 
-"sm90" becomes the first choice on compute capability 9.0 if it is right and at least 5 % faster
-than "triton" at 4096 and 8192 channels, with statistics.
+A kernel is a backend, or "triton" with its wide tile turned, or with programs that take nothing but
+the statistics. "sm90" becomes the first choice on compute capability 9.0 if it is right and at
+least 5 % faster than any of Triton's at 4096 and 8192 channels, with statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ CHECK_SECONDS = 75  # of one backend, with its compilation
 ALLOWED = 5e-5  # relative error of C, see bench covariance
 THRESHOLD = 3.0
 
+TRITON = {  # whether the tile is turned, and the runs of tokens of the programs that only read
+    "triton turned": (True, 0),
+    "triton readers": (False, 2),
+    "triton turned readers": (True, 2),
+}
+
 Run = Callable[[Tensor], object]
 
 
@@ -48,10 +54,10 @@ def main() -> int:
     parser.add_argument("--widths", default=WIDTHS)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backends", default="triton,sm90")
+    parser.add_argument("--kernels", default=",".join(["triton", "sm90", *TRITON]))
     parser.add_argument("--seconds", type=float, default=300, help="time after which no row begins")
     parser.add_argument("--json", type=Path, help="a file for all results")
-    parser.add_argument("--check", help=argparse.SUPPRESS)  # one backend, in this process
+    parser.add_argument("--check", help=argparse.SUPPRESS)  # one kernel, in this process
     given = parser.parse_args()
     device = torch.device(given.device)
     if given.check is not None:
@@ -59,16 +65,33 @@ def main() -> int:
     if given.json is not None:
         check_output(given.json)
     experiment = Experiment(device, given.tokens, given.json, time.monotonic() + given.seconds)
-    backends = [name for name in given.backends.split(",") if experiment.is_right(name)]
+    kernels = [name for name in given.kernels.split(",") if experiment.is_right(name)]
     for width in map(int, given.widths.split(",")):
-        experiment.times(width, backends)
+        experiment.times(width, kernels)
     for width in (4096, 1024) if device.type == "cuda" else ():
-        experiment.tokens_against_time(width, backends)
-    return int(not backends)
+        experiment.tokens_against_time(width, kernels)
+    return int(not kernels)
 
 
-def check(backend: str, device: torch.device) -> int:
-    """Prints the errors of one backend; 0 if all are small enough."""
+def add(
+    kernel: str, c: Tensor, x: Tensor, absmax: Tensor | None, count: Tensor | None, **options: Any
+) -> None:
+    """c += xᵀx, with statistics, by one of the kernels."""
+    if kernel not in TRITON:
+        with use_backend(kernel):
+            syrk_(c, x, absmax=absmax, outlier_count=count, **options)
+        return
+    from corda_kernels.kernels import triton_syrk
+
+    turned, runs = TRITON[kernel]
+    wide = x.shape[1] >= triton_syrk._WIDE_CHANNELS
+    tile = triton_syrk.TMA_TURNED if turned and wide else None
+    values = {"outlier_threshold": 6.0, "precision": "default", "deterministic": False} | options
+    triton_syrk.syrk_(c, x, 1.0, absmax, count, **values, tile=tile, runs=runs)
+
+
+def check(kernel: str, device: torch.device) -> int:
+    """Prints the errors of one kernel; 0 if all are small enough."""
     wrong = 0
     for dtype in (torch.bfloat16, torch.float16):
         for tokens, width in SHAPES if device.type == "cuda" else SHAPES[:1]:
@@ -81,15 +104,14 @@ def check(backend: str, device: torch.device) -> int:
                 for _ in range(2):
                     c, absmax, count = zeros(width, device), *statistics(width, device)
                     options = {"outlier_threshold": THRESHOLD, "deterministic": deterministic}
-                    with use_backend(backend):
-                        syrk_(c, x, absmax=absmax, outlier_count=count, **options)
+                    add(kernel, c, x, absmax, count, **options)
                     sums.append(c.tril())
                 error = float((sums[0].double() - exact.tril()).norm() / exact.tril().norm())
                 right = error <= ALLOWED and (not deterministic or torch.equal(*sums))
                 right &= torch.equal(absmax, expected[0]) and torch.equal(count, expected[1])
                 wrong += not right
                 print(
-                    f"{backend}: {tokens} × {width} {dtype} {'' if right else 'WRONG'} error "
+                    f"{kernel}: {tokens} × {width} {dtype} {'' if right else 'WRONG'} error "
                     f"{error:.1e}{' deterministic' if deterministic else ''}",
                     flush=True,
                 )
@@ -110,56 +132,51 @@ class Experiment:
         if self.path is not None:
             write_json(self.path, self.results)
 
-    def is_right(self, backend: str) -> bool:
-        reason = available_backends("syrk_").get(backend, "no such backend")
+    def is_right(self, kernel: str) -> bool:
+        reason = available_backends("syrk_").get(kernel.split()[0], "there is no such backend")
         if reason is not None:
-            self.say(part="check", backend=backend, missing=reason)
+            self.say(part="check", kernel=kernel, missing=reason)
             return False
-        command = [sys.executable, __file__, "--check", backend, "--device", str(self.device)]
+        command = [sys.executable, __file__, "--check", kernel, "--device", str(self.device)]
         try:
             code = subprocess.run(command, timeout=CHECK_SECONDS).returncode
         except subprocess.TimeoutExpired:
             code = -1
-        self.say(part="check", backend=backend, right=code == 0)
+        self.say(part="check", kernel=kernel, right=code == 0)
         return code == 0
 
-    def times(self, width: int, backends: list[str]) -> None:
+    def times(self, width: int, kernels: list[str]) -> None:
         """With statistics and without, alone and back to back, and each as a ratio to addmm."""
         xs = inputs(self.tokens, width, self.device)
-        runs = {"addmm": ("", self.baseline(width))}
-        for name in backends:
-            runs[name] = name, self.call(width, statistics(width, self.device))
-            runs[f"{name} plain"] = name, self.call(width, None)
+        runs = {"addmm": self.baseline(width)}
+        for kernel in kernels:
+            runs[kernel] = self.call(kernel, width)
+            runs[f"{kernel} plain"] = self.call(kernel, width, with_statistics=False)
         for part, timed in (("alone", self.alone), ("back to back", self.back_to_back)):
             if time.monotonic() > self.end:
                 return
-            found = {}
-            for name, (backend, run) in runs.items():
-                with use_backend(backend) if backend else nullcontext():
-                    found[name] = 1e3 * timed(run, xs)
+            found = {name: 1e3 * timed(run, xs) for name, run in runs.items()}
             ratios = {name: found["addmm"] / value for name, value in found.items()}
             self.say(part=part, width=width, ms=found, faster=ratios)
 
-    def tokens_against_time(self, width: int, backends: list[str]) -> None:
+    def tokens_against_time(self, width: int, kernels: list[str]) -> None:
+        runs = {"addmm": self.baseline(width)}
+        runs |= {kernel: self.call(kernel, width) for kernel in kernels}
         for tokens in (1024, 2048, 4096, 8192, 16384):
             if time.monotonic() > self.end:
                 return
             xs = inputs(tokens, width, self.device)
-            found = {"addmm": 1e3 * self.alone(self.baseline(width), xs)}
-            for name in backends:
-                with use_backend(name):
-                    run = self.call(width, statistics(width, self.device))
-                    found[name] = 1e3 * self.alone(run, xs)
+            found = {name: 1e3 * self.alone(run, xs) for name, run in runs.items()}
             self.say(part="tokens", width=width, tokens=tokens, ms=found)
 
     def baseline(self, width: int) -> Run:
         c = zeros(width, self.device)
         return lambda x: addmm_baseline(c, x)
 
-    def call(self, width: int, into: tuple[Tensor, Tensor] | None) -> Run:
+    def call(self, kernel: str, width: int, with_statistics: bool = True) -> Run:
         c = zeros(width, self.device)
-        absmax, count = into or (None, None)
-        return lambda x: syrk_(c, x, absmax=absmax, outlier_count=count)
+        into = statistics(width, self.device) if with_statistics else (None, None)
+        return lambda x: add(kernel, c, x, *into)
 
     def alone(self, run: Run, xs: list[Tensor]) -> float:
         return measure(run, xs, self.device, ahead=True).p50

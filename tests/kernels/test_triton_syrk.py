@@ -170,20 +170,27 @@ def test_float64_falls_to_the_reference() -> None:
 
 
 @triton.jit
-def _note_tiles(found, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
-    i, j = triton_syrk._grouped(tl.program_id(0), rows, RATIO, GROUP)
+def _note_tiles(found, rows, RATIO: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
+    if TURNED:
+        i, j = triton_syrk._turned(tl.program_id(0), rows, RATIO, GROUP)
+    else:
+        i, j = triton_syrk._grouped(tl.program_id(0), rows, RATIO, GROUP)
     tl.store(found + 2 * tl.program_id(0), i)
     tl.store(found + 2 * tl.program_id(0) + 1, j)
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize(("ratio", "turned"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
-def test_every_tile_of_the_triangle_is_visited_once(rows: int, ratio: int) -> None:
-    tile = triton_syrk.Tile(128 * ratio, 128, 64, 8, 3)
-    tiles = triton_syrk._divided(1, rows * tile.BM, tile, 64, 1).tiles
+def test_every_tile_of_the_triangle_is_visited_once(rows: int, ratio: int, turned: bool) -> None:
+    sizes = (128, 128 * ratio) if turned else (128 * ratio, 128)
+    tile = triton_syrk.Tile(*sizes, 64, 8, 3)
+    tiles = triton_syrk._divided(1, rows * 128 * ratio, tile, 64, 1).tiles
     found = torch.full((tiles, 2), -1, dtype=torch.int32)
-    _note_tiles[(tiles,)](found, rows, RATIO=ratio, GROUP=4)
-    expected = {(i, j) for i in range(rows) for j in range(ratio * (i + 1))}
+    _note_tiles[(tiles,)](found, rows, RATIO=ratio, GROUP=4, TURNED=turned)
+    if turned:
+        expected = {(i, j) for i in range(2 * rows) for j in range(i // 2 + 1)}
+    else:
+        expected = {(i, j) for i in range(rows) for j in range(ratio * (i + 1))}
     assert len(expected) == tiles
     assert set(map(tuple, found.tolist())) == expected
 
@@ -195,6 +202,27 @@ def _note_shares(found, tiles, whole, pieces, chain, part, n):
     tl.store(found + 3 * p, t)
     tl.store(found + 3 * p + 1, begin)
     tl.store(found + 3 * p + 2, end)
+
+
+@triton.jit
+def _note_looks(found, programs, n, d, BN: tl.constexpr, BK: tl.constexpr):
+    p = tl.program_id(0)
+    block, begin, end = triton_syrk._looked_at(p, programs, n, d, BN, BK)
+    tl.store(found + 3 * p, block)
+    tl.store(found + 3 * p + 1, begin)
+    tl.store(found + 3 * p + 2, end)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 7])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (300, 100), (1000, 513), (64, 256)])
+def test_the_first_programs_look_at_everything_once(n: int, d: int, runs: int) -> None:
+    blocks = -(-d // 128)
+    found = torch.full((blocks * runs + 5, 3), -1, dtype=torch.int32)
+    _note_looks[(len(found),)](found, blocks * runs, n, d, BN=128, BK=64)
+    seen = torch.zeros(blocks, n, dtype=torch.int32)
+    for block, begin, end in found.tolist():
+        seen[block, begin : max(begin, end)] += 1
+    assert bool((seen == 1).all())
 
 
 @settings(max_examples=30, deadline=None)
