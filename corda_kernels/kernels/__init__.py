@@ -36,6 +36,8 @@ __all__ = [
 # CuPy is not imported for its type: whatever speaks DLPack will do.
 Array = Tensor | np.ndarray[Any, Any] | Any
 ArrayT = TypeVar("ArrayT")
+# Does a call of `syrk_` again that has been checked: c, inputs, absmax, counts.
+Repeat = Callable[..., object]
 
 
 def _each(run: Callable[..., None]) -> Callable[..., None]:
@@ -48,19 +50,24 @@ def _each(run: Callable[..., None]) -> Callable[..., None]:
     return run_each
 
 
-def _triton_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
+def _triton_syrk(c: Tensor, inputs: Sequence[Tensor], alpha: float, *options: Any) -> Repeat:
     # Triton is loaded at its first use: it is not installed everywhere, and importing it is slow.
     from corda_kernels.kernels import triton_syrk
 
-    for x in inputs:
-        triton_syrk.syrk_(c, x, *options)
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        for x in inputs:
+            triton_syrk.syrk_(c, x, alpha, *options)
+    _, _, *others = options
+    return lambda c, inputs, *statistics: _triton_syrk(c, inputs, alpha, *statistics, *others)
 
 
-def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> Callable[[], None] | None:
-    again = syrk_sm90.syrk_(c, inputs, *options)
-    if again is None:
-        _TABLE["syrk_", "triton" if _no_triton() is None else "reference"](c, inputs, *options)
-    return again
+def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> Repeat | None:
+    submit = syrk_sm90.syrk_(c, inputs, *options)
+    if submit is not None:
+        return lambda *_: submit()
+    other = "triton" if _no_triton() is None else "reference"
+    repeat: Repeat | None = _TABLE["syrk_", other](c, inputs, *options)
+    return repeat
 
 
 @functools.cache
@@ -95,10 +102,10 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
 }
 # "sm90" runs where it is asked for only, until a GPU has shown it right and faster than "triton".
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-# Calls of `syrk_` that a backend can repeat, by all that they depend on: in calibration the checks
-# and the preparation of a launch would take longer than the device needs for it.
-_again: dict[object, Callable[[], None]] = {}
-_AGAIN = 4096
+# By all that a call of `syrk_` depends on. In calibration the checks, and what a backend prepares,
+# would take longer than the device needs. Repeats hold no tensors.
+_repeats: dict[object, Repeat] = {}
+_REPEATS = 4096
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
 
 
@@ -192,8 +199,8 @@ def syrk_(
     """
     given = c, x, absmax, outlier_count, row_mask
     chosen = alpha, outlier_threshold, precision, deterministic
-    if _again and (again := _again.get(_call(*given, *chosen))):
-        again()
+    if _repeats and (repeat := _repeats.get(_call(*given, *chosen))):
+        repeat(c, x if isinstance(x, list | tuple) else (x,), absmax, outlier_count)
         return c
     one_of("precision", precision, ("default", "high"))
     flag("deterministic", deterministic)
@@ -215,12 +222,12 @@ def syrk_(
             run = _implementation("syrk_float64" if wide else "syrk_", total.device)
             alike = list(group)
             options = alpha, largest, above, outlier_threshold, precision, deterministic
-            again = run(total, alike, *options)
-            if again is not None and len(alike) == len(inputs):
-                if len(_again) >= _AGAIN:
-                    _again.clear()
-                if (call := _call(*given, *chosen)) is not None:
-                    _again[call] = again
+            repeat = run(total, alike, *options)
+            whole = repeat is not None and len(alike) == len(inputs)
+            if whole and (call := _call(*given, *chosen)) is not None:
+                if len(_repeats) >= _REPEATS:
+                    _repeats.clear()
+                _repeats[call] = repeat
     return c
 
 

@@ -330,9 +330,10 @@ def syrk_(
             programs = shares.programs(n)
             if by_tma:
                 readers = runs * triton.cdiv(d, BN) if statistics else 0
+                a = TensorDescriptor.from_tensor(rows, [BK, BM])
+                b = a if BM == BN else TensorDescriptor.from_tensor(rows, [BK, BN])
                 _tiles_by_tma[(readers + programs,)](
-                    TensorDescriptor.from_tensor(rows, [BK, BM]),
-                    TensorDescriptor.from_tensor(rows, [BK, BN]),
+                    *(a, b),
                     TensorDescriptor.from_tensor(c, [BM, BN]),
                     *(largest, above, n, d, *shares, alpha, limit),
                     DTYPE=_TYPES[x.dtype],

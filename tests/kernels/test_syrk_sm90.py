@@ -291,7 +291,7 @@ def dispatched(run: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(kernels._WHY_NOT, "sm90", lambda: None)
     monkeypatch.setitem(kernels._WHY_NOT, "triton", lambda: None)
     monkeypatch.setattr(kernels, "_no_triton", lambda: "it is not asked for here")
-    monkeypatch.setattr(kernels, "_again", {})
+    monkeypatch.setattr(kernels, "_repeats", {})
     with use_backend("sm90"):
         yield run.driver
 
@@ -333,7 +333,7 @@ def test_what_the_kernel_does_not_take_goes_elsewhere(dispatched: Any) -> None:
     exact = torch.cat([part.float() for part in parts])
     assert error(c / 2, exact) <= 1e-6
     assert len(dispatched.launches) == 4
-    assert not kernels._again
+    assert not kernels._repeats
 
 
 def test_a_launch_that_fails_is_told(dispatched: Any) -> None:

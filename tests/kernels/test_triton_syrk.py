@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from corda_kernels import kernels
+from corda_kernels.errors import ConfigError
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
 pytest.importorskip("triton")
@@ -153,6 +155,31 @@ def test_nan_counts_in_no_statistic() -> None:
         syrk_(accumulator(40)[1], x, absmax=absmax, outlier_count=count)
     assert torch.equal(absmax, x.abs().nan_to_num(0).amax(0))
     assert torch.equal(count, (x.abs() > 6).sum(0))
+
+
+def test_a_call_is_checked_once_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check_ = kernels._check_syrk
+    monkeypatch.setattr(kernels, "_check_syrk", lambda *given: checked.append(1) or check_(*given))
+    monkeypatch.setattr(kernels, "_repeats", {})
+    monkeypatch.setattr(kernels, "_REPEATS", 2)
+    x, absmax = torch.randn(40, 20, requires_grad=True), torch.zeros(20)
+    c = accumulator(20)[1]
+    with use_backend("triton"):
+        for _ in range(3):
+            syrk_(c, x, absmax=absmax)
+        assert len(checked) == 1
+        exact = 3 * (x.T @ x).detach().tril()
+        torch.testing.assert_close(c.tril(), exact, rtol=1e-5, atol=1e-4)
+        assert torch.equal(absmax, x.detach().abs().amax(0))
+        assert not c.requires_grad
+        # Other calls are checked, and none is kept for ever.
+        for n in (39, 38, 37):
+            syrk_(c, x[:n])
+        assert len(checked) == 4
+        assert len(kernels._repeats) == 2
+        with pytest.raises(ConfigError, match="precision must be"):
+            syrk_(c, x, absmax=absmax, precision=["high"])  # type: ignore[arg-type]
 
 
 def test_a_triton_that_is_too_old_is_said(monkeypatch: Any) -> None:
