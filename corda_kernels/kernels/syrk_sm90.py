@@ -84,7 +84,8 @@ def unavailable() -> str | None:
     try:
         _functions(torch.cuda.current_device())
     except Exception as error:  # CuPy's and the driver's, of many kinds
-        return f"the kernel for sm_90a cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        return f"the kernel for sm_90a cannot be loaded: {first}"
     return None
 
 
@@ -273,5 +274,6 @@ def _compiled() -> Path:
     except Exception as error:
         raise BackendError(f"{error}: {nvrtc.getProgramLog(program)}") from error
     cache.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, nvrtc.getCUBIN(program))
+    # CuPy cuts the last byte off, as of a string; in an ELF file it is a zero that counts.
+    write_bytes(path, nvrtc.getCUBIN(program) + b"\0")
     return path

@@ -376,7 +376,7 @@ def test_nvrtc_compiles_once_and_again_when_a_source_has_changed(
     nvrtc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = syrk_sm90._compiled()
-    assert first.read_bytes() == b"code"
+    assert first.read_bytes() == b"code\0"
     assert first.parent == tmp_path / "cache"
     assert syrk_sm90._compiled() == first
     assert [options[0] for options in nvrtc.options] == ["-arch=sm_90a"]
