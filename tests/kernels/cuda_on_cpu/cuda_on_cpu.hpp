@@ -38,7 +38,7 @@ using std::sqrt;
 struct Index {
   int x;
 };
-static Index threadIdx, blockIdx, blockDim, gridDim;
+static Index threadIdx, blockIdx, blockDim;
 
 constexpr size_t kSharedBytes = 232448;  // of a Hopper block
 

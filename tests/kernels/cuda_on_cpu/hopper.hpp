@@ -18,6 +18,8 @@
 using std::max;
 using std::min;
 
+static Index gridDim;
+
 namespace corda {
 
 struct alignas(64) TensorMap {
