@@ -175,6 +175,21 @@ def test_every_experts_covariance_is_that_of_its_tokens(kind: str, mode: Any) ->
                 )
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text"])
+def test_tokens_that_a_mask_leaves_out_count_for_no_expert(kind: str) -> None:
+    model, ids = made(kind), text()[0]
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    names = {n: p for n, p in expert_parameters(model).items() if ".layers.0." in n}
+    capture = InputCapture(expert_inputs(names, "shared"))
+    capture.row_mask = mask
+    with capture, torch.no_grad():
+        model(ids)
+    first, *own = capture.covariances().values()
+    routed = 2 * int(mask.sum())
+    assert sum(part.tokens for part in own) == routed
+    assert first.tokens == (routed if kind == "llama4_text" else routed // 2)
+
+
 def test_names_select_expert_parameters_and_refusals_say_why() -> None:
     model = made("qwen3_moe")
     linears, fused = target_layers(model, ["q_proj", "experts.down_proj"])
