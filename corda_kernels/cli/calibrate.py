@@ -59,6 +59,7 @@ def calibrate(
     from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.calibration.experts import (
         ExpertInput,
+        Reader,
         by_parameter,
         expert_inputs,
         reader_shape,
