@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -188,6 +189,19 @@ def test_tokens_that_a_mask_leaves_out_count_for_no_expert(kind: str) -> None:
     routed = 2 * int(mask.sum())
     assert sum(part.tokens for part in own) == routed
     assert first.tokens == (routed if kind == "llama4_text" else routed // 2)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_offloaded_experts_give_the_same_bits(kind: str) -> None:
+    model, batches = made(kind), text()
+    expected = calibrate(model, batches, experts="each", progress=False)
+    cpu_offload(model.model.layers, execution_device="cpu")
+    blocks = calibrate_blocks(model, batches, experts="each", progress=False)
+    found = {name: covariance for block in blocks for name, covariance in block.items()}
+    assert found.keys() == expected.keys()
+    for name, covariance in found.items():
+        assert torch.equal(covariance.matrix, expected[name].matrix), name
 
 
 def test_names_select_expert_parameters_and_refusals_say_why() -> None:
