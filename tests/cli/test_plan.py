@@ -120,6 +120,10 @@ def test_mixtures_are_planned_from_their_public_values(kind: str, tmp_path: Path
     scale = 1024 if table["covariances"][1].endswith("MiB") else 1024**2
     assert found[1] == pytest.approx(block / scale / 1024, abs=0.06)
     assert found[0] == pytest.approx(layers * block / 2**30, abs=0.06)
+    # A token reaches so many of the experts.
+    widths = [*others, hidden, *values["num_experts_per_tok"] * [inner]]
+    products = 256 * 8 * layers * sum(width * (width + 1) for width in widths)
+    assert float(table["FLOPs: covariances"][0]) == pytest.approx(products, rel=0.05)
     assert f"74.5 GiB hold weights and covariances: {fits}" in table
 
 
