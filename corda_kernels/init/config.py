@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from corda_kernels.adapter.factors import check_hold
 from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
+from corda_kernels.calibration.experts import Experts
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
@@ -51,8 +52,11 @@ class CalibrationPlan:
         damping: of the comparison of halves, and of the scores of candidates, which cannot do
             without and take 0.01 then.
         targets: see `calibrate`.
+        experts: see `calibrate`; not with several candidates, which linear layers alone are
+            selected from.
         stability: whether to compare two halves of the text, which every other batch belongs to;
-            not with several candidates.
+            not with several candidates, and not of fused experts. An expert's covariance is then
+            the mean of both halves', each drawn towards the half's own mean.
         memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
             of both halves and their mean count, or two candidates. None for no limit.
         distributed: see `calibrate`; the ranks share the judging too.
@@ -65,6 +69,7 @@ class CalibrationPlan:
     condition: Condition = "ratio"
     damping: float | None = 0.01
     targets: str | Sequence[str] = "all-linear"
+    experts: Experts | None = None
     stability: bool = False
     memory_limit: int | None = None
     distributed: bool = False
@@ -74,6 +79,7 @@ class CalibrationPlan:
         """Refuses values that are not allowed; numbers are kept as Python's own, for the record."""
         one_of("selection", self.selection, METHODS)
         one_of("condition", self.condition, CONDITIONS)
+        one_of("experts", self.experts, (None, "shared", "each"))
         for name in ("stability", "distributed", "progress"):
             flag(name, getattr(self, name))
         check_selection("targets", self.targets, ConfigError)
@@ -127,7 +133,8 @@ class CordaConfig(CalibrationPlan):
             published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
-        targets: the layers; see `corda_kernels.models.target_linears`.
+        targets: the layers; see `corda_kernels.models.target_layers`.
+        experts: see `calibrate`; not with several candidates.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
         lora_dropout: as in LoraConfig.
