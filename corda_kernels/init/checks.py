@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from corda_kernels.adapter import has_adapter, not_selectable, residual_marker
+from corda_kernels.adapter import (
+    has_adapter,
+    not_selectable,
+    residual_marker,
+    rewritten_layers,
+)
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import (
     CovarianceError,
@@ -49,7 +54,7 @@ def check_targets(
         )
     check_unwrapped(model)
     modules = target_linears(model, config.targets, config.exclude_modules)
-    reasons = not_selectable(model, modules) if use_peft else {}
+    reasons = _not_adaptable(model, modules, config) if use_peft else {}
     if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
         name = next(iter(reasons))
         raise TargetError(
@@ -77,6 +82,18 @@ def check_targets(
                 f"choose one between 1 and {min(shape)}, or leave the layer out"
             )
     return modules
+
+
+def _not_adaptable(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
+) -> dict[str, str]:
+    """The layers that PEFT adapts neither by their names nor by those of their weights."""
+    reasons = not_selectable(model, modules)
+    if not config.lora_dropout and not config.use_dora:
+        for name in rewritten_layers(model, modules):
+            if isinstance(modules[name], nn.Linear) and not is_quantised(modules[name]):
+                del reasons[name]
+    return reasons
 
 
 def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
@@ -119,7 +136,8 @@ def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, n
     """
     names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
     if names:
-        reasons = not_selectable(model, sorted(names)) | unreached_weights(model)
+        left = {name: model.get_submodule(name) for name in sorted(names)}
+        reasons = _not_adaptable(model, left, config) | unreached_weights(model)
         warn(
             f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
             f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
@@ -147,16 +165,16 @@ def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) 
 
 
 def warn_rank_deficient(
-    modules: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Any]], damping: float | None
+    names: Collection[str], inputs: Sequence[Mapping[str, Any]], damping: float | None
 ) -> None:
     """Says which covariances are singular for want of tokens, and what stood in for the rest.
 
     Args:
-        modules: the layers that it is about.
+        names: of the layers that it is about.
         inputs: what `measured_input` gave of each covariance.
         damping: of all of them.
     """
-    notes = [(note, name) for note in inputs for name in note["layers"] if name in modules]
+    notes = [(note, name) for note in inputs for name in note["layers"] if name in names]
     short = [each for each in notes if each[0]["tokens"] < each[0]["channels"]]
     if not short:
         return

@@ -25,7 +25,7 @@ _OF_PEFT = {
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
     ),
-    "target_parameters": "only linear layers are adapted",
+    "target_parameters": "experts chooses those of fused experts",
     "init_lora_weights": "the start is what this package makes",
     "use_rslora": "the scaling is 1/hold at any rank",
     **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
@@ -51,6 +51,7 @@ class CalibrationPlan:
         damping: of the comparison of halves, and of the scores of candidates, which cannot do
             without and take 0.01 then.
         targets: see `calibrate`.
+        experts: see `calibrate`.
         stability: whether to compare two halves of the text, which every other batch belongs to;
             not with several candidates.
         memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
@@ -65,6 +66,7 @@ class CalibrationPlan:
     condition: Condition = "ratio"
     damping: float | None = 0.01
     targets: str | Sequence[str] = "all-linear"
+    experts: Literal["shared", "each"] | None = None
     stability: bool = False
     memory_limit: int | None = None
     distributed: bool = False
@@ -73,6 +75,7 @@ class CalibrationPlan:
     def __post_init__(self) -> None:
         """Refuses values that are not allowed; numbers are kept as Python's own, for the record."""
         one_of("selection", self.selection, METHODS)
+        one_of("experts", self.experts, (None, "shared", "each"))
         one_of("condition", self.condition, CONDITIONS)
         for name in ("stability", "distributed", "progress"):
             flag(name, getattr(self, name))
@@ -128,6 +131,10 @@ class CordaConfig(CalibrationPlan):
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.models.target_linears`.
+        experts: whether fused experts are adapted too, and from which covariances: "shared" takes
+            one for all experts of a layer where they read the same, "each" one for each of them.
+            The rank of an expert is that of other layers over the number of experts that a token
+            is sent to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
         lora_dropout: as in LoraConfig.
@@ -193,6 +200,11 @@ class CordaConfig(CalibrationPlan):
                 'residual="weight" is the published form: it has a scale of its own (no hold), is '
                 "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
                 "these"
+            )
+        if self.experts and (self.residual is not None or self.use_dora or self.lora_dropout):
+            raise ConfigError(
+                "PEFT adapts fused experts without lora_dropout and use_dora only, and residual="
+                '"weight" does not write into them: leave these out, or experts at None'
             )
 
     @property

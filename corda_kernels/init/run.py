@@ -13,6 +13,7 @@ from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
+from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
 from corda_kernels.errors import CalibrationError, ConfigError, RankError
 from corda_kernels.init.checks import (
     adapter_parameters,
@@ -23,8 +24,9 @@ from corda_kernels.init.checks import (
 )
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.covariances import DOMAIN, covariance_stages, united_provenance
+from corda_kernels.init.experts import check_experts, expert_ranks, united_experts, united_inputs
 from corda_kernels.init.layers import MadeLayer, made_layers
-from corda_kernels.init.measured import measured_input, measured_layer
+from corda_kernels.init.measured import measured_layer
 from corda_kernels.linears import linear_shape, unpack
 from corda_kernels.memory import cuda_peak_bytes, peak_bytes
 from corda_kernels.models import devices, target_linears
@@ -76,6 +78,7 @@ def init_corda(
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
     check_at_hand(check_targets(model, config, use_peft=use_peft))
+    check_experts(model, config, use_peft=use_peft)
     Ranks.of(config.distributed).agree("init_corda", lambda: {"use_peft": use_peft})
     adapter = corda_adapter(model, data, config, use_peft=use_peft)
     return attach(model, adapter, use_peft=use_peft, copy=False)
@@ -103,6 +106,7 @@ def corda_adapter(
     """
     _check_kinds(data, config)
     modules = check_targets(model, config, use_peft=use_peft)
+    experts = check_experts(model, config, use_peft=use_peft)
     warn_left_out(model, config, modules)
     unpack(modules)
     Ranks.of(config.distributed).agree(
@@ -119,20 +123,25 @@ def corda_adapter(
     clock = Stopwatch(devices(model))
     stages: Iterable[CovarianceSet]
     if isinstance(data, CovarianceSet):
-        check_covered(modules, data)
+        check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
         stages = (data,)
     else:
         # Names are given only where "all-linear" would take more than can be adapted.
         whole = target_linears(model, config.targets).keys() == modules.keys()
         plan = config if whole else replace(config, targets=list(modules))
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
+    ranks = expert_ranks(model, experts, config.rank)
+    layers = {**modules, **expert_layers(experts)}
     made: dict[str, MadeLayer] = {}
     allocation: dict[str, Any] = {}
     measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
-        covered = {name: module for name, module in modules.items() if name in covariances}
-        components = dict.fromkeys(covered, config.rank)
+        measured["inputs"] += united_inputs(covariances, experts)
+        provenances.append(covariances.provenance)
+        covariances = expert_covariances(covariances, experts)
+        covered = {name: module for name, module in layers.items() if name in covariances}
+        components = {name: ranks.get(name, config.rank) for name in covered}
         spectra: dict[str, LayerSpectrum] = {}
         if config.budget is not None:
             with clock.stage("allocation"):
@@ -144,11 +153,10 @@ def corda_adapter(
             part = made[name].spectrum if name in made else {}
             note = measured_layer(module, part, spectra.get(name), config.condition)
             measured["layers"][name] = note
-        measured["inputs"] += [measured_input(part, names) for part, names in covariances.groups()]
-        provenances.append(covariances.provenance)
         del covariances  # before the next ones are made
-    warn_rank_deficient(modules, measured["inputs"], config.damping)
-    made = {name: made[name] for name in modules if name in made}
+    warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
+    made, measured["layers"] = united_experts(experts, made, measured["layers"])
+    made = {name: made[name] for name in (*modules, *experts) if name in made}
     calibration = united_provenance(provenances)
     stability = calibration.pop("stability", None)
     if stability:
@@ -162,7 +170,11 @@ def corda_adapter(
         hold=None if config.residual else config.hold,
         residual=config.residual,
         damping=config.damping,
-        base=describe_base(model, {name: modules[name] for name in made}),
+        base=describe_base(
+            model,
+            {name: modules[name] for name in made if name in modules},
+            {name: experts[name] for name in made if name in experts},
+        ),
         stability=stability or {},
         calibration=calibration,
         layers={name: layer.note for name, layer in made.items()},
