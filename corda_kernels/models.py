@@ -20,6 +20,7 @@ from corda_kernels.errors import (
     TargetError,
     warn,
 )
+from corda_kernels.experts import ExpertParameter, expert_parameters
 from corda_kernels.linears import is_linear, linear_layers
 from corda_kernels.outputs import staged_folder
 
@@ -358,35 +359,71 @@ def target_linears(
     """The linear layers that `targets` selects, by name, in the model's order.
 
     Args:
+        model: see `target_layers`, as for all else.
+        targets: the layers.
+        exclude: of them.
+
+    Raises:
+        TargetError: see `target_layers`; or `targets` select fused experts alone.
+        ModelError: the model is none.
+    """
+    found, _ = target_layers(model, targets, exclude)
+    if not found:
+        raise no_match("targets", targets, linear_layers(model))
+    return found
+
+
+def target_layers(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] | None = None,
+    *,
+    experts: bool = False,
+) -> tuple[dict[str, nn.Module], dict[str, ExpertParameter]]:
+    """The linear layers and the fused expert parameters that `targets` selects, by name.
+
+    Args:
         model: a transformers model, or any module with linear layers.
-        targets: "all-linear" for every linear layer except the output head; a list of module names
-            or of their endings (`["q_proj", "mlp.up_proj"]`); or a regular expression that the
-            whole name must match.
+        targets: "all-linear" for every linear layer except the output head; a list of names of
+            modules and expert parameters, or of their endings (`["q_proj", "experts.down_proj"]`);
+            or a regular expression that the whole name must match.
         exclude: names, endings or a regular expression of layers to leave out.
+        experts: whether "all-linear" is to be all fused expert parameters as well.
+
+    Returns:
+        Both in the model's order. One of them may be empty.
 
     Raises:
         TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
-            leaves nothing; or the output head is asked for although it is tied to the embeddings.
+            leaves nothing; the output head is asked for although it is tied to the embeddings; or
+            `experts` are asked for of a model without fused ones.
         ModelError: the model is none.
     """
     instance_of("the model", model, nn.Module, ModelError)
     check_selection("targets", targets, TargetError)
-    linears, head = linear_layers(model), output_head(model)
+    linears, head, fused = linear_layers(model), output_head(model), expert_parameters(model)
+    if experts and not fused:
+        raise TargetError(
+            "the model has no fused experts that can be calibrated: leave experts out, or load it "
+            "with unpacked weights (--dtype bfloat16)"
+        )
+    names = [*linears, *fused]
     if targets == "all-linear":
         chosen = {name for name, module in linears.items() if module is not head}
+        chosen |= fused.keys() if experts else set()
         if not chosen:
-            raise no_match("targets", targets, linears)
+            raise no_match("targets", targets, names)
     else:
-        chosen = _selected("targets", targets, linears)
+        chosen = _selected("targets", targets, names)
     if exclude is not None:
         check_selection("exclude", exclude, TargetError)
     if exclude:
-        chosen -= _selected("exclude", exclude, linears)
+        chosen -= _selected("exclude", exclude, names)
         if not chosen:
             raise TargetError(f"exclude {exclude!r} leaves no layer of the targets: exclude fewer")
     found = {name: module for name, module in linears.items() if name in chosen}
     check_unshared(model, {name: module for name, module in found.items() if module is head})
-    return found
+    return found, {name: parameter for name, parameter in fused.items() if name in chosen}
 
 
 def check_selection(option: str, given: object, error: type[CordaError]) -> None:

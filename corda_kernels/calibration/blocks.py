@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.experts import Experts, Reader
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.passes import CalibrationRun, Normalize, OnUnseen, evaluating
 from corda_kernels.errors import CalibrationError, PaddingWarning
@@ -40,6 +41,7 @@ def calibrate_blocks(
     batches: Iterable[Batch],
     *,
     targets: str | Sequence[str] = "all-linear",
+    experts: Experts | None = None,
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
     on_unseen: OnUnseen = "error",
@@ -79,7 +81,15 @@ def calibrate_blocks(
         DistributedError: another rank has ended, or was given something else.
     """
     run = CalibrationRun(
-        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+        model,
+        targets,
+        experts,
+        outlier_threshold,
+        normalize,
+        on_unseen,
+        checkpoint,
+        distributed,
+        progress,
     )
     return (sets.pop() for sets in _calibrated(run, batches, parts=1))
 
@@ -127,7 +137,7 @@ def _calibrated(
     while restored < len(chosen) and (not chosen[restored] or journal.holds(restored)):
         restored += 1
     restored = min(run.ranks.gather(restored, "finished blocks"))
-    last = max(index for index, linears in enumerate(chosen) if linears)
+    last = max(index for index, readers in enumerate(chosen) if readers)
 
     def finished(index: int) -> list[CovarianceSet]:
         """One block's covariances over the text of all ranks, for each part."""
@@ -157,13 +167,13 @@ def _calibrated(
     return found()
 
 
-def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
-    """The target layers of each block, by their names in the model."""
+def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[str, Reader]]:
+    """The targets of each block, by the names of their covariances."""
     chosen = [
-        {name: module for name, module in run.linears.items() if name.startswith(f"{prefix}.")}
+        {name: reader for name, reader in run.readers.items() if name.startswith(f"{prefix}.")}
         for prefix in blocks
     ]
-    outside = run.linears.keys() - {name for linears in chosen for name in linears}
+    outside = run.readers.keys() - {name for readers in chosen for name in readers}
     if outside:
         raise unsuitable(f"{min(outside)} lies outside of its blocks")
     shared = [id(module) for block in blocks.values() for module in block.modules()]
@@ -212,13 +222,13 @@ class KeptText:
                     self.sequences.append(recorder.current)
 
     def advance(
-        self, index: int, linears: Mapping[str, nn.Module] | None = None
+        self, index: int, readers: Mapping[str, Reader] | None = None
     ) -> list[InputCapture]:
         """Runs block number `index` over the text.
 
         Args:
             index: of the block.
-            linears: the layers whose inputs are summed up; None for none.
+            readers: the targets whose inputs are summed up; None for none.
 
         Returns:
             Their sums, for each part of the text.
@@ -229,7 +239,7 @@ class KeptText:
         def attempt() -> list[InputCapture]:
             if self._rows != run.max_rows:
                 self._regroup()
-            captures = [run.capture(linears or {}) for _ in range(self.parts)]
+            captures = [run.capture(readers or {}) for _ in range(self.parts)]
             with evaluating(self.blocks[index]):
                 self._advance(index, captures)
             return captures
@@ -237,7 +247,7 @@ class KeptText:
         if not has_own_memory(run.device):
             return attempt()
         again = f"starting block {index} again"
-        return run.retry(self.batches, attempt, again, summing=linears is not None)
+        return run.retry(self.batches, attempt, again, summing=readers is not None)
 
     def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
         passed: list[Tensor] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance, Group
+from corda_kernels.calibration.experts import ExpertInput, Reader, recording
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -65,7 +66,8 @@ class InputCapture:
     no sum is ever wrong.
 
     Attributes:
-        modules: the layers by name; each takes one tensor (..., in) as its first argument.
+        modules: the layers by name; each takes one tensor (..., in) as its first argument. Inputs
+            of fused experts may be among them.
         outlier_threshold: |x| above which an activation counts as an outlier, in units of x.
         normalize: "tokens", or "peft" for each call's input divided by |max x|.
         deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU too.
@@ -76,7 +78,7 @@ class InputCapture:
             change between passes only.
     """
 
-    modules: Mapping[str, nn.Module]
+    modules: Mapping[str, Reader]
     outlier_threshold: float = 6.0
     normalize: str = "tokens"
     deterministic: bool = False
@@ -91,9 +93,14 @@ class InputCapture:
     _hooks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> InputCapture:
+        experts: dict[str, ExpertInput] = {}
         for name, module in self.modules.items():
-            hook = partial(self._hook, name)
-            self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if isinstance(module, ExpertInput):
+                experts[name] = module
+            else:
+                hook = partial(self._hook, name)
+                self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks.enter_context(recording(experts, self._read_routed))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,6 +116,18 @@ class InputCapture:
         # Sums made under the caller's inference mode could not be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._read(name, x)
+
+    def _read_routed(self, name: str, x: Tensor, rows: Tensor | None) -> None:
+        """Reads what the router made of a pass: its rows by their numbers, see `Read`."""
+        mask = self.row_mask
+        if mask is None or rows is None:
+            self._read(name, x)
+            return
+        self.row_mask = None
+        try:
+            self._read(name, x[mask.flatten().to(x.device)[rows]])
+        finally:
+            self.row_mask = mask
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)

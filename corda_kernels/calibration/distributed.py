@@ -27,6 +27,7 @@ from corda_kernels.calibration.covariance import (
     pack_symmetric,
     unpack_symmetric,
 )
+from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
@@ -199,10 +200,11 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
     )
 
 
-def _zeros(module: Any, threshold: float) -> Covariance:
+def _zeros(reader: Reader, threshold: float) -> Covariance:
     """The sums of a rank on which the layer was never called."""
-    channels, device = linear_shape(module)[1], module.weight.device
-    dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+    channels, weight = reader_shape(reader)[1], reader_weight(reader)
+    device = weight.device
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
     absmax = torch.zeros(channels, dtype=torch.float32, device=device)
     return Covariance(matrix, 0, 0, absmax, torch.zeros_like(absmax, dtype=torch.int64), threshold)

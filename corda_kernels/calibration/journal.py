@@ -29,9 +29,9 @@ from corda_kernels.arguments import flag, readable_path, whole_number
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.experts import reader_shape, reader_weight
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
 from corda_kernels.fields import Check, is_object, is_text, is_whole
-from corda_kernels.linears import linear_shape
 
 FORMAT = "corda_kernels.calibration/1"
 _FILE: Any = {
@@ -208,7 +208,7 @@ class Journal:
         # Parts and ranks share the tokens out, and each of them writes as much.
         size = 2 * len(captures) * self.ranks.size * work
         for _, names in groups:
-            work += sum(2 * math.prod(linear_shape(modules[name])) for name in names)
+            work += sum(2 * math.prod(reader_shape(modules[name])) for name in names)
         rate = _FLOP_PER_BYTE.get(self.device.type, _FLOP_PER_BYTE_ELSEWHERE)
         return math.ceil(size * rate / work / _SHARE)
 
@@ -248,7 +248,7 @@ class Journal:
         device = torch.device("cpu")  # sums that are still added to move to where their inputs are
         if block is not None:
             # Where the block's inputs come from, and hence its sums are: not where weights wait.
-            device = next(next(iter(modules.values())).parameters()).device
+            device = reader_weight(next(iter(modules.values()))).device
             device = self.device if device.type == "meta" else device
         header, groups = read_groups(file, _FIELDS, device, **_FILE)
         found, expected = header["fingerprint"], self._fingerprint
@@ -260,7 +260,7 @@ class Journal:
             raise foreign(file, "stability")
         for capture, count in zip(captures, counts, strict=True):
             own, groups = groups[:count], groups[count:]
-            left = {name: linear_shape(module)[1] for name, module in modules.items()}
+            left = {name: reader_shape(module)[1] for name, module in modules.items()}
             for part, names in own:
                 for name in names:
                     if left.pop(name, None) != len(part.matrix):

@@ -17,6 +17,13 @@ from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_c
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
+from corda_kernels.calibration.experts import (
+    Experts,
+    Reader,
+    expert_inputs,
+    shrunk,
+    warn_unseen_experts,
+)
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
 from corda_kernels.errors import (
     BatchError,
@@ -45,6 +52,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     targets: str | Sequence[str] = "all-linear",
+    experts: Experts | None = None,
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
     on_unseen: OnUnseen = "error",
@@ -63,12 +71,20 @@ def calibrate(
         model: a transformers model, or any module that takes token ids.
         batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding
             never counts.
-        targets: see `corda_kernels.models.target_linears`.
+        targets: see `corda_kernels.models.target_layers`.
+        experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
+            layer of the hidden states that they read, under the name of the parameter
+            ("model.layers.0.mlp.experts.gate_up_proj"), and one an expert of what its down
+            projection reads, under that name and the expert's number ("….experts.down_proj.5").
+            "each" has one an expert of the hidden states as well, of the tokens that are routed to
+            it. An expert's own are drawn towards the mean of its layer, which an expert without
+            tokens has alone, with a warning; see `calibration.experts.shrunk`. None leaves experts
+            out of "all-linear", and is "shared" for those that `targets` names.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
         normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
             and takes the mean over calls, as PEFT's own CorDA does.
         on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
-            out.
+            out, and not to name experts without tokens.
         checkpoint: where to keep what has been summed up so far, and whether to go on from it after
             a kill. The result is the same to the last bit, interrupted or not. Each of several
             ranks keeps a file of its own, and must find it where as many ranks go on.
@@ -93,7 +109,15 @@ def calibrate(
     Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
     """
     run = CalibrationRun(
-        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+        model,
+        targets,
+        experts,
+        outlier_threshold,
+        normalize,
+        on_unseen,
+        checkpoint,
+        distributed,
+        progress,
     )
     run.agree("calibrate", batches)
     capture, text = run.retry(batches, lambda: _accumulate(run, batches), "starting again")
@@ -104,7 +128,7 @@ def calibrate(
 
 def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:
     """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
-    capture, journal, text = run.capture(run.linears), run.journal(), TextSum()
+    capture, journal, text = run.capture(run.readers), run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
     kept_tokens = 0
@@ -137,6 +161,7 @@ class CalibrationRun:
 
     Attributes:
         linears: the target layers by name.
+        readers: the same and the inputs of fused experts, by the names of the covariances.
         left_out: weights that cannot be reached, by name with the reason.
         ranks: that share the text.
         shown: whether this process shows progress bars.
@@ -154,6 +179,7 @@ class CalibrationRun:
 
     model: nn.Module
     targets: str | Sequence[str] = "all-linear"
+    experts: Experts | None = None
     outlier_threshold: float = 6.0
     normalize: Normalize = "tokens"
     on_unseen: OnUnseen = "error"
@@ -168,17 +194,25 @@ class CalibrationRun:
         check_threshold(self.outlier_threshold)
         one_of("normalize", self.normalize, ("tokens", "peft"))
         one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        one_of("experts", self.experts, (None, "shared", "each"))
         instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
         flag("distributed", self.distributed)
         flag("progress", self.progress)
         model = self.model
         self.ranks = Ranks.of(self.distributed)
         self.shown = self.progress and self.ranks.rank == 0
-        self.linears = models.target_linears(model, self.targets)
+        self.linears, fused = models.target_layers(
+            model, self.targets, experts=self.experts is not None
+        )
+        self.readers: dict[str, Reader] = {
+            **self.linears,
+            **expert_inputs(fused, self.experts or "shared"),
+        }
         if getattr(model, "peft_config", None):
             remedy = "calibrate the base model (model.unload() takes the adapter off)"
             raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
-        self.left_out = models.unreached_weights(model) if self.targets == "all-linear" else {}
+        left_out = models.unreached_weights(model) if self.targets == "all-linear" else {}
+        self.left_out = {name: left_out[name] for name in left_out if name not in fused}
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             says = f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
@@ -218,7 +252,7 @@ class CalibrationRun:
     def _given(self) -> dict[str, object]:
         """What sums depend on besides the text, by the name under which it is reported."""
         return {
-            **layers_given({"": self.model}, self.linears),
+            **layers_given({"": self.model}, self.readers),
             "device": self.device.type,
             "outlier_threshold": self.outlier_threshold,
             "normalize": self.normalize,
@@ -228,10 +262,10 @@ class CalibrationRun:
         """Of this rank's sums."""
         return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, linears: Mapping[str, nn.Module]) -> InputCapture:
+    def capture(self, readers: Mapping[str, Reader]) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
-            linears,
+            readers,
             self.outlier_threshold,
             self.normalize,
             deterministic=self.checkpoint is not None,
@@ -345,12 +379,14 @@ class CalibrationRun:
         if not tokens:
             reason = "the batches are empty or masked throughout"
             raise CalibrationError(f"there were no tokens to calibrate on: {reason}")
-        missed = capture.unseen()
+        covariances = shrunk(capture.covariances(), capture.modules)
+        missed = [name for name in capture.modules if name not in covariances]
         if self.on_unseen == "error":
             refuse_unseen(missed)
+            warn_unseen_experts(covariances)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
         return CovarianceSet(
-            capture.covariances(),
+            covariances,
             normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
             provenance={"model": name, "tokens": tokens, "versions": library_versions()},

@@ -1,0 +1,171 @@
+"""Covariances of fused experts, against an explicit loop over every expert's tokens in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels.calibration import CalibrationCheckpoint
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.experts import expert_inputs
+from corda_kernels.errors import CalibrationError, CordaWarning, TargetError
+from corda_kernels.experts import ExpertParameter, expert_parameters
+from corda_kernels.init import CalibrationPlan, covariance_stages
+
+E = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+GROUPED = {"n_routed_experts": E, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": E},
+    "qwen2_moe": {"num_experts": E, "moe_intermediate_size": 24},
+    "qwen3_moe": {"num_experts": E, "moe_intermediate_size": 24},
+    "olmoe": {"num_experts": E},
+    "deepseek_v3": GROUPED
+    | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "q_lora_rank": None}
+    | {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    "glm4_moe": GROUPED | {"first_k_dense_replace": 1},
+    "gpt_oss": {"num_local_experts": E},
+    "llama4_text": {"num_local_experts": E, "intermediate_size_mlp": 48},
+    "granitemoe": {"num_local_experts": E},
+    "nemotron_h": GROUPED | {"layers_block_type": ["attention", "moe"]},
+}
+QUIET = pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+pytestmark = QUIET
+
+
+def made(kind: str, **changes: Any) -> nn.Module:
+    """A tiny model whose every weight counts, biases and routers too."""
+    config = AutoConfig.for_model(kind, **SIZES | FAMILIES[kind] | changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def text(count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 64, (2, 7 + i), generator=generator) for i in range(count)]
+
+
+def rows_read(model: nn.Module, batches: list[Any]) -> dict[str, list[Tensor]]:
+    """For each expert projection what its experts read, in float64, by the eager model."""
+    model = copy.deepcopy(model).double()
+    model.config._experts_implementation = "eager"
+    parameters = expert_parameters(model)
+    read: dict[str, list[list[Tensor]]] = {name: [] for name in parameters}
+    by_module: dict[nn.Module, dict[str, tuple[str, ExpertParameter]]] = {}
+    for name, parameter in parameters.items():
+        by_module.setdefault(parameter.module, {})[parameter.attribute] = name, parameter
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entries = by_module[module]
+        down, _ = entries["down_proj"]
+        first = next(attribute for attribute in entries if attribute != "down_proj")
+        up, parameter = entries[first]
+        hidden, *routing = (*args, *kwargs.values())
+        for e in range(E):
+            if routing:
+                x = hidden[[t for t in range(len(hidden)) if e in routing[0][t]]]
+            else:  # Llama 4
+                x = hidden.view(E, -1, hidden.shape[-1])[e]
+                x = x[x.norm(dim=-1) > 0]
+            y = x @ parameter.weight(e).T
+            if hasattr(module, f"{first}_bias"):
+                y = y + getattr(module, f"{first}_bias")[e]
+            if first == "up_proj":
+                inner = module.act_fn(y)
+            elif hasattr(module, "alpha"):  # gpt-oss
+                gate, linear = y[:, ::2].clamp(max=module.limit), y[:, 1::2]
+                linear = linear.clamp(-module.limit, module.limit)
+                inner = (linear + 1) * gate * torch.sigmoid(gate * module.alpha)
+            else:
+                gate, linear = y.chunk(2, -1)
+                inner = module.act_fn(gate) * linear
+            for name, rows in ((up, x), (down, inner)):
+                read[name][-1].append(rows)
+
+    for module in by_module:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        for batch in batches:
+            for calls in read.values():
+                calls.append([])
+            model(batch)
+    return {
+        name: [torch.cat(parts) for parts in zip(*calls, strict=True)]
+        for name, calls in read.items()
+    }
+
+
+def expected(rows: list[Tensor]) -> list[Tensor]:
+    """Each expert's covariance from its tokens, drawn towards the mean of all."""
+    total = sum(len(x) for x in rows)
+    mean = sum(torch.outer(x, x) for part in rows for x in part) / total
+    n0 = mean.trace() ** 2 / mean.square().sum()
+    return [(part.T @ part + n0 * mean) / (len(part) + n0) for part in rows]
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_outputs_while_recording_are_the_eager_ones(kind: str) -> None:
+    model, ids = made(kind), text()[0]
+    names = expert_parameters(model)
+    assert names.keys() <= dict(model.named_parameters()).keys()
+    before = model.config._experts_implementation
+    with torch.no_grad():
+        model.config._experts_implementation = "eager"
+        eager = model(ids).logits
+        model.config._experts_implementation = before
+        with InputCapture(expert_inputs(names, "each")) as capture:
+            recorded = model(ids).logits
+    assert (recorded - eager).abs().max() <= 1e-6 * eager.abs().max()
+    assert len(capture.unseen()) < 2 * E
+    assert model.config._experts_implementation == before
+    assert not any("corda" in function for function in ALL_EXPERTS_FUNCTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+@pytest.mark.parametrize("mode", ["shared", "each"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_experts_covariance_is_that_of_its_tokens(kind: str, mode: Any) -> None:
+    model, batches = made(kind).double(), text()
+    found = calibrate(model, batches, experts=mode, progress=False)
+    for name, rows in rows_read(model, batches).items():
+        if mode == "shared" and not name.endswith("down_proj"):
+            pooled = torch.cat(rows)  # each token as often as it is routed, which changes nothing
+            assert distance(found[name].matrix, pooled.T @ pooled / len(pooled)) < 1e-10
+            continue
+        assert name not in found
+        for e, exact in enumerate(expected(rows)):
+            covariance = found[f"{name}.{e}"]
+            assert covariance.tokens == len(rows[e])
+            assert distance(covariance.matrix, exact) < 1e-10, (name, e)
+            assert torch.equal(covariance.matrix, covariance.matrix.T)
+            if len(rows[e]):
+                torch.testing.assert_close(
+                    covariance.absmax.double(), rows[e].abs().amax(0), rtol=1e-4, atol=1e-6
+                )
