@@ -24,10 +24,17 @@ from corda_kernels.errors import (
     TargetError,
     warn,
 )
+from corda_kernels.experts import ExpertParameter
 from corda_kernels.init.config import CordaConfig
+from corda_kernels.init.experts import active_experts, check_experts, layer_shapes
 from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
-from corda_kernels.models import check_unshared, check_unwrapped, target_linears, unreached_weights
-from corda_kernels.planning.ranks import check_guaranteed, parse_budget, uniform_budget
+from corda_kernels.models import check_unshared, check_unwrapped, target_layers, unreached_weights
+from corda_kernels.planning.ranks import (
+    check_guaranteed,
+    components,
+    parse_budget,
+    uniform_budget,
+)
 
 
 def check_targets(
@@ -53,7 +60,7 @@ def check_targets(
             "untouched base"
         )
     check_unwrapped(model)
-    modules = target_linears(model, config.targets, config.exclude_modules)
+    modules, experts = _selected(model, config)
     reasons = _not_adaptable(model, modules, config) if use_peft else {}
     if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
         name = next(iter(reasons))
@@ -63,25 +70,40 @@ def check_targets(
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
     check_unshared(model, modules)
-    _check_saved(model, modules, config.modules_to_save or ())
+    check_experts(model, experts, config, use_peft=use_peft)
+    _check_saved(model, {*modules, *experts}, config.modules_to_save or ())
     if config.residual == "weight":
         check_writable(
             modules,
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    shapes = layer_shapes(modules, experts)
     if config.budget is not None:
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
         return modules
+    active = active_experts(model)
     for name, shape in shapes.items():
-        if config.rank > min(shape):
+        rank, most = components(config.rank, shape, active), min(shape[-2:])
+        if rank > most:
             raise RankError(
-                f"rank {config.rank} is not possible for layer {name} ({shape[0]} × {shape[1]}): "
-                f"choose one between 1 and {min(shape)}, or leave the layer out"
+                f"rank {rank} is not possible for layer {name} ({shape[-2]} × {shape[-1]}): "
+                f"choose one between 1 and {most}, or leave the layer out"
             )
     return modules
+
+
+def selected_experts(model: nn.Module, config: CordaConfig) -> dict[str, ExpertParameter]:
+    """The parameters of fused experts that are adapted, by name."""
+    return _selected(model, config)[1]
+
+
+def _selected(
+    model: nn.Module, config: CordaConfig
+) -> tuple[dict[str, nn.Module], dict[str, ExpertParameter]]:
+    asked = config.experts is not None
+    return target_layers(model, config.targets, config.exclude_modules, experts=asked)
 
 
 def _not_adaptable(
@@ -96,7 +118,7 @@ def _not_adaptable(
     return reasons
 
 
-def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+def _check_saved(model: nn.Module, modules: Collection[str], saved: Sequence[str]) -> None:
     """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
     names = [name for name, _ in model.named_modules()]
     for ending in saved:
@@ -114,19 +136,21 @@ def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequ
 def adapter_parameters(
     model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
 ) -> int:
-    """How many parameters an adapter of `modules` may have at most.
+    """How many parameters an adapter of `modules`, and of the experts that are selected, may have
+    at most.
 
     Raises:
         ConfigError: the budget cannot be read.
     """
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    shapes = layer_shapes(modules, selected_experts(model, config))
+    active = active_experts(model)
     if config.budget is None:
-        return uniform_budget(shapes, config.rank, config.rows)
+        return uniform_budget(shapes, config.rank, config.rows, active)
     whole = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
             whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
-    return parse_budget(config.budget, shapes, whole, config.rows)
+    return parse_budget(config.budget, shapes, whole, config.rows, active)
 
 
 def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -134,7 +158,7 @@ def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, n
 
     What no calibration reaches is told with them, since the calibration is then given names.
     """
-    names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
+    names = _selected(model, config)[0].keys() - modules.keys()
     if names:
         left = {name: model.get_submodule(name) for name in sorted(names)}
         reasons = _not_adaptable(model, left, config) | unreached_weights(model)

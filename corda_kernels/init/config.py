@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from corda_kernels.adapter.factors import check_hold
 from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
+from corda_kernels.calibration.experts import Experts
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
@@ -66,7 +67,7 @@ class CalibrationPlan:
     condition: Condition = "ratio"
     damping: float | None = 0.01
     targets: str | Sequence[str] = "all-linear"
-    experts: Literal["shared", "each"] | None = None
+    experts: Experts | None = None
     stability: bool = False
     memory_limit: int | None = None
     distributed: bool = False
@@ -130,11 +131,10 @@ class CordaConfig(CalibrationPlan):
             published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
-        targets: the layers; see `corda_kernels.models.target_linears`.
-        experts: whether fused experts are adapted too, and from which covariances: "shared" takes
-            one for all experts of a layer where they read the same, "each" one for each of them.
-            The rank of an expert is that of other layers over the number of experts that a token
-            is sent to, at least 1.
+        targets: the layers; see `corda_kernels.models.target_layers`.
+        experts: see `calibrate`; not with several candidates. Fused experts that `targets` selects
+            are adapted too. The rank of each is `rank` over the number of experts that a token is
+            sent to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
         lora_dropout: as in LoraConfig.
@@ -200,11 +200,6 @@ class CordaConfig(CalibrationPlan):
                 'residual="weight" is the published form: it has a scale of its own (no hold), is '
                 "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
                 "these"
-            )
-        if self.experts and (self.residual is not None or self.use_dora or self.lora_dropout):
-            raise ConfigError(
-                "PEFT adapts fused experts without lora_dropout and use_dora only, and residual="
-                '"weight" does not write into them: leave these out, or experts at None'
             )
 
     @property

@@ -14,11 +14,14 @@ from torch import nn
 from corda_kernels.adapter import AdapterFactors, LayerAdapter, oriented
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_names
-from corda_kernels.errors import AdapterError, ConfigError, RankError, TargetError
-from corda_kernels.experts import ExpertParameter, expert_parameters
+from corda_kernels.errors import AdapterError, ConfigError
+from corda_kernels.experts import ExpertParameter
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.layers import MadeLayer
 from corda_kernels.init.measured import measured_input
+from corda_kernels.linears import linear_shape
+from corda_kernels.planning.ranks import Shape
+from corda_kernels.planning.scores import LayerSpectrum
 
 _PEFT = Version("0.20")
 # What configurations call the number of experts that a token is sent to.
@@ -26,70 +29,80 @@ _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "topk")
 
 
 def check_experts(
-    model: nn.Module, config: CordaConfig, *, use_peft: bool = True
-) -> dict[str, ExpertParameter]:
-    """The expert parameters that `config` selects, by name: all of them or none.
+    model: nn.Module,
+    parameters: Mapping[str, ExpertParameter],
+    config: CordaConfig,
+    *,
+    use_peft: bool = True,
+) -> None:
+    """Makes sure that adapters of expert parameters, by name, are possible.
 
     Raises:
-        TargetError: the model has none.
-        ConfigError: PEFT is not used, or too old.
-        RankError: the rank is not possible for an expert.
+        ConfigError: PEFT is not used, or too old, or an option does not go with experts.
         AdapterError: weights are offloaded.
     """
-    if config.experts is None:
-        return {}
-    parameters = expert_parameters(model)
-    if not parameters:
-        raise TargetError(
-            f"experts={config.experts!r} is about fused experts, which the model does not have: "
-            "leave experts at None"
-        )
-    if not use_peft:
-        raise ConfigError("CordaLinear cannot adapt fused experts: experts needs use_peft=True")
-    if Version(peft.__version__) < _PEFT:
-        raise ConfigError(
-            f"PEFT {peft.__version__} turns some experts' adapters the wrong way round, or keeps "
-            f"one adapter of them only: experts needs PEFT {_PEFT} or newer"
-        )
-    ranks = dict.fromkeys(parameters, max(config.min_rank, 1))
-    if config.budget is None:
-        ranks = parameter_ranks(model, parameters, config.rank)
     for name, parameter in parameters.items():
+        remedy = f"leave {name} and the like out by exclude_modules, or experts at None"
+        if not use_peft:
+            raise ConfigError(f"CordaLinear cannot adapt fused experts: use PEFT, or {remedy}")
+        if Version(peft.__version__) < _PEFT:
+            raise ConfigError(
+                f"PEFT {peft.__version__} takes some experts' adapters for others' where a model "
+                f"has several: install PEFT {_PEFT} or newer, or {remedy}"
+            )
+        if config.residual or config.use_dora or config.lora_dropout:
+            raise ConfigError(
+                "PEFT adapts fused experts without lora_dropout and use_dora only, and "
+                f'residual="weight" does not write into them: do without these, or {remedy}'
+            )
         if getattr(parameter.module, parameter.attribute).is_meta:
             raise AdapterError(
                 f"the experts' parameter {name} is offloaded: load the model where it fits, or "
-                "leave experts at None"
+                f"{remedy}"
             )
-        most = min(parameter.outputs, parameter.inputs)
-        if ranks[name] > most:
-            raise RankError(
-                f"rank {ranks[name]} is not possible for the experts of {name} "
-                f"({parameter.outputs} × {parameter.inputs}): choose a smaller rank"
-            )
-    return parameters
 
 
 def active_experts(model: nn.Module) -> int:
     """How many routed experts a token is sent to; 1 where the model's configuration is silent."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    return next((int(config.__dict__[name]) for name in _ACTIVE if config.__dict__.get(name)), 1)
+    find: Any = getattr(getattr(model, "config", None), "get_text_config", None)
+    known = vars(find()) if find else {}
+    return next((int(known[name]) for name in _ACTIVE if known.get(name)), 1)
 
 
-def parameter_ranks(
-    model: nn.Module, parameters: Mapping[str, ExpertParameter], rank: int
-) -> dict[str, int]:
-    """Components of each expert, so that a token's experts have `rank` together."""
-    return dict.fromkeys(parameters, max(1, rank // active_experts(model)) if parameters else 0)
-
-
-def expert_ranks(
-    model: nn.Module, parameters: Mapping[str, ExpertParameter], rank: int
-) -> dict[str, int]:
-    """The same by the names of single experts."""
-    ranks = parameter_ranks(model, parameters, rank)
-    return {
-        each: ranks[name] for name in parameters for each in expert_names(name, parameters[name])
+def layer_shapes(
+    modules: Mapping[str, nn.Module], parameters: Mapping[str, ExpertParameter]
+) -> dict[str, Shape]:
+    """(out, in) of linear layers and (experts, out, in) of expert parameters."""
+    return {name: linear_shape(module) for name, module in modules.items()} | {
+        name: (parameter.experts, parameter.outputs, parameter.inputs)
+        for name, parameter in parameters.items()
     }
+
+
+def for_each(
+    parameters: Mapping[str, ExpertParameter], of_layers: Mapping[str, int]
+) -> dict[str, int]:
+    """What belongs to layers, with what belongs to a parameter given to each of its experts."""
+    return {
+        each: value
+        for name, value in of_layers.items()
+        for each in (expert_names(name, parameters[name]) if name in parameters else [name])
+    }
+
+
+def united_spectra(
+    parameters: Mapping[str, ExpertParameter], spectra: Mapping[str, LayerSpectrum]
+) -> dict[str, LayerSpectrum]:
+    """Spectra of layers, with one of each parameter in place of those of its experts: the mean of
+    singular values and log conditions, for one component is granted to all of them."""
+    found = dict(spectra)
+    for name, parameter in parameters.items():
+        parts = [found.pop(each) for each in expert_names(name, parameter) if each in found]
+        if parts:
+            values = torch.stack([part.singular_values for part in parts])
+            condition = sum(part.log_condition for part in parts) / len(parts)
+            found[name] = LayerSpectrum(values.mean(0), condition)
+    return found
 
 
 def united_experts(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import CalibrationCheckpoint
+from corda_kernels import calibrate
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.experts import expert_inputs
-from corda_kernels.errors import CalibrationError, CordaWarning, TargetError
 from corda_kernels.experts import ExpertParameter, expert_parameters
-from corda_kernels.init import CalibrationPlan, covariance_stages
 
 E = 4
 SIZES: dict[str, Any] = {
