@@ -143,7 +143,7 @@ def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
 
 def _united_note(notes: list[dict[str, Any]]) -> dict[str, Any]:
     """Of all experts, with the mean of their spectra."""
-    note = notes[0] | {"experts": len(notes)}
+    note = notes[0] | {"shape": [len(notes), *notes[0]["shape"]]}
     if note["spectrum"]:
         columns = zip(*(each["spectrum"]["value"] for each in notes), strict=True)
         mean = [float(f"{sum(column) / len(notes):.4g}") for column in columns]
