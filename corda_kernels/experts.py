@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-_ATTRIBUTES = ("gate_up_proj", "up_proj", "down_proj")
+ATTRIBUTES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def expert_parameters(model: nn.Module) -> dict[str, ExpertParameter]:
             transposed = True
         else:
             continue
-        for attribute in _ATTRIBUTES:
+        for attribute in ATTRIBUTES:
             parameter = getattr(module, attribute, None)
             if (
                 isinstance(parameter, Tensor)

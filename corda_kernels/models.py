@@ -388,7 +388,7 @@ def target_layers(
             modules and expert parameters, or of their endings (`["q_proj", "experts.down_proj"]`);
             or a regular expression that the whole name must match.
         exclude: names, endings or a regular expression of layers to leave out.
-        experts: whether "all-linear" is to be all fused expert parameters as well.
+        experts: whether fused experts are asked for, which makes "all-linear" all of them as well.
 
     Returns:
         Both in the model's order. One of them may be empty.
@@ -396,7 +396,7 @@ def target_layers(
     Raises:
         TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
             leaves nothing; the output head is asked for although it is tied to the embeddings; or
-            `experts` are asked for of a model without fused ones.
+            `experts` are asked for, but the model has no fused ones, or none is selected.
         ModelError: the model is none.
     """
     instance_of("the model", model, nn.Module, ModelError)
@@ -421,6 +421,11 @@ def target_layers(
         chosen -= _selected("exclude", exclude, names)
         if not chosen:
             raise TargetError(f"exclude {exclude!r} leaves no layer of the targets: exclude fewer")
+    if experts and chosen.isdisjoint(fused):
+        raise TargetError(
+            f"targets {targets!r} select none of the model's fused experts: name them as well, "
+            f"such as {next(iter(fused))}, or leave experts out"
+        )
     found = {name: module for name, module in linears.items() if name in chosen}
     check_unshared(model, {name: module for name, module in found.items() if module is head})
     return found, {name: parameter for name, parameter in fused.items() if name in chosen}

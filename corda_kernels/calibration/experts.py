@@ -8,7 +8,7 @@ stands in for them, computes the same expert by expert, and passes on what each 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance
 from corda_kernels.errors import CordaWarning, warn
-from corda_kernels.experts import ExpertParameter, is_decorated
+from corda_kernels.experts import ATTRIBUTES, ExpertParameter, is_decorated
 from corda_kernels.linears import linear_shape, weights_at_hand
 
 Experts = Literal["shared", "each"]
@@ -53,8 +53,7 @@ def reader_shape(reader: Reader) -> tuple[int, int]:
 def reader_weight(reader: Reader) -> Tensor:
     """The tensor that holds that weight, for its device and dtype."""
     if isinstance(reader, ExpertInput):
-        reader, name = reader.parameter.module, reader.parameter.attribute
-        weight: Tensor = getattr(reader, name)
+        weight: Tensor = getattr(reader.parameter.module, reader.parameter.attribute)
         return weight
     return reader.weight  # type: ignore[return-value]
 
@@ -79,6 +78,16 @@ def expert_inputs(
         else:
             each = range(parameter.experts)
             found |= {f"{name}.{expert}": ExpertInput(parameter, expert) for expert in each}
+    return found
+
+
+def by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of experts' own covariances among `names`, by their parameter; see above."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parameter, _, number = name.rpartition(".")
+        if number.isdecimal() and parameter.rpartition(".")[2] in ATTRIBUTES:
+            found.setdefault(parameter, []).append(name)
     return found
 
 
@@ -144,7 +153,7 @@ def _computed(
     weights: Tensor,  # (tokens, active experts)
     note: Note,
 ) -> Tensor:
-    """What transformers' eager experts functions compute, expert by expert, with notes of inputs."""
+    """What transformers' eager experts compute, expert by expert, with notes of their inputs."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     note(module, first, None, hidden, None)
     result = torch.zeros_like(hidden)

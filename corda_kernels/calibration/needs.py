@@ -17,9 +17,10 @@ from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
+from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
 from corda_kernels.calibration.passes import CalibrationRun, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
-from corda_kernels.linears import linear_shape
+from corda_kernels.experts import is_decorated
 from corda_kernels.models import decoder_blocks
 
 _TRIED_TOKENS = 2
@@ -40,14 +41,18 @@ class CalibrationNeeds:
     """Needs of calibrating one model.
 
     Attributes:
-        groups: for each covariance its channels and the layers that share it.
+        groups: for each covariance its channels and the layers that share it, or the names of
+            inputs of fused experts.
         block_bytes: size of all covariances of each decoder block, by name; None where the model
             cannot run block by block.
         obstacle: why it cannot; empty where it can.
         weight_bytes: size of the model.
+        block_weight_bytes: size of the largest decoder block; 0 where there are none.
         hidden_bytes: size of one token's hidden state between two blocks.
         forward_flops: of one token's way through the model without its head, in a sequence of
             `seq_len`; a product and a sum count as two.
+        covariance_flops: that one token adds to all covariances: of a symmetric matrix, one half;
+            of an expert's own, in the experts that a token is routed to.
         positions: the most tokens of a sequence; None where nothing bounds them.
     """
 
@@ -55,8 +60,10 @@ class CalibrationNeeds:
     block_bytes: dict[str, int] | None
     obstacle: str
     weight_bytes: int
+    block_weight_bytes: int
     hidden_bytes: int
     forward_flops: float
+    covariance_flops: int
     positions: int | None
 
     @property
@@ -64,28 +71,28 @@ class CalibrationNeeds:
         """Size of all covariances together, in float32."""
         return sum(4 * channels**2 for channels, _ in self.groups)
 
-    @property
-    def covariance_flops(self) -> int:
-        """Operations that one token adds to all covariances: of a symmetric matrix, one half."""
-        return sum(channels * (channels + 1) for channels, _ in self.groups)
-
 
 def calibration_needs(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear", *, seq_len: int = 2048
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    experts: Experts | None = None,
+    *,
+    seq_len: int = 2048,
 ) -> CalibrationNeeds:
     """Finds out what calibrating `model` needs; with a model on the meta device, without weights.
 
     Args:
         model: see `calibrate`.
         targets: see `calibrate`.
+        experts: see `calibrate`.
         seq_len: tokens in each sequence; 0 to leave out the operations of the forward pass.
 
     Raises:
         TargetError: no layer matches.
         ModelError: the model does not run without weights.
     """
-    run = CalibrationRun(model, targets)
-    mask, groups, outputs = _tried(run)
+    run = CalibrationRun(model, targets, experts)
+    mask, groups, outputs, active = _tried(run)
     sizes: dict[str, int] = {}
     obstacle = ""
     try:
@@ -107,20 +114,35 @@ def calibration_needs(
         with FlopCounterMode(display=False) as counter:
             _run(run, length, mask)
         flops = counter.get_total_flops() / length
-    parameters = list(model.parameters())
+    products = 0.0
+    for channels, names in groups:
+        reader = run.readers[names[0]]
+        own = isinstance(reader, ExpertInput) and reader.expert is not None
+        share = active / reader.parameter.experts if own else 1
+        products += share * channels * (channels + 1)
+    blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
         obstacle,
-        sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        getattr(_text_config(model), "hidden_size", 0) * parameters[0].element_size(),
+        weight_bytes(model),
+        max(blocks, default=0),
+        getattr(_text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
         flops,
+        round(products),
         run.positions,
     )
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Size of the parameters of a module."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
 def covariance_bytes(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear"
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    experts: Experts | None = None,
 ) -> tuple[int, int]:
     """Sizes of the target layers' covariances, in float32, by a run over two tokens.
 
@@ -130,17 +152,17 @@ def covariance_bytes(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
-        needs = calibration_needs(model, targets, seq_len=0)
+        needs = calibration_needs(model, targets, experts, seq_len=0)
     return needs.covariance_bytes, max((needs.block_bytes or {"": 0}).values())
 
 
-def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any]]:
+def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any], int]:
     """What a pass over two tokens shows of the model.
 
     Returns:
         The attention mask with which a model without weights runs, none where it has some; the
         channels of each distinct input with the layers that read it, those that are never called
-        alone; and what the decoder's blocks return.
+        alone; what the decoder's blocks return; and how many experts a token is routed to.
 
     Raises:
         ModelError: it runs with none of the masks.
@@ -152,8 +174,11 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
     readers: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
     outputs: list[Any] = []
+    active = [getattr(_text_config(run.model), "num_experts_per_tok", 1)]  # as Llama 4 has it
 
     def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if is_decorated(module) and len(args) > 1:
+            active.append(args[1].shape[-1])
         if module in layers:
             alive.append(args[0])
             readers.setdefault(id(args[0]), []).append(layers[module])
@@ -177,8 +202,9 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
         else:
             seen = {name for names in readers.values() for name in names}
             groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
-            channels = [linear_shape(run.linears[names[0]])[1] for names in groups]
-            return mask, list(zip(channels, groups, strict=True)), outputs
+            groups += [[name] for name in run.readers if name not in run.linears]
+            channels = [reader_shape(run.readers[names[0]])[1] for names in groups]
+            return mask, list(zip(channels, groups, strict=True)), outputs, active[-1]
     says = f"{type(run.model).__name__} does not run without its weights ({reason})"
     raise ModelError(f"{says}: plan nothing, and calibrate it with a --memory-limit")
 

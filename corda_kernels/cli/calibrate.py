@@ -30,6 +30,7 @@ def calibrate(
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
+    experts: options.Experts = None,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
     rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
@@ -53,9 +54,10 @@ def calibrate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
-    from corda_kernels import linears, models
+    from corda_kernels import models
     from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
+    from corda_kernels.calibration.experts import ExpertInput, expert_inputs, reader_shape
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
     first, text = options.first_rank(), options.text_provenance(context.params)
@@ -82,8 +84,12 @@ def calibrate(
     network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
-        modules = models.target_linears(network, targets)
-        widths = {(n.rpartition(".")[0], linears.linear_shape(m)[1]) for n, m in modules.items()}
+        modules, fused = models.target_layers(network, targets, experts=experts is not None)
+        readers = {**modules, **expert_inputs(fused, experts or "shared")}
+        widths = {
+            (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])
+            for n, r in readers.items()
+        }
         outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
     layers = groups = 0
     notes: list[dict[str, Any]] = []

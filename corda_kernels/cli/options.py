@@ -75,6 +75,13 @@ Exclude = Annotated[
     str | None,
     Option("--exclude", callback=parse_targets, help="Layers to leave out, written as --targets."),
 ]
+Experts = Annotated[
+    Literal["shared", "each"] | None,
+    Option(
+        help="Fused experts as well: shared: one covariance for the hidden states that a layer's "
+        "experts read; each: one an expert there too. Their down projections have one each."
+    ),
+]
 Candidates = Annotated[
     int, Option(min=1, help="Samples of the text, each of --samples sequences, to select from.")
 ]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from typer import Option
+
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import show
+
+ONE_PASS, BY_BLOCK, OFFLOADED = "one pass", "block by block", "offloaded"
 
 
 def plan(
@@ -11,34 +17,46 @@ def plan(
     samples: options.Samples = 256,
     seq_len: options.SeqLen = 2048,
     targets: options.Targets = "all-linear",
+    experts: options.Experts = None,
+    memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            callback=options.parse_size,
+            help="Memory of a device, such as 80GB, to show what fits into it.",
+        ),
+    ] = None,
     stability: options.Stability = True,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
+    # A text on the command line, bytes once it is parsed.
+    limit: Any = memory
     from corda_kernels.calibration.needs import calibration_needs
     from corda_kernels.models import load_skeleton
     from corda_kernels.outputs import format_bytes
     from corda_kernels.report import Table
 
     skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    needs = calibration_needs(skeleton, targets, seq_len=seq_len)
+    needs = calibration_needs(skeleton, targets, experts, seq_len=seq_len)
     tokens, sets = samples * seq_len, 3 if stability else 1
-    weights, whole, blocks = needs.weight_bytes, sets * needs.covariance_bytes, needs.block_bytes
-    # Bytes in memory at once, in one pass and block by block.
-    sizes = {"weights": [weights], "covariances": [whole], "hidden states": [0]}
-    if blocks is not None:
-        largest, hidden = sets * max(blocks.values()), tokens * needs.hidden_bytes
-        for row, size in zip(sizes.values(), (weights, largest, hidden), strict=True):
-            row.append(size)
-    sizes["together"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    # Bytes of weights, covariances and hidden states in memory at once, by way.
+    ways = {ONE_PASS: (needs.weight_bytes, sets * needs.covariance_bytes, 0)}
+    if needs.block_bytes is not None:
+        largest = sets * max(needs.block_bytes.values()), tokens * needs.hidden_bytes
+        ways[BY_BLOCK] = needs.weight_bytes, *largest
+        if limit is not None:
+            ways[OFFLOADED] = needs.block_weight_bytes, *largest
+    columns = [*ways, *([] if BY_BLOCK in ways else [BY_BLOCK])]
+    sizes = {way: (*parts, sum(parts)) for way, parts in ways.items()}
     rows = [
-        (what, *map(format_bytes, row), *(["-"] if blocks is None else []))
-        for what, row in sizes.items()
+        (what, *(format_bytes(sizes[way][i]) if way in sizes else "-" for way in columns))
+        for i, what in enumerate(("weights", "covariances", "hidden states", "together"))
     ]
-    rows.append(("forward passes", "1", "1"))
+    rows.append(("forward passes", *len(columns) * ("1",)))
     for what, flops in (("forward", needs.forward_flops), ("covariances", needs.covariance_flops)):
-        rows.append((f"FLOPs: {what}", *2 * (f"{flops * tokens:.1e}",)))
+        rows.append((f"FLOPs: {what}", *len(columns) * (f"{flops * tokens:.1e}",)))
     halves = ", with covariances of both halves and their mean (--no-stability needs a third)"
     notes = [
         f"for {samples} sequences of {seq_len} tokens{halves if stability else ''}; activations of "
@@ -49,15 +67,47 @@ def plan(
             f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
             f"--seq-len to {needs.positions}"
         )
-    notes.append(
-        "next: corda-kernels init, with --memory-limit to go block by block"
-        if blocks is not None
-        else f"block by block: not possible, since {needs.obstacle}"
-    )
+    if needs.block_bytes is None:
+        notes.append(f"block by block: not possible, since {needs.obstacle}")
+    if limit is not None:
+        notes += _fitting(ways, limit, stability)
+    elif needs.block_bytes is not None:
+        notes.append("next: corda-kernels init, with --memory-limit to go block by block")
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    layers = sum(len(names) for _, names in needs.groups)
+    modules = dict(skeleton.named_modules())
+    layers = [name in modules for _, names in needs.groups for name in names]
+    fused = f" and {layers.count(False)} inputs of experts" if experts else ""
     title = (
         f"{model}: {parameters / 1e9:.2f} billion parameters in {str(skeleton.dtype)[6:]}, "
-        f"{layers} layers, {len(needs.groups)} distinct covariances"
+        f"{layers.count(True)} layers{fused}, {len(needs.groups)} distinct covariances"
     )
-    show(Table(title, ("", "one pass", "block by block"), tuple(rows), tuple(notes)))
+    show(Table(title, ("", *columns), tuple(rows), tuple(notes)))
+
+
+def _fitting(ways: dict[str, tuple[int, int, int]], limit: int, stability: bool) -> list[str]:
+    """Lines on which ways fit into a device's memory; the hidden states wait on the host."""
+    from corda_kernels.outputs import format_bytes
+
+    fits = [way for way, (weights, sums, _) in ways.items() if weights + sums <= limit]
+    room = format_bytes(limit)
+    lines = [f"{room} hold weights and covariances: {', '.join(fits) or 'in none of these ways'}"]
+    if OFFLOADED in ways:
+        lines.append(
+            f"{OFFLOADED}: block by block, while the weights of all other blocks wait on the host "
+            "or the disk; hidden states are on the host in either case"
+        )
+    if ONE_PASS in fits:
+        lines.append("next: corda-kernels init")
+    elif BY_BLOCK in fits:
+        left = limit - ways[BY_BLOCK][0]
+        lines.append(f"next: corda-kernels init --memory-limit {left // 10**6}MB")
+    elif OFFLOADED in fits:
+        lines.append(
+            'next: from Python, from_pretrained(…, device_map="auto", max_memory={…}) and '
+            "calibrate_blocks(…)"
+        )
+    elif stability:
+        lines.append("next: try --no-stability, which needs a third of the covariances")
+    else:
+        lines.append("next: leave layers out (--targets), or calibrate on the CPU")
+    return lines

@@ -52,9 +52,11 @@ class CalibrationPlan:
         damping: of the comparison of halves, and of the scores of candidates, which cannot do
             without and take 0.01 then.
         targets: see `calibrate`.
-        experts: see `calibrate`.
+        experts: see `calibrate`; not with several candidates, which linear layers alone are
+            selected from.
         stability: whether to compare two halves of the text, which every other batch belongs to;
-            not with several candidates.
+            not with several candidates, and not of fused experts. An expert's covariance is then
+            the mean of both halves', each drawn towards the half's own mean.
         memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
             of both halves and their mean count, or two candidates. None for no limit.
         distributed: see `calibrate`; the ranks share the judging too.
@@ -76,8 +78,8 @@ class CalibrationPlan:
     def __post_init__(self) -> None:
         """Refuses values that are not allowed; numbers are kept as Python's own, for the record."""
         one_of("selection", self.selection, METHODS)
-        one_of("experts", self.experts, (None, "shared", "each"))
         one_of("condition", self.condition, CONDITIONS)
+        one_of("experts", self.experts, (None, "shared", "each"))
         for name in ("stability", "distributed", "progress"):
             flag(name, getattr(self, name))
         check_selection("targets", self.targets, ConfigError)

@@ -16,6 +16,7 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
+from corda_kernels.calibration.experts import warn_unseen_experts
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.passes import refuse_unseen, unseen
 from corda_kernels.errors import (
@@ -27,7 +28,7 @@ from corda_kernels.errors import (
 )
 from corda_kernels.init.config import CalibrationPlan
 from corda_kernels.linears import weights_at_hand
-from corda_kernels.models import devices
+from corda_kernels.models import devices, target_layers
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.usage import Stopwatch
@@ -60,7 +61,8 @@ def covariance_stages(
         where that was not asked for or there is but one batch.
 
     Raises:
-        ConfigError: there are fewer batches than candidates; or all covariances are needed at once
+        ConfigError: there are fewer batches than candidates, or fused experts are to be selected
+            from several; or all covariances are needed at once
             but do not fit, or those of one block do not.
         CalibrationError: see `calibrate`.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
@@ -74,6 +76,11 @@ def covariance_stages(
             f"{parts} candidates need as many batches, got {len(batches)}: use more samples, "
             "smaller batches or fewer candidates"
         )
+    if parts > 1 and target_layers(model, plan.targets, experts=plan.experts is not None)[1]:
+        raise ConfigError(
+            "covariances of fused experts are not selected from candidates: take one candidate, or "
+            "leave experts out of the targets"
+        )
     # A half leaves layers that it does not reach to the other one, such as an expert that few
     # tokens are routed to.
     on_unseen = "error"
@@ -85,6 +92,7 @@ def covariance_stages(
 
     options: dict[str, Any] = {  # of either way to run the model
         "targets": plan.targets,
+        "experts": plan.experts,
         "on_unseen": on_unseen,
         "distributed": plan.distributed,
         "progress": plan.progress,
@@ -130,7 +138,7 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if limit is None:
         return False
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
-    needed, largest = (sets * size for size in covariance_bytes(model, plan.targets))
+    needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
     if needed <= limit:
         return False
     if plan.all_at_once:
@@ -205,6 +213,7 @@ def _with_stability(
     """The covariances of both halves, or of the only one, with a note on how well they agree.
 
     A layer that one half alone has reached gets its covariance from that, and an agreement of 0.
+    Experts are not judged.
 
     Raises:
         CalibrationError: a layer was reached by neither half.
@@ -215,7 +224,8 @@ def _with_stability(
     first, second = halves
     refuse_unseen([name for name in unseen(first) if name in unseen(second)])
     ranks = Ranks.of(plan.distributed)
-    share = ranks.share_layers({n: model.get_submodule(n) for n in first if n in second})
+    modules = dict(model.named_modules())
+    share = ranks.share_layers({n: modules[n] for n in first if n in second and n in modules})
     with contextlib.ExitStack() as stack:
         for module in share.values():
             stack.enter_context(weights_at_hand(module))
@@ -231,8 +241,9 @@ def _with_stability(
     parts = ranks.gather(stability.layers, "stability")
     agreement = {name: layer for part in parts for name, layer in part.items()}
     none = LayerStability(*(0.0 if end in plan.ends else None for end in ("largest", "smallest")))
-    names = [name for name, _ in model.named_modules() if name in first or name in second]
-    stability = replace(stability, layers={name: agreement.get(name, none) for name in names})
-    covariances = first.merge(second, names=names)
+    layers = [name for name in modules if name in first or name in second]
+    stability = replace(stability, layers={name: agreement.get(name, none) for name in layers})
+    covariances = first.merge(second, names=list(dict.fromkeys([*layers, *first, *second])))
+    warn_unseen_experts(covariances)
     covariances.provenance["stability"] = stability.to_json()
     return covariances

@@ -10,6 +10,7 @@ from typing import Any
 
 from corda_kernels.adapter import Adapter, AdapterRecord
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.experts import by_parameter
 from corda_kernels.errors import CordaError, CovarianceError
 from corda_kernels.fields import is_number
 from corda_kernels.planning import Selection, Stability
@@ -179,6 +180,7 @@ class Report:
         seconds: by stage.
         memory: bytes by what takes them.
         left_out: reasons by name.
+        experts: for a parameter of fused experts the tokens of every expert's own covariance.
     """
 
     name: str
@@ -195,6 +197,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
     def input_of(self) -> dict[str, Input]:
         """The input of every layer of which it is known."""
@@ -222,7 +225,8 @@ def covariance_report(
 ) -> Report:
     """What covariances hold: their spectra, conditions and channels, and how they came about.
 
-    Conditions are with a damping of 0.01, the default of adapters.
+    Conditions are with a damping of 0.01, the default of adapters. Experts' own covariances are
+    shown by parameter, without spectra.
 
     Args:
         name: of the file.
@@ -234,11 +238,18 @@ def covariance_report(
     """
     selection, stability, lines = _told(covariances.provenance)
     tokens = max((covariance.tokens for covariance in covariances.values()), default=0)
+    fused = by_parameter(covariances)
+    own = {expert for names in fused.values() for expert in names}
+    layers = [layer for layer in covariances if layer not in own]
+    experts = f" and {len(own)} experts' inputs" if own else ""
     report = Report(
         name=name,
-        title=f"{len(covariances)} layers, {len(covariances.groups())} covariances",
+        title=f"{len(layers)} layers{experts}, {len(covariances.groups())} covariances",
         summary=(("calibration tokens", f"{tokens:,}"), *lines),
-        layers=dict.fromkeys(covariances, Layer()),
+        layers=dict.fromkeys(layers, Layer()),
+        experts={
+            parameter: [covariances[e].tokens for e in fused[parameter]] for parameter in fused
+        },
         damping=DAMPING,
         stability=stability,
         selection=selection,

@@ -10,6 +10,7 @@ from torch import nn
 
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
+from corda_kernels.calibration.experts import by_parameter
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.init.measured import measured_input, measured_layer, sampled_spectrum
 from corda_kernels.linalg import extreme_eigenvalues
@@ -26,6 +27,8 @@ _SHIFT = 1e-6
 def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list[dict[str, Any]]:
     """Of every distinct covariance what `measured_input` gives, and its spectrum, as JSON.
 
+    Those of single experts, of which there may be thousands, are left out.
+
     Returns:
         For each besides: `largest` and `smallest` eigenvalue over their mean, the smallest 0 where
         C is singular to working precision; `effective_rank`, (Σλ)²/Σλ²; and up to 2048 channels
@@ -34,7 +37,8 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
     Raises:
         DecompositionError: a covariance is not finite.
     """
-    groups = covariances.groups()
+    own = {name for names in by_parameter(covariances).values() for name in names}
+    groups = [(part, names) for part, names in covariances.groups() if names[0] not in own]
     notes = each_input(_measured, groups, [part.matrix.is_cpu for part, _ in groups])
     bar: dict[str, Any] = {"description": "spectra", "unit": "covariances", "total": len(groups)}
     found = {note["layers"][0]: note for note in progress_bar(notes, shown=progress, **bar)}

@@ -11,6 +11,8 @@ from corda_kernels.report.content import Input, Report
 # The columns in their order, and what they mean.
 _MEANINGS = {
     "tokens": "number of tokens that the layer read",
+    "experts": "number of fused experts; their tokens from the fewest to the most",
+    "unrouted": "number of experts without tokens, which have the mean of their layer",
     "rank": "number of components trained",
     "in": "number of input channels",
     "out × in": "shape of the weight; of fused experts their number first",
@@ -72,6 +74,9 @@ def layer_table(report: Report) -> Table:
             row["σ max"], row["σ min"] = (f"{value:.2e}" for value in layer.sigma)
         if layer.spectrum is not None and layer.spectrum.condition is not None:
             row["cond W·C"] = _ratio(layer.spectrum.condition)
+    for name, tokens in report.experts.items():
+        row = rows[name] = {"tokens": f"{min(tokens):,} to {max(tokens):,}"}
+        row |= {"experts": f"{len(tokens)}", "unrouted": f"{tokens.count(0)}"}
     for name, cells in (*_selection_cells(report), *_stability_cells(report)):
         if name in rows:
             rows[name] |= cells

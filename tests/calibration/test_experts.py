@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from corda_kernels import calibrate
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
+from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.experts import expert_inputs
+from corda_kernels.errors import CalibrationError, ConfigError, CordaWarning, TargetError
 from corda_kernels.experts import ExpertParameter, expert_parameters
+from corda_kernels.init import CalibrationPlan, covariance_stages
+from corda_kernels.models import target_layers
 
 E = 4
 SIZES: dict[str, Any] = {
@@ -32,7 +39,8 @@ SIZES: dict[str, Any] = {
 GROUPED = {"n_routed_experts": E, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": E},
-    "qwen2_moe": {"num_experts": E, "moe_intermediate_size": 24},
+    "qwen2_moe": {"num_experts": E, "moe_intermediate_size": 24}
+    | {"shared_expert_intermediate_size": 24},
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": 24},
     "olmoe": {"num_experts": E},
     "deepseek_v3": GROUPED
@@ -42,7 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": E},
     "llama4_text": {"num_local_experts": E, "intermediate_size_mlp": 48},
     "granitemoe": {"num_local_experts": E},
-    "nemotron_h": GROUPED | {"layers_block_type": ["attention", "moe"]},
+    "nemotron_h": GROUPED
+    | {"layers_block_type": ["attention", "moe"], "moe_shared_expert_intermediate_size": 24},
 }
 QUIET = pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 pytestmark = QUIET
@@ -79,7 +88,7 @@ def rows_read(model: nn.Module, batches: list[Any]) -> dict[str, list[Tensor]]:
         first = next(attribute for attribute in entries if attribute != "down_proj")
         up, parameter = entries[first]
         hidden, *routing = (*args, *kwargs.values())
-        for e in range(E):
+        for e in range(parameter.experts):
             if routing:
                 x = hidden[[t for t in range(len(hidden)) if e in routing[0][t]]]
             else:  # Llama 4
@@ -164,3 +173,128 @@ def test_every_experts_covariance_is_that_of_its_tokens(kind: str, mode: Any) ->
                 torch.testing.assert_close(
                     covariance.absmax.double(), rows[e].abs().amax(0), rtol=1e-4, atol=1e-6
                 )
+
+
+def test_names_select_expert_parameters_and_refusals_say_why() -> None:
+    model = made("qwen3_moe")
+    linears, fused = target_layers(model, ["q_proj", "experts.down_proj"])
+    assert {name.rpartition(".")[2] for name in linears} == {"q_proj"}
+    assert list(fused) == [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
+    assert not target_layers(model)[1]
+    assert len(target_layers(model, experts=True)[1]) == 4
+    assert len(target_layers(model, r".*\.1\.mlp\.experts\..*")[1]) == 2
+    with pytest.raises(TargetError, match="select none of the model's fused experts"):
+        target_layers(model, ["q_proj"], experts=True)
+    with pytest.raises(TargetError, match="has no fused experts"):
+        target_layers(nn.Sequential(nn.Linear(2, 2)), experts=True)
+    with pytest.raises(ConfigError, match="not selected from candidates"):
+        list(covariance_stages(model, text(), CalibrationPlan(candidates=2, experts="shared")))
+
+
+def test_whatever_happens_the_experts_function_is_put_back() -> None:
+    model = made("gpt_oss")
+    before = model.config._experts_implementation
+    stop = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, text(), experts="shared", progress=False)
+    assert model.config._experts_implementation == before
+    assert not any("corda" in function for function in ALL_EXPERTS_FUNCTIONS)
+    stop.remove()
+
+
+MANY = {"num_experts": 64, "num_experts_per_tok": 4, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def many() -> nn.Module:
+    """Qwen3-MoE with 64 experts a layer, more than the text's tokens reach."""
+    return made("qwen3_moe", **MANY)
+
+
+def test_an_expert_without_tokens_has_the_mean_and_is_named(many: nn.Module) -> None:
+    batches = text()
+    with pytest.warns(
+        CordaWarning, match=r"no token was routed to .*\.mlp\.experts\.down_proj\.\d"
+    ):
+        found = calibrate(many, batches, experts="shared", progress=False)
+    rows = rows_read(many, batches)["model.layers.1.mlp.experts.down_proj"]
+    together = torch.cat(rows)
+    mean = together.T @ together / len(together)
+    unseen = set()
+    for e, x in enumerate(rows):
+        covariance = found[f"model.layers.1.mlp.experts.down_proj.{e}"]
+        assert covariance.tokens == len(x)
+        if not len(x):
+            unseen.add(covariance)
+            assert distance(covariance.matrix, mean) < 1e-5
+    assert len(unseen) == 1  # all of them share it
+    never = copy.deepcopy(many)
+    never.model.layers[1].mlp.forward = lambda hidden: hidden
+    with pytest.raises(
+        CalibrationError, match=r"65 target .*layers\.1\.mlp\.experts\.gate_up_proj,"
+    ):
+        calibrate(never, batches, experts="shared", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+def test_block_by_block_holds_one_layer_and_resumes_to_the_same_bits(
+    many: nn.Module, tmp_path: Path
+) -> None:
+    batches = text()
+    options: dict[str, Any] = {"experts": "each", "progress": False}
+    whole = calibrate(many, batches, **options)
+    matrices: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def count(*_: Any) -> None:
+        gc.collect()
+        held.append(sum(ref() is not None for ref in matrices))
+
+    watched = many.model.layers[2].register_forward_pre_hook(count)
+    for index, block in enumerate(calibrate_blocks(many, batches, **options)):
+        matrices += [weakref.ref(covariance.matrix) for covariance in block.values()]
+        assert list(block) == [name for name in whole if name.startswith(f"model.layers.{index}.")]
+        for name, covariance in block.items():
+            assert torch.equal(covariance.matrix, whole[name].matrix), name
+            assert covariance.tokens == whole[name].tokens
+        block.save(tmp_path / f"block-{index}")
+        del block, covariance
+    watched.remove()
+    assert max(held) == 0  # of the blocks before, while the last one runs
+    assert len(matrices) == len(whole)
+
+    checkpoint = CalibrationCheckpoint(tmp_path / "kept", every=1, resume=True)
+    kill = many.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(calibrate_blocks(many, batches, checkpoint=checkpoint, **options))
+    kill.remove()
+    assert len(checkpoint.kept()) == 2
+    blocks = calibrate_blocks(many, batches, checkpoint=checkpoint, **options)
+    for index, block in enumerate(blocks):
+        block.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / f"block-{index}").read_bytes()
+
+    one_pass = CalibrationCheckpoint(tmp_path / "pass", every=1, resume=True)
+    kill = many.model.layers[2].mlp.register_forward_pre_hook(
+        lambda _, args: 1 / (args[0].shape[1] - batches[2].shape[1])
+    )
+    with pytest.raises(ZeroDivisionError):
+        calibrate(many, batches, checkpoint=one_pass, **options)
+    kill.remove()
+    calibrate(many, batches, checkpoint=one_pass, **options).save(tmp_path / "resumed")
+    whole.save(tmp_path / "whole")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+def test_halves_are_summed_up_and_linear_layers_judged(many: nn.Module) -> None:
+    plan = CalibrationPlan(experts="shared", stability=True, rank=4, progress=False)
+    batches = text(4)
+    (found,) = covariance_stages(many, batches, plan)
+    whole = calibrate(many, batches, experts="shared", progress=False)
+    assert list(found) == list(whole)
+    judged = found.provenance["stability"]["layers"]
+    assert judged.keys() == {name for name in found if "experts" not in name}
+    assert [part.tokens for part in found.values()] == [part.tokens for part in whole.values()]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert distance(found[name].matrix, whole[name].matrix.double()) < 1e-5
