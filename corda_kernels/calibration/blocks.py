@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
-from corda_kernels.calibration.experts import Experts, Reader
+from corda_kernels.calibration.experts import Experts, Reader, one_by_one
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.passes import CalibrationRun, Normalize, OnUnseen, evaluating
 from corda_kernels.errors import CalibrationError, PaddingWarning
@@ -240,7 +240,7 @@ class KeptText:
             if self._rows != run.max_rows:
                 self._regroup()
             captures = [run.capture(readers or {}) for _ in range(self.parts)]
-            with evaluating(self.blocks[index]):
+            with evaluating(self.blocks[index]), one_by_one(run.experts_modules):
                 self._advance(index, captures)
             return captures
 

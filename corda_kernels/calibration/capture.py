@@ -100,7 +100,8 @@ class InputCapture:
             else:
                 hook = partial(self._hook, name)
                 self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._hooks.enter_context(recording(experts, self._read_routed))
+        if experts:
+            self._hooks.enter_context(recording(experts, self._read_routed))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -24,6 +24,8 @@ Experts = Literal["shared", "each"]
 
 # Takes a name, an input (rows, in) and the numbers of its rows in the pass, None where it has all.
 Read = Callable[[str, Tensor, Tensor | None], None]
+# The same with the experts module, the name of a parameter in it, and an expert in place of a name.
+Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,7 @@ def recording(inputs: Mapping[str, ExpertInput], read: Read) -> Iterator[None]:
                 read(name, x, rows)
 
     with contextlib.ExitStack() as restored:
-        configs = {id(module.config): module.config for module in names if is_decorated(module)}
-        if configs:
-            _exchange(list(configs.values()), note, restored)
+        restored.enter_context(one_by_one(names, note))
         for module in names:
             if not is_decorated(module):
                 hook = module.register_forward_pre_hook(_note_scaled(note))
@@ -124,11 +124,12 @@ def recording(inputs: Mapping[str, ExpertInput], read: Read) -> Iterator[None]:
         yield
 
 
-Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None], None]
+@contextlib.contextmanager
+def one_by_one(modules: Iterable[nn.Module], note: Note = lambda *_: None) -> Iterator[None]:
+    """Inside the block all experts modules that share a config with these compute by `_computed`.
 
-
-def _exchange(configs: list[Any], note: Note, restored: contextlib.ExitStack) -> None:
-    """Has the experts of some configs call a function of ours, until `restored` is closed."""
+    A run that sums up nothing for once, to go on from a checkpoint, needs that for the same bits.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     def forward(
@@ -136,14 +137,17 @@ def _exchange(configs: list[Any], note: Note, restored: contextlib.ExitStack) ->
     ) -> Tensor:
         return _computed(module, hidden_states, top_k_index, top_k_weights, note)
 
-    function = f"corda_kernels.{id(note)}"  # another run may record another model meanwhile
-    ALL_EXPERTS_FUNCTIONS[function] = forward
-    restored.callback(ALL_EXPERTS_FUNCTIONS.pop, function)
-    for config in configs:
-        # As an entry of a mapping it leaves the configs within this one alone.
-        before = {"": config._experts_implementation}
-        restored.callback(setattr, config, "_experts_implementation", before)
-        config._experts_implementation = {"": function}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules if is_decorated(m)}
+    function = f"corda_kernels.{id(forward)}"  # another run may go on meanwhile
+    with contextlib.ExitStack() as restored:
+        ALL_EXPERTS_FUNCTIONS[function] = forward
+        restored.callback(ALL_EXPERTS_FUNCTIONS.pop, function)
+        for config in configs.values():
+            # As an entry of a mapping it leaves the configs within this one alone.
+            before = {"": config._experts_implementation}
+            restored.callback(setattr, config, "_experts_implementation", before)
+            config._experts_implementation = {"": function}
+        yield
 
 
 def _computed(

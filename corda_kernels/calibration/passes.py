@@ -161,6 +161,7 @@ class CalibrationRun:
 
     Attributes:
         linears: the target layers by name.
+        experts_modules: those of the target experts.
         readers: the same and the inputs of fused experts, by the names of the covariances.
         left_out: weights that cannot be reached, by name with the reason.
         ranks: that share the text.
@@ -204,6 +205,7 @@ class CalibrationRun:
         self.linears, fused = models.target_layers(
             model, self.targets, experts=self.experts is not None
         )
+        self.experts_modules = {parameter.module for parameter in fused.values()}
         self.readers: dict[str, Reader] = {
             **self.linears,
             **expert_inputs(fused, self.experts or "shared"),

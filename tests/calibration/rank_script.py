@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from corda_kernels import (
     CordaConfig,
@@ -52,6 +53,16 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "memory_limit": (None, 0),
     "budget": (None, "r=4"),
 }
+
+
+def mixture() -> Any:
+    """A tiny Qwen3-MoE with more experts than some ranks' text reaches."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    routed = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **sizes, **heads, **routed)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def five_batches() -> list[Any]:
@@ -171,6 +182,8 @@ def main(what: str, folder: Path, out: Path) -> None:
         for block, parts in enumerate(found):
             for part, covariances in enumerate(parts):
                 covariances.save(out / f"part-{rank}-{block}-{part}")
+        routed = calibrate(mixture(), batches, experts="shared", **OPTIONS)
+        routed.save(out / f"experts-{rank}")
         config = CordaConfig("kpm", rank=4, stability=True, progress=False, distributed=True)
         write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
         planned = replace(config, budget="r=4", candidates=2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_script import CONFIG, five_batches
+from rank_script import CONFIG, five_batches, mixture
 from torch import nn
 from typer.testing import CliRunner
 
@@ -124,6 +124,18 @@ def test_ranks_give_the_covariances_of_one_process(
     for file in files:
         same(CovarianceSet.load(file), expected)
         assert file.read_bytes() == files[0].read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+def test_ranks_add_up_experts_that_only_some_of_them_reach(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    _, batches, _ = place
+    ranks, out = worked
+    expected = calibrate(mixture(), batches, experts="shared", progress=False)
+    for rank in range(ranks):
+        same(CovarianceSet.load(out / f"experts-{rank}"), expected)
 
 
 def test_ranks_share_blocks_too(
