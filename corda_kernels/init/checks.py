@@ -71,7 +71,7 @@ def check_targets(
     modules = {name: module for name, module in modules.items() if name not in reasons}
     check_unshared(model, modules)
     check_experts(model, experts, config, use_peft=use_peft)
-    _check_saved(model, {*modules, *experts}, config.modules_to_save or ())
+    _check_saved(model, [*modules, *experts], config.modules_to_save or ())
     if config.residual == "weight":
         check_writable(
             modules,
