@@ -164,7 +164,7 @@ class Ranks:
             number = key[self.rank]
             try:
                 if number is None:
-                    part = _zeros(capture.modules[names[0]], capture.outlier_threshold)
+                    part = _zeros(capture.modules[names[0]], capture.outlier_threshold, device)
                 else:
                     part, _ = groups[number]
                 into = part.matrix if last[number] == key else torch.empty_like(part.matrix)
@@ -200,10 +200,10 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
     )
 
 
-def _zeros(reader: Reader, threshold: float) -> Covariance:
+def _zeros(reader: Reader, threshold: float, device: torch.device) -> Covariance:
     """The sums of a rank on which the layer was never called."""
     channels, weight = reader_shape(reader)[1], reader_weight(reader)
-    device = weight.device
+    device = device if weight.is_meta else weight.device  # offloaded
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     matrix = torch.zeros(channels, channels, dtype=dtype, device=device)
     absmax = torch.zeros(channels, dtype=torch.float32, device=device)

@@ -117,8 +117,9 @@ def calibration_needs(
     products = 0.0
     for channels, names in groups:
         reader = run.readers[names[0]]
-        own = isinstance(reader, ExpertInput) and reader.expert is not None
-        share = active / reader.parameter.experts if own else 1
+        share = 1.0
+        if isinstance(reader, ExpertInput) and reader.expert is not None:
+            share = active / reader.parameter.experts
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
     return CalibrationNeeds(

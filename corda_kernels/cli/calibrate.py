@@ -57,7 +57,13 @@ def calibrate(
     from corda_kernels import models
     from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
-    from corda_kernels.calibration.experts import ExpertInput, expert_inputs, reader_shape
+    from corda_kernels.calibration.experts import (
+        ExpertInput,
+        Reader,
+        by_parameter,
+        expert_inputs,
+        reader_shape,
+    )
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
     first, text = options.first_rank(), options.text_provenance(context.params)
@@ -85,21 +91,23 @@ def calibrate(
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         modules, fused = models.target_layers(network, targets, experts=experts is not None)
-        readers = {**modules, **expert_inputs(fused, experts or "shared")}
+        readers: dict[str, Reader] = {**modules, **expert_inputs(fused, experts or "shared")}
         widths = {
             (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])
             for n, r in readers.items()
         }
         outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
-    layers = groups = 0
+    layers = own = groups = 0
     notes: list[dict[str, Any]] = []
 
     def noted(stages: Iterator[CovarianceSet]) -> Iterator[CovarianceSet]:
-        nonlocal layers, groups
+        nonlocal layers, own, groups
         for covariances in stages:
             covariances.provenance["data"] = text
             notes.append(covariances.provenance)
-            layers, groups = layers + len(covariances), groups + len(covariances.groups())
+            experts = sum(map(len, by_parameter(covariances).values()))
+            layers, own = layers + len(covariances) - experts, own + experts
+            groups += len(covariances.groups())
             yield covariances
             del covariances  # before the next ones are made
 
@@ -117,9 +125,10 @@ def calibrate(
     if not first:
         return
     provenance = united_provenance(notes)
+    also = f" and inputs of {own} experts" if own else ""
     echo(
-        f"{out}: {layers} layers, {groups} distinct covariances, {provenance['tokens']} tokens, "
-        f"{outputs.format_bytes(out.stat().st_size)}"
+        f"{out}: {layers} layers{also}, {groups} distinct covariances, {provenance['tokens']} "
+        f"tokens, {outputs.format_bytes(out.stat().st_size)}"
     )
     options.report_selection(provenance)
     echo(f"next: corda-kernels inspect {out}")

@@ -33,6 +33,7 @@ def plan(
     """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
     # A text on the command line, bytes once it is parsed.
     limit: Any = memory
+    from corda_kernels.calibration.experts import by_parameter
     from corda_kernels.calibration.needs import calibration_needs
     from corda_kernels.models import load_skeleton
     from corda_kernels.outputs import format_bytes
@@ -74,12 +75,12 @@ def plan(
     elif needs.block_bytes is not None:
         notes.append("next: corda-kernels init, with --memory-limit to go block by block")
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    modules = dict(skeleton.named_modules())
-    layers = [name in modules for _, names in needs.groups for name in names]
-    fused = f" and {layers.count(False)} inputs of experts" if experts else ""
+    names = [name for _, members in needs.groups for name in members]
+    own = sum(map(len, by_parameter(names).values()))
+    fused = f" and inputs of {own} experts" if own else ""
     title = (
         f"{model}: {parameters / 1e9:.2f} billion parameters in {str(skeleton.dtype)[6:]}, "
-        f"{layers.count(True)} layers{fused}, {len(needs.groups)} distinct covariances"
+        f"{len(names) - own} layers{fused}, {len(needs.groups)} distinct covariances"
     )
     show(Table(title, ("", *columns), tuple(rows), tuple(notes)))
 

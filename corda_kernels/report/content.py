@@ -241,7 +241,7 @@ def covariance_report(
     fused = by_parameter(covariances)
     own = {expert for names in fused.values() for expert in names}
     layers = [layer for layer in covariances if layer not in own]
-    experts = f" and {len(own)} experts' inputs" if own else ""
+    experts = f" and inputs of {len(own)} experts" if own else ""
     report = Report(
         name=name,
         title=f"{len(layers)} layers{experts}, {len(covariances.groups())} covariances",

@@ -46,6 +46,33 @@ def test_calibrate_then_inspect_then_init(
     assert "judged at rank" not in shown
 
 
+def test_fused_experts_are_shown_by_parameter(
+    tiny_model: Callable[..., Any],
+    save_tokenizer: Callable[[Path], None],
+    invoke: Callable[..., str],
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    model, file = tmp_path / "model", tmp_path / "covariances.safetensors"
+    tiny_model("qwen3_moe").save_pretrained(model)
+    save_tokenizer(model)
+    # Names take experts in without --experts, and "all-linear" would warn of the routers.
+    options = ("--targets", r"model\..*", "--data", place / "text.txt", *SMALL)
+    shown = invoke("calibrate", model, file, *options)
+    # q, k and v share one; o_proj; the experts' hidden states, and four down projections.
+    assert f"{file}: 10 layers and inputs of 8 experts, 14 distinct covariances" in shown
+    shown = invoke("inspect", file)
+    assert "10 layers and inputs of 8 experts, 14 covariances" in shown
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    covariances = CovarianceSet.load(file)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts.down_proj"
+        tokens = [covariances[f"{name}.{expert}"].tokens for expert in range(4)]
+        assert sum(tokens) == 2 * 256  # each goes to two experts
+        assert rows[name][1:] == [str(min(tokens)), "to", str(max(tokens)), "4", "0"]
+        assert f"{name}.0" not in rows
+
+
 def test_an_exported_lora_is_shown_for_what_it_is(
     invoke: Callable[..., str], place: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,60 @@ def test_a_7b_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     assert tripled["covariances"][0] == f"{3 * 32 * block / gib:.1f} GiB"
 
 
+# Public values of mixtures, and by hand: channels of a layer's other inputs, of the hidden states
+# and of what experts make of them; layers that have experts; and which ways fit into 80 GB.
+MIXTURES: dict[str, tuple[dict[str, Any], list[int], int, int, int, str]] = {
+    "qwen3_moe": (  # Qwen3-30B-A3B
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+        }
+        | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+        | {"head_dim": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False},
+        [2048, 4096],
+        2048,
+        768,
+        48,
+        "block by block, offloaded",
+    ),
+    "mixtral": (  # Mixtral-8x7B
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+        [4096, 4096],
+        4096,
+        14336,
+        32,
+        "offloaded",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_are_planned_from_their_public_values(kind: str, tmp_path: Path) -> None:
+    values, others, hidden, inner, layers, fits = MIXTURES[kind]
+    config = AutoConfig.for_model(kind, **values, dtype="bfloat16")
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    options = ["--experts", "shared", "--no-stability", "--seq-len", 8, "--memory", "80GB"]
+    table = shown(tmp_path, *options)
+    experts = values.get("num_experts") or values["num_local_experts"]
+    block = 4 * (sum(width**2 for width in others) + hidden**2 + experts * inner**2)
+    found = [float(cell.split()[0]) for cell in table["covariances"]]
+    assert found[1] == found[2]
+    scale = 1024 if table["covariances"][1].endswith("MiB") else 1024**2
+    assert found[1] == pytest.approx(block / scale / 1024, abs=0.06)
+    assert found[0] == pytest.approx(layers * block / 2**30, abs=0.06)
+    # A token reaches so many of the experts.
+    widths = [*others, hidden, *values["num_experts_per_tok"] * [inner]]
+    products = 256 * 8 * layers * sum(width * (width + 1) for width in widths)
+    assert float(table["FLOPs: covariances"][0]) == pytest.approx(products, rel=0.05)
+    assert f"74.5 GiB hold weights and covariances: {fits}" in table
+
+
 def test_targets_outside_of_the_blocks_leave_one_pass(
     tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
