@@ -102,10 +102,10 @@ def covariance(width: int) -> Covariance:
 
 
 def covariances(model: nn.Module) -> CovarianceSet:
-    """What experts read of the hidden states is shared, what their down_proj reads is not."""
+    """What experts read of the hidden states is shared by all but one, what down_proj reads not."""
     found = {name: covariance(linear_shape(m)[1]) for name, m in target_linears(model).items()}
     for name, parameter in expert_parameters(model).items():
-        names = [name] if parameter.takes_hidden else expert_names(name, parameter)
+        names = [name, f"{name}.1"] if parameter.takes_hidden else expert_names(name, parameter)
         found |= {each: covariance(parameter.inputs) for each in names}
     return CovarianceSet(found)
 
@@ -235,10 +235,10 @@ def test_a_budget_counts_experts_and_an_export_does_not_pad_them(
     assert torch.equal(logits(again), after)
     written = export_lora(model if live else tmp_path / "adapter", tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / WEIGHTS_FILE)
-    down = [name for name in parameters if name.endswith("down_proj") and ranks[name]]
-    assert sum(len(value) for key, value in tensors.items() if "experts.lora_A" in key) == sum(
-        2 * 4 * ranks[name] for name in down
+    rows = sum(
+        len(value) for key, value in tensors.items() if ".experts." in key and "lora_A" in key
     )
+    assert rows == sum(2 * 4 * rank for rank in ranks.values())
     stock = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "plain")
     torch.testing.assert_close(logits(stock), after, rtol=1e-4, atol=1e-4)
     assert stock.peft_config["default"].r == written.rank
