@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -62,8 +63,9 @@ def load_model(
     """Loads a causal language model for inference.
 
     Args:
-        source: a folder, a hub id, or a GGUF file (its weights are dequantised, so that the model
-            can be saved).
+        source: a folder, a hub id, or a GGUF file. Weights that transformers can dequantise as it
+            loads them (GGUF, compressed-tensors, fine-grained FP8, MXFP4) are floating numbers
+            then; those of bitsandbytes and torchao stay as they are.
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: where to put it.
         trust_remote_code: whether to run Python code that comes with the model, if it does not
@@ -73,7 +75,7 @@ def load_model(
         ModelError: there is no such folder or file, it is not a model, it needs code of its own
             that is not trusted, or the hub cannot be reached; or the dtype or device is none.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = None if dtype is None else parse_dtype(dtype)
     place = usable_device(device, ModelError)
@@ -85,6 +87,8 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = dtype or torch.float32
     with _loading_errors(source):
+        if not packed:
+            options |= _dequantised(AutoConfig.from_pretrained(where, **options))
         model, loaded = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
@@ -102,6 +106,19 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = _first_line(error)
         raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
+
+
+def _dequantised(config: Any) -> dict[str, Any]:
+    """The option by which transformers dequantises the weights while it loads them, if it can."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored: Any = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return {}
+    stored["dequantize"] = True
+    return {"config": config}
 
 
 def load_skeleton(
@@ -395,12 +412,20 @@ def target_layers(
 
     Raises:
         TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
-            leaves nothing; the output head is asked for although it is tied to the embeddings; or
-            `experts` are asked for, but the model has no fused ones, or none is selected.
+            leaves nothing; the output head is asked for although it is tied to the embeddings;
+            `experts` are asked for, but the model has no fused ones, or none is selected; or layers
+            hold the integers of GPTQ or AWQ.
         ModelError: the model is none.
     """
     instance_of("the model", model, nn.Module, ModelError)
     check_selection("targets", targets, TargetError)
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):
+            raise TargetError(
+                f"layer {name} is quantised in a way that cannot be read "
+                f"({type(module).__name__}, as of GPTQ or AWQ): load the checkpoint that it was "
+                "made from, in a floating dtype or quantised by bitsandbytes or torchao"
+            )
     linears, head, fused = linear_layers(model), output_head(model), expert_parameters(model)
     if experts and not fused:
         raise TargetError(

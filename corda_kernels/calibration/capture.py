@@ -75,7 +75,7 @@ class InputCapture:
         on_host: copies inputs to the host and sums them up there, for a device with too little
             memory.
         row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
-            change between passes only.
+            change between passes only, see `begin_rows`.
     """
 
     modules: Mapping[str, Reader]
@@ -189,8 +189,9 @@ class InputCapture:
         if mask is not None:
             if mask.numel() != len(rows):
                 raise CalibrationError(
-                    f"layer {sums.modules[0]} received {len(rows)} rows, which the attention mask "
-                    f"of {tuple(mask.shape)} does not fit: run sequences without padding"
+                    f"layer {sums.modules[0]} received {len(rows)} rows, which the mask of tokens "
+                    f"that count, {tuple(mask.shape)}, does not fit: run sequences without padding "
+                    "or token_mask, or leave the layer out"
                 )
             rows = rows[mask.flatten().to(rows.device)]
         if self.on_host:
@@ -221,6 +222,21 @@ class InputCapture:
         sums.tokens += len(rows)
         sums.calls += 1
 
+    def begin_rows(self, mask: Tensor | None) -> None:
+        """Begins sequences of which those tokens count, after settling what the last ones shared.
+
+        Args:
+            mask: (batch, seq) of ones and zeros; None where all count.
+        """
+        self._settle()
+        self.row_mask = None if mask is None else mask.to(torch.bool)
+
+    def _settle(self) -> None:
+        self._forming.clear()
+        for sums in self._distinct():
+            if sums.pending is not None:
+                self._split(sums)
+
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
 
@@ -228,12 +244,8 @@ class InputCapture:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
                 range in the stream, are what to report.
         """
-        self._forming.clear()
-        distinct = self._distinct()
-        for sums in distinct:
-            if sums.pending is not None:
-                self._split(sums)
-        for sums in distinct:
+        self._settle()
+        for sums in self._distinct():
             finite = torch.isfinite(sums.matrix.diagonal())
             if not bool(finite.all()):
                 counts = int((~finite).sum()), finite.numel()

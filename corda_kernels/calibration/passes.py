@@ -70,7 +70,8 @@ def calibrate(
     Args:
         model: a transformers model, or any module that takes token ids.
         batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding
-            never counts.
+            never counts. Where there is a `token_mask` (batch, seq) of ones and zeros, such as
+            `labels != -100`, the model reads the tokens with a zero, and they do not count either.
         targets: see `corda_kernels.models.target_layers`.
         experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
             layer of the hidden states that they read, under the name of the parameter
@@ -143,6 +144,7 @@ def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCap
                 continue
             if own:
                 for inputs in run.sequences(batch, index):
+                    capture.begin_rows(inputs.pop("token_mask", None))
                     run.forward(inputs, index)
                 capture.end_pass(index, text.span)
             if tokens - kept_tokens >= journal.interval([capture]):

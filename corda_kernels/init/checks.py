@@ -69,6 +69,7 @@ def check_targets(
             "exclude_modules, or take init_corda(…, use_peft=False)"
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
+    shapes = layer_shapes(modules, experts)
     check_unshared(model, modules)
     check_experts(model, experts, config, use_peft=use_peft)
     _check_saved(model, [*modules, *experts], config.modules_to_save or ())
@@ -78,7 +79,6 @@ def check_targets(
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
-    shapes = layer_shapes(modules, experts)
     if config.budget is not None:
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)

@@ -73,7 +73,7 @@ def layer_shapes(
     modules: Mapping[str, nn.Module], parameters: Mapping[str, ExpertParameter]
 ) -> dict[str, Shape]:
     """(out, in) of linear layers and (experts, out, in) of expert parameters."""
-    return {name: linear_shape(module) for name, module in modules.items()} | {
+    return {name: linear_shape(module, name) for name, module in modules.items()} | {
         name: (parameter.experts, parameter.outputs, parameter.inputs)
         for name, parameter in parameters.items()
     }
