@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "target_modules": (["q_proj"], "targets names the layers"),
     "layers_to_transform": ([0], "targets may be a regular expression"),
     "layers_pattern": ("layers", "targets may be a regular expression"),
-    "target_parameters": (["experts"], "only linear layers are adapted"),
+    "target_parameters": (["experts"], "experts chooses those of fused experts"),
     "init_lora_weights": ("pissa", "the start is what this package makes"),
     "use_rslora": (True, "the scaling is 1/hold at any rank"),
     "bias": ("all", "a bias has no covariance, and the base stays as it is"),

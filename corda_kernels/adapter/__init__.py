@@ -1,6 +1,7 @@
 """U, Σ and W → a LoRA; adapted models, their folders and the ways out of them."""
 
 from corda_kernels.adapter.card import model_card
+from corda_kernels.adapter.experts import not_selectable, oriented, rewritten_layers
 from corda_kernels.adapter.export import LoraExport, export_lora, merge
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, adapter_factors
 from corda_kernels.adapter.folder import (
@@ -18,7 +19,6 @@ from corda_kernels.adapter.model import (
     has_adapter,
     live_adapter,
     load_for_training,
-    not_selectable,
     residual_marker,
     save_adapter,
     subtract_initial,
@@ -48,10 +48,12 @@ __all__ = [
     "merge",
     "model_card",
     "not_selectable",
+    "oriented",
     "published_factors",
     "read_adapter",
     "residual",
     "residual_marker",
+    "rewritten_layers",
     "save_adapter",
     "subtract_initial",
     "write_adapter",

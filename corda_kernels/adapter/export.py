@@ -17,7 +17,7 @@ from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear, base_layer
 from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
-from corda_kernels.adapter.record import factor_tensors, lora_config, rounded
+from corda_kernels.adapter.record import factor_tensors, lora_config, sizes
 from corda_kernels.arguments import instance_of, whole_number
 from corda_kernels.errors import (
     AdapterError,
@@ -38,7 +38,7 @@ class LoraExport:
     """What `export_lora` wrote.
 
     Attributes:
-        rank: of every layer.
+        rank: of every linear layer; experts may have a smaller one.
         error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 where
             nothing was cut off.
         layer: that layer's name; None where nothing was cut off.
@@ -93,9 +93,11 @@ def export_lora(
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
         folder.check_finite(name, change.A, change.B)
-    widest = max(change.rank for change in changes.values())
+    parameters = config.get("target_parameters")
+    widest = sizes(changes, parameters)["r"]
     result, note = LoraExport(widest), "Nothing was cut off."
-    cut = rank if rank is not None and rank < widest else None
+    most = max(change.rank for change in changes.values())
+    cut = rank if rank is not None and rank < most else None
     patterns = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
     if cut is not None or patterns or widest != config["r"]:
         for key in others:
@@ -107,13 +109,19 @@ def export_lora(
     if cut is not None:
         errors = {}
         for name, change in changes.items():
-            changes[name], errors[name] = _truncated(change, cut)
+            rows = cut if change.A.ndim == 2 else min(cut, change.rank)
+            changes[name], errors[name] = _truncated(change, rows)
         worst = max(errors, key=errors.__getitem__)
         result = LoraExport(cut, errors[worst], worst)
         lost = f"an error of {result.error:.2%} at most in any layer"
-        note = f"Cut off from rank {widest}, with {lost}."
+        note = f"Cut off from rank {most}, with {lost}."
     elif patterns:
-        changes = {name: _padded(change, widest) for name, change in changes.items()}
+        # Experts are left as they are: padded to the rank of linear layers they would be as many
+        # times larger as a token has experts.
+        changes = {
+            name: _padded(change, widest if change.A.ndim == 2 else change.rank)
+            for name, change in changes.items()
+        }
     if result.rank > SERVED_RANKS[-1]:
         warn(
             f"the LoRA has rank {result.rank}, and vLLM serves {SERVED_RANKS[-1]} at most: give a "
@@ -122,10 +130,7 @@ def export_lora(
         )
     base = folder.base_name(config)
     config |= {
-        "r": result.rank,
-        "lora_alpha": rounded(next(iter(changes.values())).scaling * result.rank),
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        **sizes(changes, parameters),
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -173,10 +178,11 @@ def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float
     """The nearest product of `rank`, with factors of equal norms, and its relative error."""
     left, right = torch.linalg.qr(change.B.double()), torch.linalg.qr(change.A.double().mT)
     U, S, Vh = torch.linalg.svd(change.scaling * (left.R @ right.R.mT))
-    root = S[:rank].sqrt()
-    B, A = left.Q @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right.Q.mT
+    root = S[..., :rank].sqrt()
+    B = left.Q @ (U[..., :rank] * root[..., None, :])
+    A = (root[..., None] * Vh[..., :rank, :]) @ right.Q.mT
     energy = float(S.square().sum())
-    error = (float(S[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
+    error = (float(S[..., rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
     # Layers of a budget may have less than the rank.
     return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
 

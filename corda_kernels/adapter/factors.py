@@ -18,11 +18,11 @@ _MOST_HOLD = 1e30
 
 @dataclass(frozen=True, eq=False)
 class AdapterFactors:
-    """A low-rank matrix scaling·B·A.
+    """A low-rank matrix scaling·B·A, or one for each expert of a parameter (see `experts.py`).
 
     Attributes:
-        A: (rank, in).
-        B: (out, rank).
+        A: (rank, in); of experts (E, rank, in).
+        B: (out, rank); of experts (E, out, rank).
         scaling: factor of the product, LoRA's alpha/rank.
     """
 
@@ -32,8 +32,8 @@ class AdapterFactors:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
-        return self.A.shape[0]
+        """Rows of A, for each expert."""
+        return self.A.shape[-2]
 
     def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
         """The same in another dtype or on another device."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from corda_kernels import fields
 from corda_kernels.adapter.card import CARD_FILE, adapter_card
+from corda_kernels.adapter.experts import by_expert, parameter_of, peft_key
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.record import (
     NAME_PATTERN,
@@ -179,9 +180,10 @@ def base_name(config: Mapping[str, Any]) -> str | None:
     return str(config.get("base_model_name_or_path") or "").removeprefix(RESIDUAL_OF) or None
 
 
-def layer_of(key: str) -> str:
-    """The layer that a tensor in PEFT's file belongs to."""
-    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+def layer_of(key: str, config: Mapping[str, Any]) -> str:
+    """The layer, or expert parameter, that a tensor in the file of a LoRA belongs to."""
+    module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+    return parameter_of(module, config.get("target_parameters")) or module
 
 
 def read_lora(path: str | os.PathLike[str]) -> Lora:
@@ -213,6 +215,7 @@ _CONFIG_FIELDS: dict[str, fields.Check] = {
     "lora_dropout": fields.maybe(lambda value: fields.is_number(value, 0) and value < 1),
     "init_lora_weights": lambda value: _FLAG(value) or fields.is_text(value),
     "base_model_name_or_path": fields.maybe(fields.is_text),
+    "target_parameters": fields.maybe(fields.is_names),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _SELECTION),
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), _FLAG),
 }
@@ -283,7 +286,7 @@ def _read_tensors(file: Path, config: Mapping[str, Any], missing: str) -> dict[s
         )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize > 1:
-            check_finite(layer_of(key), tensor)
+            check_finite(layer_of(key, config), tensor)
         elif key in factors:
             raise AdapterError(
                 f"{file} has {key} in {tensor.dtype}, which no LoRA trains: copy it again"
@@ -305,7 +308,7 @@ def check_finite(layer: str, *weights: Tensor) -> None:
 
 
 def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
-    """A, B and scaling of each linear layer.
+    """A, B and scaling of each linear layer and expert parameter.
 
     Raises:
         AdapterError: there is none, or one lacks a factor, or they do not fit each other or the
@@ -314,13 +317,21 @@ def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
     config, tensors = lora.config, lora.tensors
     rank_of = _sizes(config.get("rank_pattern"), config["r"])
     alpha_of = _sizes(config.get("alpha_pattern"), config["lora_alpha"])
+    targets = config.get("target_parameters")
     layers = {}
-    for name in dict.fromkeys(found[1] for key in tensors if (found := FACTOR.fullmatch(key))):
-        A, B = (tensors.get(factor_key(name, factor), torch.empty(0)) for factor in "AB")
-        rank = rank_of(name)
-        scaling = alpha_of(name) / (rank**0.5 if config.get("use_rslora") else rank)
+    for module in dict.fromkeys(found[1] for key in tensors if (found := FACTOR.fullmatch(key))):
+        A, B = (tensors.get(factor_key(module, factor), torch.empty(0)) for factor in "AB")
+        parameter = parameter_of(module, targets)
+        name = parameter or module
+        key = peft_key(name, targets)
+        rank = rank_of(key)
+        scaling = alpha_of(key) / (rank**0.5 if config.get("use_rslora") else rank)
         matrices = A.ndim == B.ndim == 2 and A.dtype == B.dtype and A.numel() and B.numel()
-        if not (matrices and len(A) == B.shape[1] == rank and fields.is_positive(scaling)):
+        fit = matrices and len(A) == B.shape[1] and fields.is_positive(scaling)
+        if fit and parameter and len(A) % rank == 0:
+            layers[name] = by_expert(A, B, int(rank), scaling)
+            continue
+        if not (fit and len(A) == rank):
             raise AdapterError(
                 f"{lora.folder} lacks a factor of layer {name}, or its A and B do not fit rank "
                 f"{rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"

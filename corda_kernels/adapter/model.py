@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from corda_kernels.adapter import folder, record
+from corda_kernels.adapter.experts import by_expert, expert_shape, peft_layout, wrapped_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
 from corda_kernels.adapter.published import residual
 from corda_kernels.adapter.record import Adapter, AdapterRecord, initial_factors
 from corda_kernels.arguments import flag, instance_of, readable_path
 from corda_kernels.errors import AdapterError, ModelError
+from corda_kernels.experts import expert_parameters
 from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight, unpack
 
 # PEFT's name for a model's first adapter, whose files stand in the folder itself.
@@ -51,7 +54,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without; or any PeftModel with
             a plain LoRA, which started at B A = 0.
-        variants: whether layers may compute more than W x + B A x, as with DoRA.
+        variants: whether layers may compute more than W x + B A x, as with DoRA, and be experts.
 
     Raises:
         AdapterError: there is none, or one whose change against its start is not known.
@@ -77,11 +80,16 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         )
     layers: dict[str, LayerAdapter] = {}
     modules: dict[str, nn.Module] = {}
-    for name, module in base.named_modules():
+    for name, module in _adapted(base).items():
         if isinstance(module, CordaLinear):
             own = AdapterFactors(module.A, module.B, module.scaling)
         elif active and isinstance(module, LoraLayer) and active in module.lora_A:
             own = _factors(name, module, active)
+            if own.A.ndim == 3 and not variants:
+                raise AdapterError(
+                    f"{name} is a parameter of fused experts, and only LoRAs of linear layers are "
+                    "read here: make the adapter without experts for this"
+                )
             if active in module.lora_variant and not variants:
                 raise AdapterError(
                     f"layer {name} computes more than W x + B A x (DoRA or another variant of "
@@ -98,6 +106,12 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
     return LiveAdapter(layers, modules, made)
 
 
+def _adapted(base: nn.Module) -> dict[str, nn.Module]:
+    """What an adapter wraps, this package's or PEFT's, by the names of layers and parameters."""
+    found: dict[str, nn.Module] = wrapped_layers(base)
+    return found | {n: m for n, m in base.named_modules() if isinstance(m, CordaLinear)}
+
+
 def _active_config(model: PeftModel) -> LoraConfig:
     """The configuration of the one active adapter, a LoRA."""
     names, configs = model.active_adapters, model.peft_config
@@ -110,10 +124,12 @@ def _active_config(model: PeftModel) -> LoraConfig:
 def _factors(name: str, module: Any, active: str) -> AdapterFactors:
     """A and B of one of PEFT's layers, the parameters themselves."""
     A, B = module.lora_A[active].weight, module.lora_B[active].weight
+    if isinstance(module, ParamWrapper) and module.get_param().ndim == 3:
+        return by_expert(A, B, module.r[active], module.scaling[active])
     if A.ndim != 2 or len(A) != module.r[active]:
         raise AdapterError(
-            f"adapter {active!r} adapts {name}, which is no linear layer but a convolution or "
-            "experts' parameters: only LoRAs of linear layers are read"
+            f"adapter {active!r} adapts {name}, which is no linear layer but a convolution: only "
+            "LoRAs of linear layers are read"
         )
     return AdapterFactors(A, B, module.scaling[active])
 
@@ -246,7 +262,7 @@ def load_for_training(
         described["init_lora_weights"] = True
     try:
         config = PeftConfig.from_peft_type(**described)
-        with warnings.catch_warnings():
+        with _patterns_matched():
             warnings.filterwarnings("error", ".*missing adapter keys")  # they would start at random
             wrapped = PeftModel.from_pretrained(base_model, place, is_trainable=True, config=config)
     except Exception as error:  # an altered configuration may lead PEFT to any
@@ -265,9 +281,12 @@ def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any]
     """
     config = dict(lora.config)
     config.pop("runtime_config", None)  # PEFT ignores it too
-    modules = dict(base_model.named_modules())
-    named = {folder.layer_of(key) for key in lora.tensors if ".lora_" in key}
-    adapted = {name for name in named if hasattr(modules.get(name), "weight")}
+    named = {folder.layer_of(key, config) for key in lora.tensors if ".lora_" in key}
+    adapted = named & {
+        name for name, module in base_model.named_modules() if hasattr(module, "weight")
+    }
+    linear = set(adapted)
+    adapted |= named & expert_parameters(base_model).keys()
     selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
     if not config.get("layers_pattern") and not any(
         isinstance(selection, str) and selection != "all-linear" for selection in selections
@@ -280,7 +299,7 @@ def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any]
             f"({min(named - adapted, default='none')}): load it with PEFT if you trust it"
         )
     unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return config | unset | {"target_modules": record.target_modules(base_model, adapted)}, adapted
+    return config | unset | {"target_modules": record.target_modules(base_model, linear)}, adapted
 
 
 def attach(
@@ -290,6 +309,12 @@ def attach(
 
     With `copy=False` the model may take over the adapter's tensors, which training then changes.
     """
+    experts = next((name for name, layer in adapter.layers.items() if layer.A.ndim == 3), None)
+    if experts and not use_peft:
+        raise AdapterError(
+            f"{experts} is a parameter of fused experts, which CordaLinear cannot adapt: attach "
+            "with use_peft=True"
+        )
     prepare_base(base_model, adapter.layers, adapter.record)
     if use_peft:
         wrapped = _attach_peft(base_model, adapter, copy=copy)
@@ -307,16 +332,28 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
     derived = bool(config.use_dora or config.modules_to_save)
     source = config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT sets it, and warns of any other
-    wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
+    with _patterns_matched():
+        wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
     config.base_model_name_or_path = source
     _check_wrapped(model, adapter.layers.keys(), alone=True)
+    loras = wrapped_layers(model)
     for name, layer in adapter.layers.items():
-        lora: Any = model.get_submodule(name)
-        device = lora.get_base_layer().weight.device
+        lora = loras[name]
+        device = next(lora.get_base_layer().parameters()).device
+        A, B = peft_layout(layer.trained)
         # In the adapter's own dtype, for PEFT gives adapters of a float64 base its dtype.
-        lora.lora_A[TRAINED].weight = nn.Parameter(layer.A.to(device, copy=copy))
-        lora.lora_B[TRAINED].weight = nn.Parameter(layer.B.to(device, copy=copy))
+        lora.lora_A[TRAINED].weight = nn.Parameter(A.to(device, copy=copy))
+        lora.lora_B[TRAINED].weight = nn.Parameter(B.to(device, copy=copy))
     return wrapped
+
+
+@contextmanager
+def _patterns_matched() -> Iterator[None]:
+    """Inside the block PEFT does not say that it ignores ranks of parameters, which it follows: its
+    check looks among modules only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def _carrying(
@@ -339,15 +376,22 @@ def prepare_base(
     """
     base = "its base" if made is None else made.base_name
     linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
+    parameters = expert_parameters(base_model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= {name: linear_shape(linears[name]) for name in layers if name in linears}
+    shapes |= {name: expert_shape(parameters[name]) for name in layers if name in parameters}
     for name, layer in layers.items():
-        found = linear_shape(linears[name]) if name in linears else "no linear layer"
-        expected = len(layer.B), layer.A.shape[1]
+        found = shapes.get(name, "no linear layer")
+        expected = *layer.B.shape[:-1], layer.A.shape[-1]
         if found != expected:
             raise AdapterError(
                 f"{name} of this model is {found}, but the adapter is for {expected}: load {base} "
                 "without another adapter"
             )
-    modules = {name: linears[name] for name in layers}
+    modules = record.sampled(
+        {name: linears[name] for name in layers if name in linears},
+        {name: parameters[name] for name in layers if name in parameters},
+    )
     check_at_hand(modules)
     unpack(modules)
     marker, initial = residual_marker(base_model), initial_factors(layers)
@@ -400,30 +444,10 @@ def subtract_initial(model: nn.Module, initial: dict[str, AdapterFactors]) -> No
 def _check_wrapped(model: nn.Module, names: Set[str], *, alone: bool) -> None:
     """Makes sure that PEFT, which finds layers by the ends of their names, found these of the base,
     and none but these if they are to be `alone`."""
-    found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = wrapped_layers(model).keys()
     odd = found ^ names if alone else names - found
     if odd:
         raise AdapterError(
             f"PEFT and the adapter disagree on {min(odd)}: load the base that the adapter was made "
             "for, or attach with use_peft=False"
         )
-
-
-def not_selectable(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The layers that PEFT adapts in no LoRA of this model, each with the reason.
-
-    It takes the ends of some names for parameters of fused experts, in models that have such, and
-    refuses some layers of others. It is asked itself, one end of a name at a time.
-    """
-    reasons = {}
-    for end in sorted({name.rpartition(".")[2] for name in names}):
-        config = LoraConfig(target_modules=[end])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-            BaseTuner._check_target_module_compatiblity(None, config, model, end)
-        except ValueError as error:
-            reasons[end] = " ".join(str(error).split())
-            continue
-        if end not in config.target_modules:
-            reasons[end] = f"PEFT takes {end!r} for parameters of fused experts in this model"
-    return {name: reasons[end] for name in names if (end := name.rpartition(".")[2]) in reasons}

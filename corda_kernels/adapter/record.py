@@ -12,8 +12,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import fields
+from corda_kernels.adapter.experts import file_name, peft_key, peft_layout, rewritten_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
+from corda_kernels.calibration.expert_layers import expert_layer
 from corda_kernels.errors import AdapterError
+from corda_kernels.experts import ExpertParameter
 from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
 
@@ -54,6 +57,7 @@ BASE_FIELDS: dict[str, fields.Schema] = {
     ),
     "quantised?": fields.is_flag,
     "target_modules": lambda value: fields.is_text(value) or fields.is_names(value),
+    "target_parameters?": fields.is_names,
     "fan_in_fan_out": fields.is_flag,
     "task_type": fields.one_of(None, "CAUSAL_LM"),
 }
@@ -167,8 +171,12 @@ def _check_record(value: dict[str, Any]) -> None:
         raise ValueError("it has no layers")
     if (value["hold"] is None) != (value["residual"] is not None):
         raise ValueError("hold and residual exclude each other")
-    if not _selects(value["base"]["target_modules"], ranks):
+    parameters = value["base"].get("target_parameters", ())
+    plain = {name for name in ranks if peft_key(name, parameters) not in parameters}
+    if not _selects(value["base"]["target_modules"], plain):
         raise ValueError("target_modules are not the names of the layers")
+    if len(parameters) != len(ranks) - len(plain):
+        raise ValueError("target_parameters are not the names of parameters with an adapter")
     if value["allocation"]:
         fields.check_fields(value["allocation"], _ALLOCATION_FIELDS, "the allocation")
         allocated = value["allocation"]["ranks"]
@@ -208,11 +216,11 @@ def factor_key(name: str, factor: str) -> str:
 
 
 def factor_tensors(layers: Mapping[str, AdapterFactors]) -> dict[str, Tensor]:
-    """A and B of each layer by PEFT's names."""
+    """A and B of each layer by PEFT's names and in its layout."""
     return {
-        factor_key(name, factor): getattr(found, factor).contiguous()
+        factor_key(file_name(name, found, layers), factor): tensor
         for name, found in layers.items()
-        for factor in "AB"
+        for factor, tensor in zip("AB", peft_layout(found), strict=True)
     }
 
 
@@ -244,26 +252,16 @@ def target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
 
 
 def lora_config(adapter: Adapter) -> LoraConfig:
-    """The LoraConfig of an adapter.
-
-    Layers of fewer rows than the largest stand in `rank_pattern`, those of another alpha in
-    `alpha_pattern`, by their full names. Without a budget there is neither.
-    """
+    """The LoraConfig of an adapter."""
     record = adapter.record
-    layers = {
-        _pattern(name, adapter.layers): layer.trained for name, layer in adapter.layers.items()
-    }
-    ranks = {pattern: factors.rank for pattern, factors in layers.items()}
-    alphas = {pattern: rounded(f.scaling * f.rank) for pattern, f in layers.items()}
-    widest = max(ranks, key=ranks.__getitem__)
+    parameters = record.base.get("target_parameters") or None
     prefix = "" if record.residual is None else RESIDUAL_OF
+    layers = {name: layer.trained for name, layer in adapter.layers.items()}
     return LoraConfig(
-        r=ranks[widest],
-        lora_alpha=alphas[widest],
         bias="none",
         target_modules=record.base["target_modules"],
-        rank_pattern={name: own for name, own in ranks.items() if own != ranks[widest]},
-        alpha_pattern={name: own for name, own in alphas.items() if own != alphas[widest]},
+        target_parameters=parameters,
+        **sizes(layers, parameters),
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
         base_model_name_or_path=f"{prefix}{record.base['source'] or ''}" or None,
@@ -271,7 +269,31 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     )
 
 
-def rounded(alpha: float) -> float:
+def sizes(layers: Mapping[str, AdapterFactors], parameters: Iterable[str] | None) -> dict[str, Any]:
+    """Ranks and alphas of layers as LoraConfig has them.
+
+    The rank is that of the widest linear layer. Those of fewer rows, and experts, stand in
+    `rank_pattern`, those of another alpha in `alpha_pattern`, by their full names. Without a
+    budget or experts there is neither.
+
+    Args:
+        layers: by name.
+        parameters: PEFT's `target_parameters`.
+    """
+    found = {_pattern(peft_key(name, parameters), layers): each for name, each in layers.items()}
+    ranks = {pattern: factors.rank for pattern, factors in found.items()}
+    alphas = {pattern: _rounded(f.scaling * f.rank) for pattern, f in found.items()}
+    linear = [pattern for pattern, factors in found.items() if factors.A.ndim == 2]
+    widest = max(linear or ranks, key=ranks.__getitem__)
+    return {
+        "r": ranks[widest],
+        "lora_alpha": alphas[widest],
+        "rank_pattern": {name: own for name, own in ranks.items() if own != ranks[widest]},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alphas[widest]},
+    }
+
+
+def _rounded(alpha: float) -> float:
     """A whole number where it is one but for rounding: engines print it, and some parse it."""
     nearest = round(alpha)
     return nearest if nearest and abs(alpha - nearest) < 1e-9 * nearest else alpha
@@ -284,27 +306,44 @@ def _pattern(name: str, names: Iterable[str]) -> str:
     return name if is_plain(name) else re.escape(name)
 
 
-def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def describe_base(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    experts: Mapping[str, ExpertParameter] | None = None,
+) -> dict[str, Any]:
     """What an adapter needs to know of its base later, when only its folder is at hand.
 
     Args:
         model: the base.
-        modules: its layers that are adapted, by name.
+        modules: its linear layers that are adapted, by name.
+        experts: its expert parameters that are adapted, by name.
 
     Returns:
         JSON-like: `source` (name or path, None if the model has none), `sample` (see
         `check_base`), whether any layer is `quantised`, and what PEFT's LoraConfig asks for:
-        `target_modules`, `fan_in_fan_out`, `task_type`.
+        `target_modules`, `target_parameters` where there are any, `fan_in_fan_out`, `task_type`.
     """
+    experts = experts or {}
+    rewritten = rewritten_layers(model, modules)
+    parameters = sorted([*experts, *(f"{name}.weight" for name in rewritten)])
     causal = hasattr(model, "prepare_inputs_for_generation")
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
-        "sample": _sample(modules),
+        "sample": _sample(sampled(modules, experts)),
         "quantised": any(map(is_quantised, modules.values())),
-        "target_modules": target_modules(model, modules),
+        "target_modules": target_modules(model, modules.keys() - rewritten),
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
         "task_type": "CAUSAL_LM" if causal else None,
     }
+
+
+def sampled(
+    modules: Mapping[str, nn.Module], experts: Mapping[str, ExpertParameter]
+) -> dict[str, nn.Module]:
+    """The layers that a base is recognised by: of experts the first."""
+    first = {name: expert_layer(parameter, 0) for name, parameter in experts.items()}
+    return {**modules, **first}
 
 
 def _sample(modules: Mapping[str, nn.Module]) -> list[float]:

@@ -49,6 +49,7 @@ def init(
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
     targets: options.Targets = "all-linear",
+    experts: options.Experts = None,
     exclude_modules: options.Exclude = None,
     hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 8.")] = 1.0,
     residual: Annotated[

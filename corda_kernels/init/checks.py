@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from corda_kernels.adapter import has_adapter, not_selectable, residual_marker
+from corda_kernels.adapter import (
+    has_adapter,
+    not_selectable,
+    residual_marker,
+    rewritten_layers,
+)
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import (
     CovarianceError,
@@ -19,10 +24,17 @@ from corda_kernels.errors import (
     TargetError,
     warn,
 )
+from corda_kernels.experts import ExpertParameter
 from corda_kernels.init.config import CordaConfig
+from corda_kernels.init.experts import active_experts, check_experts, layer_shapes
 from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
-from corda_kernels.models import check_unshared, check_unwrapped, target_linears, unreached_weights
-from corda_kernels.planning.ranks import check_guaranteed, parse_budget, uniform_budget
+from corda_kernels.models import check_unshared, check_unwrapped, target_layers, unreached_weights
+from corda_kernels.planning.ranks import (
+    check_guaranteed,
+    components,
+    parse_budget,
+    uniform_budget,
+)
 
 
 def check_targets(
@@ -48,8 +60,8 @@ def check_targets(
             "untouched base"
         )
     check_unwrapped(model)
-    modules = target_linears(model, config.targets, config.exclude_modules)
-    reasons = not_selectable(model, modules) if use_peft else {}
+    modules, experts = _selected(model, config)
+    reasons = _not_adaptable(model, modules, config) if use_peft else {}
     if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
         name = next(iter(reasons))
         raise TargetError(
@@ -57,9 +69,10 @@ def check_targets(
             "exclude_modules, or take init_corda(…, use_peft=False)"
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
-    shapes = {name: linear_shape(module, name) for name, module in modules.items()}
+    shapes = layer_shapes(modules, experts)
     check_unshared(model, modules)
-    _check_saved(model, modules, config.modules_to_save or ())
+    check_experts(model, experts, config, use_peft=use_peft)
+    _check_saved(model, [*modules, *experts], config.modules_to_save or ())
     if config.residual == "weight":
         check_writable(
             modules,
@@ -70,16 +83,42 @@ def check_targets(
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
         return modules
+    active = active_experts(model)
     for name, shape in shapes.items():
-        if config.rank > min(shape):
+        rank, most = components(config.rank, shape, active), min(shape[-2:])
+        if rank > most:
             raise RankError(
-                f"rank {config.rank} is not possible for layer {name} ({shape[0]} × {shape[1]}): "
-                f"choose one between 1 and {min(shape)}, or leave the layer out"
+                f"rank {rank} is not possible for layer {name} ({shape[-2]} × {shape[-1]}): "
+                f"choose one between 1 and {most}, or leave the layer out"
             )
     return modules
 
 
-def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+def selected_experts(model: nn.Module, config: CordaConfig) -> dict[str, ExpertParameter]:
+    """The parameters of fused experts that are adapted, by name."""
+    return _selected(model, config)[1]
+
+
+def _selected(
+    model: nn.Module, config: CordaConfig
+) -> tuple[dict[str, nn.Module], dict[str, ExpertParameter]]:
+    asked = config.experts is not None
+    return target_layers(model, config.targets, config.exclude_modules, experts=asked)
+
+
+def _not_adaptable(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
+) -> dict[str, str]:
+    """The layers that PEFT adapts neither by their names nor by those of their weights."""
+    reasons = not_selectable(model, modules)
+    if not config.lora_dropout and not config.use_dora:
+        for name in rewritten_layers(model, modules):
+            if isinstance(modules[name], nn.Linear) and not is_quantised(modules[name]):
+                del reasons[name]
+    return reasons
+
+
+def _check_saved(model: nn.Module, modules: Collection[str], saved: Sequence[str]) -> None:
     """Makes sure that modules to be trained whole are there, and hold no layer to be adapted."""
     names = [name for name, _ in model.named_modules()]
     for ending in saved:
@@ -97,19 +136,21 @@ def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequ
 def adapter_parameters(
     model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
 ) -> int:
-    """How many parameters an adapter of `modules` may have at most.
+    """How many parameters an adapter of `modules`, and of the experts that are selected, may have
+    at most.
 
     Raises:
         ConfigError: the budget cannot be read.
     """
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    shapes = layer_shapes(modules, selected_experts(model, config))
+    active = active_experts(model)
     if config.budget is None:
-        return uniform_budget(shapes, config.rank, config.rows)
+        return uniform_budget(shapes, config.rank, config.rows, active)
     whole = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
             whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
-    return parse_budget(config.budget, shapes, whole, config.rows)
+    return parse_budget(config.budget, shapes, whole, config.rows, active)
 
 
 def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -117,9 +158,10 @@ def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, n
 
     What no calibration reaches is told with them, since the calibration is then given names.
     """
-    names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
+    names = _selected(model, config)[0].keys() - modules.keys()
     if names:
-        reasons = not_selectable(model, sorted(names)) | unreached_weights(model)
+        left = {name: model.get_submodule(name) for name in sorted(names)}
+        reasons = _not_adaptable(model, left, config) | unreached_weights(model)
         warn(
             f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
             f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
@@ -147,16 +189,16 @@ def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) 
 
 
 def warn_rank_deficient(
-    modules: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Any]], damping: float | None
+    names: Collection[str], inputs: Sequence[Mapping[str, Any]], damping: float | None
 ) -> None:
     """Says which covariances are singular for want of tokens, and what stood in for the rest.
 
     Args:
-        modules: the layers that it is about.
+        names: of the layers that it is about.
         inputs: what `measured_input` gave of each covariance.
         damping: of all of them.
     """
-    notes = [(note, name) for note in inputs for name in note["layers"] if name in modules]
+    notes = [(note, name) for note in inputs for name in note["layers"] if name in names]
     short = [each for each in notes if each[0]["tokens"] < each[0]["channels"]]
     if not short:
         return

@@ -26,7 +26,7 @@ _OF_PEFT = {
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
     ),
-    "target_parameters": "only linear layers are adapted",
+    "target_parameters": "experts chooses those of fused experts",
     "init_lora_weights": "the start is what this package makes",
     "use_rslora": "the scaling is 1/hold at any rank",
     **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
@@ -134,7 +134,9 @@ class CordaConfig(CalibrationPlan):
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.models.target_layers`.
-        experts: see `calibrate`; not with several candidates.
+        experts: see `calibrate`; not with several candidates. Fused experts that `targets` selects
+            are adapted too. The rank of each is `rank` over the number of experts that a token is
+            sent to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
         lora_dropout: as in LoraConfig.

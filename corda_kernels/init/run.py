@@ -13,22 +13,33 @@ from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
+from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
 from corda_kernels.errors import CalibrationError, ConfigError, RankError
 from corda_kernels.init.checks import (
     adapter_parameters,
     check_covered,
     check_targets,
+    selected_experts,
     warn_left_out,
     warn_rank_deficient,
 )
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.covariances import DOMAIN, covariance_stages, united_provenance
+from corda_kernels.init.experts import (
+    active_experts,
+    for_each,
+    layer_shapes,
+    united_experts,
+    united_inputs,
+    united_spectra,
+)
 from corda_kernels.init.layers import MadeLayer, made_layers
-from corda_kernels.init.measured import measured_input, measured_layer
-from corda_kernels.linears import linear_shape, unpack
+from corda_kernels.init.measured import measured_layer
+from corda_kernels.linears import unpack
 from corda_kernels.memory import cuda_peak_bytes, peak_bytes
-from corda_kernels.models import devices, target_linears
+from corda_kernels.models import devices, target_layers
 from corda_kernels.planning import Stability, allocate_ranks, layer_spectra
+from corda_kernels.planning.ranks import Shape, component_size, components
 from corda_kernels.planning.scores import SCORING_DAMPING, LayerSpectrum
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
@@ -103,6 +114,7 @@ def corda_adapter(
     """
     _check_kinds(data, config)
     modules = check_targets(model, config, use_peft=use_peft)
+    experts = selected_experts(model, config)
     warn_left_out(model, config, modules)
     unpack(modules)
     Ranks.of(config.distributed).agree(
@@ -119,36 +131,54 @@ def corda_adapter(
     clock = Stopwatch(devices(model))
     stages: Iterable[CovarianceSet]
     if isinstance(data, CovarianceSet):
-        check_covered(modules, data)
+        check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
         stages = (data,)
     else:
         # Names are given only where "all-linear" would take more than can be adapted.
-        whole = target_linears(model, config.targets).keys() == modules.keys()
-        plan = config if whole else replace(config, targets=list(modules))
+        everything, _ = target_layers(model, config.targets)
+        whole = everything.keys() == modules.keys()
+        plan = config if whole else replace(config, targets=[*modules, *experts])
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
+    layers, active = {**modules, **expert_layers(experts)}, active_experts(model)
     made: dict[str, MadeLayer] = {}
     allocation: dict[str, Any] = {}
     measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
-        covered = {name: module for name, module in modules.items() if name in covariances}
-        components = dict.fromkeys(covered, config.rank)
+        measured["inputs"] += united_inputs(covariances, experts)
+        provenances.append(covariances.provenance)
+        covariances = expert_covariances(covariances, experts)
+        covered = {name: module for name, module in layers.items() if name in covariances}
+        shapes = {
+            name: shape
+            for name, shape in layer_shapes(modules, experts).items()
+            if not covered.keys().isdisjoint(for_each(experts, {name: 0}))
+        }
+        ranks = {n: components(config.rank, shape, active) for n, shape in shapes.items()}
         spectra: dict[str, LayerSpectrum] = {}
         if config.budget is not None:
             with clock.stage("allocation"):
-                spectra, allocation = _shared_out(model, covered, covariances, config)
-            components = allocation["ranks"]
+                spectra = layer_spectra(
+                    covered,
+                    covariances,
+                    damping=config.damping or SCORING_DAMPING,
+                    condition=config.condition,
+                    distributed=config.distributed,
+                    progress=config.progress,
+                )
+                budget = adapter_parameters(model, modules, config)
+                allocation = _shared_out(united_spectra(experts, spectra), shapes, budget, config)
+            ranks = allocation["ranks"]
         with clock.stage("decomposition"):
-            made |= made_layers(covered, covariances, components, config)
+            made |= made_layers(covered, covariances, for_each(experts, ranks), config)
         for name, module in covered.items():
             part = made[name].spectrum if name in made else {}
             note = measured_layer(module, part, spectra.get(name), config.condition)
             measured["layers"][name] = note
-        measured["inputs"] += [measured_input(part, names) for part, names in covariances.groups()]
-        provenances.append(covariances.provenance)
         del covariances  # before the next ones are made
-    warn_rank_deficient(modules, measured["inputs"], config.damping)
-    made = {name: made[name] for name in modules if name in made}
+    warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
+    made, measured["layers"] = united_experts(experts, made, measured["layers"])
+    made = {name: made[name] for name in (*modules, *experts) if name in made}
     calibration = united_provenance(provenances)
     stability = calibration.pop("stability", None)
     if stability:
@@ -162,7 +192,11 @@ def corda_adapter(
         hold=None if config.residual else config.hold,
         residual=config.residual,
         damping=config.damping,
-        base=describe_base(model, {name: modules[name] for name in made}),
+        base=describe_base(
+            model,
+            {name: modules[name] for name in made if name in modules},
+            {name: experts[name] for name in made if name in experts},
+        ),
         stability=stability or {},
         calibration=calibration,
         layers={name: layer.note for name, layer in made.items()},
@@ -179,26 +213,16 @@ def corda_adapter(
 
 
 def _shared_out(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    covariances: CovarianceSet,
+    spectra: Mapping[str, LayerSpectrum],
+    shapes: Mapping[str, Shape],
+    budget: int,
     config: CordaConfig,
-) -> tuple[dict[str, LayerSpectrum], dict[str, Any]]:
-    """The spectra of all layers, and the ranks that they get of a budget, as JSON.
+) -> dict[str, Any]:
+    """The ranks that layers of these spectra get of a budget, as JSON.
 
     Raises:
         RankError: the budget does not pay for a single component.
     """
-    budget = adapter_parameters(model, modules, config)
-    spectra = layer_spectra(
-        modules,
-        covariances,
-        damping=config.damping or SCORING_DAMPING,
-        condition=config.condition,
-        distributed=config.distributed,
-        progress=config.progress,
-    )
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
     ranks = allocate_ranks(
         {name: spectrum.singular_values for name, spectrum in spectra.items()},
         {name: spectrum.log_condition for name, spectrum in spectra.items()},
@@ -210,15 +234,14 @@ def _shared_out(
         rank_multiple=config.rank_multiple,
         rows=config.rows,
     )
-    spent = config.rows * sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    spent = config.rows * sum(rank * component_size(shapes[name]) for name, rank in ranks.items())
     if not spent:
         raise RankError(
             f"a budget of {budget} adapter parameters does not pay for one component of the layer "
             "that is first in line: raise the budget, or write it as the rank it would hold in all "
             "layers (r=8)"
         )
-    allocation = {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
-    return spectra, allocation
+    return {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
 
 
 def _check_kinds(data: object, config: object) -> None:

@@ -26,7 +26,9 @@ from corda_kernels.arguments import (
 )
 from corda_kernels.errors import ConfigError, RankError
 
-Shapes = Mapping[str, tuple[int, int]]
+# (out, in) of a linear layer, (experts, out, in) of a parameter of fused experts.
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 _MOST = 2**40  # of a rank or a size: more than any layer has, and products fit into int64
 _LAST = torch.full((1,), torch.inf, dtype=torch.float64)  # score of a layer's last component
@@ -74,7 +76,9 @@ def allocate_ranks(
         spectra: singular values of W·C, (R,), descending, any floating dtype, by layer name; their
             order decides ties.
         log_condition: log π(C) of each layer, finite and at least 0.
-        shapes: (out, in) of each layer's weight.
+        shapes: (out, in) of each layer's weight; (experts, out, in) of a parameter of fused
+            experts, each of which is granted a component when the parameter is: its spectrum is
+            their mean, or sum.
         budget: number of adapter parameters, never exceeded.
         mode: which components are trained, "kpm" the smallest or "ipm" the largest.
         min_rank: what every layer gets at least.
@@ -105,7 +109,7 @@ def allocate_ranks(
 
     sizes = torch.tensor([len(value) for value in values])
     multiple = int(rank_multiple)
-    costs = rows * torch.tensor([sum(shapes[name]) for name in spectra])
+    costs = rows * torch.tensor([component_size(shapes[name]) for name in spectra])
     most, guaranteed = _bounds(sizes, costs, budget, min_rank, max_rank, multiple)
 
     # Of each component, in the order in which it is granted: its layer, and which of it (from 1).
@@ -151,8 +155,8 @@ def check_guaranteed(
     Raises:
         RankError: it does not.
     """
-    sizes = torch.tensor([min(shape) for shape in shapes.values()])
-    costs = rows * torch.tensor([sum(shape) for shape in shapes.values()])
+    sizes = torch.tensor([min(shape[-2:]) for shape in shapes.values()])
+    costs = rows * torch.tensor([component_size(shape) for shape in shapes.values()])
     _bounds(sizes, costs, budget, min_rank, max_rank, rank_multiple)
 
 
@@ -176,31 +180,49 @@ def _bounds(
     return limit, guaranteed
 
 
-def uniform_budget(shapes: Shapes, rank: int, rows: int = 1) -> int:
+def component_size(shape: Shape) -> int:
+    """Numbers in a row of A and a column of B; of fused experts in those of all of them."""
+    return math.prod(shape[:-2]) * sum(shape[-2:])
+
+
+def components(rank: int, shape: Shape, active: int) -> int:
+    """A layer's share of a rank: of fused experts, of which a token is sent to `active`, so many
+    that a token gets the rank from them together, and 1 at least."""
+    return rank if len(shape) == 2 else max(1, rank // active)
+
+
+def uniform_budget(shapes: Shapes, rank: int, rows: int = 1, active: int = 1) -> int:
     """Adapter parameters of one rank in all layers, Σ min(rank, out, in)·rows·(out + in).
 
     Args:
-        shapes: (out, in) of each layer's weight.
+        shapes: see `allocate_ranks`.
         rank: the rank; layers too small for it get what they can have.
         rows: see `allocate_ranks`.
+        active: see `components`.
 
     Raises:
         ConfigError: the rank is not at least 1.
     """
     rank = whole_number("rank", rank, 1)
-    return rows * sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+    return rows * sum(
+        min(components(rank, shape, active), *shape[-2:]) * component_size(shape)
+        for shape in shapes.values()
+    )
 
 
-def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows: int = 1) -> int:
+def parse_budget(
+    value: str | float, shapes: Shapes, total_parameters: int, rows: int = 1, active: int = 1
+) -> int:
     """Reads a budget the way a user writes it.
 
     Args:
         value: a whole number of parameters ("2500000"); a share of the model ("0.01", "1%", at
             most all of it; 1.0 is all of it, 1 is one parameter); or "r=128", the budget of that
             rank in all layers.
-        shapes: (out, in) of each layer's weight.
+        shapes: see `allocate_ranks`.
         total_parameters: of the model.
         rows: see `allocate_ranks`.
+        active: see `components`.
 
     Returns:
         The number of adapter parameters; of a share, rounded down.
@@ -211,7 +233,7 @@ def parse_budget(value: str | float, shapes: Shapes, total_parameters: int, rows
     text = shown(value) if isinstance(value, int) else str(value).strip()
     if len(text) <= _DIGITS:
         if match := re.fullmatch(r"r\s*=\s*(\d+)", text, re.ASCII):
-            return uniform_budget(shapes, int(match[1]), rows)
+            return uniform_budget(shapes, int(match[1]), rows, active)
         if re.fullmatch(r"\d+(_\d+)*", text, re.ASCII) and int(text) >= 1:
             return int(text)
         # Decimal, for 29 % of 100 is not 28.
@@ -262,12 +284,12 @@ def _check_names(
             )
 
 
-def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+def _checked_spectrum(name: str, spectrum: Tensor, shape: Shape) -> Tensor:
     """The spectrum in float64 on the CPU; the shape is checked too."""
     what = f"layer {name}: its shape"
     instance_of(what, shape, (tuple, list))
-    if len(shape) != 2:
-        raise ConfigError(f"{what} must be (out, in), got {shown(shape)}")
+    if len(shape) not in (2, 3):
+        raise ConfigError(f"{what} must be (out, in) or (experts, out, in), got {shown(shape)}")
     for size in shape:
         whole_number(f"each size in {what}", size, 1, _MOST)
     what = f"layer {name}: its spectrum"
@@ -275,10 +297,10 @@ def _checked_spectrum(name: str, spectrum: Tensor, shape: tuple[int, int]) -> Te
     spectrum = spectrum.detach().cpu().double()
     if spectrum.ndim != 1 or not len(spectrum):
         raise ConfigError(f"{what} is a vector of singular values, got {tuple(spectrum.shape)}")
-    if len(spectrum) > min(shape):
+    if len(spectrum) > min(shape[-2:]):
         raise RankError(
-            f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[0]} × "
-            f"{shape[1]} has {min(shape)}: the spectrum belongs to another layer"
+            f"layer {name}: {len(spectrum)} singular values, but a weight of {shape[-2]} × "
+            f"{shape[-1]} has {min(shape[-2:])}: the spectrum belongs to another layer"
         )
     if not bool(spectrum.sum().isfinite()):
         raise ConfigError(

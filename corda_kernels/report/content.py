@@ -14,6 +14,7 @@ from corda_kernels.calibration.experts import by_parameter
 from corda_kernels.errors import CordaError, CovarianceError
 from corda_kernels.fields import is_number
 from corda_kernels.planning import Selection, Stability
+from corda_kernels.planning.ranks import component_size
 from corda_kernels.planning.scores import SCORING_DAMPING
 
 # Of covariances where no adapter says with which damping they are used.
@@ -132,7 +133,7 @@ class Layer:
     """What is known of a layer; None for what is not.
 
     Attributes:
-        shape: (out, in).
+        shape: (out, in); of a parameter of fused experts (experts, out, in).
         rank: 0 where it has no adapter, None where there is none at all.
         tokens: that its covariance comes from.
         sigma: the largest and the smallest singular value of W·C that the adapter took.
@@ -140,7 +141,7 @@ class Layer:
         condition: λmax/λmin of C, damped.
     """
 
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
     rank: int | None = None
     tokens: int | None = None
     sigma: tuple[float, float] | None = None
@@ -149,8 +150,10 @@ class Layer:
 
     def seen(self, note: Mapping[str, Any]) -> Layer:
         """With what `measured_layer` or `measure_spectra` gave."""
-        outputs, inputs = note["shape"]
-        found: dict[str, Any] = {"shape": (int(outputs), int(inputs))}
+        shape = tuple(map(int, note["shape"]))
+        if len(shape) not in (2, 3):
+            raise ValueError(f"{note['shape']!r} is no shape")
+        found: dict[str, Any] = {"shape": shape}
         if note.get("spectrum") is not None:
             found["spectrum"] = Spectrum.from_json(note["spectrum"])
         if note.get("condition") is not None:
@@ -208,7 +211,9 @@ class Report:
 
     def uniform_rank(self) -> float | None:
         """The rank that the same number of parameters would pay for in all layers."""
-        sizes = {name: sum(layer.shape) for name, layer in self.layers.items() if layer.shape}
+        sizes = {
+            name: component_size(layer.shape) for name, layer in self.layers.items() if layer.shape
+        }
         if not sizes or len(sizes) < len(self.layers) or not self.trainable:
             return None
         spent = sum((self.layers[name].rank or 0) * size for name, size in sizes.items())
@@ -270,7 +275,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
     layers = dict.fromkeys(record.allocation.get("ranks") or record.layers, Layer(rank=0))
     for layer, factors in adapter.layers.items():
         entry = record.layers[layer]
-        shape = (len(factors.B), factors.A.shape[1])
+        shape = (*factors.B.shape[:-1], factors.A.shape[-1])
         sigma = (entry["sigma_max"], entry["sigma_min"])
         layers[layer] = Layer(shape, entry["rank"], entry["tokens"], sigma)
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
@@ -371,7 +376,8 @@ def describe_mixture(mixture: Mapping[str, Any]) -> str:
 def describe_ranks(record: AdapterRecord) -> str:
     """The ranks of an adapter in a few words."""
     if not record.allocation:
-        return f"rank {record.rank}"
+        experts = {entry["rank"] for entry in record.layers.values()} - {record.rank}
+        return f"rank {record.rank}{f' (of experts {min(experts)})' if experts else ''}"
     ranks = record.allocation["ranks"].values()
     none = sum(rank == 0 for rank in ranks)
     return (

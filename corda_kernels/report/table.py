@@ -15,7 +15,7 @@ _MEANINGS = {
     "unrouted": "number of experts without tokens, which have the mean of their layer",
     "rank": "number of components trained",
     "in": "number of input channels",
-    "out × in": "shape of the weight",
+    "out × in": "shape of the weight; of fused experts their number first",
     "σ max": "largest singular value of W·C trained",
     "σ min": "smallest singular value of W·C trained",
     "cond C": "largest over smallest eigenvalue of C",
@@ -68,7 +68,7 @@ def layer_table(report: Report) -> Table:
         if layer.rank is not None:
             row["rank"] = str(layer.rank)
         if layer.shape is not None:
-            row["out × in"] = f"{layer.shape[0]} × {layer.shape[1]}"
+            row["out × in"] = " × ".join(map(str, layer.shape))
             row.pop("in", None)
         if layer.sigma is not None:
             row["σ max"], row["σ min"] = (f"{value:.2e}" for value in layer.sigma)

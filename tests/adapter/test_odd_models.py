@@ -182,23 +182,36 @@ PEFT_ITSELF = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Fut
 
 
 @PEFT_ITSELF
-def test_layers_that_peft_takes_for_experts_are_left_out(
+def test_layers_that_peft_takes_for_experts_are_adapted_by_their_weights(
     experts: nn.Module, logits: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:
-    """PEFT rewrites their names, in whatever form they are given."""
+    """PEFT rewrites their names, in whatever form they are given. Its way around has no dropout."""
     before, base = logits(experts), copy.deepcopy(experts)
     batches = [torch.randint(3, 64, (8, 16))]
-    with pytest.warns(LeftOutWarning, match=r"down_proj.* fused .* use_peft=False\) adapts 6 of"):
+    with pytest.warns(LeftOutWarning, match="fused in one 3-D parameter"):
         model = init_corda(experts, batches, config())
+    assert model.corda_record.layers.keys() == target_linears(base).keys()
     assert torch.allclose(logits(model), before, atol=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * parameter.requires_grad)
+    save_adapter(model, tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "plain")
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    assert not torch.allclose(logits(stock), before, atol=1e-2)
+    assert torch.equal(logits(stock), logits(model))
+    exported = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain")
+    torch.testing.assert_close(logits(exported), logits(model), rtol=1e-4, atol=1e-5)
+
+    reason = r"takes its name for a parameter of fused experts"
+    with pytest.warns(LeftOutWarning, match=rf"down_proj.*{reason}.*adapts 6 of"):
+        model = init_corda(copy.deepcopy(base), batches, config(lora_dropout=0.1))
     assert {name.rpartition(".")[2] for name in model.corda_record.layers} == {
         *("q_proj", "k_proj", "v_proj", "o_proj")
     }
-    save_adapter(model, tmp_path)
-    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.allclose(logits(stock), before, atol=1e-5)
-    with pytest.raises(TargetError, match=r"gate_proj cannot be adapted through PEFT"):
-        init_corda(base, batches, config(targets=["q_proj", "gate_proj"]))
+    named = config(targets=["q_proj", "gate_proj"], lora_dropout=0.1)
+    with pytest.raises(TargetError, match=rf"gate_proj cannot be adapted.*{reason}"):
+        init_corda(base, batches, named)
     with pytest.warns(LeftOutWarning, match="fused in one 3-D parameter"):
         whole = init_corda(base, batches, config(), use_peft=False)
     assert any(name.endswith("gate_proj") for name in whole.corda_record.layers)
