@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from torch import Tensor, nn
 
 from corda_kernels import fields
@@ -16,6 +16,7 @@ from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.models import task_type
 
 FORMAT = "corda_kernels.adapter/4"
 # What an adapter beside a residual fits is no model that could be loaded: this goes before the
@@ -55,7 +56,7 @@ BASE_FIELDS: dict[str, fields.Schema] = {
     "quantised?": fields.is_flag,
     "target_modules": lambda value: fields.is_text(value) or fields.is_names(value),
     "fan_in_fan_out": fields.is_flag,
-    "task_type": fields.one_of(None, "CAUSAL_LM"),
+    "task_type": fields.one_of(None, *TaskType),
 }
 _LAYER_FIELDS: dict[str, fields.Schema] = {
     "rank": fields.whole(1),
@@ -296,14 +297,13 @@ def describe_base(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         `check_base`), whether any layer is `quantised`, and what PEFT's LoraConfig asks for:
         `target_modules`, `fan_in_fan_out`, `task_type`.
     """
-    causal = hasattr(model, "prepare_inputs_for_generation")
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(modules),
         "quantised": any(map(is_quantised, modules.values())),
         "target_modules": target_modules(model, modules),
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": task_type(model),
     }
 
 

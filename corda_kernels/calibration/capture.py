@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance, Group
+from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -31,6 +32,7 @@ class _Sighting:
     tensor: Tensor
     version: float
     modules: list[str]
+    kept: Tensor | None = None  # of its rows those that count; None for all
 
     def matches(self, tensor: Tensor) -> bool:
         return self.tensor is tensor and self.version == _version(tensor)
@@ -72,8 +74,7 @@ class InputCapture:
         statistics: whether the channels' absmax and outliers are taken; otherwise both stay 0.
         on_host: copies inputs to the host and sums them up there, for a device with too little
             memory.
-        row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
-            change between passes only.
+        masks: which rows count; None for all.
     """
 
     modules: Mapping[str, nn.Module]
@@ -82,7 +83,7 @@ class InputCapture:
     deterministic: bool = False
     statistics: bool = True
     on_host: bool = False
-    row_mask: Tensor | None = field(default=None, init=False)
+    masks: RowMasks | None = None
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
     _forming: deque[tuple[_Sighting, _Sums]] = field(
@@ -91,6 +92,8 @@ class InputCapture:
     _hooks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> InputCapture:
+        if self.masks is not None:
+            self._hooks.enter_context(self.masks)
         for name, module in self.modules.items():
             hook = partial(self._hook, name)
             self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -115,15 +118,15 @@ class InputCapture:
         if sums is None:
             self._join_or_found(name, x)
         elif len(sums.modules) == 1:
-            self._add(sums, x)
+            self._add(sums, x, self._kept(name, x))
         elif sums.pending is None:
-            sums.pending = _Sighting(x, _version(x), [name])
+            sums.pending = _Sighting(x, _version(x), [name], self._kept(name, x))
             if x.is_inference():
                 self._split(sums)
         elif sums.pending.matches(x) and name not in sums.pending.modules:
             sums.pending.modules.append(name)
             if len(sums.pending.modules) == len(sums.modules):
-                self._add(sums, sums.pending.tensor)
+                self._add(sums, x, sums.pending.kept)
                 sums.pending = None
         else:
             self._split(sums)
@@ -141,7 +144,7 @@ class InputCapture:
         statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
         sums = self._sums[name] = _Sums([name], matrix, *statistics)
         self._forming.append((_Sighting(x, _version(x), [name]), sums))
-        self._add(sums, x)
+        self._add(sums, x, self._kept(name, x))
 
     def _split(self, sums: _Sums) -> None:
         """Gives the modules that read the pending tensor sums of their own and adds it there."""
@@ -162,17 +165,15 @@ class InputCapture:
         )
         sums.modules = [name for name in sums.modules if name not in pending.modules]
         self._sums.update(dict.fromkeys(apart.modules, apart))
-        self._add(apart, pending.tensor)
+        self._add(apart, pending.tensor, pending.kept)
 
-    def _add(self, sums: _Sums, x: Tensor) -> None:
-        rows, mask = x.reshape(-1, x.shape[-1]), self.row_mask
-        if mask is not None:
-            if mask.numel() != len(rows):
-                raise CalibrationError(
-                    f"layer {sums.modules[0]} received {len(rows)} rows, which the attention mask "
-                    f"of {tuple(mask.shape)} does not fit: run sequences without padding"
-                )
-            rows = rows[mask.flatten().to(rows.device)]
+    def _kept(self, name: str, x: Tensor) -> Tensor | None:
+        return None if self.masks is None else self.masks.kept(name, x)
+
+    def _add(self, sums: _Sums, x: Tensor, kept: Tensor | None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if kept is not None:
+            rows = rows[kept.to(rows.device)]
         if self.on_host:
             rows = rows.to(_HOST)
         # A checkpoint may have left the sums on another device than the inputs.

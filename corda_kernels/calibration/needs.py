@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
-from corda_kernels.calibration.passes import CalibrationRun, evaluating
+from corda_kernels.calibration.passes import CalibrationRun, Targets, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.linears import linear_shape
-from corda_kernels.models import decoder_blocks
+from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder
 
 _TRIED_TOKENS = 2
 
@@ -71,7 +71,7 @@ class CalibrationNeeds:
 
 
 def calibration_needs(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear", *, seq_len: int = 2048
+    model: nn.Module, targets: Targets = None, *, seq_len: int = 2048
 ) -> CalibrationNeeds:
     """Finds out what calibrating `model` needs; with a model on the meta device, without weights.
 
@@ -84,10 +84,17 @@ def calibration_needs(
         TargetError: no layer matches.
         ModelError: the model does not run without weights.
     """
+    taken = arguments(model)
+    if taken and "input_ids" not in taken:
+        kind = type(model).__name__
+        raise ModelError(
+            f"what calibrating {kind} needs is known for token ids alone, and it takes "
+            f"{', '.join(taken)}: calibrate it in one pass, without a memory limit"
+        )
     run = CalibrationRun(model, targets)
     mask, groups, outputs = _tried(run)
     sizes: dict[str, int] = {}
-    obstacle = ""
+    obstacle = "the model is an encoder–decoder" if is_encoder_decoder(model) else ""
     try:
         sizes = dict.fromkeys(decoder_blocks(model), 0)
         for output in outputs:
@@ -95,7 +102,7 @@ def calibration_needs(
     except ModelError:
         obstacle = "the model has no list of decoder blocks"
     except CalibrationError:
-        obstacle = "the model's blocks return more than hidden states"
+        obstacle = obstacle or "the model's blocks return more than hidden states"
     for channels, names in groups:
         block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
         if block is None:
@@ -119,9 +126,7 @@ def calibration_needs(
     )
 
 
-def covariance_bytes(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear"
-) -> tuple[int, int]:
+def covariance_bytes(model: nn.Module, targets: Targets = None) -> tuple[int, int]:
     """Sizes of the target layers' covariances, in float32, by a run over two tokens.
 
     Returns:
@@ -154,7 +159,7 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
     outputs: list[Any] = []
 
     def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if module in layers:
+        if module in layers and args:
             alive.append(args[0])
             readers.setdefault(id(args[0]), []).append(layers[module])
 
@@ -185,6 +190,8 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
 
 def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
+    if is_encoder_decoder(run.model):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     if mask is not None:
         inputs["attention_mask"] = mask(tokens)
     config = _text_config(run.model)

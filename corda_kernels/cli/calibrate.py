@@ -29,7 +29,7 @@ def calibrate(
     seq_len: options.SeqLen = 2048,
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
-    targets: options.Targets = "all-linear",
+    targets: options.Targets = None,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
     rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
@@ -50,6 +50,7 @@ def calibrate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
@@ -79,7 +80,7 @@ def calibrate(
         )
     tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)
-    network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
+    network = options.load(context.params)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         modules = models.target_linears(network, targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from corda_kernels import outputs
 from corda_kernels.cli import options
@@ -37,6 +37,7 @@ def export(
 
 
 def merge(
+    context: Context,
     adapter: Adapter,
     out: Annotated[Path, Argument(metavar="OUT", help="The model folder to write.")],
     model: Annotated[
@@ -44,6 +45,7 @@ def merge(
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    task: options.Task = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -65,7 +67,7 @@ def merge(
         raise OutputError(f"{out} is the base itself: choose another folder")
     options.check_unused(out, overwrite, MODEL_FILES)
     try:
-        network = options.load(source, dtype, device, trust_remote_code=trust_remote_code)
+        network = options.load(context.params, source)
     except ModelError as error:
         remedy = "" if model else "; say where the base is with --model"
         raise ModelError(f"{error}{remedy}") from error
@@ -75,4 +77,4 @@ def merge(
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
     card, trusted = adapters.model_card(source, "Merged model", made), trust_remote_code
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
-    echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")
+    echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

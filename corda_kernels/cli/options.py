@@ -68,8 +68,19 @@ BatchSize = Annotated[
 ]
 Pack = Annotated[bool, Option(help="Pack texts into full sequences.")]
 Targets = Annotated[
-    str,
-    Option(callback=parse_targets, help="all-linear, endings by commas, or a regular expression."),
+    str | None,
+    Option(
+        callback=parse_targets,
+        help="all-linear, endings by commas, or a regular expression; by default all linear "
+        "layers, of a vision–language model those of its language model.",
+    ),
+]
+Task = Annotated[
+    str | None,
+    Option(
+        help="What MODEL is loaded for, such as causal-lm, seq2seq-lm, sequence-classification or "
+        "feature-extraction; by default what its config names."
+    ),
 ]
 Exclude = Annotated[
     str | None,
@@ -198,17 +209,16 @@ def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = No
             )
 
 
-def load(
-    model: str, dtype: str | None, device: str, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The model on its device, without a bar for reading it that errors would have to follow."""
+def load(given: Mapping[str, Any], source: str | None = None) -> PreTrainedModel:
+    """The model that a command's options describe, without a bar for reading it that errors would
+    have to follow; from `source` in place of the option `model`."""
     from transformers.utils import logging
 
     from corda_kernels.models import load_model
 
     logging.disable_progress_bar()
-    where = resolve_device(device)
-    return load_model(model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    options = {name: given[name] for name in ("task", "dtype", "trust_remote_code")}
+    return load_model(source or given["model"], device=resolve_device(given["device"]), **options)
 
 
 def resolve_device(device: str) -> str:

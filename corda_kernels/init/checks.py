@@ -21,7 +21,13 @@ from corda_kernels.errors import (
 )
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
-from corda_kernels.models import check_unshared, check_unwrapped, target_linears, unreached_weights
+from corda_kernels.models import (
+    check_unshared,
+    check_unwrapped,
+    classification_heads,
+    target_linears,
+    unreached_weights,
+)
 from corda_kernels.planning.ranks import check_guaranteed, parse_budget, uniform_budget
 
 
@@ -30,14 +36,16 @@ def check_targets(
 ) -> dict[str, nn.Module]:
     """The layers that `config` selects, after a check of its rank or budget.
 
-    Of "all-linear" those are left out that PEFT adapts in no LoRA of this model.
+    Where `targets` does not name them, those are left out that are too small for the rank, or that
+    PEFT adapts in no LoRA of this model.
 
     Raises:
         TargetError: no layer matches, one shares its weight with another module, one is quantised
             and residual is "weight", one that is named cannot be adapted by PEFT, or
             modules_to_save names what is not there or adapted.
         ConfigError: the budget cannot be read.
-        RankError: the rank is not possible for a layer, or the budget does not pay for the least.
+        RankError: the rank is not possible for a layer that is named, or for none; or the budget
+            does not pay for the least.
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
     """
     if has_adapter(model):
@@ -50,33 +58,48 @@ def check_targets(
     check_unwrapped(model)
     modules = target_linears(model, config.targets, config.exclude_modules)
     reasons = not_selectable(model, modules) if use_peft else {}
-    if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
+    named = config.targets not in (None, "all-linear")
+    if reasons and (named or len(reasons) == len(modules)):
         name = next(iter(reasons))
         raise TargetError(
             f"layer {name} cannot be adapted through PEFT ({reasons[name]}): leave it out by "
             "exclude_modules, or take init_corda(…, use_peft=False)"
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
+    small = _too_small(modules, config)
+    if small and (named or len(small) == len(modules)):
+        name, shape = next(iter(small.items()))
+        raise RankError(
+            f"rank {config.rank} is not possible for layer {name} ({shape[0]} × {shape[1]}): "
+            f"choose one between 1 and {min(shape)}, or leave the layer out"
+        )
+    modules = {name: module for name, module in modules.items() if name not in small}
     check_unshared(model, modules)
-    _check_saved(model, modules, config.modules_to_save or ())
+    _check_saved(model, modules, modules_to_save(model, config) if use_peft else ())
     if config.residual == "weight":
         check_writable(
             modules,
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
     if config.budget is not None:
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
-        return modules
-    for name, shape in shapes.items():
-        if config.rank > min(shape):
-            raise RankError(
-                f"rank {config.rank} is not possible for layer {name} ({shape[0]} × {shape[1]}): "
-                f"choose one between 1 and {min(shape)}, or leave the layer out"
-            )
     return modules
+
+
+def _too_small(modules: Mapping[str, nn.Module], config: CordaConfig) -> dict[str, tuple[int, int]]:
+    """The layers without as many components as each is to have, with their shapes (out, in)."""
+    if config.budget is not None:
+        return {}
+    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    return {name: shape for name, shape in shapes.items() if config.rank > min(shape)}
+
+
+def modules_to_save(model: nn.Module, config: CordaConfig) -> list[str]:
+    """The modules that are trained whole: those that are asked for, and classification heads."""
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *classification_heads(model)]))
 
 
 def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
@@ -89,8 +112,9 @@ def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequ
         for name in modules:
             if any(f"{name}.".startswith(f"{part}.") for part in whole):
                 raise TargetError(
-                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
-                    "leave it out by exclude_modules, or do not name it"
+                    f"modules_to_save names {ending!r} (a classification head unasked), and layer "
+                    f"{name} in it is to be adapted: leave it out by exclude_modules, or do not "
+                    "name it"
                 )
 
 
@@ -113,18 +137,24 @@ def adapter_parameters(
 
 
 def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Says which layers of "all-linear" `check_targets` has left out, as PEFT adapts none of them.
+    """Says which layers that targets do not name `check_targets` has left out, and why: they are
+    too small for the rank, or PEFT adapts none of them.
 
     What no calibration reaches is told with them, since the calibration is then given names.
     """
-    names = target_linears(model, config.targets, config.exclude_modules).keys() - modules.keys()
-    if names:
-        reasons = not_selectable(model, sorted(names)) | unreached_weights(model)
-        warn(
-            f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
-            f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
-            LeftOutWarning,
-        )
+    every = target_linears(model, config.targets, config.exclude_modules)
+    out = {name: module for name, module in every.items() if name not in modules}
+    if out:
+        small = {
+            name: f"it is {shape[0]} × {shape[1]}, too small for rank {config.rank}"
+            for name, shape in _too_small(out, config).items()
+        }
+        reasons = not_selectable(model, out) | small
+        unreached = unreached_weights(model, config.targets)
+        name = min(reasons)
+        says = f"{len(reasons | unreached)} layers or weights get no adapter, for one {name}: "
+        remedy = f"; init_corda(…, use_peft=False) adapts {len(reasons) - len(small)} of them"
+        warn(f"{says}{reasons[name]}{remedy if len(reasons) > len(small) else ''}", LeftOutWarning)
 
 
 def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:

@@ -18,6 +18,7 @@ from corda_kernels.init.checks import (
     adapter_parameters,
     check_covered,
     check_targets,
+    modules_to_save,
     warn_left_out,
     warn_rank_deficient,
 )
@@ -60,8 +61,8 @@ def init_corda(
 
     Raises:
         TargetError: no layer matches.
-        RankError: a layer is too small for the rank, found before anything runs; or a budget does
-            not pay for a single component.
+        RankError: a layer that is named is too small for the rank, or all are, found before
+            anything runs; or a budget does not pay for a single component.
         ConfigError: the budget cannot be read, or all covariances that it needs do not fit into the
             memory limit; or there are fewer batches than candidates; or an option needs PEFT.
         CovarianceError: given covariances do not cover the layers, or have other sizes.
@@ -122,7 +123,7 @@ def corda_adapter(
         check_covered(modules, data)
         stages = (data,)
     else:
-        # Names are given only where "all-linear" would take more than can be adapted.
+        # Names are given only where the targets would be more than can be adapted.
         whole = target_linears(model, config.targets).keys() == modules.keys()
         plan = config if whole else replace(config, targets=list(modules))
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
@@ -155,6 +156,7 @@ def corda_adapter(
         # A covariance file may know of other layers, and of the end that is not trained.
         judged = Stability.from_json(stability).at(config.which, made)
         stability = judged and judged.to_json()
+    saved = modules_to_save(model, config) if use_peft else []
     peaks = {"process": peak_bytes()} | cuda_peak_bytes()
     record = AdapterRecord(
         mode=config.mode,
@@ -173,7 +175,7 @@ def corda_adapter(
             "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
         },
         versions=library_versions(),
-        lora=config.lora,
+        lora=config.lora | ({"modules_to_save": saved} if saved else {}),
     )
     return Adapter({name: layer.adapter for name, layer in made.items()}, record)
 
