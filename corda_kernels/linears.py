@@ -128,14 +128,15 @@ def linear_weight(module: nn.Module) -> Tensor:
             "load the model in a floating dtype (--dtype bfloat16), or quantised by bitsandbytes "
             "or torchao"
         )
-    return weight if isinstance(module, nn.Linear) else weight.T
+    matrix: Tensor = weight if isinstance(module, nn.Linear) else weight.T
+    return matrix
 
 
 def _is_plain(weight: Any) -> bool:
     """Whether a weight is a matrix of numbers that stand for themselves: those of eight bits mean
     nothing without the scales that are kept beside them."""
-    floating = isinstance(weight, Tensor) and weight.is_floating_point()
-    return floating and weight.ndim == 2 and weight.itemsize >= 2
+    found = isinstance(weight, Tensor) and weight.is_floating_point()
+    return found and bool(weight.ndim == 2 and weight.itemsize >= 2)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -174,10 +174,12 @@ def _config_and_class(where: str, task: str | None, options: Mapping[str, Any]) 
         raise ModelError(f"task {shown(task)} is not one of {', '.join(TASKS)}")
     config = transformers.AutoConfig.from_pretrained(where, **options)
     if task is None:
+        coded = (options["trust_remote_code"] and getattr(config, "auto_map", None)) or {}
         own = getattr(transformers, (config.architectures or [""])[0], None)
-        if own is not None:
+        if own is not None and not coded:
             return config, own
-        task = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
+        usual = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
+        task = next((known for known, auto in TASKS.items() if auto in coded), usual)
     return config, getattr(transformers, TASKS[task])
 
 
@@ -430,9 +432,12 @@ def task_type(model: nn.Module) -> str | None:
 
 
 def _part(owner: object, find: str) -> object:
-    """What a method of this name gives; None where there is no such method."""
+    """What a method of this name gives; None where there is no such method, or none for this."""
     method = getattr(owner, find, None)
-    return method() if callable(method) else None
+    try:
+        return method() if callable(method) else None
+    except NotImplementedError:  # as of two embeddings, which CLIP has
+        return None
 
 
 def check_unwrapped(model: nn.Module) -> None:

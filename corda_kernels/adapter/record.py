@@ -43,8 +43,8 @@ def is_plain(name: Any) -> bool:
 
 
 def is_saved(value: Any) -> bool:
-    """Whether a value can be LoraConfig's `modules_to_save`."""
-    return fields.is_names(value) and all(map(is_plain, value))
+    """Whether a value can be LoraConfig's `modules_to_save`, where PEFT names heads once more."""
+    return isinstance(value, list) and all(map(is_plain, value))
 
 
 # What a file says of a base, see `describe_base`.

@@ -186,8 +186,9 @@ def _warn_padded(inputs: Mapping[str, Any], index: int, pad_token_id: int | None
     told: tuple[str, ...]
     for prefix, told in (("", ()), ("decoder_", ("labels",))):
         ids, mask = inputs.get(f"{prefix}input_ids"), f"{prefix}attention_mask"
-        unmarked = isinstance(ids, Tensor) and inputs.keys().isdisjoint([mask, *told])
-        if unmarked and pad_token_id is not None and looks_padded(ids, pad_token_id):
+        if not isinstance(ids, Tensor) or pad_token_id is None or inputs.keys() & {mask, *told}:
+            continue
+        if looks_padded(ids, pad_token_id):
             says = f"batch {index} starts or ends in padding (token {pad_token_id}) without a mask:"
             warn(f"{says} it counts as text; give {prefix}input_ids and {mask}", PaddingWarning)
 

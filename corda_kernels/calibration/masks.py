@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,14 +139,14 @@ class RowMasks:
         )
 
 
-def _padded(mask: Any, given: Mapping[str, Any] | None = None) -> Tensor | None:
+def _padded(mask: Any, given: Mapping[str, Any] = MappingProxyType({})) -> Tensor | None:
     """The positions (batch, seq) that a mask keeps, as bool; None where that is all, or no mask.
 
     With a cache it covers earlier positions too, which a call that is `given` fewer does not run.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not ones_and_zeros(mask):
         return None
-    for name in ("input_ids", "inputs_embeds") if given else ():
+    for name in ("input_ids", "inputs_embeds"):
         if isinstance(read := given.get(name), Tensor) and read.ndim > 1:
             mask = mask[:, -read.shape[1] :]
     kept = mask.to(torch.bool)

@@ -400,7 +400,10 @@ class CalibrationRun:
                 raise
             kind, names = type(runner).__name__, ", ".join(inputs)
             says = f"cannot be run by {kind}, which was given {names} ({error})"
-            raise BatchError(batch, f"{says}: give what its forward takes") from error
+            missing = (
+                ", such as labels or decoder_input_ids" if models.is_encoder_decoder(runner) else ""
+            )
+            raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
 
     def _check_ids(self, ids: Tensor | None, text: bool, batch: int) -> None:
         """Refuses token ids that the model does not have, and too many of a text."""

@@ -80,7 +80,8 @@ def calibrate(
         )
     tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)
-    network = options.load(context.params)
+    trusted = trust_remote_code
+    network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         modules = models.target_linears(network, targets)

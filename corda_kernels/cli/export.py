@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Context, Option
+from typer import Argument, Option
 
 from corda_kernels import outputs
 from corda_kernels.cli import options
@@ -37,7 +37,6 @@ def export(
 
 
 def merge(
-    context: Context,
     adapter: Adapter,
     out: Annotated[Path, Argument(metavar="OUT", help="The model folder to write.")],
     model: Annotated[
@@ -66,8 +65,9 @@ def merge(
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
     options.check_unused(out, overwrite, MODEL_FILES)
+    trusted = trust_remote_code
     try:
-        network = options.load(context.params, source)
+        network = options.load(source, dtype, device, task=task, trust_remote_code=trusted)
     except ModelError as error:
         remedy = "" if model else "; say where the base is with --model"
         raise ModelError(f"{error}{remedy}") from error
@@ -75,6 +75,6 @@ def merge(
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card, trusted = adapters.model_card(source, "Merged model", made), trust_remote_code
+    card = adapters.model_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
     echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

@@ -107,7 +107,8 @@ def init(
         text = options.text_provenance(given)
         tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
         source = options.text_batches(given, tokenizer)
-    network = options.load(context.params)
+    trusted = trust_remote_code
+    network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     modules = check_targets(network, config)
     # In float32; with a residual the initial factors too.
     needed = (8 if published else 4) * adapter_parameters(network, modules, config)
@@ -144,7 +145,7 @@ def init(
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "
             "useful model. Load it with that adapter (corda_kernels.load_for_training).",
         )
-        base, trusted = out / "base", trust_remote_code
+        base = out / "base"
         models.save_model(network, base, source=model, card=card, trust_remote_code=trusted)
         echo(f"{base}: the base that it sits on")
     load = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"

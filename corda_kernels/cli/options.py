@@ -209,16 +209,24 @@ def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = No
             )
 
 
-def load(given: Mapping[str, Any], source: str | None = None) -> PreTrainedModel:
-    """The model that a command's options describe, without a bar for reading it that errors would
-    have to follow; from `source` in place of the option `model`."""
+def load(
+    model: str,
+    dtype: str | None,
+    device: str,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model on its device, without a bar for reading it that errors would have to follow."""
     from transformers.utils import logging
 
     from corda_kernels.models import load_model
 
     logging.disable_progress_bar()
-    options = {name: given[name] for name in ("task", "dtype", "trust_remote_code")}
-    return load_model(source or given["model"], device=resolve_device(given["device"]), **options)
+    where = resolve_device(device)
+    return load_model(
+        model, task=task, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+    )
 
 
 def resolve_device(device: str) -> str:
