@@ -190,10 +190,10 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
 
 def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
-    if is_encoder_decoder(run.model):
-        inputs["decoder_input_ids"] = inputs["input_ids"]
     if mask is not None:
         inputs["attention_mask"] = mask(tokens)
+    if is_encoder_decoder(run.model):
+        inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
     config = _text_config(run.model)
     experts = getattr(config, "_experts_implementation", None)
     routed = experts is not None and run.device.type == "meta"

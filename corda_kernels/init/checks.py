@@ -112,9 +112,9 @@ def _check_saved(model: nn.Module, modules: Mapping[str, nn.Module], saved: Sequ
         for name in modules:
             if any(f"{name}.".startswith(f"{part}.") for part in whole):
                 raise TargetError(
-                    f"modules_to_save names {ending!r} (a classification head unasked), and layer "
-                    f"{name} in it is to be adapted: leave it out by exclude_modules, or do not "
-                    "name it"
+                    f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
+                    "leave it out by exclude_modules, or do not name it (classification heads are "
+                    "saved unasked)"
                 )
 
 
