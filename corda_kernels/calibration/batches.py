@@ -38,12 +38,12 @@ def inputs_of(batch: Batch) -> dict[str, Any]:
 def is_text(batch: Batch) -> bool:
     """Whether a batch is token ids and what goes with each of them, so that it can be taken apart.
 
-    Given positions may be of several packed texts. What is no text for want of any tensor counts as
-    one, which `unpadded` then reports.
+    Given positions may be of several packed texts. What has no tensor, or none of token ids, counts
+    as text, which `unpadded` then reports.
     """
     inputs = inputs_of(batch)
     ids = inputs.get("input_ids")
-    if not any(isinstance(value, Tensor) for value in inputs.values()):
+    if not any(isinstance(value, Tensor) for value in (inputs.values() if ids is None else [ids])):
         return True
     return isinstance(ids, Tensor) and all(
         isinstance(value, Tensor) and value.shape == ids.shape and name != "position_ids"

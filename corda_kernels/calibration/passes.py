@@ -127,7 +127,7 @@ def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> Covariance
             "a function that runs the model can be neither shared out over ranks nor resumed: give "
             "batches, or leave distributed and checkpoint out"
         )
-    capture, calls, tokens = run.capture(run.linears), 0, 0
+    capture, calls, tokens = run.capture(run.linears, RowMasks(run.model)), 0, 0
 
     def end(*_: object) -> None:
         nonlocal calls, tokens
@@ -147,7 +147,8 @@ def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> Covariance
 
 def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:
     """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
-    capture, journal, text = run.capture(run.linears), run.journal(), TextSum()
+    capture = run.capture(run.linears, RowMasks(run.model))
+    journal, text = run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
     kept_tokens = 0
@@ -270,7 +271,9 @@ class CalibrationRun:
         """Of this rank's sums."""
         return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, linears: Mapping[str, nn.Module]) -> InputCapture:
+    def capture(
+        self, linears: Mapping[str, nn.Module], masks: RowMasks | None = None
+    ) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             linears,
@@ -278,7 +281,7 @@ class CalibrationRun:
             self.normalize,
             deterministic=self.checkpoint is not None,
             on_host=self.on_host,
-            masks=RowMasks(self.model),
+            masks=masks,
         )
 
     def read(
@@ -400,9 +403,8 @@ class CalibrationRun:
                 raise
             kind, names = type(runner).__name__, ", ".join(inputs)
             says = f"cannot be run by {kind}, which was given {names} ({error})"
-            missing = (
-                ", such as labels or decoder_input_ids" if models.is_encoder_decoder(runner) else ""
-            )
+            pairs = models.is_encoder_decoder(runner)
+            missing = ", such as labels or decoder_input_ids" if pairs else ""
             raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
 
     def _check_ids(self, ids: Tensor | None, text: bool, batch: int) -> None:
