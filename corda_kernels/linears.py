@@ -26,11 +26,14 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one matrix: nn.Linear, also packed, or transformers' Conv1D.
 
-    A subclass with a plain weight and another forward, such as a router, is none.
+    A subclass with a plain weight and another forward, such as a router, is none; nor is that of
+    nn.MultiheadAttention, which takes the weight and never calls it.
     """
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
     from transformers.pytorch_utils import Conv1D
 
-    if not isinstance(module, nn.Linear | Conv1D):
+    unlike = not isinstance(module, nn.Linear | Conv1D)
+    if unlike or type(module) is NonDynamicallyQuantizableLinear:
         return False
     own = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     return own or is_quantised(module) or not _is_plain(module.weight)

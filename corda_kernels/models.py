@@ -56,7 +56,7 @@ _TASK_TYPES = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "Model": "FEATURE_EXTRACTION",
 }
-# Heads that are made for each task anew, by transformers' names.
+# Heads that are made for each task anew, by the ends of transformers' names, as PEFT takes them.
 _HEADS = ("classifier", "score", "classification_head", "qa_outputs")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,7 +112,7 @@ def load_model(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
     missing = sorted(loaded["missing_keys"])
-    heads = [name for name in missing if name.partition(".")[0] in _HEADS]
+    heads = [name for name in missing if name.partition(".")[0].endswith(_HEADS)]
     if heads == missing != []:
         says = f"the head of {type(model).__name__} ({heads[0]}) is not in {os.fspath(source)}"
         warn(f"{says}: it starts at random, and is trained with the adapter", CordaWarning)
@@ -416,8 +416,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def classification_heads(model: nn.Module) -> list[str]:
     """The heads of a transformers model that are made for a task anew, and so are trained whole."""
-    own = dict(model.named_children()) if hasattr(model, "config") else {}
-    return [name for name in _HEADS if name in own and list(own[name].parameters())]
+    parts = model.named_children() if hasattr(model, "config") else ()
+    return [name for name, part in parts if name.endswith(_HEADS) and list(part.parameters())]
 
 
 def task_type(model: nn.Module) -> str | None:

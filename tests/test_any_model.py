@@ -127,6 +127,12 @@ def bert_filler() -> Case:
     return tf.BertForMaskedLM(tf.BertConfig(**TEXT)), text() | {"labels": labels()}, all_text, None
 
 
+def distilbert_classifier() -> Case:
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 40, "vocab_size": 60}
+    model = tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**sizes, num_labels=3))
+    return model, text() | {"labels": torch.tensor([0, 1, 2])}, all_text, "SEQ_CLS"
+
+
 def llama_classifier() -> Case:
     model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**TEXT, num_labels=3))
     return model, text() | {"labels": torch.tensor([0, 1, 2])}, all_text, "SEQ_CLS"
@@ -154,6 +160,12 @@ def clip() -> Case:
     config = tf.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=16)
     batch = text() | {"pixel_values": torch.randn(3, 3, 32, 32)}  # as many patches as tokens
     return tf.CLIPModel(config), batch, beside_images, None
+
+
+def siglip() -> Case:
+    config = tf.SiglipConfig(text_config=TEXT, vision_config=IMAGE)
+    batch = {"input_ids": ids(3, 5), "pixel_values": torch.randn(3, 3, 32, 32)}
+    return tf.SiglipModel(config), batch, nothing, None
 
 
 def t5() -> Case:
@@ -226,7 +238,17 @@ def qwen_vl() -> Case:
 
 ADAPTED = [bert_classifier, bert_filler, llama_classifier, vit_classifier, clip, t5]
 ADAPTED += [whisper, llava, qwen_vl]
-CASES = [*ADAPTED, bert_tagger, llama_packed, llama_base, bart, bart_masked, bart_alone]
+CASES = [
+    *ADAPTED,
+    distilbert_classifier,
+    siglip,
+    bert_tagger,
+    llama_packed,
+    llama_base,
+    bart,
+    bart_masked,
+    bart_alone,
+]
 
 
 def made(case: Callable[[], Case]) -> Case:
@@ -311,9 +333,8 @@ def test_any_model_is_adapted_trained_saved_loaded_and_exported(
     assert model.peft_config["default"].task_type == task
     torch.testing.assert_close(output(model, batch).detach(), expected)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    head = next((name for name in ("classifier", "score") if hasattr(base, name)), None)
-    assert any("lora" not in name for name in trained) == (head is not None)
-    assert all(f".{head}." in name for name in trained if "lora" not in name)
+    whole = {name.split(".")[2] for name in trained if "lora" not in name}
+    assert whole == {name for name in ("classifier", "score") if hasattr(base, name)}
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     output(model, batch).sum().backward()

@@ -53,7 +53,8 @@ def init_corda(
         model: a transformers model. Its weights stay as they are, but for `residual="weight"`.
         data: calibration batches, see `calibrate`; or covariances.
         config: how.
-        use_peft: False for CordaLinear layers in place of a PeftModel.
+        use_peft: False for CordaLinear layers in place of a PeftModel; a classification head is
+            then frozen as the rest.
 
     Returns:
         A stock PeftModel with one LoRA of twice the rank, all of it to be trained; or, without
