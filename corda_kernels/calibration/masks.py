@@ -124,9 +124,9 @@ class RowMasks:
         """
         call = self._calls[-1] if self._calls else _Sequence()
         states, of_states = call.context
-        crossing = states is not None and x.shape == states.shape
-        if crossing and x is not states:  # which accelerate may have copied to another device
-            crossing = torch.equal(x, states.to(x))
+        crossing = x is states
+        if states is not None and not crossing and x.shape == states.shape:
+            crossing = torch.equal(x, states.to(x))  # accelerate may have copied it to a device
         mask, rows = of_states if crossing else call.mask, x.shape[:-1]
         if mask is None:
             return None

@@ -71,8 +71,8 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
         other = isinstance(module, nn.Linear) and name not in linears
         if other and LoraModel._check_target_module_exists(resolved, name):
             raise TargetError(
-                f"layer {name} ({type(module).__name__}) is not called as a plain linear layer: leave "
-                "it out by exclude_modules"
+                f"layer {name} ({type(module).__name__}) is not called as a plain linear layer: "
+                "leave it out by exclude_modules"
             )
     if not targets:
         raise no_match("target_modules", config.target_modules, linears)
