@@ -36,7 +36,7 @@ def is_linear(module: nn.Module) -> bool:
     if unlike or type(module) is NonDynamicallyQuantizableLinear:
         return False
     own = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return own or is_quantised(module) or not _is_plain(module.weight)
+    return own or is_quantised(module) or not _is_plain(getattr(module, "weight", None))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -101,9 +101,13 @@ def kept_unpacked(model: nn.Module) -> Iterator[None]:
             setattr(module, option, True)
 
 
-def linear_weight(module: nn.Module) -> Tensor:
+def linear_weight(module: nn.Module, name: str = "") -> Tensor:
     """The weight of a linear layer as (out, in): a view, for Conv1D stores it the other way round,
     or of a quantised layer what it stands for, made anew at every call.
+
+    Args:
+        module: the layer.
+        name: what messages call it.
 
     Raises:
         TargetError: the weight is packed in another way, or not a matrix of floating numbers.
@@ -127,9 +131,10 @@ def linear_weight(module: nn.Module) -> Tensor:
         return unpacked.detach()
     if not _is_plain(weight):
         raise TargetError(
-            f"a layer of class {type(module).__name__} holds a packed weight that cannot be read; "
-            "load the model in a floating dtype (--dtype bfloat16), or quantised by bitsandbytes "
-            "or torchao"
+            f"{f'layer {name}' if name else 'a layer'} of class {type(module).__name__} holds a "
+            "packed weight that cannot be read; load the model with load_model or with "
+            "CompressedTensorsConfig(dequantize=True), FineGrainedFP8Config or Mxfp4Config as its "
+            "quantization_config, or quantised by bitsandbytes or torchao"
         )
     matrix: Tensor = weight if isinstance(module, nn.Linear) else weight.T
     return matrix
@@ -142,15 +147,15 @@ def _is_plain(weight: Any) -> bool:
     return found and bool(weight.ndim == 2 and weight.itemsize >= 2)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, without unpacking it.
+def linear_shape(module: nn.Module, name: str = "") -> tuple[int, int]:
+    """(out, in) of a linear layer, without unpacking it; the arguments are as in `linear_weight`.
 
     Raises:
         TargetError: see `linear_weight`.
     """
     if is_quantised(module):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    outputs, inputs = linear_weight(module).shape
+    outputs, inputs = linear_weight(module, name).shape
     return outputs, inputs
 
 

@@ -84,8 +84,9 @@ def load_model(
     """Loads a transformers model for inference.
 
     Args:
-        source: a folder, a hub id, or a GGUF file (its weights are dequantised, so that the model
-            can be saved).
+        source: a folder, a hub id, or a GGUF file. Weights that transformers can dequantise as it
+            loads them (GGUF, compressed-tensors, fine-grained FP8, MXFP4) are floating numbers
+            then; those of bitsandbytes and torchao stay as they are.
         task: what for, one of `TASKS`; None for the class that its config names. A classification
             head that the checkpoint lacks starts at random, with a warning.
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
@@ -107,7 +108,9 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = dtype or torch.float32
     with _loading_errors(source):
-        _, kind = _config_and_class(where, task, options)
+        config, kind = _config_and_class(where, task, options)
+        if not packed:
+            options |= _dequantised(config)
         model, loaded = kind.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
@@ -129,6 +132,19 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = _first_line(error)
         raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
+
+
+def _dequantised(config: Any) -> dict[str, Any]:
+    """The option by which transformers dequantises the weights while it loads them, if it can."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored: Any = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return {}
+    stored["dequantize"] = True
+    return {"config": config}
 
 
 def load_skeleton(
@@ -473,10 +489,18 @@ def target_linears(
 
     Raises:
         TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
-            leaves nothing; or the output head is asked for although it is tied to the embeddings.
+            leaves nothing; or the output head is asked for although it is tied to the embeddings;
+            or layers hold the integers of GPTQ or AWQ.
         ModelError: the model is none.
     """
     instance_of("the model", model, nn.Module, ModelError)
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):
+            raise TargetError(
+                f"layer {name} is quantised in a way that cannot be read "
+                f"({type(module).__name__}, as of GPTQ or AWQ): load the checkpoint that it was "
+                "made from, in a floating dtype or quantised by bitsandbytes or torchao"
+            )
     linears, head = linear_layers(model), output_head(model)
     if targets in (None, "all-linear"):
         part = model if targets else language_model(model)

@@ -44,7 +44,7 @@ def write_records(folder: Path, *records: object) -> Path:
     return write(folder, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def all_tokens(path: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> str:
+def all_tokens(path: Path | list[str], tokenizer: PreTrainedTokenizerFast, **options: Any) -> str:
     """The text of every token there is, as one short sequence."""
     with pytest.warns(CordaWarning, match="used up"):
         (batch,) = token_batches(path, tokenizer, seq_len=10**6, **options)

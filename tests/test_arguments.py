@@ -253,13 +253,13 @@ CASES: dict[str, Case] = (
         "token_batches": Case(
             ck.token_batches,
             lambda w: {
-                "path": w.folder / "text.txt",
+                "data": w.folder / "text.txt",
                 "tokenizer": w.tokenizer,
                 "samples": 2,
                 "seq_len": 8,
             },
             {
-                "path": PATHS,
+                "data": [*PATHS[:-2], [5], "\ud800"],
                 "tokenizer": OTHERS,
                 "samples": [*COUNTS, None],
                 "seq_len": [*COUNTS, None],
@@ -267,6 +267,7 @@ CASES: dict[str, Case] = (
                 "field": [5, ["text"], b"text"],
                 "template": [5, ["{text}"], b"{text}", "{"],
                 "chat_template": FLAGS,
+                "answers_only": [*FLAGS, True],
                 "pack": FLAGS,
                 "seed": SEEDS,
             },

@@ -1,8 +1,9 @@
-"""Bases quantised by bitsandbytes or torchao: adapters on them, and what cannot be done there."""
+"""Bases quantised by bitsandbytes, torchao or compressed-tensors: adapters, and what is refused."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from pairs import pairs
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig as PeftConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -25,6 +27,7 @@ from corda_kernels import (
     export_lora,
     init_corda,
     load_for_training,
+    load_model,
     merge,
     save_adapter,
 )
@@ -367,3 +370,99 @@ def test_weights_that_were_packed_before_are_unpacked_with_a_note(
         adapted.train()
         adapted(input_ids=batches()[0], labels=batches()[0]).loss.backward()
         assert all(bool(each.grad.any()) for each in adapted.parameters() if each.requires_grad)
+
+
+# compressed-tensors' schemes of weights, and the formats in which they are stored.
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "FP8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "NVFP4": (
+        "nvfp4-pack-quantized",
+        {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def compressed(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A checkpoint as llm-compressor writes it, of the base's weights."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    form, weights = SCHEMES[request.param]
+    group = {"targets": ["Linear"], "weights": weights, "format": form}
+    scheme = QuantizationScheme(**group)
+    stored = {}
+    for name, W in load_file(folder / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = W
+            continue
+        largest = 448.0  # of float8_e4m3fn; 6 of four bits
+        parts = {"weight": W, "weight_scale": W.abs().amax(1, keepdim=True) / largest}
+        if request.param == "NVFP4":
+            of_all = 6 * largest / W.abs().max().reshape(1)
+            scales = W.unflatten(1, (-1, 16)).abs().amax(-1) / 6 * of_all
+            parts["weight_scale"] = scales.to(torch.float8_e4m3fn).float()
+            parts["weight_global_scale"] = of_all
+        packed = compressors.BaseCompressor.get_value_from_registry(form).compress(parts, scheme)
+        stored |= {name.removesuffix("weight") + part: value for part, value in packed.items()}
+    path = tmp_path_factory.mktemp(request.param)
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_compressed_tensors_are_dequantised_as_they_are_loaded(
+    folder: Path, compressed: Path, tmp_path: Path
+) -> None:
+    model = load_model(compressed)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for name, module in target_linears(model).items():
+        W, true = linear_weight(module).detach(), plain.get_submodule(name).weight.detach()
+        assert W.is_floating_point()
+        # Eight bits have three of mantissa, four have one.
+        most = 0.04 if compressed.name.startswith("FP8") else 0.15
+        assert most / 8 < float((W - true).norm() / true.norm()) < most
+    before = logits(model)
+    adapted = init_corda(model, batches(), config("ipm"))
+    torch.testing.assert_close(logits(adapted), before)
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_for_training(load_model(compressed), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what else that library could do
+def test_compressed_tensors_that_stay_so_are_refused_before_the_work(compressed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    ran: list[int] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(
+        TargetError, match=r"layers\.0\.self_attn\.q_proj .* CompressedTensorsConfig\(dequantize=T"
+    ):
+        init_corda(model, batches(), config())
+    assert not ran
+
+
+def test_what_another_library_has_packed_is_refused(folder: Path) -> None:
+    class QuantLinear(nn.Module):
+        qweight = torch.zeros(2, 2, dtype=torch.int32)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1].mlp.up_proj = QuantLinear()
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp\.up_proj .*QuantLinear, as of GPTQ"):
+        init_corda(model, batches(), config())

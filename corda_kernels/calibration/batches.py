@@ -48,20 +48,22 @@ def is_text(batch: Batch) -> bool:
     return isinstance(ids, Tensor) and all(
         isinstance(value, Tensor) and value.shape == ids.shape and name != "position_ids"
         for name, value in inputs.items()
-        if name not in _DROPPED
+        if name not in (*_DROPPED, "token_mask")
     )
 
 
 def token_count(batch: Batch) -> int:
-    """Number of tokens in a batch that count: all of them, or those the attention mask keeps.
+    """Number of tokens in a batch that count: all of them, or those that its masks keep.
 
     Without token ids it is the number of samples, such as images. It is 0 for a malformed batch,
     which is refused where it is run.
     """
     inputs = inputs_of(batch)
-    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    if isinstance(mask, Tensor):
-        return int(mask.count_nonzero()) if holds_numbers(mask) else 0
+    ids = inputs.get("input_ids")
+    masks = [m for m in map(inputs.get, ("attention_mask", "token_mask")) if isinstance(m, Tensor)]
+    if masks:
+        usable = all(holds_numbers(mask) and mask.shape == masks[0].shape for mask in masks)
+        return int(torch.stack([mask != 0 for mask in masks]).all(0).sum()) if usable else 0
     if isinstance(ids, Tensor):
         return ids.numel()
     return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 0)
@@ -117,18 +119,21 @@ def unpadded(
     Args:
         batch: token ids (batch, seq) or (seq,), or a mapping with `input_ids` and, where it is
             padded, an `attention_mask` (batch, seq) of ones and zeros. Other tensors, which have
-            that shape (see `is_text`), are passed on to the model.
+            that shape (see `is_text`), go along, for the model. So does a `token_mask` of ones and
+            zeros, for the sums: the model reads all tokens that are no padding, and those with a
+            one count.
         index: the batch's number, for messages.
         pad_token_id: warns where a batch without a mask seems to be padded with it.
         max_rows: the most sequences that run together; None for as many as there are.
 
     Raises:
         BatchError: the batch has no token ids, or they are of a dtype that no embedding takes; or
-            its mask does not fit them, or holds something else than ones and zeros.
+            a mask does not fit them, or holds something else than ones and zeros.
     """
     inputs = inputs_of(batch)
     ids: Any = inputs.get("input_ids")
     mask: Any = inputs.get("attention_mask")
+    counted: Any = inputs.get("token_mask")
     wrong = ""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
         wrong = "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids"
@@ -138,6 +143,13 @@ def unpadded(
         wrong = f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}"
     elif mask is not None and not ones_and_zeros(mask):
         wrong = f"has {ODD_MASK}"
+    elif counted is not None and (
+        not isinstance(counted, Tensor) or counted.shape != ids.shape or not ones_and_zeros(counted)
+    ):
+        wrong = (
+            "has a token_mask that is not of ones (a token that counts) and zeros in the shape of "
+            f"its input_ids, {tuple(ids.shape)}"
+        )
     if wrong:
         raise BatchError(index, wrong)
     fields = {
@@ -146,8 +158,12 @@ def unpadded(
         if name not in _DROPPED
     }
     alike = [fields] if ids.numel() else []
+    if counted is not None and mask is None:
+        mask = torch.ones_like(ids)
     if mask is not None:
         kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
+        if counted is not None:  # a sequence of which nothing counts need not run
+            kept = kept & (kept & fields["token_mask"].to(torch.bool)).any(1, keepdim=True)
         lengths = kept.sum(1)
         alike = [
             {

@@ -215,7 +215,8 @@ class KeptText:
                 for inputs in run.sequences(batch, index) if own else ():
                     if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
                         raise unsuitable("text beside other inputs is padded")
-                    recorder.current = Sequences(index, self.read.span)
+                    counted = inputs.pop("token_mask", None)
+                    recorder.current = Sequences(index, self.read.span, counted)
                     run.forward(inputs, index)
                     if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
@@ -255,6 +256,7 @@ class KeptText:
             capture = captures[batch % self.parts]
             with capture:
                 for current in group:
+                    capture.begin_rows(current.counted)
                     args, kwargs = current.calls[index]
                     hidden = current.hidden.to(self.run.device)
                     output = self.blocks[index](hidden, *args, **kwargs)
@@ -298,12 +300,14 @@ class Sequences:
     Attributes:
         batch: number of the batch that they come from.
         span: range of that batch's tokens in the text.
+        counted: (batch, seq) of ones and zeros, the tokens that count; None for all.
         hidden: what the next block reads, on the host.
         calls: positional and named arguments of each block, without the hidden states.
     """
 
     batch: int
     span: tuple[int, int]
+    counted: Tensor | None = None
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 

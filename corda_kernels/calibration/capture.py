@@ -75,6 +75,8 @@ class InputCapture:
         on_host: copies inputs to the host and sums them up there, for a device with too little
             memory.
         masks: which rows count; None for all.
+        row_mask: (batch, seq) bool, the tokens that count in the present pass, in place of `masks`;
+            None for what these say. It may change between passes only, see `begin_rows`.
     """
 
     modules: Mapping[str, nn.Module]
@@ -84,6 +86,7 @@ class InputCapture:
     statistics: bool = True
     on_host: bool = False
     masks: RowMasks | None = None
+    row_mask: Tensor | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
     _forming: deque[tuple[_Sighting, _Sums]] = field(
@@ -168,7 +171,16 @@ class InputCapture:
         self._add(apart, pending.tensor, pending.kept)
 
     def _kept(self, name: str, x: Tensor) -> Tensor | None:
-        return None if self.masks is None else self.masks.kept(name, x)
+        rows, mask = x.shape[:-1].numel(), self.row_mask
+        if mask is None:
+            return None if self.masks is None else self.masks.kept(name, x)
+        if mask.numel() != rows:
+            raise CalibrationError(
+                f"layer {name} received {rows} rows, which the mask of tokens that count, "
+                f"{tuple(mask.shape)}, does not fit: run sequences without padding or token_mask, "
+                "or leave the layer out"
+            )
+        return mask.flatten()
 
     def _add(self, sums: _Sums, x: Tensor, kept: Tensor | None) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -202,6 +214,21 @@ class InputCapture:
         sums.tokens += len(rows)
         sums.calls += 1
 
+    def begin_rows(self, mask: Tensor | None) -> None:
+        """Begins sequences of which those tokens count, after settling what the last ones shared.
+
+        Args:
+            mask: (batch, seq) of ones and zeros; None where all count.
+        """
+        self._settle()
+        self.row_mask = None if mask is None else mask.to(torch.bool)
+
+    def _settle(self) -> None:
+        self._forming.clear()
+        for sums in self._distinct():
+            if sums.pending is not None:
+                self._split(sums)
+
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
         """Closes a forward pass: settles shared tensors and checks that every sum is finite.
 
@@ -209,12 +236,8 @@ class InputCapture:
             NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
                 range in the stream, are what to report.
         """
-        self._forming.clear()
-        distinct = self._distinct()
-        for sums in distinct:
-            if sums.pending is not None:
-                self._split(sums)
-        for sums in distinct:
+        self._settle()
+        for sums in self._distinct():
             finite = torch.isfinite(sums.matrix.diagonal())
             if not bool(finite.all()):
                 counts = int((~finite).sum()), finite.numel()

@@ -76,7 +76,9 @@ def calibrate(
         model: a transformers model, or any other module.
         batches: what the model takes: token ids (batch, seq), or mappings of its forward's
             arguments, such as `input_ids`, `attention_mask`, `pixel_values` or `labels`. Padding
-            never counts: where it is, masks say, and labels of -100 of a decoder's sequence.
+            never counts: where it is, masks say, and labels of -100 of a decoder's sequence. Where
+            text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
+            model reads the tokens with a zero, and they do not count either.
             Alternatively a function without arguments that runs the model, as it likes.
         targets: see `corda_kernels.models.target_linears`.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
@@ -163,6 +165,7 @@ def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCap
                 continue
             if own:
                 for inputs in run.sequences(batch, index):
+                    capture.begin_rows(inputs.pop("token_mask", None))
                     run.forward(inputs, index)
                 capture.end_pass(index, text.span)
             if tokens - kept_tokens >= journal.interval([capture]):
@@ -313,7 +316,8 @@ class CalibrationRun:
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         inputs, text = inputs_of(batch), self._is_text(batch)
         taken = models.arguments(self.model)
-        others = inputs.keys() - taken.keys() - {"labels", "attention_mask" if text else ""}
+        of_text = {"attention_mask", "token_mask"} if text else set()
+        others = inputs.keys() - taken.keys() - of_text - {"labels"}
         if taken and others:
             says = f"holds {min(others)}, which {type(self.model).__name__} does not take"
             raise BatchError(index, f"{says}: leave it out; it takes {', '.join(taken)}")

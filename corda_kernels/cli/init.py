@@ -43,6 +43,7 @@ def init(
     field: options.Field = None,
     template: options.Template = None,
     chat_template: options.ChatTemplate = False,
+    answers_only: options.AnswersOnly = False,
     samples: options.Samples = 256,
     seq_len: options.SeqLen = 2048,
     batch_size: options.BatchSize = None,
@@ -81,11 +82,12 @@ def init(
     given, first, published = context.params, options.first_rank(), residual == "weight"
     if sum(bool(source) for source in (data, cov, mix)) != 1:
         raise ConfigError("give one of --data, --cov and --mix")
-    of_text = (field, template, chat_template, candidates > 1, memory_limit is not None)
-    if data is None and any(of_text):
+    layout = (field, template, chat_template, answers_only)
+    if data is None and any((*layout, candidates > 1, memory_limit is not None)):
         raise ConfigError(
-            "--field, --template, --chat-template, --candidates and --memory-limit are of a "
-            "calibration on --data: leave them out with covariance files, which are read whole"
+            "--field, --template, --chat-template, --answers-only, --candidates and --memory-limit "
+            "are of a calibration on --data: leave them out with covariance files, which are read "
+            "whole"
         )
     if save_base and not published:
         raise ConfigError(

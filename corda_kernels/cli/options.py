@@ -52,13 +52,24 @@ def parse_targets(option: CallbackParam, given: str | None) -> str | list[str] |
 
 
 Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a hub id or a GGUF file.")]
-Data = Annotated[Path | None, Option(help="Calibration text: plain text or JSON lines (.jsonl).")]
-Field = Annotated[str | None, Option(help="JSON field that holds the text.")]
+Data = Annotated[
+    str | None,
+    Option(
+        metavar="FILE|-|NAME:SPLIT",
+        help="Calibration text: a file of text, JSON (lines), CSV or parquet, .gz too; - for "
+        "standard input; or a data set of the hub.",
+    ),
+]
+Field = Annotated[str | None, Option(help="Field that holds the text.")]
 Template = Annotated[
-    str | None, Option(help=r"Text with JSON fields, such as 'Q: {question}\nA: {answer[0]}'.")
+    str | None, Option(help=r"Text with fields, such as 'Q: {question}\nA: {answer[0]}'.")
 ]
 ChatTemplate = Annotated[
     bool, Option("--chat-template", help="Lay texts out by the tokenizer's chat template.")
+]
+AnswersOnly = Annotated[
+    bool,
+    Option("--answers-only", help="Count the assistant's turns alone, the rest as their context."),
 ]
 Samples = Annotated[int, Option(min=1, help="Number of calibration sequences.")]
 SeqLen = Annotated[int, Option(min=1, help="Number of tokens in each sequence.")]
@@ -119,6 +130,10 @@ MemoryLimit = Annotated[
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace a result that is in OUT already.")]
 
 
+# What `token_batches` takes as it is given.
+_OF_TEXT = ("field", "chat_template", "answers_only", "seq_len", "pack", "seed")
+
+
 def options_of(kind: type[T], context: Context, **more: Any) -> T:
     """A dataclass made of the command's options that have its fields' names, and of `more`."""
     names = {field.name for field in fields(kind)} & context.params.keys()  # type: ignore[arg-type]
@@ -132,6 +147,10 @@ def text_batches(
     from corda_kernels.text import decode_escapes, fitting_batch_size, token_batches
 
     kind = resolve_device(given["device"]).partition(":")[0]
+    if given["data"] == "-" and under_torchrun():
+        raise ConfigError(
+            "--data - is read once, but each rank reads all of the text: write it to a file first"
+        )
 
     def fitting(found: int) -> int:
         return fitting_batch_size(max(1, found // given["candidates"]), given["seq_len"], kind)
@@ -142,13 +161,13 @@ def text_batches(
         samples=given["samples"] * given["candidates"],
         batch_size=given["batch_size"] or fitting,
         template=None if given["template"] is None else decode_escapes(given["template"]),
-        **{name: given[name] for name in ("field", "chat_template", "seq_len", "pack", "seed")},
+        **{name: given[name] for name in _OF_TEXT},
     )
 
 
 def text_provenance(given: Mapping[str, Any]) -> dict[str, Any]:
     """What to note of the text beside the covariances, in JSON's terms."""
-    names = ("field", "template", "chat_template", "samples", "seq_len", "pack", "seed")
+    names = ("template", "samples", *_OF_TEXT)
     # What of the file's name is not UTF-8 is replaced.
     file = os.fsencode(Path(given["data"]).name).decode(errors="replace")
     samples = given["samples"] * given["candidates"]

@@ -83,7 +83,7 @@ def check_targets(
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
     if config.budget is not None:
-        shapes = {name: linear_shape(module) for name, module in modules.items()}
+        shapes = {name: linear_shape(module, name) for name, module in modules.items()}
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
     return modules
@@ -93,7 +93,7 @@ def _too_small(modules: Mapping[str, nn.Module], config: CordaConfig) -> dict[st
     """The layers without as many components as each is to have, with their shapes (out, in)."""
     if config.budget is not None:
         return {}
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    shapes = {name: linear_shape(module, name) for name, module in modules.items()}
     return {name: shape for name, shape in shapes.items() if config.rank > min(shape)}
 
 

@@ -55,7 +55,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 
 
 def five_batches() -> list[Any]:
-    """Batches that do not divide among two or three ranks, one of them padded."""
+    """Batches that do not divide among two or three ranks, one padded, one with a token_mask."""
     generator = torch.Generator().manual_seed(3)
     batches: list[Any] = [
         torch.randint(3, 64, (4, 12 + index), generator=generator) for index in range(5)
@@ -63,6 +63,7 @@ def five_batches() -> list[Any]:
     mask = torch.ones_like(batches[1])
     mask[2, 5:] = 0
     batches[1] = {"input_ids": batches[1], "attention_mask": mask}
+    batches[3] = {"input_ids": batches[3], "token_mask": batches[3] % 3 > 0}
     return batches
 
 

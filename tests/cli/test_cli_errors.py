@@ -145,7 +145,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "options of a text that is not given": (
         (*INIT, "--cov", "{tmp}/c", "--template", "Q: {{question}}"),
-        "--field, --template, --chat-template, --candidates and --memory-limit are of",
+        "--field, --template, --chat-template, --answers-only, --candidates and --memory-limit",
     ),
     "a misspelt ending": (
         (*INIT, *TEXT, "--targets", "q_proj,v_porj"),
