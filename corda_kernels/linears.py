@@ -24,10 +24,19 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies by one plain matrix: nn.Linear or transformers' Conv1D."""
+    """Whether `module` multiplies by one matrix: nn.Linear, also packed, or transformers' Conv1D.
+
+    A subclass with a plain weight and another forward, such as a router, is none; nor is that of
+    nn.MultiheadAttention, which takes the weight and never calls it.
+    """
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    unlike = not isinstance(module, nn.Linear | Conv1D)
+    if unlike or type(module) is NonDynamicallyQuantizableLinear:
+        return False
+    own = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return own or is_quantised(module) or not _is_plain(getattr(module, "weight", None))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -120,20 +129,22 @@ def linear_weight(module: nn.Module, name: str = "") -> Tensor:
             _unpack(module)  # the next pass in eval mode packs it again
         unpacked = dequantize_module_weight(module)
         return unpacked.detach()
-    # Numbers of eight bits mean nothing without the scales that are kept beside them.
-    if (
-        not isinstance(weight, Tensor)
-        or weight.ndim != 2
-        or not weight.is_floating_point()
-        or weight.itemsize < 2
-    ):
+    if not _is_plain(weight):
         raise TargetError(
             f"{f'layer {name}' if name else 'a layer'} of class {type(module).__name__} holds a "
             "packed weight that cannot be read; load the model with load_model or with "
             "CompressedTensorsConfig(dequantize=True), FineGrainedFP8Config or Mxfp4Config as its "
             "quantization_config, or quantised by bitsandbytes or torchao"
         )
-    return weight if isinstance(module, nn.Linear) else weight.T
+    matrix: Tensor = weight if isinstance(module, nn.Linear) else weight.T
+    return matrix
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is a matrix of numbers that stand for themselves: those of eight bits mean
+    nothing without the scales that are kept beside them."""
+    found = isinstance(weight, Tensor) and weight.is_floating_point()
+    return found and bool(weight.ndim == 2 and weight.itemsize >= 2)
 
 
 def linear_shape(module: nn.Module, name: str = "") -> tuple[int, int]:

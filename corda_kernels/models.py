@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -38,6 +38,27 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module",
 }
+# What a model is loaded for, and transformers' class for that.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "feature-extraction": "AutoModel",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "image-classification": "AutoModelForImageClassification",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+}
+# PEFT's task by the end of a class's name, for what it calls with token ids.
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+# Heads that are made for each task anew, by the ends of transformers' names, as PEFT takes them.
+_HEADS = ("classifier", "score", "classification_head", "qa_outputs")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _TOKENIZER = (
@@ -56,16 +77,19 @@ StrPath = str | os.PathLike[str]
 def load_model(
     source: StrPath,
     *,
+    task: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal language model for inference.
+    """Loads a transformers model for inference.
 
     Args:
         source: a folder, a hub id, or a GGUF file. Weights that transformers can dequantise as it
             loads them (GGUF, compressed-tensors, fine-grained FP8, MXFP4) are floating numbers
             then; those of bitsandbytes and torchao stay as they are.
+        task: what for, one of `TASKS`; None for the class that its config names. A classification
+            head that the checkpoint lacks starts at random, with a warning.
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: where to put it.
         trust_remote_code: whether to run Python code that comes with the model, if it does not
@@ -75,8 +99,6 @@ def load_model(
         ModelError: there is no such folder or file, it is not a model, it needs code of its own
             that is not trusted, or the hub cannot be reached; or the dtype or device is none.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     dtype = None if dtype is None else parse_dtype(dtype)
     place = usable_device(device, ModelError)
     where, options = _locate(source, trust_remote_code)
@@ -87,17 +109,22 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = dtype or torch.float32
     with _loading_errors(source):
+        config, kind = _config_and_class(where, task, options)
         if not packed:
-            options |= _dequantised(AutoConfig.from_pretrained(where, **options))
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+            options |= _dequantised(config)
+        model, loaded = kind.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **options
         )
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
+    missing = sorted(loaded["missing_keys"])
+    heads = [name for name in missing if name.partition(".")[0].endswith(_HEADS)]
+    if heads == missing != []:
+        says = f"the head of {type(model).__name__} ({heads[0]}) is not in {os.fspath(source)}"
+        warn(f"{says}: it starts at random, and is trained with the adapter", CordaWarning)
+    elif missing:
         raise ModelError(
             f"{os.fspath(source)} lacks {len(missing)} weights of {type(model).__name__}, which "
             f"would start at random ({', '.join(missing[:3])}): copy its files again, or take the "
-            "checkpoint of a causal language model"
+            "checkpoint of such a model"
         )
     if packed:
         model.name_or_path = model.config._name_or_path = os.fspath(source)
@@ -122,29 +149,55 @@ def _dequantised(config: Any) -> dict[str, Any]:
 
 
 def load_skeleton(
-    source: StrPath, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+    source: StrPath,
+    *,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model on the meta device, of which only the config is read.
+    """A transformers model on the meta device, of which only the config is read.
 
     Args:
         source: as in `load_model`.
+        task: as in `load_model`.
         dtype: as in `load_model`.
         trust_remote_code: as in `load_model`.
 
     Raises:
         ModelError: as in `load_model`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     dtype = None if dtype is None else parse_dtype(dtype)
     where, options = _locate(source, trust_remote_code)
     with _loading_errors(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(where, **options)
+        config, kind = _config_and_class(where, task, options)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        if hasattr(kind, "from_config"):
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:
+            model = kind(config).to(dtype)
     return model.eval()
+
+
+def _config_and_class(where: str, task: str | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A model's config, and the class of transformers to load it with: one of its automatic ones
+    for the task, or the model's own.
+
+    Raises:
+        ModelError: there is no such task.
+    """
+    import transformers
+
+    if task is not None and task not in TASKS:
+        raise ModelError(f"task {shown(task)} is not one of {', '.join(TASKS)}")
+    config = transformers.AutoConfig.from_pretrained(where, **options)
+    if task is None:
+        coded = (options["trust_remote_code"] and getattr(config, "auto_map", None)) or {}
+        own = getattr(transformers, (config.architectures or [""])[0], None)
+        if own is not None and not coded:
+            return config, own
+        usual = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
+        task = next((known for known, auto in TASKS.items() if auto in coded), usual)
+    return config, getattr(transformers, TASKS[task])
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -275,6 +328,38 @@ def decoder(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def arguments(model: nn.Module) -> dict[str, None]:
+    """The names of what a model's forward takes, in its order; {} where it takes any.
+
+    Of its `**kwargs` those count that a TypedDict describes, as transformers' do.
+    """
+    names: dict[str, None] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            for described in get_args(parameter.annotation):
+                names |= dict.fromkeys(getattr(described, "__annotations__", ()))
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            names[name] = None
+    return names
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has a decoder that reads an encoder's states."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a vision– or audio–language model that writes the text; else the model itself."""
+    config = getattr(model, "config", None)
+    apart = _part(config, "get_text_config") is not config and not is_encoder_decoder(model)
+    found = _part(model, "get_decoder") if apart and _generates(model) else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def _generates(model: nn.Module) -> bool:
+    return hasattr(model, "prepare_inputs_for_generation")
+
+
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks that make up the decoder, by name in their order.
 
@@ -285,7 +370,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     lists = [
         (sum(is_linear(module) for module in blocks.modules()), name, blocks)
-        for name, blocks in decoder(model).named_modules()
+        for name, blocks in language_model(model).named_modules()
         if isinstance(blocks, nn.ModuleList)
     ]
     count, _, found = max(lists, default=(0, "", None), key=lambda entry: entry[0])
@@ -346,10 +431,30 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def classification_heads(model: nn.Module) -> list[str]:
+    """The heads of a transformers model that are made for a task anew, and so are trained whole."""
+    parts = model.named_children() if hasattr(model, "config") else ()
+    return [name for name, part in parts if name.endswith(_HEADS) and list(part.parameters())]
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what a model does, by which it chooses how to call it; None for its plain
+    class, which calls any model."""
+    name = type(model).__name__
+    if not {"input_ids", "inputs_embeds"} <= arguments(model).keys():
+        return None
+    if _generates(model):
+        return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+    return next((task for end, task in _TASK_TYPES.items() if name.endswith(end)), None)
+
+
 def _part(owner: object, find: str) -> object:
-    """What a method of this name gives; None where there is no such method."""
+    """What a method of this name gives; None where there is no such method, or none for this."""
     method = getattr(owner, find, None)
-    return method() if callable(method) else None
+    try:
+        return method() if callable(method) else None
+    except NotImplementedError:  # as of two embeddings, which CLIP has
+        return None
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -370,7 +475,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 def target_linears(
     model: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """The linear layers that `targets` selects, by name, in the model's order.
@@ -392,7 +497,7 @@ def target_linears(
 
 def target_layers(
     model: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     *,
     experts: bool = False,
@@ -401,9 +506,11 @@ def target_layers(
 
     Args:
         model: a transformers model, or any module with linear layers.
-        targets: "all-linear" for every linear layer except the output head; a list of names of
-            modules and expert parameters, or of their endings (`["q_proj", "experts.down_proj"]`);
-            or a regular expression that the whole name must match.
+        targets: "all-linear" for every linear layer except the output and classification heads;
+            None for the same, of a vision–language model those of its language model; a list of
+            names of modules and expert parameters, or of their endings
+            (`["q_proj", "experts.down_proj"]`); or a regular expression that the whole name must
+            match.
         exclude: names, endings or a regular expression of layers to leave out.
         experts: whether fused experts are asked for, which makes "all-linear" all of them as well.
 
@@ -418,7 +525,6 @@ def target_layers(
         ModelError: the model is none.
     """
     instance_of("the model", model, nn.Module, ModelError)
-    check_selection("targets", targets, TargetError)
     for name, module in model.named_modules():
         if hasattr(module, "qweight"):
             raise TargetError(
@@ -433,12 +539,18 @@ def target_layers(
             "with unpacked weights (--dtype bfloat16)"
         )
     names = [*linears, *fused]
-    if targets == "all-linear":
-        chosen = {name for name, module in linears.items() if module is not head}
-        chosen |= fused.keys() if experts else set()
+    if targets in (None, "all-linear"):
+        part = model if targets else language_model(model)
+        inside = set(part.modules()) - {head}
+        for name in classification_heads(model):
+            inside -= set(model.get_submodule(name).modules())
+        chosen = {name for name, module in linears.items() if module in inside}
+        if experts:
+            chosen |= {name for name, each in fused.items() if each.module in inside}
         if not chosen:
-            raise no_match("targets", targets, names)
+            raise no_match("targets", targets or "all-linear", names)
     else:
+        check_selection("targets", targets, TargetError)
         chosen = _selected("targets", targets, names)
     if exclude is not None:
         check_selection("exclude", exclude, TargetError)
@@ -513,15 +625,18 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def unreached_weights(model: nn.Module) -> dict[str, str]:
+def unreached_weights(
+    model: nn.Module, targets: str | Sequence[str] | None = None
+) -> dict[str, str]:
     """Matrices that are in no linear layer, and so in reach of no adapter, by name with the reason.
 
     Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts
     of a layer, which come first, and their routers. Embeddings, convolutions and the output head
-    are left out on purpose and not listed.
+    are left out on purpose and not listed. With `targets` None it is about the language model of a
+    vision–language model alone.
     """
     found: dict[str, tuple[int, str]] = {}
-    inside = set(decoder(model).modules())
+    inside = set(decoder(model if targets else language_model(model)).modules())
     for prefix, module in model.named_modules():
         if module not in inside or is_linear(module) or isinstance(module, _NOT_ADAPTED):
             continue

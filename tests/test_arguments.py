@@ -84,7 +84,7 @@ FACTORS = published_factors(W, FOUND)
 CALIBRATION: dict[str, list[Any]] = {
     "model": OTHERS,
     "batches": [None, 5, [None], ["text"], {"input_ids": 1}, [[1, 2]], []],
-    "targets": [*NAMES, None, [], "(", "a{99999999999}", "nonsuch"],
+    "targets": [*NAMES, [], "(", "a{99999999999}", "nonsuch"],
     "experts": CHOICES,
     "outlier_threshold": REAL,
     "normalize": CHOICES,
@@ -329,7 +329,7 @@ CASES: dict[str, Case] = (
                 "hold": [*FINITE, 0, None, "nan"],
                 "residual": CHOICES,
                 "damping": DAMPINGS,
-                "targets": [*NAMES, None],
+                "targets": NAMES,
                 "experts": CHOICES,
                 "exclude_modules": NAMES,
                 "modules_to_save": [*NAMES, "lm_head", [3]],

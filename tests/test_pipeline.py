@@ -227,21 +227,27 @@ def test_the_record_says_how_it_was_made(
 
 
 @pytest.mark.parametrize(
-    ("rank", "layer"),
+    ("options", "layer"),
     [
-        (33, rf"layer {FIRST} \(32 × 32\): choose one between 1 and 32, or leave the layer out"),
-        (20, r"layer model\.layers\.0\.self_attn\.k_proj \(16 × 32\): .*between 1 and 16"),
+        (
+            {"rank": 33},
+            rf"layer {FIRST} \(32 × 32\): choose one between 1 and 32, or leave the layer out",
+        ),
+        (
+            {"rank": 20, "targets": ["k_proj", "q_proj"]},
+            r"layer model\.layers\.0\.self_attn\.k_proj \(16 × 32\): .*between 1 and 16",
+        ),
     ],
 )
 def test_an_impossible_rank_is_found_before_the_model_runs(
-    calibrated: Calibrated, rank: int, layer: str
+    calibrated: Calibrated, options: dict[str, Any], layer: str
 ) -> None:
     model, _ = calibrated()
     calls: list[nn.Module] = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: calls.append(module))
     with pytest.raises(RankError, match=layer):
-        init_corda(model, random_batches(), config(rank=rank))
+        init_corda(model, random_batches(), config(**options))
     with pytest.raises(RankError, match=r"min_rank 5 needs .* the budget holds"):
         init_corda(model, random_batches(), config(budget="r=4", min_rank=5))
     with pytest.raises(TargetError, match="no linear layer matches targets"):

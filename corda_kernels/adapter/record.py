@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from torch import Tensor, nn
 
 from corda_kernels import fields
@@ -19,6 +19,7 @@ from corda_kernels.errors import AdapterError
 from corda_kernels.experts import ExpertParameter
 from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.models import task_type
 
 FORMAT = "corda_kernels.adapter/4"
 # What an adapter beside a residual fits is no model that could be loaded: this goes before the
@@ -45,8 +46,8 @@ def is_plain(name: Any) -> bool:
 
 
 def is_saved(value: Any) -> bool:
-    """Whether a value can be LoraConfig's `modules_to_save`."""
-    return fields.is_names(value) and all(map(is_plain, value))
+    """Whether a value can be LoraConfig's `modules_to_save`, where PEFT names heads once more."""
+    return isinstance(value, list) and all(map(is_plain, value))
 
 
 # What a file says of a base, see `describe_base`.
@@ -59,7 +60,7 @@ BASE_FIELDS: dict[str, fields.Schema] = {
     "target_modules": lambda value: fields.is_text(value) or fields.is_names(value),
     "target_parameters?": fields.is_names,
     "fan_in_fan_out": fields.is_flag,
-    "task_type": fields.one_of(None, "CAUSAL_LM"),
+    "task_type": fields.one_of(None, *TaskType),
 }
 _LAYER_FIELDS: dict[str, fields.Schema] = {
     "rank": fields.whole(1),
@@ -326,7 +327,6 @@ def describe_base(
     experts = experts or {}
     rewritten = rewritten_layers(model, modules)
     parameters = sorted([*experts, *(f"{name}.weight" for name in rewritten)])
-    causal = hasattr(model, "prepare_inputs_for_generation")
     return {
         "source": str(getattr(model, "name_or_path", "")) or None,
         "sample": _sample(sampled(modules, experts)),
@@ -334,7 +334,7 @@ def describe_base(
         "target_modules": target_modules(model, modules.keys() - rewritten),
         **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": not all(isinstance(module, nn.Linear) for module in modules.values()),
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": task_type(model),
     }
 
 

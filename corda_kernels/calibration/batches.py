@@ -1,9 +1,9 @@
-"""Batches as calibration runs them: without padding, and as many at a time as memory holds.
+"""Batches as calibration runs them: text without padding, as many at a time as memory holds.
 
-A padded batch is taken apart into its sequences without their padding, and sequences of equal
-length run together. That is exact for any padding side, any position encoding and any attention
-kernel, needs no mask further down (where routed experts could not apply it), and computes nothing
-for the padding.
+A padded batch of text is taken apart into its sequences without their padding, and sequences of
+equal length run together. That is exact for any padding side, any position encoding and any
+attention kernel, needs no mask further down (where routed experts could not apply it), and computes
+nothing for the padding. What is more than text runs as it is, see `masks`.
 """
 
 from __future__ import annotations
@@ -21,37 +21,58 @@ from corda_kernels.files import digest
 
 Batch = Tensor | Mapping[str, Any]
 
-# Not inputs of a calibration pass: the loss needs no computing, and positions follow from the
-# sequence itself.
-_DROPPED = ("labels", "position_ids", "attention_mask")
+# Of text no inputs of a calibration pass: the loss needs no computing, and padding is taken out.
+_DROPPED = ("labels", "attention_mask")
 ODD_MASK = (
     "an attention_mask of other values than 1 (a token) and 0 (padding): turn an additive mask "
     "into one by (mask == 0)"
 )
 
 
-def _inputs(batch: Batch) -> Mapping[str, Any]:
-    return batch if isinstance(batch, Mapping) else {"input_ids": batch}
+def inputs_of(batch: Batch) -> dict[str, Any]:
+    """What a batch gives, by name; a tensor alone is token ids."""
+    given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def is_text(batch: Batch) -> bool:
+    """Whether a batch is token ids and what goes with each of them, so that it can be taken apart.
+
+    Given positions may be of several packed texts. What has no tensor, or none of token ids, counts
+    as text, which `unpadded` then reports.
+    """
+    inputs = inputs_of(batch)
+    ids = inputs.get("input_ids")
+    if not any(isinstance(value, Tensor) for value in (inputs.values() if ids is None else [ids])):
+        return True
+    return isinstance(ids, Tensor) and all(
+        isinstance(value, Tensor) and value.shape == ids.shape and name != "position_ids"
+        for name, value in inputs.items()
+        if name not in (*_DROPPED, "token_mask")
+    )
 
 
 def token_count(batch: Batch) -> int:
     """Number of tokens in a batch that count: all of them, or those that its masks keep.
 
-    It is 0 for a malformed batch, which `unpadded` then reports.
+    Without token ids it is the number of samples, such as images. It is 0 for a malformed batch,
+    which is refused where it is run.
     """
-    inputs = _inputs(batch)
+    inputs = inputs_of(batch)
     ids = inputs.get("input_ids")
     masks = [m for m in map(inputs.get, ("attention_mask", "token_mask")) if isinstance(m, Tensor)]
     if masks:
         usable = all(holds_numbers(mask) and mask.shape == masks[0].shape for mask in masks)
         return int(torch.stack([mask != 0 for mask in masks]).all(0).sum()) if usable else 0
-    return ids.numel() if isinstance(ids, Tensor) else 0
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 0)
 
 
 def row_count(batch: Batch) -> int:
-    """Number of sequences in a well-formed batch."""
-    ids: Tensor = _inputs(batch)["input_ids"]
-    return len(ids) if ids.ndim == 2 else 1
+    """Number of parts that a well-formed batch can be taken apart into."""
+    ids = inputs_of(batch).get("input_ids")
+    return len(ids) if is_text(batch) and isinstance(ids, Tensor) and ids.ndim == 2 else 1
 
 
 class TextSum:
@@ -75,7 +96,7 @@ class TextSum:
         self.span = (self.span[1], self.span[1] + self.counts[-1])
         if not summed:
             return
-        tensors = {name: v for name, v in _inputs(batch).items() if isinstance(v, Tensor)}
+        tensors = {name: v for name, v in inputs_of(batch).items() if isinstance(v, Tensor)}
         checksum = digest({name: v for name, v in tensors.items() if holds_numbers(v)})
         self._whole.update(checksum.encode())
         if own:
@@ -97,9 +118,10 @@ def unpadded(
 
     Args:
         batch: token ids (batch, seq) or (seq,), or a mapping with `input_ids` and, where it is
-            padded, an `attention_mask` (batch, seq) of ones and zeros. Other tensors of that shape
-            go along, for the model. So does a `token_mask` of ones and zeros, for the sums: the
-            model reads all tokens that are no padding, and those with a one count.
+            padded, an `attention_mask` (batch, seq) of ones and zeros. Other tensors, which have
+            that shape (see `is_text`), go along, for the model. So does a `token_mask` of ones and
+            zeros, for the sums: the model reads all tokens that are no padding, and those with a
+            one count.
         index: the batch's number, for messages.
         pad_token_id: warns where a batch without a mask seems to be padded with it.
         max_rows: the most sequences that run together; None for as many as there are.
@@ -108,7 +130,7 @@ def unpadded(
         BatchError: the batch has no token ids, or they are of a dtype that no embedding takes; or
             a mask does not fit them, or holds something else than ones and zeros.
     """
-    inputs = _inputs(batch)
+    inputs = inputs_of(batch)
     ids: Any = inputs.get("input_ids")
     mask: Any = inputs.get("attention_mask")
     counted: Any = inputs.get("token_mask")
@@ -133,7 +155,7 @@ def unpadded(
     fields = {
         name: value if value.ndim == 2 else value[None]
         for name, value in inputs.items()
-        if name not in _DROPPED and isinstance(value, Tensor) and value.shape == ids.shape
+        if name not in _DROPPED
     }
     alike = [fields] if ids.numel() else []
     if counted is not None and mask is None:
@@ -151,14 +173,40 @@ def unpadded(
             for length in torch.unique(lengths).tolist()
             if length
         ]
-    elif pad_token_id is not None and looks_padded(fields["input_ids"], pad_token_id):
-        says = f"batch {index} starts or ends in padding (token {pad_token_id}) without a mask: "
-        warn(f"{says}it counts as text; give input_ids and attention_mask", PaddingWarning)
+    else:
+        _warn_padded(fields, index, pad_token_id)
     for part in alike:
         rows = len(part["input_ids"])
         size = max_rows or rows
         for start in range(0, rows, size):
             yield {name: value[start : start + size] for name, value in part.items()}
+
+
+def check_masks(inputs: Mapping[str, Any], index: int, pad_token_id: int | None) -> None:
+    """Refuses masks of a batch by which its padding cannot be told, and warns where one lacks.
+
+    Raises:
+        BatchError: a mask is not (batch, seq), or holds something else than ones and zeros.
+    """
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise BatchError(index, f"has a {name} of another shape than (batch, seq)")
+        if mask is not None and not ones_and_zeros(mask):
+            raise BatchError(index, f"has {ODD_MASK}")
+    _warn_padded(inputs, index, pad_token_id)
+
+
+def _warn_padded(inputs: Mapping[str, Any], index: int, pad_token_id: int | None) -> None:
+    """Warns where token ids seem to be padded, and neither a mask nor labels say where."""
+    told: tuple[str, ...]
+    for prefix, told in (("", ()), ("decoder_", ("labels",))):
+        ids, mask = inputs.get(f"{prefix}input_ids"), f"{prefix}attention_mask"
+        if not isinstance(ids, Tensor) or pad_token_id is None or inputs.keys() & {mask, *told}:
+            continue
+        if looks_padded(ids, pad_token_id):
+            says = f"batch {index} starts or ends in padding (token {pad_token_id}) without a mask:"
+            warn(f"{says} it counts as text; give {prefix}input_ids and {mask}", PaddingWarning)
 
 
 def ones_and_zeros(mask: Tensor) -> bool:

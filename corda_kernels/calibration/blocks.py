@@ -26,10 +26,16 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.experts import Experts, Reader, one_by_one
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
-from corda_kernels.calibration.passes import CalibrationRun, Normalize, OnUnseen, evaluating
+from corda_kernels.calibration.passes import (
+    CalibrationRun,
+    Normalize,
+    OnUnseen,
+    Targets,
+    evaluating,
+)
 from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.memory import has_own_memory
-from corda_kernels.models import decoder_blocks
+from corda_kernels.models import decoder_blocks, is_encoder_decoder
 from corda_kernels.progress import progress_bar
 
 _HOST = torch.device("cpu")
@@ -40,7 +46,7 @@ def calibrate_blocks(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    targets: str | Sequence[str] = "all-linear",
+    targets: Targets = None,
     experts: Experts | None = None,
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
@@ -120,6 +126,8 @@ def _calibrated(
     run: CalibrationRun, batches: Iterable[Batch], parts: int
 ) -> Iterator[list[CovarianceSet]]:
     """See `calibrate_block_parts`; all but the blocks' own passes is done before it returns."""
+    if is_encoder_decoder(run.model):
+        raise unsuitable("its decoder's blocks read the encoder's states too")
     blocks = decoder_blocks(run.model)
     chosen = _by_block(run, blocks)
     run.agree("calibrate_blocks", batches, parts=parts)
@@ -215,6 +223,8 @@ class KeptText:
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
                 for inputs in run.sequences(batch, index) if own else ():
+                    if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
+                        raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
                     recorder.current = Sequences(index, self.read.span, counted)
                     run.forward(inputs, index)
@@ -326,7 +336,7 @@ def hidden_states(output: Any) -> Tensor:
 def unsuitable(reason: str) -> CalibrationError:
     """The error for a model that does more than run its blocks in order."""
     return CalibrationError(
-        f"the model cannot be calibrated block by block, for {reason}: calibrate it in one pass"
+        f"the model cannot be calibrated block by block, because {reason}: calibrate it in one pass"
     )
 
 
@@ -337,7 +347,8 @@ class Recorder:
     blocks: list[nn.Module]
     current: Sequences | None = None
     _passed: Tensor | None = None
-    _tuple: bool | None = None  # whether blocks return one
+    _asked: bool = False  # what blocks return
+    _rest: tuple[Any, ...] | None = None  # what they return beside hidden states, if in a tuple
     _seen: dict[tuple[Any, ...], deque[Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -367,11 +378,12 @@ class Recorder:
                 raise unsuitable("something happens to the hidden states between its blocks")
             self.current.calls.append(tree_map_only(Tensor, self._kept, (tuple(others), kwargs)))
             self._passed = hidden
-            if self._tuple is None:
+            if not self._asked:
                 output = original(hidden.clone(), *others, **kwargs)
                 hidden_states(output)
-                self._tuple = isinstance(output, tuple)
-            return (hidden,) if self._tuple else hidden
+                self._asked = True
+                self._rest = output[1:] if isinstance(output, tuple) else None
+            return hidden if self._rest is None else (hidden, *self._rest)
 
         return forward
 

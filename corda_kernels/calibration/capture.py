@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.covariance import Covariance, Group
 from corda_kernels.calibration.experts import ExpertInput, Reader, recording
+from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -32,6 +33,7 @@ class _Sighting:
     tensor: Tensor
     version: float
     modules: list[str]
+    kept: Tensor | None = None  # of its rows those that count; None for all
 
     def matches(self, tensor: Tensor) -> bool:
         return self.tensor is tensor and self.version == _version(tensor)
@@ -74,8 +76,9 @@ class InputCapture:
         statistics: whether the channels' absmax and outliers are taken; otherwise both stay 0.
         on_host: copies inputs to the host and sums them up there, for a device with too little
             memory.
-        row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
-            change between passes only, see `begin_rows`.
+        masks: which rows count; None for all.
+        row_mask: (batch, seq) bool, the tokens that count in the present pass, in place of `masks`;
+            None for what these say. It may change between passes only, see `begin_rows`.
     """
 
     modules: Mapping[str, Reader]
@@ -84,6 +87,7 @@ class InputCapture:
     deterministic: bool = False
     statistics: bool = True
     on_host: bool = False
+    masks: RowMasks | None = None
     row_mask: Tensor | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
@@ -94,6 +98,8 @@ class InputCapture:
 
     def __enter__(self) -> InputCapture:
         experts: dict[str, ExpertInput] = {}
+        if self.masks is not None:
+            self._hooks.enter_context(self.masks)
         for name, module in self.modules.items():
             if isinstance(module, ExpertInput):
                 experts[name] = module
@@ -120,30 +126,30 @@ class InputCapture:
 
     def _read_routed(self, name: str, x: Tensor, rows: Tensor | None) -> None:
         """Reads what the router made of a pass: its rows by their numbers, see `Read`."""
-        mask = self.row_mask
-        if mask is None or rows is None:
-            self._read(name, x)
-            return
-        self.row_mask = None
+        masks = self.row_mask, self.masks
+        mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
+        if mask is not None and rows is not None:
+            x = x[mask.flatten().to(x.device)[rows]]
+            self.row_mask = self.masks = None
         try:
-            self._read(name, x[mask.flatten().to(x.device)[rows]])
+            self._read(name, x)
         finally:
-            self.row_mask = mask
+            self.row_mask, self.masks = masks
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)
         if sums is None:
             self._join_or_found(name, x)
         elif len(sums.modules) == 1:
-            self._add(sums, x)
+            self._add(sums, x, self._kept(name, x))
         elif sums.pending is None:
-            sums.pending = _Sighting(x, _version(x), [name])
+            sums.pending = _Sighting(x, _version(x), [name], self._kept(name, x))
             if x.is_inference():
                 self._split(sums)
         elif sums.pending.matches(x) and name not in sums.pending.modules:
             sums.pending.modules.append(name)
             if len(sums.pending.modules) == len(sums.modules):
-                self._add(sums, sums.pending.tensor)
+                self._add(sums, x, sums.pending.kept)
                 sums.pending = None
         else:
             self._split(sums)
@@ -161,7 +167,7 @@ class InputCapture:
         statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
         sums = self._sums[name] = _Sums([name], matrix, *statistics)
         self._forming.append((_Sighting(x, _version(x), [name]), sums))
-        self._add(sums, x)
+        self._add(sums, x, self._kept(name, x))
 
     def _split(self, sums: _Sums) -> None:
         """Gives the modules that read the pending tensor sums of their own and adds it there."""
@@ -182,18 +188,24 @@ class InputCapture:
         )
         sums.modules = [name for name in sums.modules if name not in pending.modules]
         self._sums.update(dict.fromkeys(apart.modules, apart))
-        self._add(apart, pending.tensor)
+        self._add(apart, pending.tensor, pending.kept)
 
-    def _add(self, sums: _Sums, x: Tensor) -> None:
-        rows, mask = x.reshape(-1, x.shape[-1]), self.row_mask
-        if mask is not None:
-            if mask.numel() != len(rows):
-                raise CalibrationError(
-                    f"layer {sums.modules[0]} received {len(rows)} rows, which the mask of tokens "
-                    f"that count, {tuple(mask.shape)}, does not fit: run sequences without padding "
-                    "or token_mask, or leave the layer out"
-                )
-            rows = rows[mask.flatten().to(rows.device)]
+    def _kept(self, name: str, x: Tensor) -> Tensor | None:
+        rows, mask = x.shape[:-1].numel(), self.row_mask
+        if mask is None:
+            return None if self.masks is None else self.masks.kept(name, x)
+        if mask.numel() != rows:
+            raise CalibrationError(
+                f"layer {name} received {rows} rows, which the mask of tokens that count, "
+                f"{tuple(mask.shape)}, does not fit: run sequences without padding or token_mask, "
+                "or leave the layer out"
+            )
+        return mask.flatten()
+
+    def _add(self, sums: _Sums, x: Tensor, kept: Tensor | None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if kept is not None:
+            rows = rows[kept.to(rows.device)]
         if self.on_host:
             rows = rows.to(_HOST)
         # A checkpoint may have left the sums on another device than the inputs.

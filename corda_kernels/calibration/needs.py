@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
-from corda_kernels.calibration.passes import CalibrationRun, evaluating
+from corda_kernels.calibration.passes import CalibrationRun, Targets, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
-from corda_kernels.models import decoder_blocks
+from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder
 
 _TRIED_TOKENS = 2
 
@@ -74,7 +74,7 @@ class CalibrationNeeds:
 
 def calibration_needs(
     model: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
+    targets: Targets = None,
     experts: Experts | None = None,
     *,
     seq_len: int = 2048,
@@ -91,10 +91,17 @@ def calibration_needs(
         TargetError: no layer matches.
         ModelError: the model does not run without weights.
     """
+    taken = arguments(model)
+    if taken and "input_ids" not in taken:
+        kind = type(model).__name__
+        raise ModelError(
+            f"what calibrating {kind} needs is known for token ids alone, and it takes "
+            f"{', '.join(taken)}: calibrate it in one pass, without a memory limit"
+        )
     run = CalibrationRun(model, targets, experts)
     mask, groups, outputs, active = _tried(run)
     sizes: dict[str, int] = {}
-    obstacle = ""
+    obstacle = "the model is an encoder–decoder" if is_encoder_decoder(model) else ""
     try:
         sizes = dict.fromkeys(decoder_blocks(model), 0)
         for output in outputs:
@@ -102,7 +109,7 @@ def calibration_needs(
     except ModelError:
         obstacle = "the model has no list of decoder blocks"
     except CalibrationError:
-        obstacle = "the model's blocks return more than hidden states"
+        obstacle = obstacle or "the model's blocks return more than hidden states"
     for channels, names in groups:
         block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
         if block is None:
@@ -142,7 +149,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 def covariance_bytes(
     model: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
+    targets: Targets = None,
     experts: Experts | None = None,
 ) -> tuple[int, int]:
     """Sizes of the target layers' covariances, in float32, by a run over two tokens.
@@ -180,7 +187,7 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
     def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if is_decorated(module) and len(args) > 1:
             active.append(args[1].shape[-1])
-        if module in layers:
+        if module in layers and args:
             alive.append(args[0])
             readers.setdefault(id(args[0]), []).append(layers[module])
 
@@ -214,6 +221,8 @@ def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
     if mask is not None:
         inputs["attention_mask"] = mask(tokens)
+    if is_encoder_decoder(run.model):
+        inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
     config = _text_config(run.model)
     experts = getattr(config, "_experts_implementation", None)
     routed = experts is not None and run.device.type == "meta"

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from corda_kernels import models
 from corda_kernels.arguments import flag, instance_of, one_of
-from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_count, unpadded
+from corda_kernels.calibration.batches import (
+    Batch,
+    TextSum,
+    check_masks,
+    inputs_of,
+    is_text,
+    row_count,
+    token_count,
+    unpadded,
+)
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
@@ -25,9 +34,12 @@ from corda_kernels.calibration.experts import (
     warn_unseen_experts,
 )
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
+from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import (
     BatchError,
     CalibrationError,
+    ConfigError,
+    CordaError,
     CordaWarning,
     LeftOutWarning,
     OutOfMemoryWarning,
@@ -40,6 +52,7 @@ from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 Normalize = Literal["tokens", "peft"]
+Targets = str | Sequence[str] | None
 OnUnseen = Literal["error", "skip"]
 T = TypeVar("T")
 
@@ -49,9 +62,9 @@ _UNSEEN = "never called during calibration"
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Callable[[], object],
     *,
-    targets: str | Sequence[str] = "all-linear",
+    targets: Targets = None,
     experts: Experts | None = None,
     outlier_threshold: float = 6.0,
     normalize: Normalize = "tokens",
@@ -60,18 +73,21 @@ def calibrate(
     distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
-    """Runs the model over calibration text: the covariance of every target layer's inputs.
+    """Runs the model over calibration data: the covariance of every target layer's inputs.
 
-    The model runs in eval mode without its output head; its hooks, modes and weights are as before
-    afterwards, whatever happens. Layers that read the same tensor share one covariance. Sums are
-    kept in float32 or better. Where a device's memory runs out, it starts again with smaller
-    batches, in the end with sums on the host, and warns.
+    The model runs in eval mode, on text without its output head; its hooks, modes and weights are
+    as before afterwards, whatever happens. Layers that read the same tensor share one covariance.
+    Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
+    smaller batches, in the end with sums on the host, and warns.
 
     Args:
-        model: a transformers model, or any module that takes token ids.
-        batches: token ids (batch, seq), or mappings with `input_ids` and `attention_mask`; padding
-            never counts. Where there is a `token_mask` (batch, seq) of ones and zeros, such as
-            `labels != -100`, the model reads the tokens with a zero, and they do not count either.
+        model: a transformers model, or any other module.
+        batches: what the model takes: token ids (batch, seq), or mappings of its forward's
+            arguments, such as `input_ids`, `attention_mask`, `pixel_values` or `labels`. Padding
+            never counts: where it is, masks say, and labels of -100 of a decoder's sequence. Where
+            text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
+            model reads the tokens with a zero, and they do not count either.
+            Alternatively a function without arguments that runs the model, as it likes.
         targets: see `corda_kernels.models.target_layers`.
         experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
             layer of the hidden states that they read, under the name of the parameter
@@ -100,7 +116,8 @@ def calibrate(
     Raises:
         ModelError: the model is none.
         TargetError: no layer matches.
-        CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
+        CalibrationError: there were no tokens, a batch is malformed or holds what the model does
+            not take, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
         DistributedError: another rank has ended, or was given something else.
@@ -120,6 +137,8 @@ def calibrate(
         distributed,
         progress,
     )
+    if callable(batches) and not isinstance(batches, Iterable):
+        return _watched(run, batches)
     run.agree("calibrate", batches)
     capture, text = run.retry(batches, lambda: _accumulate(run, batches), "starting again")
     run.ranks.agree("the end of the text", text.given)
@@ -127,9 +146,35 @@ def calibrate(
     return run.result(capture, sum(text.counts))
 
 
+def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> CovarianceSet:
+    """The covariances of what `run_model` lets the model read."""
+    if run.distributed or run.checkpoint is not None:
+        raise ConfigError(
+            "a function that runs the model can be neither shared out over ranks nor resumed: give "
+            "batches, or leave distributed and checkpoint out"
+        )
+    capture, calls, tokens = run.capture(run.readers, RowMasks(run.model)), 0, 0
+
+    def end(*_: object) -> None:
+        nonlocal calls, tokens
+        before, tokens = tokens, max((each.tokens for each, _ in capture.sums()), default=0)
+        capture.end_pass(calls, (before, tokens))
+        calls += 1
+
+    with evaluating(run.model), capture:
+        ending = run.model.register_forward_hook(end)
+        try:
+            run_model()
+        finally:
+            ending.remove()
+        end()  # of what ran parts of the model alone
+    return run.result(capture, tokens)
+
+
 def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:
     """The sums of this rank's batches, those from a checkpoint included; and the whole text."""
-    capture, journal, text = run.capture(run.readers), run.journal(), TextSum()
+    capture = run.capture(run.readers, RowMasks(run.model))
+    journal, text = run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
     kept_tokens = 0
@@ -157,7 +202,7 @@ def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCap
 
 @dataclass(eq=False)
 class CalibrationRun:
-    """A model as calibration runs it: its target layers, and its decoder without the head.
+    """A model as calibration runs it: its target layers, and as much of it as has them.
 
     Warns of weights left out. See `calibrate` for all that it is made of.
 
@@ -181,7 +226,7 @@ class CalibrationRun:
     """
 
     model: nn.Module
-    targets: str | Sequence[str] = "all-linear"
+    targets: Targets = None
     experts: Experts | None = None
     outlier_threshold: float = 6.0
     normalize: Normalize = "tokens"
@@ -215,17 +260,16 @@ class CalibrationRun:
         if getattr(model, "peft_config", None):
             remedy = "calibrate the base model (model.unload() takes the adapter off)"
             raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
-        left_out = models.unreached_weights(model) if self.targets == "all-linear" else {}
+        every = self.targets in (None, "all-linear")
+        left_out = models.unreached_weights(model, self.targets) if every else {}
         self.left_out = {name: left_out[name] for name in left_out if name not in fused}
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             says = f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
             warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
-        head = models.output_head(model)
-        asked = head is not None and any(module is head for module in self.linears.values())
-        self._runner = model if asked else models.decoder(model)
-        accepted = inspect.signature(self._runner.forward).parameters
-        self._arguments = {"use_cache": False} if "use_cache" in accepted else {}
+        base = models.decoder(model)
+        inside = set(self.linears.values()) <= set(base.modules())
+        self._base = base if inside else model
         self.device = models.input_device(model)
         self.positions = models.position_count(model)
         self._vocabulary = models.vocabulary_size(model)
@@ -266,7 +310,7 @@ class CalibrationRun:
         """Of this rank's sums."""
         return Journal(self.checkpoint, self._given, self.device, self.ranks)
 
-    def capture(self, readers: Mapping[str, Reader]) -> InputCapture:
+    def capture(self, readers: Mapping[str, Reader], masks: RowMasks | None = None) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
         return InputCapture(
             readers,
@@ -274,6 +318,7 @@ class CalibrationRun:
             self.normalize,
             deterministic=self.checkpoint is not None,
             on_host=self.on_host,
+            masks=masks,
         )
 
     def read(
@@ -294,10 +339,31 @@ class CalibrationRun:
                 yield index, batch, own
                 bar.update(text.counts[-1])
 
-    def sequences(self, batch: Batch, index: int) -> Iterator[dict[str, Tensor]]:
-        """What `forward` takes of a batch; see `unpadded`."""
+    def sequences(self, batch: Batch, index: int) -> Iterator[dict[str, Any]]:
+        """What `forward` takes of a batch: of text sequences without padding, see `unpadded`; of
+        anything else the batch as it is.
+
+        Raises:
+            BatchError: it holds what the model's forward does not take, or masks that do not tell
+                padding.
+        """
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        return unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
+        inputs, text = inputs_of(batch), self._is_text(batch)
+        taken = models.arguments(self.model)
+        of_text = {"attention_mask", "token_mask"} if text else set()
+        others = inputs.keys() - taken.keys() - of_text - {"labels"}
+        if taken and others:
+            says = f"holds {min(others)}, which {type(self.model).__name__} does not take"
+            raise BatchError(index, f"{says}: leave it out; it takes {', '.join(taken)}")
+        if text:
+            yield from unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
+            return
+        check_masks(inputs, index, padding)
+        yield inputs
+
+    def _is_text(self, batch: Batch) -> bool:
+        """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
+        return is_text(batch) and not models.is_encoder_decoder(self.model)
 
     def retry(
         self, batches: Iterable[Batch], attempt: Callable[[], T], again: str, summing: bool = True
@@ -340,18 +406,50 @@ class CalibrationRun:
         self.on_host, self.max_rows = True, None
         return "covariances that the CPU sums up, which takes longer"
 
-    def forward(self, inputs: Mapping[str, Tensor], batch: int = 0) -> None:
-        """Runs sequences of equal length, without padding.
+    def forward(self, inputs: Mapping[str, Any], batch: int = 0) -> None:
+        """Runs the model, or its part that has the targets where that takes all that is given.
 
         Args:
-            inputs: `input_ids` (batch, seq) and what else goes with them.
+            inputs: what `sequences` gave.
             batch: number of the batch that they come from, for messages.
 
         Raises:
-            BatchError: the model has no such token, or not as many positions.
+            BatchError: the model has no such token, or not as many positions; or its forward
+                refuses what it is given.
         """
-        ids = inputs["input_ids"]
-        length = ids.shape[1]
+        text = self._is_text(inputs)
+        self._check_ids(inputs.get("input_ids"), text, batch)
+        runner, given = self.model, dict(inputs)
+        if not models.is_encoder_decoder(self.model):
+            given.pop("labels", None)  # the loss needs no computing
+            if text or given.keys() <= models.arguments(self._base).keys():
+                runner = self._base
+        taken = models.arguments(runner)
+        if taken and "labels" not in taken:
+            given.pop("labels", None)
+        if "use_cache" in taken:
+            given["use_cache"] = False
+        dtype = getattr(self.model, "dtype", None)
+
+        def there(value: Tensor) -> Tensor:
+            return value.to(self.device, dtype if value.is_floating_point() else None)
+
+        try:
+            runner(**tree_map_only(Tensor, there, given))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, CordaError):
+                raise
+            kind, names = type(runner).__name__, ", ".join(inputs)
+            says = f"cannot be run by {kind}, which was given {names} ({error})"
+            pairs = models.is_encoder_decoder(runner)
+            missing = ", such as labels or decoder_input_ids" if pairs else ""
+            raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
+
+    def _check_ids(self, ids: Tensor | None, text: bool, batch: int) -> None:
+        """Refuses token ids that the model does not have, and too many of a text."""
+        if ids is None:
+            return
+        length = ids.shape[-1] if text else 0  # several texts may be packed, each with positions
         if self.positions is not None and length > self.positions:
             says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
             raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
@@ -361,14 +459,12 @@ class CalibrationRun:
             warn(f"{says} {self._trained}: {remedy}", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.
-        if self._vocabulary is not None and ids.device.type == "cpu":
+        if self._vocabulary is not None and ids.device.type == "cpu" and ids.numel():
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= self._vocabulary:
                 odd, last = (least if least < 0 else most), self._vocabulary - 1
                 says = f"holds token {odd}, but the model's tokens are 0 to {last}"
                 raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
-        there = {name: value.to(self.device) for name, value in inputs.items()}
-        self._runner(**there, **self._arguments)
 
     def result(self, capture: InputCapture, tokens: int) -> CovarianceSet:
         """The covariances with notes on where they come from.

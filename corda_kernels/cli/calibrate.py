@@ -30,7 +30,7 @@ def calibrate(
     seq_len: options.SeqLen = 2048,
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
-    targets: options.Targets = "all-linear",
+    targets: options.Targets = None,
     experts: options.Experts = None,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
@@ -52,6 +52,7 @@ def calibrate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run MODEL over calibration text and write every layer's input covariance to OUT."""
@@ -88,7 +89,8 @@ def calibrate(
         )
     tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)
-    network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code
+    network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         modules, fused = models.target_layers(network, targets, experts=experts is not None)

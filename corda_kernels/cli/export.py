@@ -44,6 +44,7 @@ def merge(
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    task: options.Task = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -64,8 +65,9 @@ def merge(
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
     options.check_unused(out, overwrite, MODEL_FILES)
+    trusted = trust_remote_code
     try:
-        network = options.load(source, dtype, device, trust_remote_code=trust_remote_code)
+        network = options.load(source, dtype, device, task=task, trust_remote_code=trusted)
     except ModelError as error:
         remedy = "" if model else "; say where the base is with --model"
         raise ModelError(f"{error}{remedy}") from error
@@ -73,6 +75,6 @@ def merge(
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card, trusted = adapters.model_card(source, "Merged model", made), trust_remote_code
+    card = adapters.model_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
-    echo(f"{out}: a plain model; load it with AutoModelForCausalLM.from_pretrained('{out}')")
+    echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

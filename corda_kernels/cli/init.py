@@ -48,7 +48,7 @@ def init(
     seq_len: options.SeqLen = 2048,
     batch_size: options.BatchSize = None,
     pack: options.Pack = True,
-    targets: options.Targets = "all-linear",
+    targets: options.Targets = None,
     experts: options.Experts = None,
     exclude_modules: options.Exclude = None,
     hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 8.")] = 1.0,
@@ -68,6 +68,7 @@ def init(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT.
@@ -109,7 +110,8 @@ def init(
         text = options.text_provenance(given)
         tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
         source = options.text_batches(given, tokenizer)
-    network = options.load(model, dtype, device, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code
+    network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     modules = check_targets(network, config)
     # In float32; with a residual the initial factors too.
     needed = (8 if published else 4) * adapter_parameters(network, modules, config)
@@ -125,7 +127,10 @@ def init(
     record = made.record
     if text:
         record.calibration["data"] = text
-    adapter.write_adapter(made, out)
+    if record.lora.get("modules_to_save"):  # which are in a model only
+        adapter.save_adapter(adapter.attach(network, made), out)
+    else:
+        adapter.write_adapter(made, out)
     lora = "" if published else f": a LoRA of rank {config.rows * record.rank}"
     echo(
         f"{out}: {mode.upper()} adapter of {describe_ranks(record)} for {len(made.layers)} layers "
@@ -143,7 +148,7 @@ def init(
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "
             "useful model. Load it with that adapter (corda_kernels.load_for_training).",
         )
-        base, trusted = out / "base", trust_remote_code
+        base = out / "base"
         models.save_model(network, base, source=model, card=card, trust_remote_code=trusted)
         echo(f"{base}: the base that it sits on")
     load = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"

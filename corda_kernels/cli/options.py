@@ -79,8 +79,19 @@ BatchSize = Annotated[
 ]
 Pack = Annotated[bool, Option(help="Pack texts into full sequences.")]
 Targets = Annotated[
-    str,
-    Option(callback=parse_targets, help="all-linear, endings by commas, or a regular expression."),
+    str | None,
+    Option(
+        callback=parse_targets,
+        help="all-linear, endings by commas, or a regular expression; by default all linear "
+        "layers, of a vision–language model those of its language model.",
+    ),
+]
+Task = Annotated[
+    str | None,
+    Option(
+        help="What MODEL is loaded for, such as causal-lm, seq2seq-lm, sequence-classification or "
+        "feature-extraction; by default what its config names."
+    ),
 ]
 Exclude = Annotated[
     str | None,
@@ -225,7 +236,12 @@ def check_unused(path: Path, overwrite: bool, files: re.Pattern[str] | None = No
 
 
 def load(
-    model: str, dtype: str | None, device: str, *, trust_remote_code: bool = False
+    model: str,
+    dtype: str | None,
+    device: str,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model on its device, without a bar for reading it that errors would have to follow."""
     from transformers.utils import logging
@@ -234,7 +250,9 @@ def load(
 
     logging.disable_progress_bar()
     where = resolve_device(device)
-    return load_model(model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    return load_model(
+        model, task=task, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+    )
 
 
 def resolve_device(device: str) -> str:

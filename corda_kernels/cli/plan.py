@@ -16,7 +16,7 @@ def plan(
     model: options.Model,
     samples: options.Samples = 256,
     seq_len: options.SeqLen = 2048,
-    targets: options.Targets = "all-linear",
+    targets: options.Targets = None,
     experts: options.Experts = None,
     memory: Annotated[
         str | None,
@@ -28,6 +28,7 @@ def plan(
     ] = None,
     stability: options.Stability = True,
     dtype: options.Dtype = None,
+    task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
@@ -39,7 +40,7 @@ def plan(
     from corda_kernels.outputs import format_bytes
     from corda_kernels.report import Table
 
-    skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    skeleton = load_skeleton(model, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, targets, experts, seq_len=seq_len)
     tokens, sets = samples * seq_len, 3 if stability else 1
     # Bytes of weights, covariances and hidden states in memory at once, by way.

@@ -28,8 +28,15 @@ from corda_kernels.experts import ExpertParameter
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.experts import active_experts, check_experts, layer_shapes
 from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
-from corda_kernels.models import check_unshared, check_unwrapped, target_layers, unreached_weights
+from corda_kernels.models import (
+    check_unshared,
+    check_unwrapped,
+    classification_heads,
+    target_layers,
+    unreached_weights,
+)
 from corda_kernels.planning.ranks import (
+    Shape,
     check_guaranteed,
     components,
     parse_budget,
@@ -42,14 +49,16 @@ def check_targets(
 ) -> dict[str, nn.Module]:
     """The layers that `config` selects, after a check of its rank or budget.
 
-    Of "all-linear" those are left out that PEFT adapts in no LoRA of this model.
+    Where `targets` does not name them, those are left out that are too small for the rank, or that
+    PEFT adapts in no LoRA of this model.
 
     Raises:
         TargetError: no layer matches, one shares its weight with another module, one is quantised
             and residual is "weight", one that is named cannot be adapted by PEFT, or
             modules_to_save names what is not there or adapted.
         ConfigError: the budget cannot be read.
-        RankError: the rank is not possible for a layer, or the budget does not pay for the least.
+        RankError: the rank is not possible for a layer that is named, or for none; or the budget
+            does not pay for the least.
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
     """
     if has_adapter(model):
@@ -62,7 +71,8 @@ def check_targets(
     check_unwrapped(model)
     modules, experts = _selected(model, config)
     reasons = _not_adaptable(model, modules, config) if use_peft else {}
-    if reasons and (config.targets != "all-linear" or len(reasons) == len(modules)):
+    named = config.targets not in (None, "all-linear")
+    if reasons and (named or len(reasons) == len(modules)):
         name = next(iter(reasons))
         raise TargetError(
             f"layer {name} cannot be adapted through PEFT ({reasons[name]}): leave it out by "
@@ -70,9 +80,18 @@ def check_targets(
         )
     modules = {name: module for name, module in modules.items() if name not in reasons}
     shapes = layer_shapes(modules, experts)
+    small = _too_small(model, shapes, config)
+    if small and (named or not small.keys().isdisjoint(experts) or len(small) == len(shapes)):
+        name, (outputs, inputs) = next(iter(small.items()))
+        rank = components(config.rank, shapes[name], active_experts(model))
+        raise RankError(
+            f"rank {rank} is not possible for layer {name} ({outputs} × {inputs}): choose one "
+            f"between 1 and {min(outputs, inputs)}, or leave the layer out"
+        )
+    modules = {name: module for name, module in modules.items() if name not in small}
     check_unshared(model, modules)
     check_experts(model, experts, config, use_peft=use_peft)
-    _check_saved(model, [*modules, *experts], config.modules_to_save or ())
+    _check_saved(model, [*modules, *experts], modules_to_save(model, config) if use_peft else ())
     if config.residual == "weight":
         check_writable(
             modules,
@@ -80,18 +99,29 @@ def check_targets(
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
     if config.budget is not None:
+        shapes = {name: linear_shape(module, name) for name, module in modules.items()}
         most = adapter_parameters(model, modules, config)
         check_guaranteed(shapes, most, *config.bounds, config.rows)
-        return modules
-    active = active_experts(model)
-    for name, shape in shapes.items():
-        rank, most = components(config.rank, shape, active), min(shape[-2:])
-        if rank > most:
-            raise RankError(
-                f"rank {rank} is not possible for layer {name} ({shape[-2]} × {shape[-1]}): "
-                f"choose one between 1 and {most}, or leave the layer out"
-            )
     return modules
+
+
+def _too_small(
+    model: nn.Module, shapes: Mapping[str, Shape], config: CordaConfig
+) -> dict[str, tuple[int, ...]]:
+    """The layers without as many components as each is to have, with their (out, in)."""
+    if config.budget is not None:
+        return {}
+    active = active_experts(model)
+    return {
+        name: shape[-2:]
+        for name, shape in shapes.items()
+        if components(config.rank, shape, active) > min(shape[-2:])
+    }
+
+
+def modules_to_save(model: nn.Module, config: CordaConfig) -> list[str]:
+    """The modules that are trained whole: those that are asked for, and classification heads."""
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *classification_heads(model)]))
 
 
 def selected_experts(model: nn.Module, config: CordaConfig) -> dict[str, ExpertParameter]:
@@ -129,7 +159,8 @@ def _check_saved(model: nn.Module, modules: Collection[str], saved: Sequence[str
             if any(f"{name}.".startswith(f"{part}.") for part in whole):
                 raise TargetError(
                     f"modules_to_save names {ending!r}, and layer {name} in it is to be adapted: "
-                    "leave it out by exclude_modules, or do not name it"
+                    "leave it out by exclude_modules, or do not name it (classification heads are "
+                    "saved unasked)"
                 )
 
 
@@ -154,19 +185,24 @@ def adapter_parameters(
 
 
 def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Says which layers of "all-linear" `check_targets` has left out, as PEFT adapts none of them.
+    """Says which layers that targets do not name `check_targets` has left out, and why: they are
+    too small for the rank, or PEFT adapts none of them.
 
     What no calibration reaches is told with them, since the calibration is then given names.
     """
-    names = _selected(model, config)[0].keys() - modules.keys()
-    if names:
-        left = {name: model.get_submodule(name) for name in sorted(names)}
-        reasons = _not_adaptable(model, left, config) | unreached_weights(model)
-        warn(
-            f"{len(reasons)} layers or weights get no adapter, for one {min(names)}: "
-            f"{reasons[min(names)]}; init_corda(…, use_peft=False) adapts {len(names)} of them",
-            LeftOutWarning,
-        )
+    every = _selected(model, config)[0]
+    out = {name: module for name, module in every.items() if name not in modules}
+    if out:
+        small = {
+            name: f"it is {outputs} × {inputs}, too small for rank {config.rank}"
+            for name, (outputs, inputs) in _too_small(model, layer_shapes(out, {}), config).items()
+        }
+        reasons = _not_adaptable(model, out, config) | small
+        unreached = unreached_weights(model, config.targets)
+        name = min(reasons)
+        says = f"{len(reasons | unreached)} layers or weights get no adapter, for one {name}: "
+        remedy = f"; init_corda(…, use_peft=False) adapts {len(reasons) - len(small)} of them"
+        warn(f"{says}{reasons[name]}{remedy if len(reasons) > len(small) else ''}", LeftOutWarning)
 
 
 def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:

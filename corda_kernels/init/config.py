@@ -68,7 +68,7 @@ class CalibrationPlan:
     selection: Method = "argmin"
     condition: Condition = "ratio"
     damping: float | None = 0.01
-    targets: str | Sequence[str] = "all-linear"
+    targets: str | Sequence[str] | None = None
     experts: Experts | None = None
     stability: bool = False
     memory_limit: int | None = None
@@ -82,7 +82,8 @@ class CalibrationPlan:
         one_of("experts", self.experts, (None, "shared", "each"))
         for name in ("stability", "distributed", "progress"):
             flag(name, getattr(self, name))
-        check_selection("targets", self.targets, ConfigError)
+        if self.targets is not None:
+            check_selection("targets", self.targets, ConfigError)
         check_damping(self.damping)
         if self.damping is not None:
             object.__setattr__(self, "damping", float(self.damping))
@@ -138,7 +139,8 @@ class CordaConfig(CalibrationPlan):
             are adapted too. The rank of each is `rank` over the number of experts that a token is
             sent to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
-        modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig.
+        modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig;
+            a classification head is one without being named.
         lora_dropout: as in LoraConfig.
         use_dora: as in LoraConfig. It starts at the base exactly in float32 only.
         method: of the decomposition; see `co_svd`.

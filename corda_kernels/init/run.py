@@ -19,6 +19,7 @@ from corda_kernels.init.checks import (
     adapter_parameters,
     check_covered,
     check_targets,
+    modules_to_save,
     selected_experts,
     warn_left_out,
     warn_rank_deficient,
@@ -63,7 +64,8 @@ def init_corda(
         model: a transformers model. Its weights stay as they are, but for `residual="weight"`.
         data: calibration batches, see `calibrate`; or covariances.
         config: how.
-        use_peft: False for CordaLinear layers in place of a PeftModel.
+        use_peft: False for CordaLinear layers in place of a PeftModel; a classification head is
+            then frozen as the rest.
 
     Returns:
         A stock PeftModel with one LoRA of twice the rank, all of it to be trained; or, without
@@ -71,8 +73,8 @@ def init_corda(
 
     Raises:
         TargetError: no layer matches.
-        RankError: a layer is too small for the rank, found before anything runs; or a budget does
-            not pay for a single component.
+        RankError: a layer that is named is too small for the rank, or all are, found before
+            anything runs; or a budget does not pay for a single component.
         ConfigError: the budget cannot be read, or all covariances that it needs do not fit into the
             memory limit; or there are fewer batches than candidates; or an option needs PEFT.
         CovarianceError: given covariances do not cover the layers, or have other sizes.
@@ -134,9 +136,8 @@ def corda_adapter(
         check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
         stages = (data,)
     else:
-        # Names are given only where "all-linear" would take more than can be adapted.
-        everything, _ = target_layers(model, config.targets)
-        whole = everything.keys() == modules.keys()
+        # Names are given only where the targets would be more than can be adapted.
+        whole = target_layers(model, config.targets)[0].keys() == modules.keys()
         plan = config if whole else replace(config, targets=[*modules, *experts])
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
     layers, active = {**modules, **expert_layers(experts)}, active_experts(model)
@@ -185,6 +186,7 @@ def corda_adapter(
         # A covariance file may know of other layers, and of the end that is not trained.
         judged = Stability.from_json(stability).at(config.which, made)
         stability = judged and judged.to_json()
+    saved = modules_to_save(model, config) if use_peft else []
     peaks = {"process": peak_bytes()} | cuda_peak_bytes()
     record = AdapterRecord(
         mode=config.mode,
@@ -207,7 +209,7 @@ def corda_adapter(
             "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
         },
         versions=library_versions(),
-        lora=config.lora,
+        lora=config.lora | ({"modules_to_save": saved} if saved else {}),
     )
     return Adapter({name: layer.adapter for name, layer in made.items()}, record)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.calibration.passes import evaluating
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning, warn
 from corda_kernels.memory import has_own_memory
@@ -37,7 +38,7 @@ class Observed:
 class Observer:
     """Watches the forward passes of `run_model`.
 
-    It tells the capture where a pass begins and ends, and which of its rows are padding. A pass is
+    It tells the capture where a pass begins and ends. A pass is
     a call of the model, or of a part of it that takes token ids (the decoder without its head),
     that lies in no other such call.
 
@@ -110,7 +111,11 @@ class Observer:
         """Calls `run_model` under watch, with new sums."""
         self._passes = self._tokens = self._depth = 0
         self._capture = InputCapture(
-            modules, normalize=self.normalize, statistics=False, on_host=self.on_host
+            modules,
+            normalize=self.normalize,
+            statistics=False,
+            on_host=self.on_host,
+            masks=RowMasks(self.model),
         )
         with evaluating(self.model), self._capture, contextlib.ExitStack() as hooks:
             for module in self.model.modules():
@@ -140,9 +145,7 @@ class Observer:
                     f"call {self._passes} of the model (counted from 0) was given {ODD_MASK}"
                 )
             # With a cache the mask covers earlier tokens too, which are not run again.
-            kept = mask[:, -shape[1] :].to(torch.bool)
-            self._size = int(kept.sum())
-            self._capture.row_mask = None if bool(kept.all()) else kept
+            self._size = int(mask[:, -shape[1] :].sum())
             return
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if pad is not None and isinstance(ids, Tensor) and looks_padded(ids, pad):
@@ -160,6 +163,5 @@ class Observer:
             return
         if output is not None:  # nothing comes out of a pass that raised
             self._capture.end_pass(self._passes, (self._tokens, self._tokens + self._size))
-        self._capture.row_mask = None
         self._passes += 1
         self._tokens += self._size

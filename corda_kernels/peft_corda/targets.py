@@ -67,6 +67,13 @@ def corda_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
         if LoraModel._check_target_module_exists(resolved, name):
             key = get_pattern_key(resolved.rank_pattern.keys(), name)
             targets[name] = Target(module, resolved.rank_pattern.get(key, resolved.r))
+    for name, module in model.named_modules():
+        other = isinstance(module, nn.Linear) and name not in linears
+        if other and LoraModel._check_target_module_exists(resolved, name):
+            raise TargetError(
+                f"layer {name} ({type(module).__name__}) is not called as a plain linear layer: "
+                "leave it out by exclude_modules"
+            )
     if not targets:
         raise no_match("target_modules", config.target_modules, linears)
     check_unshared(model, {name: target.module for name, target in targets.items()})

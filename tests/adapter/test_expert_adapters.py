@@ -265,7 +265,7 @@ def test_an_adapter_of_experts_alone_may_be_cut(tmp_path: Path) -> None:
         ({"lora_dropout": 0.1}, "without lora_dropout and use_dora"),
         ({"use_dora": True}, "without lora_dropout and use_dora"),
         ({"residual": "weight"}, 'residual="weight" does not write'),
-        ({"rank": 33}, "rank 33 is not possible"),
+        ({"rank": 66}, "rank 66 is not possible"),
     ],
 )
 def test_options_without_a_place_are_refused(options: dict[str, Any], says: str) -> None:

@@ -166,9 +166,9 @@ def test_target_modules_are_short_where_that_selects_the_same(
     assert described["source"] == model.name_or_path
 
 
-def test_a_bare_decoder_has_no_task(calibrated: Calibrated) -> None:
+def test_a_bare_decoder_extracts_features(calibrated: Calibrated) -> None:
     model = calibrated()[0].model
-    assert describe_base(model, target_linears(model))["task_type"] is None
+    assert describe_base(model, target_linears(model))["task_type"] == "FEATURE_EXTRACTION"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

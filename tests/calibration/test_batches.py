@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_kernels.calibration.batches import token_count, unpadded
+from corda_kernels.calibration.batches import is_text, row_count, token_count, unpadded
 from corda_kernels.errors import CalibrationError, PaddingWarning
 
 PAD = 9
@@ -54,20 +54,34 @@ def test_a_single_sequence_may_be_padded() -> None:
     assert part["input_ids"].tolist() == [[1, 2]]
 
 
-def test_other_tensors_of_the_shape_go_along_and_the_rest_stays_behind() -> None:
+def test_what_goes_with_each_token_goes_along() -> None:
     ids = torch.arange(6).view(2, 3)
     batch = {
         "input_ids": ids,
         "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
         "token_type_ids": ids + 10,
-        "labels": ids,
-        "position_ids": ids,
-        "lengths": torch.tensor([3, 2]),
-        "text": ["a", "b"],
+        "labels": torch.tensor([0, 1]),
+        "inputs_embeds": None,
     }
+    assert is_text(batch)
     parts = list(unpadded(batch, 0))
     assert [set(part) for part in parts] == [{"input_ids", "token_type_ids"}] * 2
     assert all(torch.equal(part["token_type_ids"], part["input_ids"] + 10) for part in parts)
+
+
+def test_what_is_more_than_text_is_not_taken_apart() -> None:
+    ids = torch.arange(6).view(2, 3)
+    others = {
+        "position_ids": torch.tensor([[0, 1, 0], [0, 0, 1]]),  # packed
+        "pixel_values": torch.zeros(2, 3, 4, 4),
+        "image_sizes": [[4, 4], [4, 4]],
+    }
+    for name, value in others.items():
+        batch = {"input_ids": ids, name: value}
+        assert not is_text(batch)
+        assert (token_count(batch), row_count(batch)) == (6, 1)
+    images = {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    assert (is_text(images), token_count(images), row_count(images)) == (False, 2, 1)
 
 
 @pytest.mark.parametrize(

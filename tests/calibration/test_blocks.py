@@ -483,7 +483,7 @@ class Block(nn.Module):
     ],
 )
 def test_a_model_that_does_more_than_run_its_blocks_is_refused(habit: str, reason: str) -> None:
-    with pytest.raises(CalibrationError, match=f"block by block, for {reason}: calibrate it in"):
+    with pytest.raises(CalibrationError, match=f"block by block, because {reason}: calibrate"):
         stream(Chain(habit), random_batches())
     assert len(stream(Chain("plain"), random_batches())) == 2
 

@@ -54,7 +54,7 @@ def test_batches_without_a_token_are_an_error(batches: Iterable[Any]) -> None:
         run(Flat(), batches)
 
 
-@pytest.mark.parametrize("batch", [{"text": "a"}, [1, 2, 3], torch.ones(2, 3)], ids=str)
+@pytest.mark.parametrize("batch", [{}, {"input_ids": [[1]]}, [1, 2], torch.ones(2, 3)], ids=str)
 def test_a_malformed_batch_is_named_by_its_number(batch: Any) -> None:
     with pytest.raises(CalibrationError, match=r"batch 1 \(counted from 0\) has no token ids"):
         run(Flat(), [random_ids(1, 3), batch])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 
 if TYPE_CHECKING:
@@ -329,33 +330,48 @@ def test_hooks_live_inside_the_context_only() -> None:
     assert not layer._forward_pre_hooks_with_kwargs
 
 
+class Masked(nn.Module):
+    """A model that feeds some layers, with the attention mask of its sequences."""
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__()
+        self.feed = [feed]
+
+    def forward(self, x: Tensor, *names: str, attention_mask: Tensor | None = None) -> None:
+        self.feed[0](x, *names)
+
+
 def test_masked_rows_count_nowhere() -> None:
-    feed = Feed("q", "k", "o")
-    keep = torch.tensor([[True, False, True], [False, False, True]])
-    x, y = torch.randn(2, 3, D), torch.randn(2, 3, D)
+    feed = Feed("q", "k", "o", "heads", "pooled")
+    model, keep = Masked(feed), torch.tensor([[True, False, True], [False, False, True]])
+    x, y, z = torch.randn(2, 3, D), torch.randn(2, 3, D), torch.randn(2, 3, 4, D)
     x[0, 1] = torch.nan  # what a model makes of padding is nobody's concern
-    with InputCapture(feed.layers, 1.0) as capture:
-        capture.row_mask = keep
-        feed(x, "q", "k")
-        feed(y.flatten(0, 1), "o")
+    with InputCapture(feed.layers, 1.0, masks=RowMasks(model)) as capture:
+        model(x, "q", "k", attention_mask=keep)
+        model(y.flatten(0, 1), "o", attention_mask=keep.long())
+        model(z, "heads", attention_mask=keep.float())
+        model(z[:, 0, 0], "pooled", attention_mask=keep)
+        model(x, "q", attention_mask=keep)  # alone: they part ways when the pass ends
         capture.end_pass(0, (0, 3))
-        capture.row_mask = None
-        feed(x[:1, :1], "q", "k")
+        model(x[:1, :1], "q", "k")
         capture.end_pass(1, (3, 4))
     feed.seen = {
-        "q": [x[keep], x[0, :1]],
+        "q": [x[keep], x[keep], x[0, :1]],
         "k": [x[keep], x[0, :1]],
         "o": [y[keep]],
+        "heads": [z[keep].flatten(0, 1)],
+        "pooled": [z[:, 0, 0]],
     }
     feed.check(capture.covariances())
 
 
 def test_a_mask_that_does_not_fit_a_layers_rows_is_refused() -> None:
     feed = Feed("expert")
-    with InputCapture(feed.layers) as capture:
-        capture.row_mask = torch.tensor([[True, False, True]])
-        with pytest.raises(CalibrationError, match=r"layer expert received 2 rows, .* \(1, 3\)"):
-            feed(torch.randn(2, D), "expert")
+    model, keep = Masked(feed), torch.tensor([[True, False, True]])
+    with InputCapture(feed.layers, masks=RowMasks(model)):
+        says = r"layer expert received 2 rows, .* \(1, 3\)"
+        with pytest.raises(CalibrationError, match=says):
+            model(torch.randn(2, D), "expert", attention_mask=keep)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["from_the_start", "later"])

@@ -32,7 +32,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         "is not an escape; write a backslash as two",
     ),
     "rank": (
-        (*INIT, *TEXT, "--rank", 17),
+        (*INIT, *TEXT, "--targets", "k_proj", "--rank", 17),
         "rank 17 is not possible for layer model.layers.0.self_attn.k_proj (16 × 32): choose one",
     ),
     "targets": ((*INIT, *TEXT, "--targets", "foo"), "no linear layer matches targets ['foo']"),
