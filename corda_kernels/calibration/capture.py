@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance, Group
+from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
 from corda_kernels.kernels import symmetrize_, syrk_
 
@@ -74,6 +74,7 @@ class InputCapture:
             memory.
         row_mask: (batch, seq) bool, the tokens that count in the present pass; None for all. It may
             change between passes only.
+        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them; else None.
     """
 
     modules: Mapping[str, nn.Module]
@@ -83,6 +84,7 @@ class InputCapture:
     statistics: bool = True
     on_host: bool = False
     row_mask: Tensor | None = field(default=None, init=False)
+    gradients: dict[str, Gradient] | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
     _forming: deque[tuple[_Sighting, _Sums]] = field(

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,19 @@ from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_c
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
+from corda_kernels.calibration.gradients import (
+    GradientCapture,
+    Labels,
+    Sides,
+    backward_pass,
+    check_model,
+    with_labels,
+)
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
 from corda_kernels.errors import (
     BatchError,
     CalibrationError,
+    ConfigError,
     CordaWarning,
     LeftOutWarning,
     OutOfMemoryWarning,
@@ -51,6 +60,8 @@ def calibrate(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    sides: Sides = "inputs",
+    labels: Labels = "given",
 ) -> CovarianceSet:
     """Runs the model over calibration text: the covariance of every target layer's inputs.
 
@@ -76,12 +87,26 @@ def calibrate(
             a share of the batches each; all get the same result. They compare model, batches and
             options before the first forward pass, batches that can be read but once at their end.
         progress: whether to show a progress bar with tokens per second.
+        sides: "both" also takes gradients, by one backward pass through the activations after each
+            forward pass, here with the output head: D = (1/n) Σ g gᵀ (out, out) and
+            Ḡ = (1/n) Σ g xᵀ (out, in) of every layer by its name, in `gradients` of the result. g
+            (out,) is the gradient of the summed token losses at one token's output. The sum goes
+            over the same n tokens as in C: padding does not count; a token whose own label is
+            masked does, since later losses depend on it. So Ḡ is the layer's weight gradient of the
+            summed losses, over n; where a trainer takes the mean over tokens with a label, that
+            gradient times their share.
+        labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
+            (a token's loss is that of its successor, -100 for none), the text itself where there
+            are none. "sampled": for each token whose successor counts in that way, all of them
+            where there are no labels, a token drawn from the model's own distribution (seeded by
+            the batch's number); then D and C are the Kronecker factors of the Fisher matrix, and
+            ½ tr(D ΔW C ΔWᵀ) estimates the mean KL divergence to the base.
 
     Returns:
         Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.
 
     Raises:
-        ModelError: the model is none.
+        ModelError: the model is none, or sides is "both" and it has no head.
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
@@ -90,10 +115,20 @@ def calibrate(
         ConfigError: an option has a value that is not allowed; or `distributed` without a process
             group.
 
-    Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
+    Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n; D of
+    sampled labels as in K-FAC (arXiv:1503.05671, section 3).
     """
     run = CalibrationRun(
-        model, targets, outlier_threshold, normalize, on_unseen, checkpoint, distributed, progress
+        model,
+        targets,
+        outlier_threshold,
+        normalize,
+        on_unseen,
+        checkpoint,
+        distributed,
+        progress,
+        sides,
+        labels,
     )
     run.agree("calibrate", batches)
     capture, text = run.retry(batches, lambda: _accumulate(run, batches), "starting again")
@@ -160,6 +195,8 @@ class CalibrationRun:
     checkpoint: CalibrationCheckpoint | None = None
     distributed: bool = False
     progress: bool = True
+    sides: Sides = "inputs"
+    labels: Labels = "given"
     max_rows: int | None = field(default=None, init=False)
     on_host: bool = field(default=False, init=False)
 
@@ -168,6 +205,10 @@ class CalibrationRun:
         check_threshold(self.outlier_threshold)
         one_of("normalize", self.normalize, ("tokens", "peft"))
         one_of("on_unseen", self.on_unseen, ("error", "skip"))
+        one_of("sides", self.sides, ("inputs", "both"))
+        one_of("labels", self.labels, ("given", "sampled"))
+        if self.sides == "both" and self.normalize != "tokens":
+            raise ConfigError('sides="both" averages over tokens: leave normalize at "tokens"')
         instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
         flag("distributed", self.distributed)
         flag("progress", self.progress)
@@ -185,9 +226,11 @@ class CalibrationRun:
             warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
         head = models.output_head(model)
         asked = head is not None and any(module is head for module in self.linears.values())
-        self._runner = model if asked else models.decoder(model)
+        self._runner = model if asked or self.sides == "both" else models.decoder(model)
         accepted = inspect.signature(self._runner.forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in accepted else {}
+        if self.sides == "both":
+            check_model(model)
         self.device = models.input_device(model)
         self.positions = models.position_count(model)
         self._vocabulary = models.vocabulary_size(model)
@@ -222,6 +265,7 @@ class CalibrationRun:
             "device": self.device.type,
             "outlier_threshold": self.outlier_threshold,
             "normalize": self.normalize,
+            "sides": f"{self.sides}, labels {self.labels}" if self.sides == "both" else self.sides,
         }
 
     def journal(self) -> Journal:
@@ -230,13 +274,13 @@ class CalibrationRun:
 
     def capture(self, linears: Mapping[str, nn.Module]) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
-        return InputCapture(
-            linears,
-            self.outlier_threshold,
-            self.normalize,
-            deterministic=self.checkpoint is not None,
-            on_host=self.on_host,
-        )
+        options: dict[str, Any] = {
+            "deterministic": self.checkpoint is not None,
+            "on_host": self.on_host,
+        }
+        if self.sides == "both":
+            return GradientCapture(linears, self.outlier_threshold, model=self.model, **options)
+        return InputCapture(linears, self.outlier_threshold, self.normalize, **options)
 
     def read(
         self, batches: Iterable[Batch], text: TextSum, parts: int = 1
@@ -259,6 +303,8 @@ class CalibrationRun:
     def sequences(self, batch: Batch, index: int) -> Iterator[dict[str, Tensor]]:
         """What `forward` takes of a batch; see `unpadded`."""
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if self.sides == "both":
+            batch = with_labels(batch, index)
         return unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
 
     def retry(
@@ -330,7 +376,10 @@ class CalibrationRun:
                 says = f"holds token {odd}, but the model's tokens are 0 to {last}"
                 raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
         there = {name: value.to(self.device) for name, value in inputs.items()}
-        self._runner(**there, **self._arguments)
+        if self.sides == "both":
+            backward_pass(self._runner, there | self._arguments, self.labels, batch, self.device)
+        else:
+            self._runner(**there, **self._arguments)
 
     def result(self, capture: InputCapture, tokens: int) -> CovarianceSet:
         """The covariances with notes on where they come from.
@@ -349,11 +398,16 @@ class CalibrationRun:
         if self.on_unseen == "error":
             refuse_unseen(missed)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
+        covariances, noted = capture.covariances(), {}
+        if isinstance(capture, GradientCapture):
+            noted = {"gradients": capture.means(covariances)}
+        provenance = {"model": name, "tokens": tokens, "versions": library_versions()}
         return CovarianceSet(
-            capture.covariances(),
+            covariances,
             normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
-            provenance={"model": name, "tokens": tokens, "versions": library_versions()},
+            provenance=provenance | ({"labels": self.labels} if noted else {}),
+            **noted,
         )
 
 
