@@ -2,7 +2,12 @@
 
 from corda_kernels.adapter.card import model_card
 from corda_kernels.adapter.export import LoraExport, export_lora, merge
-from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, adapter_factors
+from corda_kernels.adapter.factors import (
+    AdapterFactors,
+    LayerAdapter,
+    adapter_factors,
+    task_factors,
+)
 from corda_kernels.adapter.folder import (
     ADAPTER_FILES,
     check_adapter_folder,
@@ -54,5 +59,6 @@ __all__ = [
     "residual_marker",
     "save_adapter",
     "subtract_initial",
+    "task_factors",
     "write_adapter",
 ]

@@ -303,7 +303,10 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
     """
     groups = covariances.groups()
     counts = [(names, part.tokens, part.calls) for part, names in groups]
-    norms = [part.matrix.norm(dim=-1).norm().double().cpu() for part, _ in groups]
+    matrices = [part.matrix for part, _ in groups]
+    for gradient in covariances.gradients.values():
+        matrices += [gradient.matrix, gradient.mean]
+    norms = [matrix.norm(dim=-1).norm().double().cpu() for matrix in matrices]
     return {
         "tokens of the covariances": digest({}, str(counts)),
         "covariances": torch.stack(norms) if norms else torch.empty(0),

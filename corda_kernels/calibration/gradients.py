@@ -150,7 +150,8 @@ class GradientCapture(InputCapture):
             zeros = partial(torch.zeros, dtype=dtype, device=device)
             self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
         if output.requires_grad:
-            output.register_hook(partial(self._add_gradient, name, x, x._version))
+            hook = partial(self._add_gradient, name, x, x._version)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _add_gradient(self, name: str, x: Tensor, version: int, gradient: Tensor) -> None:

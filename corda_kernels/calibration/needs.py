@@ -20,7 +20,7 @@ from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.passes import CalibrationRun, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.linears import linear_shape
-from corda_kernels.models import decoder_blocks
+from corda_kernels.models import decoder_blocks, target_linears
 
 _TRIED_TOKENS = 2
 
@@ -49,6 +49,8 @@ class CalibrationNeeds:
         forward_flops: of one token's way through the model without its head, in a sequence of
             `seq_len`; a product and a sum count as two.
         positions: the most tokens of a sequence; None where nothing bounds them.
+        gradient_bytes: size of D and Ḡ of all layers, in float32.
+        gradient_flops: operations that one token adds to them.
     """
 
     groups: list[tuple[int, list[str]]]
@@ -58,6 +60,8 @@ class CalibrationNeeds:
     hidden_bytes: int
     forward_flops: float
     positions: int | None
+    gradient_bytes: int
+    gradient_flops: int
 
     @property
     def covariance_bytes(self) -> int:
@@ -108,6 +112,7 @@ def calibration_needs(
             _run(run, length, mask)
         flops = counter.get_total_flops() / length
     parameters = list(model.parameters())
+    shapes = list(map(linear_shape, run.linears.values()))
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
@@ -116,7 +121,15 @@ def calibration_needs(
         getattr(_text_config(model), "hidden_size", 0) * parameters[0].element_size(),
         flops,
         run.positions,
+        gradient_bytes(model, targets),
+        sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
+
+
+def gradient_bytes(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> int:
+    """Size of D (out, out) and Ḡ (out, in) of all target layers, in float32."""
+    shapes = map(linear_shape, target_linears(model, targets).values())
+    return sum(4 * out * (out + channels) for out, channels in shapes)
 
 
 def covariance_bytes(

@@ -32,6 +32,8 @@ def calibrate(
     targets: options.Targets = "all-linear",
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
+    sides: options.Sides = "inputs",
+    labels: options.Labels = None,
     rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
@@ -52,10 +54,14 @@ def calibrate(
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run MODEL over calibration text and write every layer's input covariance to OUT."""
+    """Run MODEL over calibration text and write every layer's input covariance to OUT.
+
+    With --sides both the gradients at the layers' outputs go with them.
+    """
     from corda_kernels import linears, models
     from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
+    from corda_kernels.calibration.needs import gradient_bytes
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
     first, text = options.first_rank(), options.text_provenance(context.params)
@@ -84,7 +90,10 @@ def calibrate(
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
         modules = models.target_linears(network, targets)
         widths = {(n.rpartition(".")[0], linears.linear_shape(m)[1]) for n, m in modules.items()}
-        outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
+        needed = sum(2 * width * (width + 1) for _, width in widths)
+        if sides == "both":
+            needed += gradient_bytes(network, targets) // 2
+        outputs.check_output(out, needed_bytes=needed)
     layers = groups = 0
     notes: list[dict[str, Any]] = []
 

@@ -12,6 +12,7 @@ def plan(
     seq_len: options.SeqLen = 2048,
     targets: options.Targets = "all-linear",
     stability: options.Stability = True,
+    sides: options.Sides = "inputs",
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -23,6 +24,7 @@ def plan(
 
     skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, targets, seq_len=seq_len)
+    both = sides == "both"
     tokens, sets = samples * seq_len, 3 if stability else 1
     weights, whole, blocks = needs.weight_bytes, sets * needs.covariance_bytes, needs.block_bytes
     # Bytes in memory at once, in one pass and block by block.
@@ -31,17 +33,28 @@ def plan(
         largest, hidden = sets * max(blocks.values()), tokens * needs.hidden_bytes
         for row, size in zip(sizes.values(), (weights, largest, hidden), strict=True):
             row.append(size)
+    if both:
+        sizes = {what: row[:1] for what, row in sizes.items()} | {
+            "gradients": [sets * needs.gradient_bytes]
+        }
+        blocks = None
     sizes["together"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
     rows = [
         (what, *map(format_bytes, row), *(["-"] if blocks is None else []))
         for what, row in sizes.items()
     ]
-    rows.append(("forward passes", "1", "1"))
-    for what, flops in (("forward", needs.forward_flops), ("covariances", needs.covariance_flops)):
-        rows.append((f"FLOPs: {what}", *2 * (f"{flops * tokens:.1e}",)))
+    passes = ("1 and back", "-") if both else ("1", "1")
+    rows.append(("forward passes", *passes))
+    work = {"forward": needs.forward_flops, "covariances": needs.covariance_flops}
+    if both:
+        work |= {"backward": needs.forward_flops, "gradients": needs.gradient_flops}
+    for what, flops in work.items():
+        rows.append(
+            (f"FLOPs: {what}", f"{flops * tokens:.1e}", "-" if both else f"{flops * tokens:.1e}")
+        )
     halves = ", with covariances of both halves and their mean (--no-stability needs a third)"
     notes = [
-        f"for {samples} sequences of {seq_len} tokens{halves if stability else ''}; activations of "
+        f"for {samples} sequences of {seq_len} tokens{halves if sets == 3 else ''}; activations of "
         "one forward pass and the decomposition's workspace come on top"
     ]
     if needs.positions is not None and seq_len > needs.positions:
@@ -49,10 +62,11 @@ def plan(
             f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
             f"--seq-len to {needs.positions}"
         )
+    obstacle = "gradients take one pass through the whole model" if both else needs.obstacle
     notes.append(
         "next: corda-kernels init, with --memory-limit to go block by block"
         if blocks is not None
-        else f"block by block: not possible, since {needs.obstacle}"
+        else f"block by block: not possible, since {obstacle}"
     )
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     layers = sum(len(names) for _, names in needs.groups)

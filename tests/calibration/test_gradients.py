@@ -50,9 +50,7 @@ def sequences(batch: Any) -> list[tuple[Tensor, Tensor]]:
     ids = batch["input_ids"]
     kept = batch.get("attention_mask", torch.ones_like(ids)).bool()
     labels = batch.get("labels", ids)
-    return [
-        (row[mask], label[mask]) for row, mask, label in zip(ids, kept, labels, strict=True)
-    ]
+    return [(row[mask], label[mask]) for row, mask, label in zip(ids, kept, labels, strict=True)]
 
 
 def by_autograd(model: nn.Module, given: list[Any], targets: list[str]) -> dict[str, Any]:
