@@ -174,6 +174,8 @@ def _check_record(value: dict[str, Any]) -> None:
         raise ValueError("it has no layers")
     if (value["hold"] is None) != (value["residual"] is not None):
         raise ValueError("hold and residual exclude each other")
+    if value["freeze_a"] and value["mode"] != "task":
+        raise ValueError("freeze_a is of mode 'task'")
     if not _selects(value["base"]["target_modules"], ranks):
         raise ValueError("target_modules are not the names of the layers")
     if value["allocation"]:
