@@ -171,6 +171,10 @@ def main(what: str, folder: Path, out: Path) -> None:
         for block, parts in enumerate(found):
             for part, covariances in enumerate(parts):
                 covariances.save(out / f"part-{rank}-{block}-{part}")
+        both = calibrate(model, batches, sides="both", labels="sampled", **OPTIONS)
+        both.save(out / f"both-{rank}")
+        task = CordaConfig("task", rank=4, **OPTIONS)
+        write_adapter(corda_adapter(model, batches, task, keep=batches[1:]), out / f"task-{rank}")
         config = CordaConfig("kpm", rank=4, stability=True, progress=False, distributed=True)
         write_adapter(corda_adapter(model, batches, config), out / f"adapter-{rank}")
         planned = replace(config, budget="r=4", candidates=2)
