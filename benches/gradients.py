@@ -1,6 +1,6 @@
 """Gradients on a real model: what gathering costs, what starts capture, what D says of the KL.
 
-    python benches/gradients.py MODEL TASK KNOWLEDGE [--json OUT] [--only time,accuracy,divergence]
+    python benches/gradients.py MODEL TASK KNOWLEDGE [--json OUT] [--only time,divergence,accuracy]
 
 TASK is a file of GSM8K, KNOWLEDGE one of NQ Open, see `benches/finetune.py`.
 
@@ -129,9 +129,11 @@ def compared(M: Tensor, basis: Tensor, rank: int, which: str = "largest") -> dic
     return {"energy": energy - 1, "angle": sine, "gap": gap}
 
 
-def accuracy(model: Any, task: CovarianceSet, keep: CovarianceSet, rank: int) -> dict[str, Any]:
+def accuracy(
+    model: Any, task: CovarianceSet, keep: CovarianceSet, rank: int, every: int
+) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
-    for name in task:
+    for name in list(task)[::every]:
         C, D = keep[name].matrix, keep.gradients[name].matrix
         G, P = (torch.linalg.cholesky(damped(matrix)) for matrix in (C, D))
         mean = task.gradients[name].mean.double()
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("knowledge", type=Path)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--samples", type=int, default=16, help="of 256 tokens each")
+    parser.add_argument("--every", type=int, default=1, help="layers apart, of accuracy")
     parser.add_argument("--changes", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="time,divergence,accuracy")
@@ -241,7 +244,7 @@ def main() -> None:
     if "accuracy" in steps:
         task = calibrate(model, text(arguments, "task", arguments.samples, 0), **options)
         with torch.no_grad():
-            result["accuracy"] = accuracy(model, task, keep, arguments.rank)
+            result["accuracy"] = accuracy(model, task, keep, arguments.rank, arguments.every)
     if arguments.json:
         write_json(arguments.json, result)
 
