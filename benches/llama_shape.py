@@ -2,16 +2,19 @@
 
     python benches/llama_shape.py --json OUT                                  # on a GPU
     python benches/llama_shape.py --layers 2 --hidden 256 --dtype float32     # to try it anywhere
+    python benches/llama_shape.py --layers 1 --peft --json OUT                # with PEFT's CorDA
 
 The weights are made on the device, layer by layer. The parts are the bare forward passes without
 the output head, the calibration, and `init_corda` as a whole, which calibrates, decomposes and
-attaches. Covariances that do not fit into --memory-limit come block by block. The file is written
-after every part, so that a run that is stopped leaves what it has.
+attaches, with the seconds of each of its stages. Covariances that do not fit into --memory-limit
+come block by block. The file is written after every part, so that a run that is stopped leaves what
+it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -29,7 +35,7 @@ from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import write_json
 from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.memory import forget_peak, free_bytes, peak_bytes, used_bytes
-from corda_kernels.models import decoder, parse_dtype
+from corda_kernels.models import decoder, parse_dtype, target_linears
 from corda_kernels.outputs import check_output, format_bytes
 
 # LLaMA-2-7B's widths, as multiples of its hidden size of 4096.
@@ -52,16 +58,18 @@ def make_model(layers: int, hidden: int, dtype: torch.dtype, device: torch.devic
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def measured(part: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds, and by how many bytes memory grew at the most."""
+def measured(part: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Seconds, and by how many bytes memory grew at the most; and the seconds of each stage, if
+    the part gives them."""
     forget_peak(device)
     before = used_bytes(device)
     started = time.perf_counter()
-    part()
+    stages = part()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "growth": peak_bytes(device) - before}
+    found = {"seconds": seconds, "growth": peak_bytes(device) - before}
+    return found | {"stages": stages} if stages else found
 
 
 def main() -> None:
@@ -78,6 +86,9 @@ def main() -> None:
         "--memory-limit",
         type=int,
         help="bytes of all covariances; half of what is free if not given",
+    )
+    parser.add_argument(
+        "--peft", action="store_true", help="also PEFT's own CorDA, on another copy"
     )
     parser.add_argument("--json", type=Path, help="a file for all results")
     given = parser.parse_args()
@@ -116,13 +127,15 @@ def main() -> None:
             f"{name:<16} {found['seconds']:9.2f} s, memory grew by {format_bytes(found['growth'])}",
             flush=True,
         )
+        for stage, seconds in found.get("stages", {}).items():
+            print(f"  {stage:<14} {seconds:9.2f} s", flush=True)
         if given.json is not None:
             write_json(given.json, results)
 
 
 def parts(
     model: Any, batches: list[Tensor], given: argparse.Namespace, limit: int
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Callable[[], Any]]:
     runner = decoder(model)
 
     @torch.no_grad()
@@ -135,19 +148,35 @@ def parts(
         for _ in covariance_stages(model, batches, plan):
             pass
 
-    def initialisation() -> None:
+    def initialisation() -> dict[str, float]:
         config = CordaConfig(
             given.mode, rank=given.rank, memory_limit=limit, stability=False, progress=False
         )
-        init_corda(model, batches, config)
+        adapted: Any = init_corda(model, batches, config)
+        seconds: dict[str, float] = adapted.corda_record.measured["seconds"]
+        return seconds
+
+    def published() -> None:
+        preprocess_corda(other, lora, lambda: [other(ids) for ids in batches])
+        get_peft_model(other, lora)
 
     with torch.no_grad():
         runner(input_ids=batches[0], use_cache=False)  # the first call prepares things
-    return {
+    found: dict[str, Callable[[], Any]] = {
         "forward": forward,
         "calibration": calibration,
         "initialisation": initialisation,
     }
+    if given.peft:
+        other = copy.deepcopy(model)
+        lora = LoraConfig(
+            r=given.rank,
+            target_modules=list(target_linears(other)),
+            init_lora_weights="corda",
+            corda_config=PeftCordaConfig(corda_method=given.mode),
+        )
+        found["peft"] = published
+    return found
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def _is_pattern(value: Any, size: fields.Check) -> bool:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    config = read_json(file)
+    config = read_json(file, "it is no adapter, or was copied in part")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{file.parent} holds no LoRA, but {config.get('peft_type')!r}")
     for name, sound in _CONFIG_FIELDS.items():

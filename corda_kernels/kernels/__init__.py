@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from corda_kernels.arguments import flag, holds_numbers, one_of, real_number, real_tensor, shown
 from corda_kernels.errors import BackendError, ConfigError
-from corda_kernels.kernels import cpu, cuda, reference
+from corda_kernels.kernels import cpu, cuda, reference, syrk_sm90
 
 __all__ = [
     "available_backends",
@@ -35,13 +36,38 @@ __all__ = [
 # CuPy is not imported for its type: whatever speaks DLPack will do.
 Array = Tensor | np.ndarray[Any, Any] | Any
 ArrayT = TypeVar("ArrayT")
+# Does a call of `syrk_` again that has been checked: c, inputs, absmax, counts.
+Repeat = Callable[..., object]
 
 
-def _triton_syrk(*arguments: Any) -> None:
+def _each(run: Callable[..., None]) -> Callable[..., None]:
+    """A SYRK of one input as one of several."""
+
+    def run_each(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> None:
+        for x in inputs:
+            run(c, x, *options)
+
+    return run_each
+
+
+def _triton_syrk(c: Tensor, inputs: Sequence[Tensor], alpha: float, *options: Any) -> Repeat:
     # Triton is loaded at its first use: it is not installed everywhere, and importing it is slow.
     from corda_kernels.kernels import triton_syrk
 
-    triton_syrk.syrk_(*arguments)
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        for x in inputs:
+            triton_syrk.syrk_(c, x, alpha, *options)
+    _, _, *others = options
+    return lambda c, inputs, *statistics: _triton_syrk(c, inputs, alpha, *statistics, *others)
+
+
+def _sm90_syrk(c: Tensor, inputs: Sequence[Tensor], *options: Any) -> Repeat | None:
+    submit = syrk_sm90.syrk_(c, inputs, *options)
+    if submit is not None:
+        return lambda *_: submit()
+    other = "triton" if _no_triton() is None else "reference"
+    repeat: Repeat | None = _TABLE["syrk_", other](c, inputs, *options)
+    return repeat
 
 
 @functools.cache
@@ -55,11 +81,12 @@ def _no_triton() -> str | None:
 
 # Products in float64 are an operation of their own: not every backend has them.
 _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("syrk_", "reference"): reference.syrk_,
-    ("syrk_", "cpu"): cpu.syrk_,
+    ("syrk_", "reference"): _each(reference.syrk_),
+    ("syrk_", "cpu"): _each(cpu.syrk_),
     ("syrk_", "triton"): _triton_syrk,
-    ("syrk_float64", "reference"): reference.syrk_,
-    ("syrk_float64", "cpu"): cpu.syrk_,
+    ("syrk_", "sm90"): _sm90_syrk,
+    ("syrk_float64", "reference"): _each(reference.syrk_),
+    ("syrk_float64", "cpu"): _each(cpu.syrk_),
     ("symmetrize_", "reference"): reference.symmetrize_,
     ("symmetrize_", "cpu"): cpu.symmetrize_,
     ("batched_svd", "reference"): reference.batched_svd,
@@ -71,8 +98,14 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
     "cpu": lambda: None,
     "triton": _no_triton,
     "cuda": cuda.unavailable,
+    "sm90": syrk_sm90.unavailable,
 }
+# "sm90" runs where it is asked for only, until a GPU has shown it right and faster than "triton".
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# By all that a call of `syrk_` depends on. In calibration the checks, and what a backend prepares,
+# would take longer than the device needs. Repeats hold no tensors.
+_repeats: dict[object, Repeat] = {}
+_REPEATS = 4096
 _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=None)
 
 
@@ -125,7 +158,6 @@ def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     return _TABLE[(operation, "reference")]
 
 
-@torch.no_grad()
 def syrk_(
     c: ArrayT,  # (d, d)
     x: Array | Sequence[Array],  # (n, d) each
@@ -165,6 +197,11 @@ def syrk_(
     Raises:
         ConfigError: a shape, dtype, device or option does not fit.
     """
+    given = c, x, absmax, outlier_count, row_mask
+    chosen = alpha, outlier_threshold, precision, deterministic
+    if _repeats and (repeat := _repeats.get(_call(*given, *chosen))):
+        repeat(c, x if isinstance(x, list | tuple) else (x,), absmax, outlier_count)
+        return c
     one_of("precision", precision, ("default", "high"))
     flag("deterministic", deterministic)
     alpha = real_number("alpha", alpha, "a finite number", math.isfinite)
@@ -175,13 +212,22 @@ def syrk_(
         None if array is None else _tensor(array) for array in (absmax, outlier_count, row_mask)
     )
     _check_syrk(total, inputs, largest, above, mask)
-    if mask is not None:
-        inputs = [inputs[0][mask]]
-    for rows in inputs:
-        if rows.shape[0]:
-            wide = torch.float64 in (total.dtype, rows.dtype)
+    # In-place sums would be recorded if x needed gradients.
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        if mask is not None:
+            inputs = [inputs[0][mask]]
+        filled = [rows for rows in inputs if rows.shape[0]]
+        for dtype, group in itertools.groupby(filled, lambda rows: rows.dtype):
+            wide = torch.float64 in (total.dtype, dtype)
             run = _implementation("syrk_float64" if wide else "syrk_", total.device)
-            run(total, rows, alpha, largest, above, outlier_threshold, precision, deterministic)
+            alike = list(group)
+            options = alpha, largest, above, outlier_threshold, precision, deterministic
+            repeat = run(total, alike, *options)
+            whole = repeat is not None and len(alike) == len(inputs)
+            if whole and (call := _call(*given, *chosen)) is not None:
+                if len(_repeats) >= _REPEATS:
+                    _repeats.clear()
+                _repeats[call] = repeat
     return c
 
 
@@ -192,6 +238,28 @@ def check_threshold(outlier_threshold: float) -> float:
         ConfigError: it is no number of at least 0.
     """
     return real_number("outlier_threshold", outlier_threshold, "at least 0", lambda x: x >= 0)
+
+
+def _call(
+    c: Array,
+    x: Array | Sequence[Array],
+    absmax: Array | None,
+    outlier_count: Array | None,
+    row_mask: Array | None,
+    *options: object,
+) -> object:
+    """All that a call depends on, but for the numbers in its arrays; None if it cannot be told."""
+    # 1 is as good a key as True, but no flag; a tensor for a number may change.
+    if row_mask is not None or tuple(map(type, options)) != (float, float, str, bool):
+        return None
+    arrays = (c, absmax, outlier_count, *(x if isinstance(x, list | tuple) else (x,)))
+    try:
+        where = [
+            a is not None and (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) for a in arrays
+        ]
+    except (AttributeError, RuntimeError):  # of NumPy, or sparse
+        return None
+    return _forced.get(), options, *where
 
 
 def _tensor(array: Array) -> Tensor:

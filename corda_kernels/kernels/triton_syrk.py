@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from corda_kernels.errors import BackendError, ConfigError
+from corda_kernels.kernels.shares import Shares, divided
 
 # They change from call to call: for every kind of them Triton would compile anew.
 _UNSPECIALIZED = ("tiles", "whole", "pieces")
@@ -56,6 +57,13 @@ def _grouped(t, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
     i = above + tl.where(inside < full, inside % height, row)
     j = tl.where(inside < full, inside // height, RATIO * above + column)
     return i, j
+
+
+@triton.jit
+def _turned(t, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
+    """The same of tiles that are RATIO times as wide as high, on squares of such."""
+    row, inside = _grouped(t, rows, RATIO, GROUP)
+    return RATIO * row + inside % RATIO, inside // RATIO
 
 
 @triton.jit
@@ -188,9 +196,12 @@ def _tiles_by_tma(
     GROUP: tl.constexpr,
     STATISTICS: tl.constexpr,
     DTYPE: tl.constexpr,
+    RUNS: tl.constexpr,  # see `syrk_`
 ):
+    p = tl.program_id(0)
     if STATISTICS:
-        block, begin, end = _looked_at(tl.program_id(0), tl.num_programs(0), n, d, BN, BK)
+        readers = tl.num_programs(0) if RUNS == 0 else tl.cdiv(d, BN) * RUNS
+        block, begin, end = _looked_at(p, readers, n, d, BN, BK)
         largest = tl.zeros((BK, BN), dtype=DTYPE)
         above = tl.zeros((BK, BN), dtype=tl.int16)
         limit = (tl.zeros((1, 1), dtype=tl.float32) + threshold).to(DTYPE)
@@ -201,8 +212,15 @@ def _tiles_by_tma(
         if begin < end:
             columns = block * BN + tl.arange(0, BN)
             _fold_statistics(largest, above, absmax_ptr + columns, count_ptr + columns, columns < d)
-    t, begin, end = _share(tl.program_id(0), tiles, whole, pieces, chain, part, n)
-    i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
+        if RUNS > 0:
+            if p < readers:
+                return
+            p -= readers
+    t, begin, end = _share(p, tiles, whole, pieces, chain, part, n)
+    if BM < BN:
+        i, j = _turned(t, tl.cdiv(d, BN), BN // BM, GROUP)
+    else:
+        i, j = _grouped(t, tl.cdiv(d, BM), BM // BN, GROUP)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(begin, end, BK):
         a = a_desc.load([k, i * BM])
@@ -222,23 +240,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Shares(NamedTuple):
-    """How tiles and tokens are shared out among programs; see `_share`."""
-
-    tiles: int
-    whole: int
-    pieces: int
-    chain: int
-    part: int
-
-    def programs(self, n: int) -> int:
-        """How many there are for n tokens."""
-        units = self.tiles * triton.cdiv(n, self.chain)
-        return int(self.whole + self.pieces * (units - self.whole))
-
-
 # Every row compiles without spills for its architectures under Triton 3.6, 3.7.1 and 3.9.
 TMA_WIDE = Tile(256, 128, 64, 8, 4)  # the most products for each load that the registers hold
+TMA_TURNED = Tile(128, 256, 64, 8, 4)  # the same turned: chosen by nobody yet, no GPU has run it
 TMA = Tile(128, 128, 64, 4, 4)  # more and smaller tiles, where there are few
 POINTER = Tile(128, 128, 32, 8, 4)  # with four warps the statistics would spill
 POINTER_UNALIGNED = Tile(64, 64, 32, 4, 3)  # an address for each element takes many registers
@@ -252,8 +256,7 @@ _GROUP = 4
 _GROUPED_CHANNELS = 8192
 # Tokens in one accumulator: the bias of the tensor cores grows with it.
 _LONGEST_CHAIN = {"default": 8192, "high": 2048}
-# Tokens that a program takes at least, and as many as adding a tile to C takes the time of.
-_SHORTEST_PART = 512
+# Tokens that take as long as adding a tile to C.
 _EPILOGUE = 900
 _NEEDED = (3, 6)
 _TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -288,8 +291,18 @@ def syrk_(
     outlier_threshold: float,
     precision: str,
     deterministic: bool,
+    *,
+    tile: Tile | None = None,
+    runs: int = 0,
 ) -> None:
-    """c += alpha·xᵀx, lower triangle only, with channel statistics. See `kernels.syrk_`."""
+    """c += alpha·xᵀx, lower triangle only, with channel statistics. See `kernels.syrk_`.
+
+    Args:
+        c, x, alpha, absmax, outlier_count, outlier_threshold, precision, deterministic: as there.
+        tile: another one than is chosen by the width, where tensor descriptors are taken.
+        runs: there programs that take nothing but statistics come first, so many a block of
+            channels; with 0 every program takes a share of them.
+    """
     if not (c.is_cuda or _interpreted()):
         raise BackendError(f"the backend triton needs tensors on a GPU, these are on {c.device}")
     if c.stride(1) != 1:
@@ -297,7 +310,8 @@ def syrk_(
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) <= 0):
         x = x.contiguous()
     d = x.shape[1]
-    by_tma, tile = _choose(c, x)
+    by_tma, chosen = _choose(c, x)
+    tile = tile if by_tma and tile is not None else chosen
     BM, BN, BK, warps, stages = tile
     longest = _LONGEST_CHAIN[precision]
     processors = 0 if deterministic else _processors(c.device)
@@ -315,12 +329,15 @@ def syrk_(
             shares = _divided(n, d, tile, longest, processors)
             programs = shares.programs(n)
             if by_tma:
-                _tiles_by_tma[(programs,)](
-                    TensorDescriptor.from_tensor(rows, [BK, BM]),
-                    TensorDescriptor.from_tensor(rows, [BK, BN]),
+                readers = runs * triton.cdiv(d, BN) if statistics else 0
+                a = TensorDescriptor.from_tensor(rows, [BK, BM])
+                b = a if BM == BN else TensorDescriptor.from_tensor(rows, [BK, BN])
+                _tiles_by_tma[(readers + programs,)](
+                    *(a, b),
                     TensorDescriptor.from_tensor(c, [BM, BN]),
                     *(largest, above, n, d, *shares, alpha, limit),
                     DTYPE=_TYPES[x.dtype],
+                    RUNS=runs,
                     **constants,
                     **options,
                 )
@@ -357,39 +374,15 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
-@functools.lru_cache(maxsize=4096)
 def _divided(n: int, d: int, tile: Tile, longest: int, processors: int) -> Shares:
-    """The shares by which all ends soonest, as one program at a time on each processor would.
-
-    With no processors given each tile is one program's.
-    """
-    rows = triton.cdiv(d, tile.BM)
-    tiles = tile.BM // tile.BN * (rows * (rows + 1) // 2)
-    spans = triton.cdiv(n, longest)
-    chain = _stepped(triton.cdiv(n, spans), tile)
-    units = tiles * triton.cdiv(n, chain)
-    if not processors:
-        return Shares(tiles, units, 1, chain, chain)
-    best, least = Shares(tiles, 0, 1, chain, chain), float("inf")
-    rounds = units // processors  # of programs that fill the device
-    for whole in {max(rounds - 1, 0), rounds}:
-        others = units - whole * processors
-        for pieces in range(1, max(1, chain // _SHORTEST_PART) + 1):
-            part = _stepped(triton.cdiv(chain, pieces), tile)
-            last = triton.cdiv(others * pieces, processors)
-            tokens = whole * (chain + _EPILOGUE) + last * (part + _EPILOGUE)
-            if tokens < least:
-                shares = Shares(tiles, whole * processors, pieces, chain, part)
-                best, least = shares, tokens
-    return best
+    high, low = max(tile.BM, tile.BN), min(tile.BM, tile.BN)
+    rows = triton.cdiv(d, high)
+    tiles = high // low * (rows * (rows + 1) // 2)
+    return divided(n, tiles, tile.BK, longest, processors, _EPILOGUE)
 
 
 def _group(d: int) -> int:
     return _GROUP if d > _GROUPED_CHANNELS else _GROUPED_CHANNELS
-
-
-def _stepped(tokens: int, tile: Tile) -> int:
-    return int(triton.cdiv(tokens, tile.BK) * tile.BK)
 
 
 @functools.cache

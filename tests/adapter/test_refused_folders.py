@@ -85,7 +85,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: truncate(f / WEIGHTS),
         f"{WEIGHTS} is truncated or not a safetensors file .*copy it again",
     ),
-    "no config": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}: copy it from where"),
+    "no config": (
+        lambda f: (f / CONFIG).unlink(),
+        f"has no {CONFIG}: it is no adapter, or was copied in part",
+    ),
     "config cut": (
         lambda f: truncate(f / CONFIG),
         f"{CONFIG} is truncated or not JSON .*copy it again",
@@ -213,7 +216,7 @@ def test_initial_factors_beside_another_adapters_record_are_refused(
         ("trained cut", f"{WEIGHTS} is truncated or not a safetensors file"),
         ("no trained", f"has no {WEIGHTS}: copy it from where"),
         ("config of another rank", "PEFT cannot load .*: "),
-        ("no config", f"has no {CONFIG}: copy it from where"),
+        ("no config", f"has no {CONFIG}: it is no adapter, or was copied in part"),
     ],
 )
 def test_a_damaged_checkpoint_without_record_is_refused(

@@ -40,6 +40,13 @@ def test_every_part_is_measured_in_one_pass_or_block_by_block(
     assert results["covariance_bytes"] == 3 * 4 * (3 * 64**2 + 172**2)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pefts_corda_beside_ours(measured: Any) -> None:
+    parts = measured("--layers 1 --dtype float32 --peft")["parts"]
+    assert list(parts) == ["forward", "calibration", "initialisation", "peft"]
+    assert {"calibration", "decomposition"} <= parts["initialisation"]["stages"].keys()
+
+
 def test_what_is_done_is_written_before_the_next_part(
     measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rank_script import CONFIG, five_batches
+from ranks import run_ranks
 from torch import nn
 from typer.testing import CliRunner
 
@@ -108,7 +106,7 @@ def worked(
 ) -> tuple[int, Path]:
     """A number of ranks, and the folder with what they made."""
     out = tmp_path_factory.mktemp("out")
-    ended = torchrun(request.param, SCRIPT, "work", place[2] / "model", out)
+    ended = run_ranks(request.param, SCRIPT, "work", place[2] / "model", out)
     assert ended.returncode == 0, ended.stderr
     return request.param, out
 
@@ -225,27 +223,9 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(
     assert "rank" in ended.stderr
 
     # Without torchrun to end them, the survivors find out by themselves.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, *map(str, arguments)],
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, -signal.SIGKILL]
-    assert "rank 0: another rank has ended or cannot be reached" in errors[0]
+    ended = run_ranks(2, SCRIPT, *arguments)
+    assert ended.returncode == 2
+    assert "rank 0: another rank has ended or cannot be reached" in ended.stderr
 
 
 @pytest.mark.slow
@@ -256,7 +236,7 @@ def test_ranks_go_on_from_where_each_of_them_was(
     whole, out = tmp_path / "whole", tmp_path / "out"
     for what, folder in (("resumed", whole), ("kept", out), ("resumed", out)):
         folder.mkdir(exist_ok=True)
-        ended = torchrun(2, SCRIPT, what, model, folder)
+        ended = run_ranks(2, SCRIPT, what, model, folder)
         assert ended.returncode == 0, ended.stderr
         if what == "kept":
             # The one that calibrated less of the text keeps fewer of its own batches.
@@ -272,7 +252,7 @@ def test_ranks_go_on_from_where_each_of_them_was(
     for name in results:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
-    ended = torchrun(3, SCRIPT, "resumed", model, out)
+    ended = run_ranks(3, SCRIPT, "resumed", model, out)
     assert ended.returncode != 0
     assert "is the checkpoint of another run, which differs in ranks" in ended.stderr
 
@@ -294,7 +274,8 @@ def test_the_command_line_works_under_torchrun(
         alone = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert alone.exit_code == 0
         arguments[2] = tmp_path / f"two-{what}"
-        ended = torchrun(2, *command, *arguments)
+        start = torchrun if what == "calibrate" else run_ranks
+        ended = start(2, *command, *arguments)
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout == alone.stdout.replace("one-", "two-")
     one, two = (CovarianceSet.load(tmp_path / f"{name}-calibrate") for name in ("one", "two"))
@@ -308,10 +289,10 @@ def test_the_command_line_works_under_torchrun(
     kept = tmp_path / "two-calibrate.checkpoint-1-rank-1-of-2"
     kept.touch()
     arguments = ["calibrate", folder, tmp_path / "two-calibrate", *options, "--overwrite"]
-    ended = torchrun(2, *command, *arguments)
+    ended = run_ranks(2, *command, *arguments)
     assert ended.returncode != 0
     assert f"error: {kept} was left by an interrupted run" in ended.stderr
-    ended = torchrun(2, *command, *arguments, "--resume")
+    ended = run_ranks(2, *command, *arguments, "--resume")
     assert ended.returncode != 0
     assert f"error: {kept} is truncated" in ended.stderr
 
@@ -330,7 +311,7 @@ def test_an_error_on_a_rank_is_one_line_and_ends_all(
     # One sequence: it falls to rank 0, and rank 1 waits.
     options = ["--data", tmp_path / "text.txt", "--samples", 1, "--seq-len", 32, "--rank", 4]
     command = ["-m", "corda_kernels", "init", tmp_path / "model", tmp_path / "out"]
-    ended = torchrun(2, *command, *options, "--mode", "ipm")
+    ended = run_ranks(2, *command, *options, "--mode", "ipm")
     assert ended.returncode != 0
     assert "rank 0: error: layer model.layers.0.self_attn.o_proj received NaN" in ended.stderr
     assert not (tmp_path / "out").exists()
@@ -342,7 +323,7 @@ def told(
 ) -> list[dict[str, str]]:
     """What each of two ranks was told of each difference, all by one pair of processes."""
     out = tmp_path_factory.mktemp("told")
-    ended = torchrun(2, SCRIPT, "differ", place[2] / "model", out)
+    ended = run_ranks(2, SCRIPT, "differ", place[2] / "model", out)
     assert ended.returncode == 0, ended.stderr
     return [json.loads((out / f"told-{rank}.json").read_text()) for rank in range(2)]
 

@@ -97,7 +97,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         (*INIT, "--cov", "{tmp}/c", "--candidates", 2),
         "--candidates and --memory-limit are of a calibration on --data: leave them out",
     ),
-    "budget": ((*INIT, *TEXT, "--budget", "lots"), "'lots' is not a budget: write a whole number"),
+    "budget": (
+        (*INIT, *TEXT, "--budget", "lots"),
+        "'lots' is not a budget: write a number of parameters",
+    ),
     "bounds without a budget": ((*INIT, *TEXT, "--max-rank", 8), 'such as budget="r=32"'),
     "no covariances": ((*INIT, "--cov", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "output below a file": (
@@ -162,7 +165,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "export nothing": (("export", "{tmp}/none", "{tmp}/out"), "{tmp}/none: no such adapter folder"),
     "export a model": (
         ("export", "{place}/model", "{tmp}/out"),
-        "{place}/model/adapter_config.json is missing",
+        "{place}/model has no adapter_config.json: it is no adapter",
     ),
     "export at no rank": (
         ("export", "{tmp}/none", "{tmp}/out", "--rank", 0),

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
+pytest.importorskip("triton")
+from corda_kernels.kernels import triton_syrk
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -80,6 +83,21 @@ def test_deterministic_runs_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
     first, second = (run(x, 600, deterministic=True)[0].tril() for _ in range(2))
     assert torch.equal(first, second)
     assert error(first, gram(x)) <= ALLOWED["default"]
+
+
+@pytest.mark.parametrize("runs", [0, 2, 5])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_turned_tile_and_programs_that_only_read(turned: bool, runs: int) -> None:
+    tile = triton_syrk.TMA_TURNED if turned else triton_syrk.TMA_WIDE
+    for n, d in ((300, 256), (5000, 1000), (20_000, 2048)):
+        x = random(n, d, torch.bfloat16)
+        c, absmax = torch.zeros(d, d, device="cuda"), torch.zeros(d, device="cuda")
+        count = torch.zeros(d, dtype=torch.int64, device="cuda")
+        options = 1.0, absmax, count, 1.5, "default", False
+        triton_syrk.syrk_(c, x, *options, tile=tile, runs=runs)
+        assert error(c, gram(x)) <= ALLOWED["default"]
+        assert torch.equal(absmax, x.abs().amax(0).float())
+        assert torch.equal(count, (x.abs() > 1.5).sum(0))
 
 
 def test_strided_rows_and_several_inputs() -> None:

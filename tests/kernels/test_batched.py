@@ -83,5 +83,5 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused(bad: Tensor) -> None:
 
 def test_backends_are_listed_by_operation() -> None:
     assert set(available_backends("batched_svd")) == {"reference", "cuda"}
-    assert set(available_backends("syrk_")) == {"reference", "cpu", "triton"}
-    assert set(available_backends()) == {"reference", "cpu", "triton", "cuda"}
+    assert set(available_backends("syrk_")) == {"reference", "cpu", "triton", "sm90"}
+    assert set(available_backends()) == {"reference", "cpu", "triton", "cuda", "sm90"}

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benches" / "compile_kernels.py"
 
 
 @pytest.mark.parametrize(
-    ("options", "cases"), [(["--few"], 11), pytest.param([], 62, marks=pytest.mark.slow)]
+    ("options", "cases"), [(["--few"], 14), pytest.param([], 70, marks=pytest.mark.slow)]
 )
 def test_configurations_compile_without_spills_and_every_trap_is_noticed(
     options: list[str], cases: int

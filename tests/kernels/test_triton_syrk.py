@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from corda_kernels import kernels
+from corda_kernels.errors import ConfigError
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from corda_kernels.kernels import triton_syrk
+from corda_kernels.kernels import shares, triton_syrk
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the kernels run there: see tests/gpu"
@@ -81,14 +83,14 @@ def test_any_shape_and_stride(
 @pytest.mark.parametrize("precision", ["default", "high"])
 def test_several_chains_add_up(precision: Any, deterministic: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_LONGEST_CHAIN", {"default": 64, "high": 32})
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
+    monkeypatch.setattr(shares, "_SHORTEST_PART", 16)
     x = torch.randn(210, 70)
     check(x, x, precision=precision, deterministic=deterministic)
 
 
 def test_programs_share_the_tokens_where_there_are_few_tiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(triton_syrk, "_processors", lambda device: 64)
-    monkeypatch.setattr(triton_syrk, "_SHORTEST_PART", 16)
+    monkeypatch.setattr(shares, "_SHORTEST_PART", 16)
     x = torch.randn(150, 40)
     check(x, x, alpha=0.25)
 
@@ -155,6 +157,31 @@ def test_nan_counts_in_no_statistic() -> None:
     assert torch.equal(count, (x.abs() > 6).sum(0))
 
 
+def test_a_call_is_checked_once_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check_ = kernels._check_syrk
+    monkeypatch.setattr(kernels, "_check_syrk", lambda *given: checked.append(1) or check_(*given))
+    monkeypatch.setattr(kernels, "_repeats", {})
+    monkeypatch.setattr(kernels, "_REPEATS", 2)
+    x, absmax = torch.randn(40, 20, requires_grad=True), torch.zeros(20)
+    c = accumulator(20)[1]
+    with use_backend("triton"):
+        for _ in range(3):
+            syrk_(c, x, absmax=absmax)
+        assert len(checked) == 1
+        exact = 3 * (x.T @ x).detach().tril()
+        torch.testing.assert_close(c.tril(), exact, rtol=1e-5, atol=1e-4)
+        assert torch.equal(absmax, x.detach().abs().amax(0))
+        assert not c.requires_grad
+        # Other calls are checked, and none is kept for ever.
+        for n in (39, 38, 37):
+            syrk_(c, x[:n])
+        assert len(checked) == 4
+        assert len(kernels._repeats) == 2
+        with pytest.raises(ConfigError, match="precision must be"):
+            syrk_(c, x, absmax=absmax, precision=["high"])  # type: ignore[arg-type]
+
+
 def test_a_triton_that_is_too_old_is_said(monkeypatch: Any) -> None:
     assert triton_syrk.unavailable() is None
     monkeypatch.setattr(triton, "__version__", "3.4.0")
@@ -170,20 +197,27 @@ def test_float64_falls_to_the_reference() -> None:
 
 
 @triton.jit
-def _note_tiles(found, rows, RATIO: tl.constexpr, GROUP: tl.constexpr):
-    i, j = triton_syrk._grouped(tl.program_id(0), rows, RATIO, GROUP)
+def _note_tiles(found, rows, RATIO: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr):
+    if TURNED:
+        i, j = triton_syrk._turned(tl.program_id(0), rows, RATIO, GROUP)
+    else:
+        i, j = triton_syrk._grouped(tl.program_id(0), rows, RATIO, GROUP)
     tl.store(found + 2 * tl.program_id(0), i)
     tl.store(found + 2 * tl.program_id(0) + 1, j)
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize(("ratio", "turned"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
-def test_every_tile_of_the_triangle_is_visited_once(rows: int, ratio: int) -> None:
-    tile = triton_syrk.Tile(128 * ratio, 128, 64, 8, 3)
-    tiles = triton_syrk._divided(1, rows * tile.BM, tile, 64, 1).tiles
+def test_every_tile_of_the_triangle_is_visited_once(rows: int, ratio: int, turned: bool) -> None:
+    sizes = (128, 128 * ratio) if turned else (128 * ratio, 128)
+    tile = triton_syrk.Tile(*sizes, 64, 8, 3)
+    tiles = triton_syrk._divided(1, rows * 128 * ratio, tile, 64, 1).tiles
     found = torch.full((tiles, 2), -1, dtype=torch.int32)
-    _note_tiles[(tiles,)](found, rows, RATIO=ratio, GROUP=4)
-    expected = {(i, j) for i in range(rows) for j in range(ratio * (i + 1))}
+    _note_tiles[(tiles,)](found, rows, RATIO=ratio, GROUP=4, TURNED=turned)
+    if turned:
+        expected = {(i, j) for i in range(2 * rows) for j in range(i // 2 + 1)}
+    else:
+        expected = {(i, j) for i in range(rows) for j in range(ratio * (i + 1))}
     assert len(expected) == tiles
     assert set(map(tuple, found.tolist())) == expected
 
@@ -195,6 +229,27 @@ def _note_shares(found, tiles, whole, pieces, chain, part, n):
     tl.store(found + 3 * p, t)
     tl.store(found + 3 * p + 1, begin)
     tl.store(found + 3 * p + 2, end)
+
+
+@triton.jit
+def _note_looks(found, programs, n, d, BN: tl.constexpr, BK: tl.constexpr):
+    p = tl.program_id(0)
+    block, begin, end = triton_syrk._looked_at(p, programs, n, d, BN, BK)
+    tl.store(found + 3 * p, block)
+    tl.store(found + 3 * p + 1, begin)
+    tl.store(found + 3 * p + 2, end)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 7])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (300, 100), (1000, 513), (64, 256)])
+def test_the_first_programs_look_at_everything_once(n: int, d: int, runs: int) -> None:
+    blocks = -(-d // 128)
+    found = torch.full((blocks * runs + 5, 3), -1, dtype=torch.int32)
+    _note_looks[(len(found),)](found, blocks * runs, n, d, BN=128, BK=64)
+    seen = torch.zeros(blocks, n, dtype=torch.int32)
+    for block, begin, end in found.tolist():
+        seen[block, begin : max(begin, end)] += 1
+    assert bool((seen == 1).all())
 
 
 @settings(max_examples=30, deadline=None)
@@ -209,14 +264,14 @@ def test_shares_cover_every_token_of_every_tile_once(
 ) -> None:
     tile = triton_syrk.Tile(256, 128, 16, 8, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_syrk, "_SHORTEST_PART", 32)
-        triton_syrk._divided.cache_clear()
-        shares = triton_syrk._divided(n, d, tile, longest, processors)
-        triton_syrk._divided.cache_clear()
-    programs = shares.programs(n)
+        patch.setattr(shares, "_SHORTEST_PART", 32)
+        shares.divided.cache_clear()
+        made = triton_syrk._divided(n, d, tile, longest, processors)
+        shares.divided.cache_clear()
+    programs = made.programs(n)
     found = torch.full((programs, 3), -1, dtype=torch.int32)
-    _note_shares[(programs,)](found, *shares, n)
-    seen = torch.zeros(shares.tiles, n, dtype=torch.int32)
+    _note_shares[(programs,)](found, *made, n)
+    seen = torch.zeros(made.tiles, n, dtype=torch.int32)
     for t, begin, end in found.tolist():
         assert end - begin <= longest
         seen[t, begin : max(begin, end)] += 1

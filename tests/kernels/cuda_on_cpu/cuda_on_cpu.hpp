@@ -3,6 +3,7 @@
 // Every CUDA thread is a fiber that runs until it meets a barrier. The order in which the threads
 // run between two barriers is chosen by the caller, so that a race shows as a different result. A
 // barrier that only some threads reach, or threads of a warp that meet different ones, abort.
+// hopper.hpp adds clusters, and what runs beside the threads.
 #pragma once
 
 #include <setjmp.h>
@@ -51,7 +52,7 @@ namespace cuda_on_cpu {
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, waiting, done };
 
 struct Thread {
   jmp_buf context;
@@ -59,6 +60,7 @@ struct Thread {
   bool started;
   int exchanges;  // shuffles so far: their slots alternate, so that one barrier each is enough
   double slots[2];
+  std::function<bool()> until;  // of a thread that is waiting
 };
 
 static std::vector<Thread> threads;
@@ -66,6 +68,10 @@ static std::vector<char> stacks;
 static std::function<void()> kernel;
 static jmp_buf scheduler;
 static int current;
+static int first_block;                   // of those that run side by side
+static std::function<bool()> background;  // does what runs beside the threads; false: nothing is left
+static std::vector<int> laziness;         // of each warp: it runs in one round of so many
+static std::mt19937 randomness;
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "block %d: %s\n", blockIdx.x, message);
@@ -78,6 +84,12 @@ inline void wait(State state) {
   if (_setjmp(thread.context) == 0) _longjmp(scheduler, 1);
 }
 
+inline void wait_until(std::function<bool()> until) {
+  if (until()) return;
+  threads[current].until = std::move(until);
+  wait(State::waiting);
+}
+
 inline void enter() {
   kernel();
   threads[current].state = State::done;
@@ -87,7 +99,8 @@ inline void enter() {
 // Lets one thread run until its next barrier.
 inline void resume(int index) {
   current = index;
-  threadIdx.x = index;
+  threadIdx.x = index % blockDim.x;
+  blockIdx.x = first_block + index / blockDim.x;
   if (_setjmp(scheduler) != 0) return;
   Thread& thread = threads[index];
   thread.state = State::ready;
@@ -112,6 +125,11 @@ inline bool release(int count) {
       opened = true;
     }
   }
+  for (Thread& thread : threads) {
+    if (thread.state != State::waiting || !thread.until()) continue;
+    thread.state = State::ready;
+    opened = true;
+  }
   if (opened) return true;
   if (!std::all_of(threads.begin(), threads.end(),
                    [](auto& t) { return t.state == State::at_block_barrier; })) {
@@ -121,33 +139,46 @@ inline bool release(int count) {
   return true;
 }
 
-// Runs `body` as a grid of blocks. `order` 0: threads by number, 1: backwards, else: at random.
+inline bool all_done(int first, int last) {
+  return std::all_of(threads.begin() + first, threads.begin() + last,
+                     [](auto& t) { return t.state == State::done; });
+}
+
+// Runs `count` threads to their ends. `order` 0: threads by number, 1: backwards, else: at random.
+inline void run(int count, int order) {
+  std::vector<int> queue(count);
+  std::iota(queue.begin(), queue.end(), 0);
+  if (order == 1) std::reverse(queue.begin(), queue.end());
+  stacks.resize(kStackBytes * count);
+  threads.assign(count, Thread{});
+  for (;;) {
+    if (order > 1) std::shuffle(queue.begin(), queue.end(), randomness);
+    bool left_out = false;
+    for (int index : queue) {
+      if (threads[index].state != State::ready) continue;
+      if (!laziness.empty() && randomness() % laziness[index / kLanes]) {
+        left_out = true;
+      } else {
+        resume(index);
+      }
+    }
+    if (all_done(0, count)) return;
+    const bool beside = background && background();
+    if (!release(count) && !beside && !left_out) fail("threads wait at different barriers");
+  }
+}
+
+// Runs `body` as a grid of blocks, one after the other.
 inline void launch(int blocks, int count, size_t shared_bytes, int order,
                    std::function<void()> body) {
   if (count % kLanes || count > 1024) fail("the block is no multiple of a warp, or too large");
   if (shared_bytes > kSharedBytes) fail("too much shared memory");
   kernel = std::move(body);
-  stacks.resize(kStackBytes * count);
   blockDim.x = count;
-  std::vector<int> queue(count);
-  std::iota(queue.begin(), queue.end(), 0);
-  if (order == 1) std::reverse(queue.begin(), queue.end());
-  std::mt19937 random(order);
-  for (int block = 0; block < blocks; ++block) {
-    blockIdx.x = block;
+  randomness.seed(order);
+  for (first_block = 0; first_block < blocks; ++first_block) {
     std::memset(shared_memory, 0xff, kSharedBytes);  // NaN in float32 and float64
-    threads.assign(count, Thread{});
-    for (;;) {
-      if (order > 1) std::shuffle(queue.begin(), queue.end(), random);
-      for (int index : queue) {
-        if (threads[index].state == State::ready) resume(index);
-      }
-      if (std::all_of(threads.begin(), threads.end(),
-                      [](auto& t) { return t.state == State::done; })) {
-        break;
-      }
-      if (!release(count)) fail("threads wait at different barriers");
-    }
+    run(count, order);
     for (size_t i = shared_bytes; i < kSharedBytes; ++i) {
       if (shared_memory[i] != 0xff) fail("a write beyond the shared memory that was asked for");
     }
@@ -156,6 +187,7 @@ inline void launch(int blocks, int count, size_t shared_bytes, int order,
 
 }  // namespace cuda_on_cpu
 
+inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::State::at_warp_barrier); }
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::at_block_barrier); }
 
 template <class T>
