@@ -232,7 +232,7 @@ CASES: dict[str, Case] = (
         "calibrate": Case(
             ck.calibrate,
             lambda w: {"model": w.model, "batches": [batch()], "progress": False},
-            CALIBRATION,
+            CALIBRATION | {"sides": [*CHOICES, None], "labels": [*CHOICES, None]},
         ),
         "calibrate_blocks": Case(
             lambda **options: list(ck.calibrate_blocks(**options)),
@@ -311,6 +311,7 @@ CASES: dict[str, Case] = (
                 "data": [None, 5, [1], "text", []],
                 "config": OTHERS,
                 "use_peft": FLAGS,
+                "keep": [5, "text", [1]],
             },
         ),
         "CordaConfig": Case(
@@ -339,6 +340,9 @@ CASES: dict[str, Case] = (
                 "seed": [*SEEDS, None],
                 "stability": FLAGS,
                 "memory_limit": [*WHOLE, -1, "1e400 GB", "8GB"],
+                "sides": [*CHOICES, None],
+                "labels": CHOICES,
+                "freeze_a": [*FLAGS, True],
                 "distributed": FLAGS,
                 "progress": FLAGS,
             },
@@ -364,7 +368,7 @@ CASES: dict[str, Case] = (
         "DriftPenalty": Case(
             drift_penalty,
             lambda w: {"model": adapted(w), "covariances": w.covariances},
-            {"model": [*OTHERS, nn.ReLU()], "covariances": OTHERS},
+            {"model": [*OTHERS, nn.ReLU()], "covariances": OTHERS, "sides": [*CHOICES, "both"]},
         ),
         "CompactnessPenalty": Case(
             compactness_penalty,

@@ -3,7 +3,12 @@
 from corda_kernels.adapter.card import model_card
 from corda_kernels.adapter.experts import not_selectable, oriented, rewritten_layers
 from corda_kernels.adapter.export import LoraExport, export_lora, merge
-from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, adapter_factors
+from corda_kernels.adapter.factors import (
+    AdapterFactors,
+    LayerAdapter,
+    adapter_factors,
+    task_factors,
+)
 from corda_kernels.adapter.folder import (
     ADAPTER_FILES,
     check_adapter_folder,
@@ -56,5 +61,6 @@ __all__ = [
     "rewritten_layers",
     "save_adapter",
     "subtract_initial",
+    "task_factors",
     "write_adapter",
 ]

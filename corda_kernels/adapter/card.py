@@ -16,6 +16,8 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MODES = {
     "kpm": "KPM: the smallest components, so that what the calibration text holds is kept",
     "ipm": "IPM: the largest components, those that the calibration text uses most",
+    "task": "a task start: A holds the steepest directions of the task's gradient, per unit of "
+    "change to what is kept, and B is zero",
 }
 
 
@@ -28,11 +30,13 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
     """
     maker = f"corda_kernels {record.versions.get('corda_kernels', '')}".rstrip()
     tokens = max((layer["tokens"] for layer in record.layers.values()), default=0)
-    made = (
-        f"Initialised by {maker} with {_MODES[record.mode]}. {record.rank} components of each "
-        f"layer at most, calibrated on {tokens:,} tokens."
-    )
+    components = f"{record.rank} components of each layer at most, calibrated"
+    if record.mode == "task":
+        components = "Its gradient is taken"
+    made = f"Initialised by {maker} with {_MODES[record.mode]}. {components} on {tokens:,} tokens."
     form = "published" if record.residual else "budget" if record.allocation else "plain"
+    if record.mode == "task":
+        form = "frozen" if record.freeze_a else "task"
     return _card(record.base["source"], "CorDA adapter", made, form, rank)
 
 

@@ -142,6 +142,24 @@ def adapter_factors(weight: Tensor, co_svd: CoSVD, *, hold: float = 1.0) -> Adap
     )
 
 
+def task_factors(rows: Tensor, outputs: int) -> AdapterFactors:
+    """A LoRA whose A is `rows`, scaled to the RMS of LoRA's own A, and whose B is zero.
+
+    The root mean square of the entries of PEFT's A is 1/√(3·in). One factor for all rows keeps
+    their lengths among each other, and A C Aᵀ a multiple of the identity where it was.
+
+    Args:
+        rows: (rank, in), see `steepest_rows`.
+        outputs: of the layer.
+
+    Returns:
+        A (rank, in) and B (out, rank) in the rows' dtype, with scaling 1.
+    """
+    rank = len(rows)
+    A = rows * ((rank / 3) ** 0.5 / torch.linalg.matrix_norm(rows))
+    return AdapterFactors(A, rows.new_zeros(outputs, rank))
+
+
 def check_hold(hold: float) -> float:
     """`hold` as a float.
 

@@ -367,10 +367,9 @@ def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str,
     if record is not None:
         if beside == (record.residual is None):
             raise AdapterError(f"{lora.folder / RECORD_FILE} belongs to another adapter: {_FRESH}")
-        rows = 2 if record.residual is None else 1
         _check_same(
             {name: factors.rank for name, factors in trained.items()},
-            {name: rows * entry["rank"] for name, entry in record.layers.items()},
+            {name: record.rows * entry["rank"] for name, entry in record.layers.items()},
             f"{lora.folder / WEIGHTS_FILE} and {RECORD_FILE}",
         )
     if not beside:

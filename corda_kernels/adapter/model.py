@@ -359,8 +359,14 @@ def _patterns_matched() -> Iterator[None]:
 def _carrying(
     model: Any, made: AdapterRecord | None, initial: dict[str, AdapterFactors] | None
 ) -> PeftModel | nn.Module:
-    """Notes on a model how its adapter was made, and what it has taken out of the base."""
+    """Notes on a model how its adapter was made, and what it has taken out of the base.
+
+    What is not to be trained is frozen.
+    """
     model.corda_record, model.corda_initial = made, initial
+    if made is not None and made.freeze_a:
+        for layer in live_adapter(model, variants=True).layers.values():
+            layer.A.requires_grad_(False)
     return model
 
 

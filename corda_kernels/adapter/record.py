@@ -90,7 +90,7 @@ class AdapterRecord:
     Each field's annotation says what it may be in the file.
 
     Attributes:
-        mode: "kpm" or "ipm".
+        mode: "kpm", "ipm" or "task".
         rank: components of every layer; the largest where a budget was shared out.
         hold: scale of the LoRA's first factors, see `adapter_factors`; None with a residual.
         residual: None (a LoRA on the untouched base) or "weight" (W − B0 A0 stands in the base).
@@ -107,10 +107,11 @@ class AdapterRecord:
             adapter take different times: it does not count when records are compared.
         versions: of the libraries involved.
         lora: options that were passed on to PEFT's LoraConfig, such as lora_dropout.
+        freeze_a: whether only B is to be trained.
         format: of this file.
     """
 
-    mode: Annotated[str, fields.one_of("kpm", "ipm")]
+    mode: Annotated[str, fields.one_of("kpm", "ipm", "task")]
     rank: Annotated[int, fields.whole(1)]
     hold: Annotated[float | None, fields.maybe(fields.is_positive)]
     residual: Annotated[str | None, fields.one_of(None, "weight")]
@@ -125,12 +126,18 @@ class AdapterRecord:
     )
     versions: Annotated[dict[str, str], fields.is_texts] = field(default_factory=dict)
     lora: Annotated[dict[str, Any], _LORA_FIELDS] = field(default_factory=dict)
+    freeze_a: Annotated[bool, fields.is_flag] = False
     format: Annotated[str, fields.is_text] = FORMAT
 
     @property
     def base_name(self) -> str:
         """The base model's name or path, for messages."""
         return self.base["source"] or "a model without a name"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the LoRA for each component."""
+        return 2 if self.residual is None and self.mode != "task" else 1
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -172,6 +179,8 @@ def _check_record(value: dict[str, Any]) -> None:
         raise ValueError("it has no layers")
     if (value["hold"] is None) != (value["residual"] is not None):
         raise ValueError("hold and residual exclude each other")
+    if value["freeze_a"] and value["mode"] != "task":
+        raise ValueError("freeze_a is of mode 'task'")
     parameters = value["base"].get("target_parameters", ())
     plain = {name for name in ranks if peft_key(name, parameters) not in parameters}
     if not _selects(value["base"]["target_modules"], plain):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance, Group
+from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.calibration.experts import ExpertInput, Reader, recording
 from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import CalibrationError, NonFiniteActivationError
@@ -79,6 +79,7 @@ class InputCapture:
         masks: which rows count; None for all.
         row_mask: (batch, seq) bool, the tokens that count in the present pass, in place of `masks`;
             None for what these say. It may change between passes only, see `begin_rows`.
+        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them; else None.
     """
 
     modules: Mapping[str, Reader]
@@ -89,6 +90,7 @@ class InputCapture:
     on_host: bool = False
     masks: RowMasks | None = None
     row_mask: Tensor | None = field(default=None, init=False)
+    gradients: dict[str, Gradient] | None = field(default=None, init=False)
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
     _forming: deque[tuple[_Sighting, _Sums]] = field(

@@ -27,6 +27,8 @@ _FILE: Any = {
 }
 _NORMALIZATIONS = ("tokens", "peft")
 _NUMBERS = ("tokens", "calls", "outlier_threshold")
+# What the names of a gradient's tensors in a file begin with.
+_GRADIENT = "gradient"
 # Notes on which text a set was taken from.
 _OF_TEXT = ("data", "domain", "mixture")
 
@@ -42,6 +44,7 @@ _HEADER_FIELDS: dict[str, fields.Check] = {
     "order": fields.is_names,
     "normalize": fields.one_of(*_NORMALIZATIONS),
     "left_out": fields.is_texts,
+    "gradients?": fields.is_names,
     "provenance": lambda value: (
         fields.is_object(value)
         and all(check(value[note]) for note, check in _NOTES.items() if note in value)
@@ -125,6 +128,41 @@ class Covariance:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """The gradient side of one layer, see `calibrate` for what is averaged over.
+
+    Attributes:
+        matrix: D = E[g gᵀ] (out, out) float32 (or float64), symmetric, with g the gradient at the
+            layer's output.
+        mean: Ḡ = E[g xᵀ] (out, in), of the same dtype: the gradient for the layer's weight.
+
+    Raises:
+        CovarianceError: a value is no such tensor. Entries are not read.
+    """
+
+    matrix: Tensor
+    mean: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuses values of another kind or shape."""
+        for name in ("matrix", "mean"):
+            arguments.real_tensor(f"a gradient's {name}", getattr(self, name), CovarianceError)
+        square, shape = tuple(self.matrix.shape), tuple(self.mean.shape)
+        if len(shape) != 2 or square != 2 * shape[:1]:
+            raise CovarianceError(f"D {square} and Ḡ {shape} must be (out, out) and (out, in)")
+
+    def to(self, device: str | torch.device) -> Gradient:
+        """The same on another device."""
+        return Gradient(self.matrix.to(device), self.mean.to(device))
+
+    def merge(self, other: Gradient, share: float) -> Gradient:
+        """The mean of both, of which the other's weight is `share`."""
+        return Gradient(
+            torch.lerp(self.matrix, other.matrix, share), torch.lerp(self.mean, other.mean, share)
+        )
+
+
 # A covariance and the names of the layers that share it.
 Group = tuple[Covariance, list[str]]
 
@@ -136,6 +174,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         normalize: "tokens" (mean over tokens) or "peft" (each call divided by |max x|, mean over
             calls).
         left_out: weights of the model that calibration could not reach, by name, with the reason.
+        gradients: D and Ḡ of every layer by its name, of `calibrate(…, sides="both")`; else {}.
         provenance: JSON-like notes on where the numbers come from (model, data, versions,
             stability).
 
@@ -150,6 +189,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         normalize: str = "tokens",
         left_out: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        gradients: Mapping[str, Gradient] | None = None,
     ) -> None:
         arguments.one_of("normalize", normalize, _NORMALIZATIONS, CovarianceError)
         instance_of = partial(arguments.instance_of, error=CovarianceError)
@@ -159,10 +199,16 @@ class CovarianceSet(Mapping[str, Covariance]):
         for name, covariance in covariances.items():
             instance_of("a layer's name", name, str)
             instance_of(f"what is given for {name}", covariance, Covariance)
+        for name, gradient in (gradients or {}).items():
+            instance_of(f"the gradient of {name}", gradient, Gradient)
+            if name not in covariances or gradient.mean.shape[1] != len(covariances[name].matrix):
+                says = f"the gradient of layer {name} has no covariance of its inputs beside it"
+                raise CovarianceError(says)
         self._covariances = dict(covariances)
         self.normalize = normalize
         self.left_out = dict(left_out or {})
         self.provenance = dict(provenance or {})
+        self.gradients = dict(gradients or {})
 
     def __getitem__(self, name: str) -> Covariance:
         return self._covariances[name]
@@ -192,7 +238,8 @@ class CovarianceSet(Mapping[str, Covariance]):
                 only is then what it is there; without names both sets must cover the same.
 
         Raises:
-            CovarianceError: the sets cover different layers or are normalised differently.
+            CovarianceError: the sets cover different layers or are normalised differently, or only
+                one has gradients, or theirs are of other labels.
         """
         arguments.instance_of("other", other, CovarianceSet, CovarianceError)
         if self.normalize != other.normalize:
@@ -202,6 +249,10 @@ class CovarianceSet(Mapping[str, Covariance]):
             odd = sorted(self.keys() ^ other.keys())
             says = f"the covariance sets cover different layers (such as {odd[0]})"
             raise CovarianceError(f"{says}: calibrate both with the same model and targets")
+        labels = [part.provenance.get("labels") for part in (self, other) if part.gradients]
+        if labels and labels != labels[:1] * 2:
+            says = "covariances merge where both have gradients of the same kind of labels, or none"
+            raise CovarianceError(f"{says}: calibrate both with the same sides and labels")
         merged: dict[tuple[int, ...], Covariance] = {}
         result: dict[str, Covariance] = {}
         for name in self if names is None else names:
@@ -211,6 +262,10 @@ class CovarianceSet(Mapping[str, Covariance]):
                 first, *others = found
                 merged[key] = first.merge(*others, normalize=self.normalize) if others else first
             result[name] = merged[key]
+        gradients = self.gradients | other.gradients
+        for name in self.gradients.keys() & other.gradients.keys():
+            share = other[name].tokens / max(result[name].tokens, 1)
+            gradients[name] = self.gradients[name].merge(other.gradients[name], share)
         reasons = self.left_out | other.left_out
         left_out = {name: reasons[name] for name in reasons if name not in result}
         provenance = {
@@ -221,7 +276,11 @@ class CovarianceSet(Mapping[str, Covariance]):
         }
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
-        about: dict[str, Any] = {"left_out": left_out, "provenance": provenance}
+        about: dict[str, Any] = {
+            "left_out": left_out,
+            "provenance": provenance,
+            "gradients": {name: gradients[name] for name in result if name in gradients},
+        }
         return CovarianceSet(result, normalize=self.normalize, **about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -236,7 +295,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             "normalize": self.normalize,
             "provenance": self.provenance,
         }
-        write_groups(path, _FILE["format_"], self.groups(), header)
+        write_groups(path, _FILE["format_"], self.groups(), header, self.gradients)
 
     @classmethod
     def load(
@@ -248,14 +307,15 @@ class CovarianceSet(Mapping[str, Covariance]):
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
             ConfigError: the device is not there, or too small.
         """
-        header, groups = read_groups(path, _HEADER_FIELDS, device, **_FILE)
+        header, groups, gradients = read_groups(path, _HEADER_FIELDS, device, **_FILE)
         names = [name for _, members in groups for name in members]
         if sorted(names) != sorted(header["order"]):
             reason = "its header does not name the layers of the groups, each once"
             raise CovarianceFileError(f"{path}: {reason}: {_FILE['remedy']}")
         covariances = {name: covariance for covariance, members in groups for name in members}
         about = {name: header[name] for name in ("normalize", "left_out", "provenance")}
-        return cls({name: covariances[name] for name in header["order"]}, **about)
+        covariances = {name: covariances[name] for name in header["order"]}
+        return cls(covariances, gradients=gradients, **about)
 
 
 def save_pieces(
@@ -290,7 +350,8 @@ def save_pieces(
             first = len(whole["groups"])
             for name, tensor in mapped.items():
                 index, _, part = name.partition(".")
-                tensors[f"{first + int(index)}.{part}"] = tensor
+                if index != _GRADIENT:  # a piece that has some is the only one
+                    tensors[f"{first + int(index)}.{part}"] = tensor
             whole["groups"] += header["groups"]
             whole["order"] += header["order"]
             whole["left_out"] |= header["left_out"]
@@ -303,11 +364,16 @@ def save_pieces(
 
 
 def write_groups(
-    path: str | os.PathLike[str], format_: str, groups: Iterable[Group], header: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    format_: str,
+    groups: Iterable[Group],
+    header: Mapping[str, Any],
+    gradients: Mapping[str, Gradient] | None = None,
 ) -> None:
     """Writes covariances, each with the modules that share it, as a checked file.
 
-    Only the lower triangle of a matrix is read. `header` gets a record of the groups.
+    Only the lower triangle of a symmetric matrix is read. `header` gets a record of the groups, and
+    of the gradients where there are some.
 
     Raises:
         OutputError: the file cannot be written.
@@ -320,7 +386,11 @@ def write_groups(
         tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
         numbers = {name: getattr(covariance, name) for name in _NUMBERS}
         records.append({"modules": names, "channels": len(covariance.matrix), **numbers})
-    write_checked(path, format_, {"groups": records, **header}, tensors)
+    for index, gradient in enumerate((gradients or {}).values()):
+        tensors[f"{_GRADIENT}.{index}.matrix"] = pack_symmetric(gradient.matrix).cpu()
+        tensors[f"{_GRADIENT}.{index}.mean"] = gradient.mean.cpu().contiguous()
+    noted = {"gradients": list(gradients)} if gradients else {}
+    write_checked(path, format_, {"groups": records, **noted, **header}, tensors)
 
 
 def read_groups(
@@ -328,8 +398,8 @@ def read_groups(
     schema: Mapping[str, fields.Check],
     device: str | torch.device,
     **file: Any,
-) -> tuple[dict[str, Any], list[Group]]:
-    """Reads what `write_groups` wrote: the header and the groups.
+) -> tuple[dict[str, Any], list[Group], dict[str, Gradient]]:
+    """Reads what `write_groups` wrote: the header, the groups and the gradients.
 
     Args:
         path: the file.
@@ -351,6 +421,11 @@ def read_groups(
         for index, record in enumerate(header["groups"]):
             fields.check_fields(record, _GROUP_FIELDS, f"group {index}")
             groups.append((_covariance(record, f"{index}", tensors, device), record["modules"]))
+        channels = {name: len(part.matrix) for part, names in groups for name in names}
+        gradients = {
+            name: _gradient(name, f"{_GRADIENT}.{index}", tensors, channels).to(device)
+            for index, name in enumerate(header.get("gradients", ()))
+        }
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
     except ConfigError:  # about the device
@@ -359,7 +434,29 @@ def read_groups(
         raise file["error"](
             f"{path}: its header is not that of a {file['what']} file ({reason}): {file['remedy']}"
         ) from reason
-    return header, groups
+    return header, groups, gradients
+
+
+def _gradient(
+    name: str, prefix: str, tensors: dict[str, Tensor], channels: Mapping[str, int]
+) -> Gradient:
+    """That of one layer; its tensors are taken out of `tensors`.
+
+    Raises:
+        ValueError: a tensor is not what it must be.
+    """
+    packed, mean = (tensors.pop(f"{prefix}.{part}", None) for part in ("matrix", "mean"))
+    if packed is None or mean is None or mean.ndim != 2 or mean.shape[1] != channels.get(name):
+        raise ValueError(f"the gradient of {name!r} is incomplete, or of another size")
+    d = len(mean)
+    if packed.shape != (d * (d + 1) // 2,) or {packed.dtype, mean.dtype} not in (
+        {torch.float32},
+        {torch.float64},
+    ):
+        raise ValueError(f"the gradient of {name!r} has another size or dtype")
+    if not bool(packed.isfinite().all() and mean.isfinite().all()):
+        raise ValueError(f"the gradient of {name!r} holds NaN or Inf")
+    return Gradient(unpack_symmetric(packed, d), mean)
 
 
 def _covariance(

@@ -23,6 +23,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import (
     Covariance,
     CovarianceSet,
+    Gradient,
     Group,
     pack_symmetric,
     unpack_symmetric,
@@ -175,6 +176,13 @@ class Ranks:
                     "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
+        if capture.gradients is not None:
+            found = capture.gradients
+            modules = {name: capture.modules[name] for names in together.values() for name in names}
+            capture.gradients = {
+                name: _added_gradient(found.get(name), module, device)
+                for name, module in modules.items()
+            }
 
 
 def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
@@ -198,6 +206,21 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
         counts[:-2].to(home, copy=True),
         part.outlier_threshold,
     )
+
+
+def _added_gradient(part: Gradient | None, module: Any, device: torch.device) -> Gradient:
+    """The sum of every rank's part, where this one has any."""
+    if part is None:
+        like = _zeros(module, 0.0, device).matrix
+        out, channels = linear_shape(module)
+        part = Gradient(like.new_zeros(out, out), like.new_zeros(out, channels))
+    home = part.mean.device
+    where = home if home.type == device.type else device
+    triangle, mean = pack_symmetric(part.matrix).to(where), part.mean.to(where)
+    with _peers_needed():
+        torch.distributed.all_reduce(triangle)
+        torch.distributed.all_reduce(mean)
+    return Gradient(unpack_symmetric(triangle.to(home), len(part.matrix)), mean.to(home))
 
 
 def _zeros(reader: Reader, threshold: float, device: torch.device) -> Covariance:
@@ -282,7 +305,10 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
     """
     groups = covariances.groups()
     counts = [(names, part.tokens, part.calls) for part, names in groups]
-    norms = [part.matrix.norm(dim=-1).norm().double().cpu() for part, _ in groups]
+    matrices = [part.matrix for part, _ in groups]
+    for gradient in covariances.gradients.values():
+        matrices += [gradient.matrix, gradient.mean]
+    norms = [matrix.norm(dim=-1).norm().double().cpu() for matrix in matrices]
     return {
         "tokens of the covariances": digest({}, str(counts)),
         "covariances": torch.stack(norms) if norms else torch.empty(0),

@@ -31,7 +31,7 @@ from corda_kernels.calibration.covariance import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.experts import reader_shape, reader_weight
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
-from corda_kernels.fields import Check, is_object, is_text, is_whole
+from corda_kernels.fields import Check, is_names, is_object, is_text, is_whole
 
 FORMAT = "corda_kernels.calibration/1"
 _FILE: Any = {
@@ -47,6 +47,7 @@ _FIELDS: dict[str, Check] = {
     "batches": lambda value: is_whole(value, 1),
     "text": is_text,
     "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+    "gradients?": is_names,
 }
 
 # What follows the path in a file's name: the part or the decoder block, then the rank.
@@ -231,7 +232,9 @@ class Journal:
             "parts": [len(groups) for groups in sums],
         }
         try:
-            write_groups(self.file(block), FORMAT, itertools.chain(*sums), header)
+            # Parts and blocks have no gradients: one capture has all there are.
+            gradients = captures[0].gradients
+            write_groups(self.file(block), FORMAT, itertools.chain(*sums), header, gradients)
         except OutputError as error:
             says = f"this run goes on, but its progress could not be kept: {error}"
             warn(f"{says}; it can be resumed from the checkpoint before", CordaWarning)
@@ -250,7 +253,7 @@ class Journal:
             # Where the block's inputs come from, and hence its sums are: not where weights wait.
             device = reader_weight(next(iter(modules.values()))).device
             device = self.device if device.type == "meta" else device
-        header, groups = read_groups(file, _FIELDS, device, **_FILE)
+        header, groups, gradients = read_groups(file, _FIELDS, device, **_FILE)
         found, expected = header["fingerprint"], self._fingerprint
         differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
@@ -267,6 +270,11 @@ class Journal:
                         says = f"{file} holds sums that do not fit layer {name}"
                         raise CheckpointError(f"{says}: {_FILE['remedy']}")
             capture.restore(own)
+        for name, gradient in gradients.items():
+            if gradient.mean.shape != reader_shape(modules[name]):
+                says = f"{file} holds sums that do not fit layer {name}"
+                raise CheckpointError(f"{says}: {_FILE['remedy']}")
+        captures[0].gradients = gradients or captures[0].gradients
         return header["batches"], header["text"]
 
 

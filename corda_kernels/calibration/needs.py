@@ -21,7 +21,8 @@ from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
 from corda_kernels.calibration.passes import CalibrationRun, Targets, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
-from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder
+from corda_kernels.linears import linear_shape
+from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder, target_layers
 
 _TRIED_TOKENS = 2
 
@@ -54,6 +55,8 @@ class CalibrationNeeds:
         covariance_flops: that one token adds to all covariances: of a symmetric matrix, one half;
             of an expert's own, in the experts that a token is routed to.
         positions: the most tokens of a sequence; None where nothing bounds them.
+        gradient_bytes: size of D and Ḡ of all layers, in float32.
+        gradient_flops: operations that one token adds to them.
     """
 
     groups: list[tuple[int, list[str]]]
@@ -65,6 +68,8 @@ class CalibrationNeeds:
     forward_flops: float
     covariance_flops: int
     positions: int | None
+    gradient_bytes: int
+    gradient_flops: int
 
     @property
     def covariance_bytes(self) -> int:
@@ -129,6 +134,7 @@ def calibration_needs(
             share = active / reader.parameter.experts
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
+    shapes = list(map(linear_shape, run.linears.values()))
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
@@ -139,12 +145,20 @@ def calibration_needs(
         flops,
         round(products),
         run.positions,
+        gradient_bytes(model, targets),
+        sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Size of the parameters of a module."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def gradient_bytes(model: nn.Module, targets: Targets = None) -> int:
+    """Size of D (out, out) and Ḡ (out, in) of all target layers, in float32."""
+    shapes = map(linear_shape, target_layers(model, targets)[0].values())
+    return sum(4 * out * (out + channels) for out, channels in shapes)
 
 
 def covariance_bytes(

@@ -33,6 +33,14 @@ from corda_kernels.calibration.experts import (
     shrunk,
     warn_unseen_experts,
 )
+from corda_kernels.calibration.gradients import (
+    GradientCapture,
+    Labels,
+    Sides,
+    backward_pass,
+    check_model,
+    with_labels,
+)
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal, foreign
 from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import (
@@ -72,6 +80,8 @@ def calibrate(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    sides: Sides = "inputs",
+    labels: Labels = "given",
 ) -> CovarianceSet:
     """Runs the model over calibration data: the covariance of every target layer's inputs.
 
@@ -109,12 +119,26 @@ def calibrate(
             a share of the batches each; all get the same result. They compare model, batches and
             options before the first forward pass, batches that can be read but once at their end.
         progress: whether to show a progress bar with tokens per second.
+        sides: "both" also takes gradients, by one backward pass through the activations after each
+            forward pass, here with the output head: D = (1/n) Σ g gᵀ (out, out) and
+            Ḡ = (1/n) Σ g xᵀ (out, in) of every layer by its name, in `gradients` of the result. g
+            (out,) is the gradient of the summed token losses at one token's output. The sum goes
+            over the same n tokens as in C: padding does not count; a token whose own label is
+            masked does, since later losses depend on it. So Ḡ is the layer's weight gradient of the
+            summed losses, over n; where a trainer takes the mean over tokens with a label, that
+            gradient times their share.
+        labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
+            (a token's loss is that of its successor, -100 for none), the text itself where there
+            are none. "sampled": for each token whose successor counts in that way, all of them
+            where there are no labels, a token drawn from the model's own distribution (seeded by
+            the batch's number); then D and C are the Kronecker factors of the Fisher matrix, and
+            ½ tr(D ΔW C ΔWᵀ) estimates the mean KL divergence to the base.
 
     Returns:
         Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.
 
     Raises:
-        ModelError: the model is none.
+        ModelError: the model is none, or sides is "both" and it has no head.
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed or holds what the model does
             not take, or a target was never called.
@@ -124,7 +148,8 @@ def calibrate(
         ConfigError: an option has a value that is not allowed; or `distributed` without a process
             group.
 
-    Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n.
+    Source: the covariance C = XXᵀ of CorDA (arXiv:2406.05223, section 3.2), scaled by 1/n; D of
+    sampled labels as in K-FAC (arXiv:1503.05671, section 3).
     """
     run = CalibrationRun(
         model,
@@ -136,6 +161,8 @@ def calibrate(
         checkpoint,
         distributed,
         progress,
+        sides,
+        labels,
     )
     if callable(batches) and not isinstance(batches, Iterable):
         return _watched(run, batches)
@@ -234,6 +261,8 @@ class CalibrationRun:
     checkpoint: CalibrationCheckpoint | None = None
     distributed: bool = False
     progress: bool = True
+    sides: Sides = "inputs"
+    labels: Labels = "given"
     max_rows: int | None = field(default=None, init=False)
     on_host: bool = field(default=False, init=False)
 
@@ -243,6 +272,10 @@ class CalibrationRun:
         one_of("normalize", self.normalize, ("tokens", "peft"))
         one_of("on_unseen", self.on_unseen, ("error", "skip"))
         one_of("experts", self.experts, (None, "shared", "each"))
+        one_of("sides", self.sides, ("inputs", "both"))
+        one_of("labels", self.labels, ("given", "sampled"))
+        if self.sides == "both" and self.normalize != "tokens":
+            raise ConfigError('sides="both" averages over tokens: leave normalize at "tokens"')
         instance_of("checkpoint", self.checkpoint, (CalibrationCheckpoint, type(None)))
         flag("distributed", self.distributed)
         flag("progress", self.progress)
@@ -270,6 +303,13 @@ class CalibrationRun:
         base = models.decoder(model)
         inside = set(self.linears.values()) <= set(base.modules())
         self._base = base if inside else model
+        if self.sides == "both":
+            check_model(model)
+            if fused:
+                raise ConfigError(
+                    'sides="both" takes gradients at linear layers, not of fused experts: leave '
+                    f'{min(fused)} and the like out, or take sides="inputs"'
+                )
         self.device = models.input_device(model)
         self.positions = models.position_count(model)
         self._vocabulary = models.vocabulary_size(model)
@@ -304,6 +344,7 @@ class CalibrationRun:
             "device": self.device.type,
             "outlier_threshold": self.outlier_threshold,
             "normalize": self.normalize,
+            "sides": f"{self.sides}, labels {self.labels}" if self.sides == "both" else self.sides,
         }
 
     def journal(self) -> Journal:
@@ -312,14 +353,14 @@ class CalibrationRun:
 
     def capture(self, readers: Mapping[str, Reader], masks: RowMasks | None = None) -> InputCapture:
         """Fresh sums of the inputs of some layers; see `InputCapture`."""
-        return InputCapture(
-            readers,
-            self.outlier_threshold,
-            self.normalize,
-            deterministic=self.checkpoint is not None,
-            on_host=self.on_host,
-            masks=masks,
-        )
+        options: dict[str, Any] = {
+            "deterministic": self.checkpoint is not None,
+            "on_host": self.on_host,
+            "masks": masks,
+        }
+        if self.sides == "both":
+            return GradientCapture(readers, self.outlier_threshold, model=self.model, **options)
+        return InputCapture(readers, self.outlier_threshold, self.normalize, **options)
 
     def read(
         self, batches: Iterable[Batch], text: TextSum, parts: int = 1
@@ -355,6 +396,11 @@ class CalibrationRun:
         if taken and others:
             says = f"holds {min(others)}, which {type(self.model).__name__} does not take"
             raise BatchError(index, f"{says}: leave it out; it takes {', '.join(taken)}")
+        if self.sides == "both":
+            if not text:
+                says = 'holds more than text, of which alone sides="both" takes gradients'
+                raise BatchError(index, f"{says}: give token ids, masks and labels")
+            batch = with_labels(batch, index)
         if text:
             yield from unpadded(batch, index, pad_token_id=padding, max_rows=self.max_rows)
             return
@@ -434,8 +480,12 @@ class CalibrationRun:
         def there(value: Tensor) -> Tensor:
             return value.to(self.device, dtype if value.is_floating_point() else None)
 
+        moved = tree_map_only(Tensor, there, given)
+        if self.sides == "both":
+            backward_pass(self.model, moved, self.labels, batch, self.device)
+            return
         try:
-            runner(**tree_map_only(Tensor, there, given))
+            runner(**moved)
         except (TypeError, ValueError) as error:
             if isinstance(error, CordaError):
                 raise
@@ -485,11 +535,16 @@ class CalibrationRun:
             refuse_unseen(missed)
             warn_unseen_experts(covariances)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
+        covariances, noted = capture.covariances(), {}
+        if isinstance(capture, GradientCapture):
+            noted = {"gradients": capture.means(covariances)}
+        provenance = {"model": name, "tokens": tokens, "versions": library_versions()}
         return CovarianceSet(
             covariances,
             normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
-            provenance={"model": name, "tokens": tokens, "versions": library_versions()},
+            provenance=provenance | ({"labels": self.labels} if noted else {}),
+            **noted,
         )
 
 

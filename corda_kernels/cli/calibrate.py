@@ -34,6 +34,8 @@ def calibrate(
     experts: options.Experts = None,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
+    sides: options.Sides = "inputs",
+    labels: options.Labels = None,
     rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
@@ -55,7 +57,10 @@ def calibrate(
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run MODEL over calibration text and write every layer's input covariance to OUT."""
+    """Run MODEL over calibration text and write every layer's input covariance to OUT.
+
+    With --sides both the gradients at the layers' outputs go with them.
+    """
     from corda_kernels import models
     from corda_kernels.calibration import CalibrationCheckpoint, covariance
     from corda_kernels.calibration.distributed import Ranks
@@ -66,6 +71,7 @@ def calibrate(
         expert_inputs,
         reader_shape,
     )
+    from corda_kernels.calibration.needs import gradient_bytes
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
     first, text = options.first_rank(), options.text_provenance(context.params)
@@ -99,7 +105,10 @@ def calibrate(
             (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])
             for n, r in readers.items()
         }
-        outputs.check_output(out, needed_bytes=sum(2 * width * (width + 1) for _, width in widths))
+        needed = sum(2 * width * (width + 1) for _, width in widths)
+        if sides == "both":
+            needed += gradient_bytes(network, targets) // 2
+        outputs.check_output(out, needed_bytes=needed)
     layers = own = groups = 0
     notes: list[dict[str, Any]] = []
 

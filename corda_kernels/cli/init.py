@@ -24,13 +24,26 @@ def init(
     context: Context,
     model: options.Model,
     out: Annotated[Path, Argument(metavar="OUT", help="The adapter folder to write.")],
-    mode: Annotated[Literal["kpm", "ipm"], Option(help="kpm keeps knowledge, ipm learns a task.")],
+    mode: Annotated[
+        Literal["kpm", "ipm", "task"],
+        Option(help="kpm keeps knowledge, ipm learns a task, task starts from its gradient."),
+    ],
     data: options.Data = None,
+    keep: Annotated[
+        Path | None,
+        Option(
+            help="Knowledge to keep, with --mode task: text, or covariances (.safetensors).",
+        ),
+    ] = None,
+    keep_field: Annotated[str | None, Option(help="As --field, of --keep.")] = None,
+    keep_template: Annotated[str | None, Option(help="As --template, of --keep.")] = None,
     cov: Annotated[Path | None, Option(help="Covariance file, instead of --data.")] = None,
     mix: Annotated[
         list[str] | None, Option(metavar="FILE=WEIGHT", help="Covariance file to mix; repeatable.")
     ] = None,
-    rank: Annotated[int, Option(help="Components of a layer, half the LoRA's rank.")] = 32,
+    rank: Annotated[
+        int, Option(help="Components of a layer: half the LoRA's rank, with --mode task all.")
+    ] = 32,
     budget: Annotated[
         str | None,
         Option(help="Parameters to share out over the layers: 2500000, 1% of the model, or r=32."),
@@ -55,6 +68,11 @@ def init(
     residual: Annotated[
         Literal["none", "weight"], Option(help="weight: the published form, W − BA in the base.")
     ] = "none",
+    sides: options.Sides = "inputs",
+    labels: options.Labels = None,
+    freeze_a: Annotated[
+        bool, Option("--freeze-a", help="Train B alone, with --mode task.")
+    ] = False,
     damping: options.Damping = 0.01,
     method: Annotated[
         Literal["auto", "exact", "randomized"], Option(help="Method of the decomposition.")
@@ -73,8 +91,8 @@ def init(
 ) -> None:
     """Make an adapter for MODEL from calibration text, in OUT.
 
-    The text is a sample of the knowledge to keep (kpm) or of the task to learn (ipm). In its place
-    a covariance file can be given (--cov), or several to mix (--mix, once for each).
+    The text is a sample of the knowledge to keep (kpm) or of the task to learn (ipm, task). In its
+    place a covariance file can be given (--cov), or several to mix (--mix, once for each).
     """
     from corda_kernels import adapter, models
     from corda_kernels.init import CordaConfig, adapter_parameters, check_targets, corda_adapter
@@ -95,6 +113,8 @@ def init(
             "--save-base stores the base without the part that --residual weight takes out of it: "
             "otherwise the adapter sits on MODEL as it is"
         )
+    if keep is None and (keep_field or keep_template):
+        raise ConfigError("--keep-field and --keep-template are of --keep: give it, or leave them")
     form = "weight" if published else None
     config = options.options_of(CordaConfig, context, residual=form)
     if first:
@@ -104,12 +124,19 @@ def init(
             options.check_unused(out / "base", overwrite, models.MODEL_FILES)
     text: dict[str, Any] = {}
     source: CovarianceSet | list[dict[str, Tensor]]
+    kept: CovarianceSet | list[dict[str, Tensor]] | None = None
+    of_keep = {"data": keep, "field": keep_field, "template": keep_template, "candidates": 1}
     if data is None:
         source = _covariances(cov, mix)
     else:
         text = options.text_provenance(given)
         tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
         source = options.text_batches(given, tokenizer)
+    if keep is not None and keep.suffix == ".safetensors":
+        kept = _covariances(keep, None)
+    elif keep is not None:
+        tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
+        kept = options.text_batches(given | of_keep, tokenizer)
     trusted = trust_remote_code
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     modules = check_targets(network, config)
@@ -121,12 +148,14 @@ def init(
         outputs.check_output(out, folder=True, needed_bytes=needed)
     with options.ranks(device) as distributed:
         config = replace(config, distributed=distributed)
-        made = corda_adapter(network, source, config, domain=text.get("file", ""))
+        made = corda_adapter(network, source, config, domain=text.get("file", ""), keep=kept)
     if not first:
         return
     record = made.record
     if text:
         record.calibration["data"] = text
+    if isinstance(kept, list):
+        record.calibration["keep"]["data"] = options.text_provenance(given | of_keep)
     if record.lora.get("modules_to_save"):  # which are in a model only
         adapter.save_adapter(adapter.attach(network, made), out)
     else:

@@ -134,6 +134,13 @@ MemoryLimit = Annotated[
         help="Memory for covariances, such as 8GB; if they take more, the model runs by block.",
     ),
 ]
+Sides = Annotated[
+    Literal["inputs", "both"], Option(help="both: also take gradients at the layers' outputs.")
+]
+Labels = Annotated[
+    Literal["given", "sampled"] | None,
+    Option(help="given: gradients of the text; sampled: of tokens drawn from the model."),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace a result that is in OUT already.")]
 
 

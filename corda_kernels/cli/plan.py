@@ -27,6 +27,7 @@ def plan(
         ),
     ] = None,
     stability: options.Stability = True,
+    sides: options.Sides = "inputs",
     dtype: options.Dtype = None,
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -42,26 +43,35 @@ def plan(
 
     skeleton = load_skeleton(model, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, targets, experts, seq_len=seq_len)
-    tokens, sets = samples * seq_len, 3 if stability else 1
-    # Bytes of weights, covariances and hidden states in memory at once, by way.
-    ways = {ONE_PASS: (needs.weight_bytes, sets * needs.covariance_bytes, 0)}
-    if needs.block_bytes is not None:
-        largest = sets * max(needs.block_bytes.values()), tokens * needs.hidden_bytes
-        ways[BY_BLOCK] = needs.weight_bytes, *largest
-        if limit is not None:
-            ways[OFFLOADED] = needs.block_weight_bytes, *largest
-    columns = [*ways, *([] if BY_BLOCK in ways else [BY_BLOCK])]
-    sizes = {way: (*parts, sum(parts)) for way, parts in ways.items()}
+    both, tokens, sets = sides == "both", samples * seq_len, 3 if stability else 1
+    # Bytes in memory at once, by way.
+    one_pass = {"weights": needs.weight_bytes, "covariances": sets * needs.covariance_bytes}
+    if both:
+        one_pass["gradients"] = sets * needs.gradient_bytes
+    ways = {ONE_PASS: one_pass | {"hidden states": 0}}
+    if needs.block_bytes is not None and not both:
+        largest, hidden = sets * max(needs.block_bytes.values()), tokens * needs.hidden_bytes
+        kept = {BY_BLOCK: needs.weight_bytes, OFFLOADED: needs.block_weight_bytes}
+        for way, weights in kept.items():
+            ways[way] = {"weights": weights, "covariances": largest, "hidden states": hidden}
+        if limit is None:
+            del ways[OFFLOADED]
+    columns = list(dict.fromkeys([*ways, BY_BLOCK]))
     rows = [
-        (what, *(format_bytes(sizes[way][i]) if way in sizes else "-" for way in columns))
-        for i, what in enumerate(("weights", "covariances", "hidden states", "together"))
+        (what, *(format_bytes(ways[way][what]) if way in ways else "-" for way in columns))
+        for what in one_pass | {"hidden states": 0}
     ]
-    rows.append(("forward passes", *len(columns) * ("1",)))
-    for what, flops in (("forward", needs.forward_flops), ("covariances", needs.covariance_flops)):
+    totals = (format_bytes(sum(ways[way].values())) if way in ways else "-" for way in columns)
+    rows.append(("together", *totals))
+    rows.append(("forward passes", *len(columns) * ("1 and back" if both else "1",)))
+    work = {"forward": needs.forward_flops, "covariances": needs.covariance_flops}
+    if both:
+        work |= {"backward": needs.forward_flops, "gradients": needs.gradient_flops}
+    for what, flops in work.items():
         rows.append((f"FLOPs: {what}", *len(columns) * (f"{flops * tokens:.1e}",)))
     halves = ", with covariances of both halves and their mean (--no-stability needs a third)"
     notes = [
-        f"for {samples} sequences of {seq_len} tokens{halves if stability else ''}; activations of "
+        f"for {samples} sequences of {seq_len} tokens{halves if sets == 3 else ''}; activations of "
         "one forward pass and the decomposition's workspace come on top"
     ]
     if needs.positions is not None and seq_len > needs.positions:
@@ -69,11 +79,12 @@ def plan(
             f"the model has {needs.positions} positions and cannot run {seq_len} tokens: lower "
             f"--seq-len to {needs.positions}"
         )
-    if needs.block_bytes is None:
-        notes.append(f"block by block: not possible, since {needs.obstacle}")
+    if BY_BLOCK not in ways:
+        obstacle = "gradients take one pass through the whole model" if both else needs.obstacle
+        notes.append(f"block by block: not possible, since {obstacle}")
     if limit is not None:
         notes += _fitting(ways, limit, stability)
-    elif needs.block_bytes is not None:
+    elif BY_BLOCK in ways:
         notes.append("next: corda-kernels init, with --memory-limit to go block by block")
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     names = [name for _, members in needs.groups for name in members]
@@ -86,11 +97,13 @@ def plan(
     show(Table(title, ("", *columns), tuple(rows), tuple(notes)))
 
 
-def _fitting(ways: dict[str, tuple[int, int, int]], limit: int, stability: bool) -> list[str]:
+def _fitting(ways: dict[str, dict[str, int]], limit: int, stability: bool) -> list[str]:
     """Lines on which ways fit into a device's memory; the hidden states wait on the host."""
     from corda_kernels.outputs import format_bytes
 
-    fits = [way for way, (weights, sums, _) in ways.items() if weights + sums <= limit]
+    fits = [
+        way for way, sizes in ways.items() if sum(sizes.values()) - sizes["hidden states"] <= limit
+    ]
     room = format_bytes(limit)
     lines = [f"{room} hold weights and covariances: {', '.join(fits) or 'in none of these ways'}"]
     if OFFLOADED in ways:
@@ -101,7 +114,7 @@ def _fitting(ways: dict[str, tuple[int, int, int]], limit: int, stability: bool)
     if ONE_PASS in fits:
         lines.append("next: corda-kernels init")
     elif BY_BLOCK in fits:
-        left = limit - ways[BY_BLOCK][0]
+        left = limit - ways[BY_BLOCK]["weights"]
         lines.append(f"next: corda-kernels init --memory-limit {left // 10**6}MB")
     elif OFFLOADED in fits:
         lines.append(

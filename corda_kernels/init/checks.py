@@ -224,6 +224,31 @@ def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) 
         raise CovarianceError("the covariances cover none of the target layers")
 
 
+def check_gradients(
+    modules: Mapping[str, nn.Module], covariances: CovarianceSet, config: CordaConfig
+) -> None:
+    """Makes sure that given covariances have the gradients that the configuration builds on."""
+    if config.sides != "both":
+        return
+    for name, module in modules.items():
+        found = covariances.gradients.get(name)
+        if name in covariances and found is None:
+            raise CovarianceError(
+                f"there is no gradient for layer {name}, and {config.mode!r} with "
+                f'sides="both" builds on it: calibrate(…, sides="both", labels="{config.labels}")'
+            )
+        if found is not None and found.mean.shape != linear_shape(module):
+            raise CovarianceError(
+                f"layer {name} is {linear_shape(module)}, but its gradient "
+                f"{tuple(found.mean.shape)}: the gradients were taken from another model"
+            )
+    if config.mode == "task" and covariances.provenance.get("labels") == "sampled":
+        raise CovarianceError(
+            'the gradients are of labels that were sampled, whose mean is noise: mode "task" '
+            'builds on calibrate(…, sides="both", labels="given")'
+        )
+
+
 def warn_rank_deficient(
     names: Collection[str], inputs: Sequence[Mapping[str, Any]], damping: float | None
 ) -> None:

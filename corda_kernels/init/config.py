@@ -9,6 +9,7 @@ from typing import Any, Literal
 from corda_kernels.adapter.factors import check_hold
 from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
 from corda_kernels.calibration.experts import Experts
+from corda_kernels.calibration.gradients import Labels, Sides
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
@@ -59,6 +60,8 @@ class CalibrationPlan:
             the mean of both halves', each drawn towards the half's own mean.
         memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
             of both halves and their mean count, or two candidates. None for no limit.
+        sides: see `calibrate`; "both" takes one pass, and no candidates.
+        labels: see `calibrate`; None for "given".
         distributed: see `calibrate`; the ranks share the judging too.
         progress: whether to show progress bars.
     """
@@ -72,6 +75,8 @@ class CalibrationPlan:
     experts: Experts | None = None
     stability: bool = False
     memory_limit: int | None = None
+    sides: Sides = "inputs"
+    labels: Labels | None = None
     distributed: bool = False
     progress: bool = True
 
@@ -91,6 +96,18 @@ class CalibrationPlan:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         if self.memory_limit is not None:
             whole_number("memory_limit", self.memory_limit, 0)
+        one_of("sides", self.sides, ("inputs", "both"))
+        object.__setattr__(self, "labels", "given" if self.labels is None else self.labels)
+        one_of("labels", self.labels, ("given", "sampled"))
+        if self.sides == "both" and self.experts is not None:
+            raise ConfigError(
+                "gradients are taken at linear layers, not of fused experts: leave experts at None"
+            )
+        if self.sides == "both" and self.candidates > 1:
+            raise ConfigError(
+                "candidates are selected by their covariances, and gradients are of one sample: "
+                "leave candidates at 1"
+            )
 
     @property
     def ends(self) -> tuple[End, ...]:
@@ -114,9 +131,13 @@ class CordaConfig(CalibrationPlan):
 
     Attributes:
         mode: "kpm" trains the smallest components and calibrates on the knowledge to keep; "ipm"
-            trains the largest and calibrates on the new task.
-        rank: number of components of every layer; the LoRA's rank is twice that. With a budget no
-            more than the rank at which the stability is judged.
+            trains the largest and calibrates on the new task. "task" starts from the task's
+            gradient Ḡ: a plain LoRA with A = V_rᵀ C^-½ of the largest singular pairs of Ḡ C^-½,
+            scaled to the RMS of LoRA's own, and B = 0, where C is that of the knowledge to keep
+            (the identity without, as in LoRA-GA and LoRA-One); see `steepest_rows`.
+        rank: number of components of every layer; the LoRA's rank is twice that, in mode "task"
+            and with `residual="weight"` the same. With a budget no more than the rank at which the
+            stability is judged.
         budget: shares so many adapter parameters out over the layers instead: a number of them, a
             share of the model (0.01 or "1%"), or "r=128", what so many components would take in all
             layers.
@@ -149,15 +170,21 @@ class CordaConfig(CalibrationPlan):
             decomposing two halves of them as well, which takes about as long again; not with
             several candidates.
         memory_limit: of the covariances, in bytes; if all of them take more, the model is
-            calibrated and decomposed block by block, which no budget can be shared out in. None
-            for no limit.
+            calibrated and decomposed block by block, which no budget can be shared out in, and
+            which takes no gradients. None for no limit.
+        sides: "both" weights the outputs too: components of D^½ W C^½ in place of W C, where
+            D = E[g gᵀ] of the gradients at the layer's outputs. Mode "task" takes gradients anyway.
+        labels: of the losses whose gradients those are, see `calibrate`; None for "sampled", and in
+            mode "task" "given".
+        freeze_a: in mode "task" whether A stays as it is and only B is trained, so that the change
+            never leaves the span of A's rows.
         distributed: whether the ranks of torch.distributed share the work; all of them must be
             given the same model, batches and options, which they compare before they begin, and
             end up with the same adapter.
         progress: whether to show progress bars.
     """
 
-    mode: Literal["kpm", "ipm"]
+    mode: Literal["kpm", "ipm", "task"]
     budget: int | float | str | None = None
     min_rank: int = 0
     max_rank: int | None = None
@@ -170,6 +197,7 @@ class CordaConfig(CalibrationPlan):
     use_dora: bool = False
     method: Literal["auto", "exact", "randomized"] = "auto"
     seed: int = 0
+    freeze_a: bool = False
 
     def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
         """Refuses options of LoraConfig that are not passed on, with the reason."""
@@ -179,8 +207,14 @@ class CordaConfig(CalibrationPlan):
 
     def __post_init__(self) -> None:
         """Refuses values that are not allowed."""
+        one_of("mode", self.mode, ("kpm", "ipm", "task"))
+        if self.mode == "task":
+            object.__setattr__(self, "sides", "both")
+        elif self.labels is None:
+            object.__setattr__(self, "labels", "sampled")
         super().__post_init__()
-        one_of("mode", self.mode, ("kpm", "ipm"))
+        flag("freeze_a", self.freeze_a)
+        self._check_gradients()
         one_of("residual", self.residual, (None, "weight"))
         one_of("method", self.method, ("auto", "exact", "randomized"))
         flag("use_dora", self.use_dora)
@@ -206,6 +240,35 @@ class CordaConfig(CalibrationPlan):
                 "these"
             )
 
+    def _check_gradients(self) -> None:
+        """Refuses options that do not go with mode "task", or with gradients."""
+        if self.mode == "task":
+            if self.labels == "sampled":
+                raise ConfigError(
+                    'mode "task" follows the gradient of the task\'s own labels; that of sampled '
+                    'ones is 0 but for noise: leave labels at "given"'
+                )
+            if self.hold != 1 or self.residual is not None:
+                raise ConfigError(
+                    'mode "task" is a plain LoRA at the scale of LoRA\'s own: leave hold at 1 and '
+                    "residual at None"
+                )
+        elif self.freeze_a:
+            raise ConfigError(
+                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
+                'trained: freeze_a is of mode "task"'
+            )
+        if self.sides == "both" and self.stability:
+            raise ConfigError(
+                'the stability is that of components of W·C, which neither mode "task" nor '
+                'sides="both" decomposes: leave it off'
+            )
+        if self.sides == "both" and self.budget is not None:
+            raise ConfigError(
+                'a budget is shared out by the spectra of W·C, which neither mode "task" nor '
+                'sides="both" decomposes: give a rank instead'
+            )
+
     @property
     def bounds(self) -> tuple[int, int | None, int]:
         """Of a rank under a budget: the least, the most, and what it is a multiple of."""
@@ -224,12 +287,12 @@ class CordaConfig(CalibrationPlan):
     @property
     def rows(self) -> int:
         """Rows of the LoRA for each component."""
-        return 2 if self.residual is None else 1
+        return 2 if self.residual is None and self.mode != "task" else 1
 
     @property
     def which(self) -> End:
         """The end of the spectrum that the mode trains."""
-        return "largest" if self.mode == "ipm" else "smallest"
+        return "smallest" if self.mode == "kpm" else "largest"
 
     @property
     def ends(self) -> tuple[End, ...]:

@@ -17,7 +17,7 @@ from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.calibration.experts import warn_unseen_experts
-from corda_kernels.calibration.needs import covariance_bytes
+from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.calibration.passes import refuse_unseen, unseen
 from corda_kernels.errors import (
     BatchError,
@@ -102,7 +102,8 @@ def covariance_stages(
 
         def made(part: int) -> CovarianceSet:
             with clock.stage("calibration"), _part_of(batches, part, parts) as of_part:
-                return calibrate(model, of_part, checkpoint=kept[part], **options)
+                given: Any = {"sides": plan.sides, "labels": plan.labels}
+                return calibrate(model, of_part, checkpoint=kept[part], **given, **options)
 
         yield _united(model, [partial(made, part) for part in range(parts)], plan, domain, clock)
         return
@@ -139,8 +140,15 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
         return False
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
     needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
+    if plan.sides == "both":
+        needed += sets * gradient_bytes(model, plan.targets)
     if needed <= limit:
         return False
+    if plan.sides == "both":
+        raise ConfigError(
+            "gradients are taken in one pass through the whole model, not block by block: raise "
+            f"the memory limit to {needed} bytes, or choose fewer targets"
+        )
     if plan.all_at_once:
         raise ConfigError(
             "a budget is shared out by the spectra of all layers, which block by block are not at "

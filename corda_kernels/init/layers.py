@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, adapter_factors, published_factors
+from corda_kernels.adapter import (
+    AdapterFactors,
+    LayerAdapter,
+    adapter_factors,
+    published_factors,
+    task_factors,
+)
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.errors import OutOfMemoryWarning, warn
+from corda_kernels.errors import DecompositionError, OutOfMemoryWarning, warn
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.measured import sampled_spectrum
-from corda_kernels.linalg import co_svd_layers
+from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, map_layers, steepest_rows
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
@@ -39,8 +45,16 @@ def made_layers(
     covariances: CovarianceSet,
     components: Mapping[str, int],
     config: CordaConfig,
+    keep: CovarianceSet | None = None,
 ) -> dict[str, MadeLayer]:
     """The adapter of every module that gets a component, each made by one of the ranks.
+
+    Args:
+        modules: the layers.
+        covariances: of them, with gradients where the configuration builds on these.
+        components: how many each gets.
+        config: how.
+        keep: in mode "task" the covariances of what is to be kept.
 
     Raises:
         DecompositionError: a covariance is not finite.
@@ -57,7 +71,8 @@ def made_layers(
                 for name in together:
                     stack.enter_context(weights_at_hand(share[name]))
                 weights = {name: linear_weight(share[name]).detach() for name in together}
-                for name, layer in _decomposed(weights, covariances, components, config):
+                decomposed = _decomposed(weights, covariances, components, config, keep)
+                for name, layer in decomposed:
                     made[name] = layer
                     bar.update()
     if ranks.size > 1:
@@ -96,20 +111,18 @@ def _decomposed(
     covariances: CovarianceSet,
     components: Mapping[str, int],
     config: CordaConfig,
+    keep: CovarianceSet | None,
 ) -> Iterator[tuple[str, MadeLayer]]:
     """Each layer's decomposition, on the CPU where a device's memory runs out, as an adapter."""
     left = dict(weights)
 
     def adapters(of: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
-        for name, part in co_svd_layers(
-            of,
-            {name: covariances[name].matrix for name in of},
-            rank=components,
-            which=config.which,
-            method=config.method,
-            damping=config.damping,
-            seed=config.seed,
-        ):
+        if config.mode == "task":
+            for name, layer in _task_starts(of, covariances, components, config, keep):
+                del left[name]
+                yield name, layer
+            return
+        for name, part in _parts(of, covariances, components, config):
             note = {
                 "rank": components[name],
                 "tokens": covariances[name].tokens,
@@ -119,7 +132,9 @@ def _decomposed(
             }
             whole = min(of[name].shape)
             first = 0 if config.which == "largest" else whole - components[name]
-            spectrum = sampled_spectrum(part.S, first, whole)
+            spectrum = {}
+            if config.sides == "inputs":
+                spectrum = sampled_spectrum(part.S, first, whole)
             if config.residual is None:
                 found = adapter_factors(of[name], part, hold=config.hold)
             else:
@@ -141,3 +156,77 @@ def _decomposed(
             reason = f"{weight.device} has too little memory to decompose layer {name}"
             warn(f"{reason}: the CPU takes over", OutOfMemoryWarning)
             yield from adapters({name: weight.cpu()})
+
+
+def _parts(
+    weights: Mapping[str, Tensor],
+    covariances: CovarianceSet,
+    components: Mapping[str, int],
+    config: CordaConfig,
+) -> Iterator[tuple[str, CoSVD]]:
+    """The components of W·C, or of D^½ W C^½ where both sides count."""
+    options: dict[str, Any] = {
+        "which": config.which,
+        "method": config.method,
+        "damping": config.damping,
+    }
+    if config.sides == "inputs":
+        matrices = {name: covariances[name].matrix for name in weights}
+        return co_svd_layers(weights, matrices, rank=components, seed=config.seed, **options)
+
+    def both(name: str) -> tuple[str, CoSVD]:
+        W = weights[name]
+        with _named(name):
+            return name, co_svd(
+                W,
+                covariances[name].matrix,
+                rank=components[name],
+                generator=torch.Generator(W.device).manual_seed(config.seed),
+                output_covariance=covariances.gradients[name].matrix,
+                power=0.5,
+                **options,
+            )
+
+    return map_layers(both, weights)
+
+
+def _task_starts(
+    weights: Mapping[str, Tensor],
+    covariances: CovarianceSet,
+    components: Mapping[str, int],
+    config: CordaConfig,
+    keep: CovarianceSet | None,
+) -> Iterator[tuple[str, MadeLayer]]:
+    """Each layer's LoRA in the steepest directions of its gradient."""
+
+    def start(name: str) -> tuple[str, MadeLayer]:
+        gradient = covariances.gradients[name].mean.to(weights[name].device)
+        with _named(name):
+            rows, S, residual = steepest_rows(
+                gradient,
+                None if keep is None else keep[name].matrix,
+                rank=components[name],
+                damping=config.damping,
+                method=config.method,
+                seed=config.seed,
+            )
+        note = {
+            "rank": components[name],
+            "tokens": covariances[name].tokens,
+            "sigma_max": float(S[0]),
+            "sigma_min": float(S[-1]),
+            "residual": float(residual),
+        }
+        adapter = LayerAdapter(task_factors(rows, len(gradient)).to(torch.float32))
+        return name, MadeLayer(adapter, note, {})
+
+    return map_layers(start, weights)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the layer's name before what a decomposition refuses."""
+    try:
+        yield
+    except DecompositionError as error:
+        raise DecompositionError(f"layer {name}: {error}") from error

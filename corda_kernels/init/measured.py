@@ -77,12 +77,13 @@ def measured_layer(
 
     Args:
         module: the layer.
-        part: of the spectrum, what was decomposed, from `sampled_spectrum`.
+        part: of the spectrum, what was decomposed, from `sampled_spectrum`; {} where that was
+            something else than W·C.
         whole: the whole one, where a budget asked for it; it is taken instead.
         condition: what its log condition is of; only "ratio" tells λmax/λmin.
     """
     outputs, inputs = linear_shape(module)
-    note: dict[str, Any] = {"shape": [outputs, inputs], "spectrum": part}
+    note: dict[str, Any] = {"shape": [outputs, inputs], "spectrum": part or None}
     if whole is not None:
         values = whole.singular_values
         note["spectrum"] = sampled_spectrum(values, 0, values.numel())

@@ -18,13 +18,14 @@ from corda_kernels.errors import CalibrationError, ConfigError, RankError
 from corda_kernels.init.checks import (
     adapter_parameters,
     check_covered,
+    check_gradients,
     check_targets,
     modules_to_save,
     selected_experts,
     warn_left_out,
     warn_rank_deficient,
 )
-from corda_kernels.init.config import CordaConfig
+from corda_kernels.init.config import CalibrationPlan, CordaConfig
 from corda_kernels.init.covariances import DOMAIN, covariance_stages, united_provenance
 from corda_kernels.init.experts import (
     active_experts,
@@ -55,6 +56,7 @@ def init_corda(
     config: CordaConfig,
     *,
     use_peft: bool = True,
+    keep: Iterable[Batch] | CovarianceSet | None = None,
 ) -> PeftModel | nn.Module:
     """Initialises a CorDA adapter and attaches it, ready to train.
 
@@ -66,10 +68,13 @@ def init_corda(
         config: how.
         use_peft: False for CordaLinear layers in place of a PeftModel; a classification head is
             then frozen as the rest.
+        keep: in mode "task" a sample of the knowledge to keep, as batches or covariances; None for
+            no regard to any.
 
     Returns:
-        A stock PeftModel with one LoRA of twice the rank, all of it to be trained; or, without
-        PEFT, `model` with its layers replaced by CordaLinear.
+        A stock PeftModel with one LoRA of twice the rank (in mode "task" of the rank), all of it to
+        be trained but for `freeze_a`; or, without PEFT, `model` with its layers replaced by
+        CordaLinear.
 
     Raises:
         TargetError: no layer matches.
@@ -84,13 +89,13 @@ def init_corda(
 
     Source: CorDA (arXiv:2406.05223), algorithm 1.
     """
-    _check_kinds(data, config)
+    _check_kinds(data, config, keep)
     flag("use_peft", use_peft)
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
     check_at_hand(check_targets(model, config, use_peft=use_peft))
     Ranks.of(config.distributed).agree("init_corda", lambda: {"use_peft": use_peft})
-    adapter = corda_adapter(model, data, config, use_peft=use_peft)
+    adapter = corda_adapter(model, data, config, use_peft=use_peft, keep=keep)
     return attach(model, adapter, use_peft=use_peft, copy=False)
 
 
@@ -101,6 +106,7 @@ def corda_adapter(
     *,
     domain: str = DOMAIN,
     use_peft: bool = True,
+    keep: Iterable[Batch] | CovarianceSet | None = None,
 ) -> Adapter:
     """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
 
@@ -110,15 +116,17 @@ def corda_adapter(
         config: see `init_corda`.
         domain: what the batches are a sample of.
         use_peft: whether it is to be attached by PEFT, which cannot adapt every layer.
+        keep: see `init_corda`.
 
     Raises:
         CordaError: see `init_corda`.
     """
-    _check_kinds(data, config)
+    _check_kinds(data, config, keep)
     modules = check_targets(model, config, use_peft=use_peft)
     experts = selected_experts(model, config)
     warn_left_out(model, config, modules)
     unpack(modules)
+    given = covariances_given(keep) if isinstance(keep, CovarianceSet) else {}
     Ranks.of(config.distributed).agree(
         "corda_adapter",
         lambda: {
@@ -128,12 +136,18 @@ def corda_adapter(
             # Batches are compared where they are run.
             "data": "covariances" if isinstance(data, CovarianceSet) else "batches",
             **(covariances_given(data) if isinstance(data, CovarianceSet) else {}),
+            "keep": "none" if keep is None else type(keep) is CovarianceSet,
+            **{f"{name} to keep": value for name, value in given.items()},
         },
     )
     clock = Stopwatch(devices(model))
     stages: Iterable[CovarianceSet]
+    kept: CovarianceSet | None = None
+    if isinstance(keep, CovarianceSet):
+        check_covered(modules, keep)
     if isinstance(data, CovarianceSet):
         check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
+        check_gradients(modules, data, config)
         stages = (data,)
     else:
         # Names are given only where the targets would be more than can be adapted.
@@ -146,10 +160,14 @@ def corda_adapter(
     measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
-        measured["inputs"] += united_inputs(covariances, experts)
+        if keep is not None:
+            kept = _kept(model, keep, config, list(modules), clock)
+        measured["inputs"] += united_inputs(covariances if kept is None else kept, experts)
         provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
         covered = {name: module for name, module in layers.items() if name in covariances}
+        if kept is not None:
+            covered = {name: module for name, module in covered.items() if name in kept}
         shapes = {
             name: shape
             for name, shape in layer_shapes(modules, experts).items()
@@ -171,16 +189,20 @@ def corda_adapter(
                 allocation = _shared_out(united_spectra(experts, spectra), shapes, budget, config)
             ranks = allocation["ranks"]
         with clock.stage("decomposition"):
-            made |= made_layers(covered, covariances, for_each(experts, ranks), config)
+            made |= made_layers(covered, covariances, for_each(experts, ranks), config, kept)
         for name, module in covered.items():
             part = made[name].spectrum if name in made else {}
             note = measured_layer(module, part, spectra.get(name), config.condition)
             measured["layers"][name] = note
         del covariances  # before the next ones are made
-    warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
+    if config.mode != "task" or kept is not None:
+        warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
     made, measured["layers"] = united_experts(experts, made, measured["layers"])
     made = {name: made[name] for name in (*modules, *experts) if name in made}
     calibration = united_provenance(provenances)
+    if kept is not None:
+        notes = ("model", "data", "mixture", "tokens")
+        calibration["keep"] = {n: kept.provenance[n] for n in notes if n in kept.provenance}
     stability = calibration.pop("stability", None)
     if stability:
         # A covariance file may know of other layers, and of the end that is not trained.
@@ -210,8 +232,26 @@ def corda_adapter(
         },
         versions=library_versions(),
         lora=config.lora | ({"modules_to_save": saved} if saved else {}),
+        freeze_a=config.freeze_a,
     )
     return Adapter({name: layer.adapter for name, layer in made.items()}, record)
+
+
+def _kept(
+    model: nn.Module,
+    keep: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    targets: list[str],
+    clock: Stopwatch,
+) -> CovarianceSet:
+    """The covariances of what is to be kept, in one pass."""
+    if isinstance(keep, CovarianceSet):
+        return keep
+    plan = CalibrationPlan(
+        targets=targets, distributed=config.distributed, progress=config.progress
+    )
+    (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
+    return kept
 
 
 def _shared_out(
@@ -230,7 +270,7 @@ def _shared_out(
         {name: spectrum.log_condition for name, spectrum in spectra.items()},
         shapes,
         budget=budget,
-        mode=config.mode,
+        mode="kpm" if config.which == "smallest" else "ipm",
         min_rank=config.min_rank,
         max_rank=config.max_rank,
         rank_multiple=config.rank_multiple,
@@ -246,7 +286,14 @@ def _shared_out(
     return {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
 
 
-def _check_kinds(data: object, config: object) -> None:
+def _check_kinds(data: object, config: CordaConfig, keep: object) -> None:
     instance_of("config", config, CordaConfig)
     remedy = "give batches of token ids or covariances"
     instance_of("data", data, Iterable, CalibrationError, remedy=remedy)
+    if keep is not None:
+        instance_of("keep", keep, Iterable, CalibrationError, remedy=remedy)
+        if config.mode != "task":
+            raise ConfigError(
+                f'mode "{config.mode}" is made of one sample, `data`: leave keep out, or take mode '
+                '"task"'
+            )

@@ -2,12 +2,13 @@
 
 from corda_kernels.linalg.context_svd import CoSVD, co_svd, singular_values
 from corda_kernels.linalg.exact import End
+from corda_kernels.linalg.gradient import steepest_rows
 from corda_kernels.linalg.inverse import (
     RegularizedInverse,
     extreme_eigenvalues,
     regularized_inverse,
 )
-from corda_kernels.linalg.layers import co_svd_layers, parallel_map
+from corda_kernels.linalg.layers import co_svd_layers, map_layers, parallel_map
 
 __all__ = [
     "CoSVD",
@@ -16,7 +17,9 @@ __all__ = [
     "co_svd",
     "co_svd_layers",
     "extreme_eigenvalues",
+    "map_layers",
     "parallel_map",
     "regularized_inverse",
     "singular_values",
+    "steepest_rows",
 ]

@@ -280,13 +280,23 @@ def _output_root(weight: Tensor, output_covariance: Tensor, damping: float | Non
     wanted = "an output covariance (*batch, out, out)"
     _check_side(weight, -2, output_covariance, "output covariance", wanted)
     check_entries("output covariance", output_covariance, "check the model's weights")
-    P, ratio = _cholesky(damped(output_covariance.to(weight.device), damping).double())
-    if bool((ratio <= P.shape[-1] * torch.finfo(P.dtype).eps).any()):
+    D = damped(output_covariance.to(weight.device), damping).double()
+    return factored(D, f"an output covariance ({D.shape[-1]} outputs)")
+
+
+def factored(matrix: Tensor, name: str) -> Tensor:
+    """The lower Cholesky factor of a positive definite matrix (*batch, d, d) in float64.
+
+    Raises:
+        DecompositionError: the matrix, for which `name` stands, is not that to working precision.
+    """
+    factor, ratio = _cholesky(matrix)
+    if bool((ratio <= factor.shape[-1] * torch.finfo(factor.dtype).eps).any()):
         raise DecompositionError(
-            f"an output covariance ({P.shape[-1]} outputs) is singular or indefinite, from too few "
-            "tokens or with dead outputs: use a damping, such as 0.01"
+            f"{name} is singular or indefinite, from too few tokens or with dead channels: use a "
+            "damping, such as 0.01"
         )
-    return P
+    return factor
 
 
 def input_root(C: Tensor) -> Tensor:

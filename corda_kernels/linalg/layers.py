@@ -127,6 +127,15 @@ def co_svd_layers(
         yield name, found
 
 
+def map_layers(
+    function: Callable[[str], Result], weights: Mapping[str, Tensor]
+) -> Iterator[Result]:
+    """`function` of every layer's name: of small ones on a CPU side by side, one thread each."""
+    small = [name for name, W in weights.items() if W.device == _CPU and max(W.shape) <= _SMALL]
+    large = [name for name in weights if name not in small]
+    return chain(parallel_map(function, small), map(function, large))
+
+
 def _together(
     weights: Mapping[str, Tensor], covariances: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> dict[torch.device, list[list[str]]]:

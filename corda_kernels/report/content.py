@@ -19,6 +19,12 @@ from corda_kernels.planning.scores import SCORING_DAMPING
 
 # Of covariances where no adapter says with which damping they are used.
 DAMPING = SCORING_DAMPING
+# What an adapter of each mode trains.
+_TRAINS = {
+    "ipm": "the largest components",
+    "kpm": "the smallest components",
+    "task": "the steepest directions of the task's gradient",
+}
 # What is raised by code that reads a note of another form than it expects.
 _ALTERED = (CovarianceError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -172,7 +178,7 @@ class Report:
         layers: by name, in the model's order.
         damping: of the covariances in conditions and spectra of W·C, times their mean diagonal.
         inputs: of the layers.
-        mode: "ipm" or "kpm"; None where there is no adapter.
+        mode: "ipm", "kpm" or "task"; None where there is no adapter.
         allocation: how a budget was shared out; {} without one.
         trainable: adapter parameters.
         stability: None where it was not measured.
@@ -287,7 +293,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         title=f"{record.mode.upper()} adapter of {describe_ranks(record)} for {len(record.layers)} "
         f"layers of {record.base_name} ({', '.join(form)})",
         summary=(
-            ("trains", f"the {'largest' if record.mode == 'ipm' else 'smallest'} components"),
+            ("trains", _TRAINS[record.mode] + (", B alone" if record.freeze_a else "")),
             ("trainable parameters", f"{trainable:,}"),
             ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
             *lines,

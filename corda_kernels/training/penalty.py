@@ -14,25 +14,29 @@ from torch import Tensor, nn
 
 from corda_kernels.adapter import AdapterFactors, LayerAdapter, LiveAdapter, live_adapter
 from corda_kernels.adapter.linear import base_layer
-from corda_kernels.arguments import instance_of
+from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.gradients import Sides
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
 
 
-def drift_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
+def drift_penalty(
+    model: nn.Module, covariances: CovarianceSet, *, sides: Sides = "inputs"
+) -> Tensor:
     """The present value of `DriftPenalty`; a training loop makes one of these and calls it.
 
     Args:
         model: see `DriftPenalty`.
         covariances: see `DriftPenalty`.
+        sides: see `DriftPenalty`.
 
     Raises:
         CordaError: see `DriftPenalty`.
     """
-    return DriftPenalty(model, covariances)()
+    return DriftPenalty(model, covariances, sides=sides)()
 
 
 def compactness_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
@@ -131,6 +135,11 @@ class DriftPenalty(_Penalty):
     output, in the squared unit of its activations. It is not divided by anything. Value and
     gradient are 0 at the start.
 
+    With `sides="both"` it is Σ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients at the layer's
+    outputs: each layer's change counts by what it does to the loss. With D of sampled labels half
+    of it estimates the mean KL divergence from the base, in nats a token (K-FAC; layers are taken
+    to act independently), so that layers weigh as they do there.
+
     ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
     layers that read one input share one product with C.
 
@@ -139,27 +148,44 @@ class DriftPenalty(_Penalty):
     """
 
     @without_autocast()
-    def __init__(self, model: nn.Module, covariances: CovarianceSet) -> None:
-        """Finds the adapter's factors and takes each C to the device of its layers.
+    def __init__(
+        self, model: nn.Module, covariances: CovarianceSet, *, sides: Sides = "inputs"
+    ) -> None:
+        """Finds the adapter's factors and takes each C, and D, to the device of its layers.
 
         Args:
             model: from `init_corda` or `load_for_training`, with PEFT or without, or a PeftModel
                 with a plain LoRA; on its device already.
-            covariances: of the text on which outputs are to be kept, for all adapted layers.
+            covariances: of the text on which outputs are to be kept, for all adapted layers; with
+                gradients where both sides count, see `calibrate`.
+            sides: "inputs", or "both" for D as well.
 
         Raises:
             AdapterError: the model carries no adapter, or one of another kind.
-            CovarianceError: a layer has no covariance, or one of another size.
+            ConfigError: sides has an unknown value.
+            CovarianceError: a layer has no covariance or gradient, or one of another size.
             ModelError: what is given is no model.
         """
+        one_of("sides", sides, ("inputs", "both"))
         super().__init__(live_adapter(model), covariances)
+        self._outputs: dict[str, Tensor] = {}
+        for shared in self._inputs if sides == "both" else ():
+            for name, layer in shared.layers.items():
+                gradient = covariances.gradients.get(name)
+                if gradient is None or len(gradient.matrix) != len(layer.B):
+                    raise CovarianceError(
+                        f"there is no gradient for the adapted layer {name}, or one of another "
+                        'size: calibrate(…, sides="both", labels="sampled") the base of this model'
+                    )
+                self._outputs[name] = gradient.matrix.to(shared.C)
 
     def _of(self, shared: _SharedInput) -> Tensor:
         changes = [layer.change() for layer in shared.factors()]
         images = shared.times(change.A for change in changes)
         total = shared.C.new_zeros(())
-        for change, image in zip(changes, images, strict=True):
-            gram = change.B.mT @ change.B
+        for name, change, image in zip(shared.layers, changes, images, strict=True):
+            D = self._outputs.get(name)
+            gram = change.B.mT @ (change.B if D is None else D @ change.B)
             total = total + change.scaling**2 * (gram * (image @ change.A.mT)).sum()
         return total
 

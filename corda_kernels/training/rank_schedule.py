@@ -104,7 +104,7 @@ class RankSchedule:
             )
         record = live.record
         smallest_first = record is not None and record.mode == "kpm"
-        halves = 2 if record is not None and record.residual is None else 1
+        halves = 1 if record is None else record.rows
         ranks = {name: layer.trained.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))
         with contextlib.ExitStack() as stack:

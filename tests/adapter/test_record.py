@@ -83,6 +83,7 @@ WRONG: dict[str, list[Any]] = {
     "measured": [None, []],
     "versions": [None, "2"],
     "lora": [None, []],
+    "freeze_a": [None, 1, True],
     "base.source": [1, []],
     "base.sample": [None, [], [1.0] * 63, ["1"] * 64],
     "base.target_modules": [None, [1]],

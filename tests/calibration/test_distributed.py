@@ -136,6 +136,30 @@ def test_ranks_add_up_experts_that_only_some_of_them_reach(
         same(CovarianceSet.load(out / f"experts-{rank}"), expected)
 
 
+def test_ranks_give_the_gradients_and_the_task_start_of_one_process(
+    place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
+) -> None:
+    model, batches, _ = place
+    ranks, out = worked
+    expected = calibrate(model, batches, sides="both", labels="sampled", progress=False)
+    found = [CovarianceSet.load(out / f"both-{rank}") for rank in range(ranks)]
+    for name, whole in expected.gradients.items():
+        for part in ("matrix", "mean"):
+            first, *others = (getattr(each.gradients[name], part) for each in found)
+            error = (first - getattr(whole, part)).norm() / getattr(whole, part).norm()
+            assert error < 1e-5, (name, part)
+            assert all(torch.equal(first, other) for other in others)
+    task = corda_adapter(
+        model, batches, CordaConfig("task", rank=4, progress=False), keep=batches[1:]
+    )
+    made = [read_adapter(out / f"task-{rank}").layers for rank in range(ranks)]
+    for name, layer in task.layers.items():
+        A = made[0][name].A
+        signs = (A * layer.A).sum(1, keepdim=True).sign()
+        assert (signs * A - layer.A).norm() < 1e-2 * layer.A.norm(), name
+        assert all(torch.equal(A, other[name].A) for other in made)
+
+
 def test_ranks_share_blocks_too(
     place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
 ) -> None:

@@ -1,0 +1,211 @@
+"""The gradient side of calibration: D = E[g gᵀ] and Ḡ = E[g xᵀ] of every layer.
+
+One backward pass follows each forward pass, through the activations alone: no parameter gets a
+gradient, and nothing but the layers' inputs is kept beside what autograd keeps. The loss is the sum
+of the token losses, so that no normalisation of a trainer's is in g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from corda_kernels.arguments import holds_numbers
+from corda_kernels.calibration.batches import Batch
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.covariance import Covariance, Gradient
+from corda_kernels.errors import BatchError, CalibrationError, ModelError
+from corda_kernels.kernels import symmetrize_, syrk_
+from corda_kernels.models import output_head
+
+Sides = Literal["inputs", "both"]
+Labels = Literal["given", "sampled"]
+
+# A label that transformers leaves out of the loss.
+_IGNORED = -100
+# Labels go under this name with the tokens through `unpadded`, which drops "labels".
+_FIELD = "corda_labels"
+_HOST = torch.device("cpu")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses a model that has no loss of tokens to take gradients of.
+
+    Raises:
+        ModelError: it has no output head, or does not name its input embeddings.
+    """
+    if output_head(model) is None or not callable(getattr(model, "get_input_embeddings", None)):
+        raise ModelError(
+            f'{type(model).__name__} is no causal language model of transformers, and sides="both" '
+            'takes gradients of the token losses: load one with its head, or take sides="inputs"'
+        )
+
+
+def with_labels(batch: Batch, index: int) -> Batch:
+    """A batch whose labels, where it has some, stay with its tokens when padding is taken off.
+
+    Raises:
+        BatchError: the labels are no whole numbers of the shape of the token ids.
+    """
+    labels: Any = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None:
+        return batch
+    assert isinstance(batch, Mapping)
+    ids: Any = batch.get("input_ids")
+    whole = isinstance(labels, Tensor) and holds_numbers(labels) and labels.dtype == torch.int64
+    if isinstance(ids, Tensor) and (not whole or labels.shape != ids.shape):
+        says = f"has labels that are no int64 tensor of the shape of its input_ids, {ids.shape}"
+        raise BatchError(index, f"{says}: give token ids, or -100 for tokens without a loss")
+    return {**batch, _FIELD: labels}
+
+
+def backward_pass(
+    model: nn.Module, inputs: dict[str, Any], labels: Labels, batch: int, device: torch.device
+) -> None:
+    """Runs sequences of equal length, without padding, forward and backward.
+
+    Args:
+        model: a causal language model, of which `GradientCapture` follows the activations.
+        inputs: what it takes, and labels under the name that `with_labels` gave them.
+        labels: which losses are summed, see `calibrate`.
+        batch: number of the batch, by which labels are drawn, and for messages.
+        device: of the inputs.
+
+    Raises:
+        BatchError: a label is no token of the model.
+    """
+    given = inputs.pop(_FIELD, None)
+    with torch.enable_grad():
+        logits = model(**inputs).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # The logits of a token are those of the next one.
+        following = inputs["input_ids"] if given is None else given
+        following = nn.functional.pad(following[:, 1:], (0, 1), value=_IGNORED).to(logits.device)
+        if labels == "sampled":
+            counted = torch.ones_like(following) if given is None else following != _IGNORED
+            generator = torch.Generator(device).manual_seed(batch)
+            drawn = _drawn(logits.detach(), generator)
+            following = torch.where(counted.bool(), drawn, _IGNORED)
+        else:
+            _check_labels(following, logits.shape[-1], batch)
+        loss = cross_entropy(
+            logits.flatten(0, 1), following.flatten(), ignore_index=_IGNORED, reduction="sum"
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each position (batch, seq) of logits (batch, seq, vocabulary)."""
+    shares = logits.flatten(0, 1).softmax(-1)
+    found: Tensor = torch.multinomial(shares, 1, generator=generator)
+    return found.view(logits.shape[:2])
+
+
+def _check_labels(labels: Tensor, vocabulary: int, batch: int) -> None:
+    wrong = (labels != _IGNORED) & ((labels < 0) | (labels >= vocabulary))
+    if bool(wrong.any()):
+        odd = int(labels[wrong][0])
+        says = f"has the label {odd}, but the model's tokens are 0 to {vocabulary - 1}"
+        raise BatchError(batch, f"{says}: use -100 for tokens without a loss")
+
+
+@dataclass(kw_only=True)
+class GradientCapture(InputCapture):
+    """Accumulates D and Ḡ of every given module beside the covariances of their inputs.
+
+    Attributes:
+        model: whose loss is followed back, as far as its input embeddings.
+    """
+
+    model: nn.Module
+    gradients: dict[str, Gradient] | None = field(default_factory=dict, init=False)
+
+    def __enter__(self) -> GradientCapture:
+        super().__enter__()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._hooks.callback(parameter.requires_grad_, True)
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        self._hooks.enter_context(embeddings.register_forward_hook(_followed))
+        for name, module in self.modules.items():
+            assert isinstance(module, nn.Module)  # fused experts are refused before
+            hook = partial(self._watch, name)
+            self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def _watch(
+        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        assert self.gradients is not None
+        if name not in self.gradients:
+            out, device = output.shape[-1], _HOST if self.on_host else x.device
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            zeros = partial(torch.zeros, dtype=dtype, device=device)
+            self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
+        if output.requires_grad:
+            hook = partial(self._add_gradient, name, x, x._version, self._kept(name, x))
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _add_gradient(
+        self, name: str, x: Tensor, version: int, kept: Tensor | None, gradient: Tensor
+    ) -> None:
+        if x._version != version:
+            raise CalibrationError(
+                f"the input of layer {name} is changed in place after the layer has read it, so "
+                "that its gradient cannot be taken: leave the layer out of the targets"
+            )
+        assert self.gradients is not None
+        device = _HOST if self.on_host else gradient.device
+        # A checkpoint may have left the sums on another device.
+        sums = self.gradients[name] = self.gradients[name].to(device)
+        g = gradient.reshape(-1, gradient.shape[-1]).to(device)
+        rows = x.reshape(-1, x.shape[-1]).to(device)
+        if kept is not None:
+            g, rows = g[kept.to(device)], rows[kept.to(device)]
+        syrk_(sums.matrix, g, deterministic=self.deterministic)
+        sums.mean.addmm_(g.to(sums.mean.dtype).mT, rows.to(sums.mean.dtype))
+
+    def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
+        """As `InputCapture.end_pass`.
+
+        Raises:
+            CalibrationError: a gradient holds NaN or Inf.
+        """
+        super().end_pass(batch, tokens)
+        for name, gradient in (self.gradients or {}).items():
+            if not bool(gradient.matrix.diagonal().isfinite().all()):
+                raise CalibrationError(
+                    f"the gradient at layer {name} holds NaN or Inf in batch {batch} (counted from "
+                    "0): use a wider dtype (--dtype bfloat16 or float32)"
+                )
+
+    def means(self, covariances: Mapping[str, Covariance]) -> dict[str, Gradient]:
+        """D and Ḡ of the layers that have a covariance. Ends the accumulation.
+
+        Raises:
+            CalibrationError: no token had a loss.
+        """
+        found = {name: (self.gradients or {})[name] for name in covariances}
+        if not any(bool(gradient.matrix.diagonal().any()) for gradient in found.values()):
+            raise CalibrationError(
+                "no token has a loss, so that there is no gradient: every label is masked (-100), "
+                "or every sequence has a single token"
+            )
+        for name, gradient in found.items():
+            symmetrize_(gradient.matrix).div_(covariances[name].tokens)
+            gradient.mean.div_(covariances[name].tokens)
+        return found
+
+
+def _followed(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Embeddings as the place where a backward pass ends; a copy, which may be changed in place."""
+    return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else output

@@ -1,0 +1,258 @@
+"""Starts that know the task, and components weighted on both sides, from text to PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pairs import pairwise
+from peft import PeftModel
+from torch import Tensor, nn
+
+from corda_kernels import (
+    CordaConfig,
+    CovarianceSet,
+    DriftPenalty,
+    calibrate,
+    export_lora,
+    init_corda,
+    load_for_training,
+    save_adapter,
+)
+from corda_kernels.adapter import read_adapter, write_adapter
+from corda_kernels.errors import ConfigError, CordaError, CovarianceError
+from corda_kernels.init import corda_adapter
+from corda_kernels.linears import linear_weight
+
+ModelMaker = Callable[..., nn.Module]
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", initializer_range=0.1).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[list[Any], list[Any]]:
+    """Of the task, with labels for its answers alone, and of the knowledge to keep."""
+    generator = torch.Generator().manual_seed(2)
+    task, knowledge = (torch.randint(3, 64, (6, 20), generator=generator) for _ in range(2))
+    labels = task.masked_fill(torch.arange(20) < 8, -100)
+    return [{"input_ids": task, "labels": labels}], [knowledge]
+
+
+@pytest.fixture(scope="module")
+def both(model: nn.Module, texts: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
+    """Gradients of the task; covariances and gradients of the knowledge."""
+    task, knowledge = texts
+    options: dict[str, Any] = {"sides": "both", "progress": False}
+    return (
+        calibrate(model, task, **options),
+        calibrate(model, knowledge, labels="sampled", **options),
+    )
+
+
+def config(mode: Any = "task", **options: Any) -> CordaConfig:
+    return CordaConfig(mode, **({"rank": RANK, "progress": False} | options))
+
+
+def root(matrix: Tensor, power: float, damping: float = 0.01) -> Tensor:
+    matrix = matrix.double()
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix + damping * matrix.diagonal().mean() * eye)
+    return (vectors * values**power) @ vectors.T
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_task_start_is_that_of_its_definition(
+    model: nn.Module, texts: tuple[list[Any], list[Any]], both: tuple[Any, Any], kept: bool
+) -> None:
+    task, knowledge = texts
+    found = corda_adapter(model, task, config(), keep=knowledge if kept else None)
+    given = corda_adapter(model, both[0], config(), keep=both[1] if kept else None)
+    assert found.layers.keys() == both[0].keys()
+    for name, layer in found.layers.items():
+        channels = layer.A.shape[1]
+        S = torch.eye(channels, dtype=torch.float64)
+        if kept:
+            S = root(both[1][name].matrix, -0.5)
+        V = torch.linalg.svd(both[0].gradients[name].mean.double() @ S).Vh[:RANK]
+        rows = V @ S
+        rows *= (3 * channels) ** -0.5 / rows.square().mean().sqrt()
+        signs = (layer.A.double() * rows).sum(1, keepdim=True).sign()
+        error = (signs * layer.A - rows).norm() / rows.norm()
+        assert float(error) < 1e-4, name
+        assert layer.B.shape == (len(layer.B), RANK)
+        assert not layer.B.any()
+        assert layer.scaling == 1.0
+        again = given.layers[name].A
+        torch.testing.assert_close(again, layer.A, rtol=1e-3, atol=1e-4)
+    assert found.record.calibration.get("keep", {}).get("tokens") == (120 if kept else None)
+
+
+def test_it_is_a_plain_lora_for_stock_tools(
+    model: nn.Module,
+    texts: tuple[list[Any], list[Any]],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+) -> None:
+    task, knowledge = texts
+    base = copy.deepcopy(model)
+    before = logits(base)
+    adapted = init_corda(base, task, config(freeze_a=True), keep=knowledge)
+    assert torch.equal(logits(adapted), before)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_B" in name for name in trained)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    A = {n: p.clone() for n, p in adapted.named_parameters() if "lora_A" in n}
+    losses = []
+    for _ in range(3):
+        loss = adapted(**task[0]).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    now = dict(adapted.named_parameters())
+    assert all(torch.equal(now[name], rows) for name, rows in A.items())
+    save_adapter(adapted, tmp_path / "out")
+    expected = logits(adapted)
+    stock = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out")
+    assert stock.peft_config["default"].r == stock.peft_config["default"].lora_alpha == RANK
+    torch.testing.assert_close(logits(stock), expected)
+    again = load_for_training(copy.deepcopy(model), tmp_path / "out")
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == trained
+    assert "freeze" not in (tmp_path / "out" / "adapter_config.json").read_text()
+    assert "Train B; A stays" in (tmp_path / "out" / "README.md").read_text()
+    export_lora(tmp_path / "out", tmp_path / "exported")
+    exported = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "exported")
+    torch.testing.assert_close(logits(exported), expected)
+
+
+def test_without_peft_it_is_the_same(
+    model: nn.Module, both: tuple[Any, Any], tmp_path: Path
+) -> None:
+    adapted = init_corda(
+        copy.deepcopy(model), both[0], config(freeze_a=True), use_peft=False, keep=both[1]
+    )
+    trained = {n.rpartition(".")[2] for n, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {"B"}
+    save_adapter(adapted, tmp_path)
+    assert read_adapter(tmp_path).record.freeze_a
+
+
+@pairwise(mode=["kpm", "ipm"], residual=[None, "weight"], damping=[0.01, 0.1])
+def test_two_sided_components_are_those_of_their_definition(
+    model: nn.Module, both: tuple[Any, Any], mode: str, residual: Any, damping: float
+) -> None:
+    knowledge = both[1]
+    options = {"sides": "both", "residual": residual, "damping": damping}
+    found = corda_adapter(model, knowledge, config(mode, **options))
+    for name, layer in found.layers.items():
+        W = linear_weight(model.get_submodule(name)).detach().double()
+        C, D = knowledge[name].matrix, knowledge.gradients[name].matrix
+        left, right = root(D, 0.5, damping), root(C, 0.5, damping)
+        U, S, Vh = torch.linalg.svd(left @ W @ right, full_matrices=False)
+        some = slice(RANK) if mode == "ipm" else slice(-RANK, None)
+        B0, A0 = root(D, -0.5, damping) @ U[:, some], Vh[some] @ root(C, -0.5, damping)
+        note = found.record.layers[name]
+        assert note["sigma_max"] == pytest.approx(float(S[some][0]), rel=1e-5)
+        if residual is None:
+            P, rows = layer.B[:, :RANK].double(), layer.A[RANK:].double()
+        else:
+            P, rows = layer.B.double(), layer.A.double()
+        for ours, exact in ((P.T, B0.T), (rows, A0)):
+            ours, exact = (x / x.norm(dim=1, keepdim=True) for x in (ours, exact))
+            assert float((ours * exact).sum(1).abs().min()) > 1 - 1e-4, name
+        if residual is not None:
+            part = B0 * S[some] @ A0
+            product = layer.trained.product().double()
+            assert float((product - part).norm() / part.norm()) < 1e-4
+
+
+def test_the_penalty_weights_outputs(model: nn.Module, both: tuple[Any, Any]) -> None:
+    adapted = init_corda(copy.deepcopy(model), both[0], config(), keep=both[1]).double()
+    torch.manual_seed(3)
+    expected = 0.0
+    for name, part in both[1].items():
+        lora: Any = adapted.get_base_model().get_submodule(name)
+        B, A = (factors["default"].weight for factors in (lora.lora_B, lora.lora_A))
+        B.data = torch.randn_like(B)
+        change = (B @ A).detach()
+        D, C = both[1].gradients[name].matrix.double(), part.matrix.double()
+        expected += float((D @ change @ C @ change.T).trace())
+    penalty = DriftPenalty(adapted, both[1], sides="both")
+    value = penalty()
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-8)
+    value.backward()
+    plain = float(DriftPenalty(adapted, both[1])().detach())
+    assert plain != pytest.approx(expected, rel=0.1)
+    with pytest.raises(CovarianceError, match=r"no gradient for the adapted layer model\."):
+        DriftPenalty(adapted, CovarianceSet(both[1]), sides="both")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "budget": ({"budget": "r=4"}, "give a rank instead"),
+    "hold": ({"hold": 8}, "leave hold at 1"),
+    "residual": ({"residual": "weight"}, "residual at None"),
+    "labels": ({"labels": "sampled"}, "0 but for noise"),
+    "stability": ({"stability": True}, "leave it off"),
+    "candidates": ({"candidates": 2}, "leave candidates at 1"),
+    "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is of mode "task"'),
+    "two sides, budget": ({"mode": "ipm", "sides": "both", "budget": "r=4"}, "give a rank"),
+    "sides": ({"sides": "outputs", "mode": "kpm"}, "sides"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_do_not_go_together_are_refused(name: str) -> None:
+    options, says = REFUSED[name]
+    with pytest.raises(ConfigError, match=says):
+        config(**options)
+
+
+def test_what_does_not_go_is_refused_before_the_work(
+    model: nn.Module,
+    texts: tuple[list[Any], list[Any]],
+    both: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, knowledge = texts
+    monkeypatch.setattr(type(model), "forward", None)  # nothing runs
+    plain = CovarianceSet(both[1])
+    cases: list[tuple[Any, Any, Any, type[CordaError], str]] = [
+        (plain, config(), None, CovarianceError, r"no gradient for layer model\..*labels=.given"),
+        (plain, config("kpm", sides="both"), None, CovarianceError, "labels=.sampled"),
+        (both[1], config(), None, CovarianceError, "whose mean is noise"),
+        (task, config("kpm"), knowledge, ConfigError, "leave keep out"),
+        (task, config(), CovarianceSet({}), CovarianceError, "no covariance for layer"),
+    ]
+    for data, chosen, keep, error, says in cases:
+        with pytest.raises(error, match=says):
+            corda_adapter(model, data, chosen, keep=keep)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"one pass through the whole model.*raise the memory"):
+        corda_adapter(model, task, config(memory_limit=1), keep=knowledge)
+
+
+def test_a_folder_keeps_what_a_report_shows(
+    model: nn.Module, both: tuple[Any, Any], tmp_path: Path
+) -> None:
+    from corda_kernels.report import adapter_report
+
+    write_adapter(corda_adapter(model, both[0], config(), keep=both[1]), tmp_path)
+    adapter = read_adapter(tmp_path)
+    report = adapter_report("out", adapter)
+    assert report.mode == "task"
+    assert dict(report.summary)["trains"] == "the steepest directions of the task's gradient"
