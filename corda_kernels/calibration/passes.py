@@ -535,7 +535,7 @@ class CalibrationRun:
             refuse_unseen(missed)
             warn_unseen_experts(covariances)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
-        covariances, noted = capture.covariances(), {}
+        noted = {}
         if isinstance(capture, GradientCapture):
             noted = {"gradients": capture.means(covariances)}
         provenance = {"model": name, "tokens": tokens, "versions": library_versions()}
