@@ -209,3 +209,23 @@ def test_what_gives_no_gradients_is_refused(tiny_model: ModelMaker) -> None:
         calibrate(model, [ids], sides="outputs", progress=False)
     with pytest.raises(ConfigError, match="averages over tokens"):
         calibrate(model, [ids], normalize="peft", **BOTH)
+
+
+def test_tokens_that_do_not_count_are_in_no_mean(tiny_model: ModelMaker) -> None:
+    model = tiny_model("llama", initializer_range=0.1).double().eval()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+    counted, name = ids % 3 > 0, "model.layers.1.self_attn.q_proj"
+    batch = {"input_ids": ids, "token_mask": counted}
+    found = calibrate(model, [batch], targets=[name], **BOTH).gradients[name]
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(args[0].detach()[counted])
+        output.register_hook(lambda gradient: seen.append(gradient[counted]))
+
+    model.get_submodule(name).register_forward_hook(keep)
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    x, g = seen
+    assert close(found.matrix, g.T @ g / len(g))
+    assert close(found.mean, g.T @ x / len(g))
