@@ -35,6 +35,8 @@ def expert_covariances(
     covariances: CovarianceSet, parameters: Mapping[str, ExpertParameter]
 ) -> CovarianceSet:
     """The set with a covariance for each expert: its own, or that which all of them share."""
+    if not parameters:
+        return covariances
     found: dict[str, Covariance] = {}
     for name, covariance in covariances.items():
         if name in parameters:
@@ -47,5 +49,4 @@ def expert_covariances(
         normalize=covariances.normalize,
         left_out=covariances.left_out,
         provenance=covariances.provenance,
-        gradients=covariances.gradients,
     )
