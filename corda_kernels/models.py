@@ -111,9 +111,9 @@ def load_model(
     with _loading_errors(source):
         config, kind = _config_and_class(where, task, options)
         if not packed:
-            options |= _dequantised(config)
+            _dequantise(config)
         model, loaded = kind.from_pretrained(
-            where, dtype=dtype or "auto", output_loading_info=True, **options
+            where, config=config, dtype=dtype or "auto", output_loading_info=True, **options
         )
     missing = sorted(loaded["missing_keys"])
     heads = [name for name in missing if name.partition(".")[0].endswith(_HEADS)]
@@ -135,17 +135,15 @@ def load_model(
         raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
 
 
-def _dequantised(config: Any) -> dict[str, Any]:
-    """The option by which transformers dequantises the weights while it loads them, if it can."""
+def _dequantise(config: Any) -> None:
+    """Makes transformers dequantise the weights while it loads them, if it can."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     stored: Any = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
-        return {}
-    stored["dequantize"] = True
-    return {"config": config}
+    if kind is not None and "dequantize" in inspect.signature(kind).parameters:
+        stored["dequantize"] = True
 
 
 def load_skeleton(
