@@ -6,6 +6,7 @@ layer's inputs. Only the trained factors get gradients.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class _SharedInput:
         return list(image.split_with_sizes([len(block) for block in blocks]))
 
 
-class _Penalty:
+class _Penalty(ABC):
     """A sum over the adapted layers; those that read one input share one product with C."""
 
     def __init__(self, live: LiveAdapter, covariances: CovarianceSet, damping: float = 0.0) -> None:
@@ -120,9 +121,9 @@ class _Penalty:
         first = self._inputs[0].C.device
         return torch.stack([self._of(shared).to(first) for shared in self._inputs]).sum()
 
+    @abstractmethod
     def _of(self, shared: _SharedInput) -> Tensor:
         """The part of the layers that read one input."""
-        raise NotImplementedError
 
 
 class DriftPenalty(_Penalty):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact import gram
 from pairs import pairwise
 from torch import Tensor
 
@@ -36,15 +37,6 @@ def random(n: int, d: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     x = torch.full((n, -(-d // 8) * 8), torch.nan, dtype=dtype, device="cuda")
     x[:, :d] = torch.randn(n, d, device="cuda", generator=generator).to(dtype)
     return x[:, :d]
-
-
-def gram(x: Tensor) -> Tensor:
-    """xᵀx in float64, by chunks."""
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device="cuda")
-    for chunk in torch.split(x, 8192):
-        rows = chunk.double()
-        total.addmm_(rows.T, rows)
-    return total
 
 
 def run(x: Any, d: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

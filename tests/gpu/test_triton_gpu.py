@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact import gram
 from pairs import pairwise
 from torch import Tensor
 
@@ -24,15 +25,6 @@ ALLOWED = {"default": 5e-5, "high": 1e-5}
 def random(n: int, d: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(0)
     return torch.randn(n, d, device="cuda", generator=generator).to(dtype)
-
-
-def gram(x: Tensor) -> Tensor:
-    """xᵀx in float64, by chunks."""
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device="cuda")
-    for chunk in torch.split(x, 8192):
-        rows = chunk.double()
-        total.addmm_(rows.T, rows)
-    return total
 
 
 def run(x: Any, d: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
