@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Experts, Reader, one_by_one
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.passes import (

@@ -24,7 +24,7 @@ from corda_kernels.calibration.batches import (
     unpadded,
 )
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
 from corda_kernels.calibration.experts import (
     Experts,
