@@ -45,6 +45,11 @@ def calibrate(
     Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
     smaller batches, in the end with sums on the host, and warns.
 
+    Sequences of equal length of consecutive batches run together, which changes no sum: some 8,192
+    tokens on a device with memory of its own, 2,048 on a CPU and with gradients. Each batch runs by
+    itself where `normalize` is "peft", and on such a device where `batches` can be read but once.
+    Messages count in the batches that were given.
+
     Args:
         model: a transformers model, or any other module.
         batches: what the model takes: token ids (batch, seq), or mappings of its forward's
@@ -177,7 +182,7 @@ def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCap
     reads = contextlib.closing(run.read(batches, text))
     try:
         with evaluating(run.model), capture, reads as numbered:
-            for window in run.windows(unread(numbered), text):
+            for window in run.windows(unread(numbered), text, run.tokens_together(batches)):
                 recent.append(window)
                 _add(run, capture, window)
                 interval = interval or journal.interval([capture])

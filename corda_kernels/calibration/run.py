@@ -43,7 +43,8 @@ Targets = str | Sequence[str] | None
 OnUnseen = Literal["error", "skip"]
 T = TypeVar("T")
 
-# So many tokens of several batches run together, on a device with memory of its own and elsewhere.
+# So many tokens of several batches run together: on a device with memory of its own, and where that
+# is the host's or has to hold what a backward pass needs.
 _TOGETHER = {True: 8192, False: 2048}
 _UNSEEN = "never called during calibration"
 
@@ -197,19 +198,29 @@ class CalibrationRun:
                 yield index, batch, own
                 bar.update(text.counts[-1])
 
+    def tokens_together(self, batches: Iterable[Batch]) -> int:
+        """How many tokens of several batches run together; 0 where each batch runs by itself.
+
+        That is where sums are averaged over calls, and where memory may run out on a text that
+        cannot be started again.
+        """
+        own_memory = has_own_memory(self.device)
+        once = own_memory and not isinstance(batches, Sequence | Tensor)
+        if once or self.normalize == "peft":
+            return 0
+        return _TOGETHER[own_memory and self.sides == "inputs"]
+
     def windows(
-        self, batches: Iterable[tuple[int, Batch, bool]], text: TextSum
+        self, batches: Iterable[tuple[int, Batch, bool]], text: TextSum, most: int
     ) -> Iterator[list[Piece]]:
         """Yields what runs together: consecutive batches of this rank, until another like the last
         would make it too many tokens.
 
-        Where sums are averaged over calls, each batch is alone.
-
         Args:
             batches: from `read`.
             text: into which they were taken.
+            most: so many tokens.
         """
-        most = 0 if self.normalize == "peft" else _TOGETHER[has_own_memory(self.device)]
         window: list[Piece] = []
         size = 0.0
         for index, batch, own in batches:

@@ -182,7 +182,7 @@ def test_tokens_that_a_mask_leaves_out_count_for_no_expert(kind: str) -> None:
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.6
     names = {n: p for n, p in expert_parameters(model).items() if ".layers.0." in n}
     capture = InputCapture(expert_inputs(names, "shared"))
-    capture.row_mask = mask
+    capture.begin_rows(mask)
     with capture, torch.no_grad():
         model(ids)
     first, *own = capture.covariances().values()

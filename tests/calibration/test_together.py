@@ -68,15 +68,12 @@ def test_equal_sequences_run_together_within_bounds() -> None:
     )
 
 
-def test_a_rank_runs_its_own_batches_until_another_would_be_too_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    few(monkeypatch, 12)
+def test_a_rank_runs_its_own_batches_until_another_would_be_too_many() -> None:
     calibration = CalibrationRun(Flat(), on_unseen="skip", progress=False)
     calibration.ranks = Ranks(1, 2)
     text = TextSum()
-    batches = [random_ids(1, 4) for _ in range(9)] + [random_ids(1, 30)]
-    windows = calibration.windows(calibration.read(batches, text), text)
+    batches = [*(random_ids(1, 4) for _ in range(9)), random_ids(1, 30)]
+    windows = calibration.windows(calibration.read(batches, text), text, 12)
     ends = [([piece.batch for piece in window], len(text.counts)) for window in windows]
     assert ends == [([1, 3, 5], 6), ([7, 9], 10)]
 
@@ -139,11 +136,19 @@ def test_on_a_device_with_memory_of_its_own_more_run_together(
 ) -> None:
     model = tiny_model("llama")
     batches = [random_ids(1, 64) for _ in range(130)]
+    host = [(32, 64)] * 4 + [(2, 64)]
     ran = shapes_run(model)
     run(model, batches, targets=["layers.0.self_attn.q_proj"])
+    assert ran == host
     monkeypatch.setattr(run_module, "has_own_memory", lambda device: True)
-    run(model, batches, targets=["layers.0.self_attn.q_proj"])
-    assert ran == [(32, 64)] * 4 + [(2, 64)] + [(128, 64), (2, 64)]
+    for text, sides, shapes in (
+        (batches, "inputs", [(128, 64), (2, 64)]),
+        (batches, "both", host),  # a backward pass needs far more
+        (iter(batches), "inputs", [(1, 64)] * 130),  # which could not start again
+    ):
+        ran.clear()
+        run(model, text, targets=["layers.0.self_attn.q_proj"], sides=sides)
+        assert ran == shapes
 
 
 @pytest.mark.parametrize("labels", ["given", "sampled"])
