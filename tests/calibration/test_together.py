@@ -311,19 +311,25 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"sides": "both"}])
+@pytest.mark.parametrize("options", [{}, {"sides": "both"}, None])
 def test_the_host_does_not_wait_in_each_layer_of_a_pass(
-    tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any] | None
 ) -> None:
     few(monkeypatch, 0)
     # The kernel of a CPU looks at values, for which nobody waits there.
     monkeypatch.setattr(capture_module, "syrk_", lambda sums, x, **_: sums.addmm_(x.mT, x))
-    masked = {"input_ids": random_ids(1, 6), "token_mask": torch.tensor([[1, 0, 1, 1, 0, 1]])}
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1]])
+    batch = {"input_ids": random_ids(1, 6), "token_mask": mask}
 
     def waits(layers: int, passes: int) -> int:
         model = tiny_model("llama", num_hidden_layers=layers, initializer_range=0.1)
+
+        def run_model() -> None:
+            for _ in range(passes):
+                model(input_ids=batch["input_ids"], attention_mask=mask)
+
         with Waits() as counted:
-            run(model, [masked] * passes, **options)
+            run(model, run_model if options is None else [batch] * passes, **options or {})
         return counted.count
 
     assert waits(1, 4) - waits(1, 2) == waits(2, 4) - waits(2, 2)
