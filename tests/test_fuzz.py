@@ -266,7 +266,7 @@ ADAPTER_FILES = [(form, file) for form, files in FORMS.items() for file in files
 
 
 @given(damage=damages(), where=st.sampled_from(ADAPTER_FILES))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_damaged_adapter_folder(
     place: Path, tmp_path: Path, calibrated: Any, damage: Any, where: tuple[str, str]
@@ -286,7 +286,7 @@ def test_a_damaged_adapter_folder(
 
 
 @given(edit=edits, form=st.sampled_from(list(FORMS)))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_folder_with_an_edited_configuration(
     place: Path, tmp_path: Path, calibrated: Any, edit: Any, form: str
@@ -306,7 +306,7 @@ def test_an_adapter_folder_with_an_edited_configuration(
 
 @pytest.mark.slow
 @given(edit=edits, kind=st.sampled_from(["adapter", "published", "judged", "planned"]))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 def test_an_adapter_folder_with_an_edited_record(
     place: Path, tmp_path: Path, calibrated: Any, edit: Any, kind: str
 ) -> None:

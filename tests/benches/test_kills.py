@@ -33,7 +33,7 @@ def test_a_kill_leaves_the_old_result_or_the_new_one(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = kills.examine(writers[name], tmp_path, 10)
+        found = kills.examine(writers[name], tmp_path, 6)
     finally:
         torch.set_num_threads(threads)
     assert min(found.values()) > 0

@@ -270,7 +270,7 @@ def test_ranks_go_on_from_where_each_of_them_was(
 
 
 @pytest.mark.slow
-def test_the_command_line_works_under_torchrun(
+def test_the_command_line_works_on_two_ranks(
     place: tuple[nn.Module, list[Any], Path],
     tmp_path: Path,
     save_tokenizer: Callable[[Path], None],
@@ -286,8 +286,7 @@ def test_the_command_line_works_under_torchrun(
         alone = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert alone.exit_code == 0
         arguments[2] = tmp_path / f"two-{what}"
-        start = torchrun if what == "calibrate" else run_ranks
-        ended = start(2, *command, *arguments)
+        ended = run_ranks(2, *command, *arguments)
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout == alone.stdout.replace("one-", "two-")
     one, two = (CovarianceSet.load(tmp_path / f"{name}-calibrate") for name in ("one", "two"))

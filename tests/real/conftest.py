@@ -12,12 +12,10 @@ from filelock import FileLock
 
 from corda_kernels import load_model, load_tokenizer
 
-BLOCKS = 5
-
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory) -> Path:
-    """The model's first five blocks, its embeddings and its tokenizer; one for all processes."""
+    """The model's first three blocks, its embeddings and its tokenizer; one for all processes."""
     run = tmp_path_factory.getbasetemp()
     folder = (run.parent if os.environ.get("PYTEST_XDIST_WORKER") else run) / "smollm2"
     with FileLock(f"{folder}.lock"):
@@ -34,8 +32,8 @@ def _unpack(folder: Path) -> None:
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         model, tokenizer = load_model(file), load_tokenizer(file)
-    model.model.layers = model.model.layers[:BLOCKS]
-    model.config.num_hidden_layers = BLOCKS
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
