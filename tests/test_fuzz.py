@@ -35,6 +35,8 @@ from corda_kernels.errors import AdapterError, CheckpointError, CordaError, Cova
 from corda_kernels.files import write_checked
 from corda_kernels.init import corda_adapter
 
+pytestmark = pytest.mark.slow
+
 # The same examples every time, and no shrinking: what fails is printed as it is.
 FUZZ = settings(
     max_examples=60,
@@ -304,7 +306,6 @@ def test_an_adapter_folder_with_an_edited_configuration(
             use()
 
 
-@pytest.mark.slow
 @given(edit=edits, kind=st.sampled_from(["adapter", "published", "judged", "planned"]))
 @FUZZ
 def test_an_adapter_folder_with_an_edited_record(
@@ -386,7 +387,6 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
 }
 
 
-@pytest.mark.slow
 @given(
     command=st.sampled_from(["init", "calibrate", "inspect", "export", "merge", "plan", "doctor"]),
     positional=st.lists(

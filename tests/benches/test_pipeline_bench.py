@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from corda_kernels import CordaConfig, init_corda, load_model
 from corda_kernels.errors import CordaError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

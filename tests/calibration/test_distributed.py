@@ -26,6 +26,8 @@ from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(Path(__file__).with_name("rank_script.py"))
 
 # What both ranks are told where something differs between them.
@@ -111,7 +113,6 @@ def worked(
     return request.param, out
 
 
-@pytest.mark.slow
 def test_ranks_give_the_covariances_of_one_process(
     place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
 ) -> None:
@@ -223,7 +224,6 @@ def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
         assert same_components(made, expected.layers[layer]), layer
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_its_reason(
     place: tuple[nn.Module, list[Any], Path], tmp_path: Path
 ) -> None:
@@ -240,7 +240,6 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(
     assert "rank 0: another rank has ended or cannot be reached" in ended.stderr
 
 
-@pytest.mark.slow
 def test_ranks_go_on_from_where_each_of_them_was(
     place: tuple[nn.Module, list[Any], Path], tmp_path: Path
 ) -> None:
@@ -269,7 +268,6 @@ def test_ranks_go_on_from_where_each_of_them_was(
     assert "is the checkpoint of another run, which differs in ranks" in ended.stderr
 
 
-@pytest.mark.slow
 def test_the_command_line_works_on_two_ranks(
     place: tuple[nn.Module, list[Any], Path],
     tmp_path: Path,
@@ -308,7 +306,6 @@ def test_the_command_line_works_on_two_ranks(
     assert f"error: {kept} is truncated" in ended.stderr
 
 
-@pytest.mark.slow
 def test_an_error_on_a_rank_is_one_line_and_ends_all(
     place: tuple[nn.Module, list[Any], Path],
     tmp_path: Path,

@@ -16,6 +16,8 @@ from small_text import SMALL
 from corda_kernels.adapter import read_adapter
 from corda_kernels.calibration import CovarianceSet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("more", [(), ("--candidates", 2)], ids=["halves", "candidates"])
 def test_within_a_memory_limit_the_file_and_the_adapter_are_the_same(
@@ -55,7 +57,6 @@ def killed_while_calibrating(arguments: list[str], checkpoint: Path) -> None:
     process.join()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "more"),
     [("1", ()), ("2", ()), ("block-0", ("--memory-limit", "65KB"))],

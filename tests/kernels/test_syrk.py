@@ -303,6 +303,7 @@ def test_a_backend_that_cannot_run_says_why(backend: str, monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-5)])
 def test_half_a_million_tokens_do_not_drift_in_512_calls(
     dtype: torch.dtype, allowed: float

@@ -11,10 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benches" / "compile_kernels.py"
 
 
-@pytest.mark.slow
 def test_configurations_compile_without_spills_and_every_trap_is_noticed() -> None:
     # In a process of its own: here the kernels are defined for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

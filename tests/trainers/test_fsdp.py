@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, save_adapter
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 
-@pytest.mark.slow
 def test_two_ranks_of_fsdp2_train_and_save_what_one_process_does(
     calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
     adapt: Callable[..., nn.Module],

@@ -30,8 +30,11 @@ from trl import (
 from corda_kernels import CordaConfig, CovarianceSet, init_corda
 
 pytestmark = [
-    # TRL, datasets and Trainer warn of what they do themselves.
-    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    [
+        # TRL, datasets and Trainer warn of what they do themselves.
+        pytest.mark.filterwarnings("ignore"),
+    ],
 ]
 
 MODES = ["ipm", "kpm"]
