@@ -118,20 +118,20 @@ def _made(name: str, results: Path, known: Mapping[str, Table]) -> str:
         except (OSError, ValueError) as error:
             raise RenderError(
                 f"table {name} needs {path}, which cannot be read ({error}): run the benchmark "
-                "that writes it, see CONTRIBUTING.md"
+                "that writes it, see docs/measuring.md"
             ) from error
     try:
         return known[name].make(*read)
     except (KeyError, StopIteration) as error:
         raise RenderError(
             f"table {name} cannot be made: {', '.join(known[name].results)} lacks {error}; run the "
-            "benchmark again, see CONTRIBUTING.md"
+            "benchmark again, see docs/measuring.md"
         ) from error
 
 
 def documents() -> list[Path]:
     """Those that may hold tables."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = None) -> int:
