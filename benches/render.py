@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and docs/ from the JSON files in benches/results/.
+"""Writes the tables of README.md and docs/ from benches/results/, and copies its figures there.
 
     python benches/render.py            # rewrites what stands between the markers
     python benches/render.py --check    # exit status 1 if that would change something
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own. A figure
+FOLDER/NAME.svg becomes docs/figures/FOLDER-NAME.svg, because the site has no files from elsewhere.
 """
 
 from __future__ import annotations
@@ -134,6 +135,12 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def figures() -> list[tuple[Path, Path]]:
+    """The figures of the results, and where the documents have them."""
+    drawn = sorted(RESULTS.glob("*/*.svg"))
+    return [(file, ROOT / "docs" / "figures" / f"{file.parent.name}-{file.name}") for file in drawn]
+
+
 def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = None) -> int:
     """Renders all documents; 1 if --check finds a difference, 2 if something cannot be made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -152,6 +159,13 @@ def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = 
             print(f"{path}: table {name} {'differs from' if check else 'rewritten from'} {RESULTS}")
         if changed and not check:
             path.write_text(text, encoding="utf-8")
+    for source, copy in figures() if paths is None else ():
+        drawn = source.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != drawn:
+            differ = True
+            print(f"{copy}: {'differs from' if check else 'copied from'} {source}")
+            if not check:
+                copy.write_bytes(drawn)
     return int(check and differ)
 
 
