@@ -3,8 +3,8 @@
     python benches/render.py            # rewrites what stands between the markers
     python benches/render.py --check    # exit status 1 if that would change something
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own. A figure
-FOLDER/NAME.svg becomes docs/figures/FOLDER-NAME.svg, because the site has no files from elsewhere.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own. The
+figure FOLDER/NAME.svg becomes docs/figures/FOLDER-NAME.svg: the site has no files from elsewhere.
 """
 
 from __future__ import annotations
