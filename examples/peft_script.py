@@ -2,8 +2,8 @@
 
     python examples/peft_script.py MODEL TEXT OUT
 
-New in it are the import of `patch_peft`, its call, and `save_adapter` at the end, which takes what the
-adapter was at its start from the cache file.
+New in it are the import of `patch_peft`, its call, and `save_adapter` at the end. The cache file
+keeps what the adapter was at its start.
 """
 
 from __future__ import annotations
