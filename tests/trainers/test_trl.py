@@ -31,10 +31,8 @@ from corda_kernels import CordaConfig, CovarianceSet, init_corda
 
 pytestmark = [
     pytest.mark.slow,
-    [
-        # TRL, datasets and Trainer warn of what they do themselves.
-        pytest.mark.filterwarnings("ignore"),
-    ],
+    # TRL, datasets and Trainer warn of what they do themselves.
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 MODES = ["ipm", "kpm"]
