@@ -19,7 +19,7 @@ from corda_kernels import calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.experts import expert_inputs
-from corda_kernels.errors import CalibrationError, ConfigError, CordaWarning, TargetError
+from corda_kernels.errors import CalibrationError, CordaWarning, TargetError
 from corda_kernels.experts import ExpertParameter, expert_parameters
 from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.models import target_layers
