@@ -10,22 +10,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance
+from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.errors import CordaWarning, warn
 from corda_kernels.experts import ATTRIBUTES, ExpertParameter, is_decorated
 from corda_kernels.linears import linear_shape, weights_at_hand
 
 Experts = Literal["shared", "each"]
 
-# Takes a name, an input (rows, in) and the numbers of its rows in the pass, None where it has all.
-Read = Callable[[str, Tensor, Tensor | None], None]
+# Takes a name, an input (rows, in), the numbers of its rows in the pass, None where it has all, and
+# what the projection made of them (rows, out), None of an input that all experts share.
+Read = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 # The same with the experts module, the name of a parameter in it, and an expert in place of a name.
-Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None], None]
+Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -107,26 +109,27 @@ def recording(inputs: Mapping[str, ExpertInput], read: Read) -> Iterator[None]:
         names.setdefault(entry.parameter.module, {})[key] = name
 
     def note(
-        module: nn.Module, attribute: str, expert: int | None, x: Tensor, rows: Tensor | None
+        module: nn.Module,
+        attribute: str,
+        expert: int | None,
+        x: Tensor,
+        rows: Tensor | None,
+        output: Tensor | None,
     ) -> None:
         name = names.get(module, {}).get((attribute, expert))
         if name is not None and len(x):
             # As in a hook: sums made under the caller's inference mode could not be changed.
             with torch.inference_mode(False), torch.no_grad():
-                read(name, x, rows)
+                read(name, x, rows, output)
 
-    with contextlib.ExitStack() as restored:
-        restored.enter_context(one_by_one(names, note))
-        for module in names:
-            if not is_decorated(module):
-                hook = module.register_forward_pre_hook(_note_scaled(note))
-                restored.enter_context(hook)
+    with one_by_one(names, note):
         yield
 
 
 @contextlib.contextmanager
 def one_by_one(modules: Iterable[nn.Module], note: Note = lambda *_: None) -> Iterator[None]:
-    """Inside the block all experts modules that share a config with these compute by `_computed`.
+    """Inside the block all experts modules that share a config with these compute by `_computed`,
+    and Llama 4's by `_computed_scaled`.
 
     A run that sums up nothing for once, to go on from a checkpoint, needs that for the same bits.
     """
@@ -147,7 +150,24 @@ def one_by_one(modules: Iterable[nn.Module], note: Note = lambda *_: None) -> It
             before = {"": config._experts_implementation}
             restored.callback(setattr, config, "_experts_implementation", before)
             config._experts_implementation = {"": function}
+        for module in modules:
+            if not is_decorated(module):
+                stand_in = partial(_computed_scaled, module, note)
+                restored.enter_context(replaced_forward(module, stand_in))
         yield
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block a module runs by `forward`, also in place of a hook of accelerate's, which
+    would load its weights."""
+    before = {name: value for name, value in vars(module).items() if name == "forward"}
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        vars(module).update(before)
 
 
 def _computed(
@@ -159,22 +179,22 @@ def _computed(
 ) -> Tensor:
     """What transformers' eager experts compute, expert by expert, with notes of their inputs."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    note(module, first, None, hidden, None)
+    note(module, first, None, hidden, None, None)
     result = torch.zeros_like(hidden)
     for expert in range(len(module.down_proj)):
         rows, places = torch.where(index == expert)
         if not len(rows):
             continue
         x = hidden[rows]
-        note(module, first, expert, x, rows)
-        x = _projected(module, first, expert, x)
-        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        note(module, "down_proj", expert, x, rows)
-        x = _projected(module, "down_proj", expert, x)
+        y = _projected(module, first, expert, x)
+        note(module, first, expert, x, rows, y)
+        x = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = _projected(module, "down_proj", expert, x)
+        note(module, "down_proj", expert, x, rows, y)
         if module.has_post_expert_norm:
-            x = module.post_expert_norm(x)
-        x = x * weights[rows, places, None]
-        result.index_add_(0, rows, x.to(result.dtype))
+            y = module.post_expert_norm(y)
+        y = y * weights[rows, places, None]
+        result.index_add_(0, rows, y.to(result.dtype))
     return result
 
 
@@ -184,26 +204,38 @@ def _projected(module: Any, attribute: str, expert: int, x: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
 
 
-def _note_scaled(note: Note) -> Callable[[Any, tuple[Any, ...]], None]:
-    """A hook for Llama 4's experts.
+def _computed_scaled(module: Any, note: Note, hidden_states: Tensor) -> Tensor:
+    """What Llama 4's experts compute, of the tokens that are routed to each.
 
-    They read all tokens E times over, (E · tokens, in), multiplied by the router's scores, which
-    are zero but for the experts that a token is routed to.
+    They are given all tokens E times over, (E · tokens, in), multiplied by the router's scores,
+    which are zero but for the experts that a token is routed to.
     """
+    hidden = hidden_states.view(module.num_experts, -1, hidden_states.shape[-1])
+    result = torch.zeros_like(hidden)
+    routed = hidden.any(-1)  # (E, tokens)
+    note(module, "gate_up_proj", None, hidden[routed], torch.where(routed)[1], None)
+    with weights_at_hand(module):
+        for expert in range(module.num_experts):
+            rows = torch.where(routed[expert])[0]
+            x = hidden[expert, rows]
+            y = x @ module.gate_up_proj[expert]
+            note(module, "gate_up_proj", expert, x, rows, y)
+            gate, up = y.chunk(2, -1)
+            x = up * module.act_fn(gate)
+            y = x @ module.down_proj[expert]
+            note(module, "down_proj", expert, x, rows, y)
+            result[expert, rows] = y
+    return result.view(hidden_states.shape)
 
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
-        hidden = args[0].view(module.num_experts, -1, args[0].shape[-1])
-        routed = hidden.any(-1)  # (E, tokens)
-        note(module, "gate_up_proj", None, hidden[routed], torch.where(routed)[1])
-        with weights_at_hand(module):
-            for expert in range(module.num_experts):
-                rows = torch.where(routed[expert])[0]
-                x = hidden[expert, rows]
-                note(module, "gate_up_proj", expert, x, rows)
-                gate, up = (x @ module.gate_up_proj[expert]).chunk(2, -1)
-                note(module, "down_proj", expert, up * module.act_fn(gate), rows)
 
-    return hook
+def _by_layer(inputs: Mapping[str, Reader]) -> list[list[str]]:
+    """The names of experts' own inputs, those of one parameter together."""
+    layers: dict[tuple[nn.Module, str], list[str]] = {}
+    for name, entry in inputs.items():
+        if isinstance(entry, ExpertInput) and entry.expert is not None:
+            key = entry.parameter.module, entry.parameter.attribute
+            layers.setdefault(key, []).append(name)
+    return list(layers.values())
 
 
 def shrunk(
@@ -225,13 +257,8 @@ def shrunk(
     Source: shrinkage of covariances, Ledoit and Wolf, A well-conditioned estimator for
         large-dimensional covariance matrices, 2004.
     """
-    layers: dict[tuple[nn.Module, str], list[str]] = {}
-    for name, entry in inputs.items():
-        if isinstance(entry, ExpertInput) and entry.expert is not None:
-            key = entry.parameter.module, entry.parameter.attribute
-            layers.setdefault(key, []).append(name)
     found = dict(covariances)
-    for names in layers.values():
+    for names in _by_layer(inputs):
         seen = [covariances[name] for name in names if name in covariances]
         if not seen:
             continue
@@ -254,6 +281,41 @@ def shrunk(
         )
         found |= {name: unseen for name in names if name not in covariances}
     return {name: found[name] for name in inputs if name in found}
+
+
+def shrunk_gradients(
+    gradients: Mapping[str, Gradient],
+    covariances: Mapping[str, Covariance],
+    inputs: Mapping[str, Reader],
+) -> dict[str, Gradient]:
+    """Draws each expert's gradients towards the mean of its layer, by one token's weight.
+
+    (nₑ Ḡₑ + Ḡ)/(nₑ + 1), with Ḡ = Σ nₑ Ḡₑ / Σ nₑ, the gradient for a change that all experts
+    have in common; D alike. Experts' gradients have little else in common, so that no more is drawn
+    than what gives directions to an expert of few tokens. One without tokens has the mean.
+
+    Args:
+        gradients: of all inputs that any token has reached, means over their tokens.
+        covariances: of the inputs, see `shrunk`.
+        inputs: see `shrunk`.
+    """
+    found = dict(gradients)
+    for names in _by_layer(inputs):
+        seen = [name for name in names if name in gradients and covariances[name].tokens]
+        if not seen:
+            continue
+        total = sum(covariances[name].tokens for name in seen)
+        first = gradients[seen[0]]
+        mean = Gradient(torch.zeros_like(first.matrix), torch.zeros_like(first.mean))
+        for name in seen:
+            part = gradients[name].to(mean.mean.device)
+            mean.matrix.add_(part.matrix, alpha=covariances[name].tokens / total)
+            mean.mean.add_(part.mean, alpha=covariances[name].tokens / total)
+        for name in seen:
+            share = 1 / (covariances[name].tokens + 1)
+            found[name] = gradients[name].merge(mean.to(gradients[name].mean.device), share)
+        found |= {name: mean for name in names if name not in seen}
+    return found
 
 
 def warn_unseen_experts(covariances: Mapping[str, Covariance]) -> None:

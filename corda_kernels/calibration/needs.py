@@ -136,6 +136,11 @@ def calibration_needs(
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
     shapes = list(map(linear_shape, run.linears.values()))
+    shapes += [
+        (each.outputs, each.inputs)
+        for each in target_layers(model, targets, experts=experts is not None)[1].values()
+        for _ in range(active)
+    ]
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
@@ -146,7 +151,7 @@ def calibration_needs(
         flops,
         round(products),
         run.forward.positions,
-        gradient_bytes(model, targets),
+        gradient_bytes(model, targets, experts),
         sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
 
@@ -156,10 +161,14 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def gradient_bytes(model: nn.Module, targets: Targets = None) -> int:
-    """Size of D (out, out) and Ḡ (out, in) of all target layers, in float32."""
-    shapes = map(linear_shape, target_layers(model, targets)[0].values())
-    return sum(4 * out * (out + channels) for out, channels in shapes)
+def gradient_bytes(
+    model: nn.Module, targets: Targets = None, experts: Experts | None = None
+) -> int:
+    """Size of D (out, out) and Ḡ (out, in) of all target layers and experts, in float32."""
+    layers, fused = target_layers(model, targets, experts=experts is not None)
+    shapes = [(1, *linear_shape(layer)) for layer in layers.values()]
+    shapes += [(each.experts, each.outputs, each.inputs) for each in fused.values()]
+    return sum(4 * count * out * (out + channels) for count, out, channels in shapes)
 
 
 def covariance_bytes(

@@ -134,7 +134,7 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
     needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
     if plan.sides == "both":
-        needed += sets * gradient_bytes(model, plan.targets)
+        needed += sets * gradient_bytes(model, plan.targets, plan.experts)
     if needed <= limit:
         return False
     if plan.sides == "both":
