@@ -20,7 +20,7 @@ from corda_kernels.arguments import holds_numbers
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
-from corda_kernels.calibration.experts import shrunk_gradients
+from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
 from corda_kernels.kernels import symmetrize_, syrk_
 from corda_kernels.models import output_head

@@ -19,13 +19,12 @@ from corda_kernels.calibration.experts import (
     Experts,
     Reader,
     expert_inputs,
-    shrunk,
-    warn_unseen_experts,
 )
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal
 from corda_kernels.calibration.masks import RowMasks
+from corda_kernels.calibration.shrinkage import shrunk, warn_unseen_experts
 from corda_kernels.errors import (
     CalibrationError,
     ConfigError,

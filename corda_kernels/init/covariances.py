@@ -16,9 +16,9 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
-from corda_kernels.calibration.experts import warn_unseen_experts
 from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.calibration.run import refuse_unseen, unseen
+from corda_kernels.calibration.shrinkage import warn_unseen_experts
 from corda_kernels.errors import (
     BatchError,
     ConfigError,
