@@ -141,32 +141,34 @@ def corda_adapter(
         },
     )
     clock = Stopwatch(devices(model))
+    layers = {**modules, **expert_layers(experts)}
     stages: Iterable[CovarianceSet]
     kept: CovarianceSet | None = None
     if isinstance(keep, CovarianceSet):
-        check_covered(modules, keep)
+        check_covered(layers, expert_covariances(keep, experts))
     if isinstance(data, CovarianceSet):
-        check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
-        check_gradients(modules, data, config)
+        check_covered(layers, expert_covariances(data, experts))
+        check_gradients(layers, data, config)
         stages = (data,)
     else:
         # Names are given only where the targets would be more than can be adapted.
         whole = target_layers(model, config.targets)[0].keys() == modules.keys()
         plan = config if whole else replace(config, targets=[*modules, *experts])
         stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
-    layers, active = {**modules, **expert_layers(experts)}, active_experts(model)
+    active = active_experts(model)
     made: dict[str, MadeLayer] = {}
     allocation: dict[str, Any] = {}
     measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
     for covariances in stages:
         if keep is not None:
-            kept = _kept(model, keep, config, list(modules), clock)
+            kept = _kept(model, keep, config, [*modules, *experts], clock)
         measured["inputs"] += united_inputs(covariances if kept is None else kept, experts)
         provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
         covered = {name: module for name, module in layers.items() if name in covariances}
         if kept is not None:
+            kept = expert_covariances(kept, experts)
             covered = {name: module for name, module in covered.items() if name in kept}
         shapes = {
             name: shape
@@ -248,7 +250,10 @@ def _kept(
     if isinstance(keep, CovarianceSet):
         return keep
     plan = CalibrationPlan(
-        targets=targets, distributed=config.distributed, progress=config.progress
+        targets=targets,
+        experts=config.experts,
+        distributed=config.distributed,
+        progress=config.progress,
     )
     (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
     return kept
