@@ -60,8 +60,8 @@ _NORMS = (1e-12, 1e18)
 _POWER_STEPS = 4
 
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones;
-# on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh, and
-# how many starts float32 and float64 have.
+# on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh;
+# and how many starts there are, in float32 and in float64.
 _FIRST_LOOK = (4, 2)
 _FIRST_LOOK_GPU = (6, 3)
 _MOST_BLOCKS = 12
