@@ -44,7 +44,8 @@ def run(
         Path, typer.Argument(help="Where the results go; an old one is gone on with.")
     ],
     profile: Annotated[
-        Literal["smoke", "forms", "cpu", "gpu"], typer.Option(help="How large.")
+        Literal["smoke", "forms", "starts", "starts-gpu", "cpu", "gpu"],
+        typer.Option(help="How large."),
     ] = "smoke",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,
     text: Annotated[

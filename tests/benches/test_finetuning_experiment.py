@@ -16,13 +16,14 @@ from finetuning.profiles import PROFILES, Profile, Run
 from finetuning.table import table
 from torch import nn
 
-from corda_kernels import CovarianceSet
+from corda_kernels import CovarianceSet, calibrate
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
 
 PROFILE = replace(
     PROFILES["smoke"],
     methods=(("lora", "ipm-hold1"),),
+    apart=4,
     rank=2,
     steps=4,
     checkpoints=(2, 4),
@@ -134,7 +135,7 @@ def _with_losses(experiment: Experiment, done: list[Run], losses: dict[float, fl
 
 def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Experiment]) -> None:
     profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=(3,))
-    first, second, third = METHODS["lora"].learning_rates
+    first, second, third = METHODS["lora"].learning_rates[:3]
     experiment = open_(profile)
     done: list[Run] = []
     _with_losses(experiment, done, {first: 1.1, second: 0.9, third: 1.0})
@@ -222,18 +223,21 @@ def test_every_method_starts_at_the_base_with_the_same_budget(
     method = METHODS[name]
     model, _ = calibrated()
     asked = []
+    text = torch.randint(3, 64, (2, 6, 16), generator=torch.Generator().manual_seed(0))
+    both = calibrate(model, text, sides="both", progress=False)
 
-    def give(mode: str, plus: bool) -> CovarianceSet:
-        asked.append((mode, plus))
-        return covariances
+    def give(sample: str) -> CovarianceSet:
+        asked.append(sample)
+        return covariances if sample in ("kpm", "ipm", "kpm++", "ipm++") else both
 
-    adapted, _ = start(method, model, rank=2, seed=0, covariances=give)
-    assert asked == ([] if method.mode is None else [(method.mode, method.plus)])
+    adapted = start(method, model, rank=2, seed=0, covariances=give)
+    assert asked == list(method.samples)
     assert same_logits(logits(adapted), base)
     used = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
     layers = [each for each in base.model.modules() if isinstance(each, nn.Linear)]
-    budget = sum(method.rows * 2 * sum(layer.weight.shape) for layer in layers)
-    assert used == budget if not method.plus else 0.8 * budget < used <= budget
+    sizes = [layer.weight.shape[:1] if method.freeze_a else layer.weight.shape for layer in layers]
+    budget = sum(method.rows * 2 * sum(size) for size in sizes)
+    assert used == budget if "++" not in name else 0.8 * budget < used <= budget
 
 
 def test_a_profile_names_every_run_once_and_measures_at_its_end() -> None:
