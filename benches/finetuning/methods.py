@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from corda_kernels import CordaConfig, CoSVD, CovarianceSet, adapter_factors, init_corda
+from corda_kernels import CordaConfig, CovarianceSet, adapter_factors, init_corda
 from corda_kernels.adapter import task_factors
+from corda_kernels.linalg import CoSVD
 from corda_kernels.linears import linear_weight
 from corda_kernels.models import target_linears
 
