@@ -209,6 +209,74 @@ def test_after_its_minutes_no_run_is_begun(
     assert not done
 
 
+def test_a_start_is_made_once_and_its_time_counts_for_every_run(
+    open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = open_(replace(PROFILE, methods=(("task-frozen",),)))
+    method = METHODS["task-frozen"]
+    first, spent = experiment.start(Run(method, 1e-3, 0))
+    monkeypatch.setattr("finetuning.experiment.start", None)
+    again, counted = experiment.start(Run(method, 3e-3, 1))
+    assert counted == spent
+    made = {path.name for path in experiment.work.glob("*.seconds.json")}
+    assert made == {f"{name}.seconds.json" for name in ("task", "kpm", "start-task-frozen")}
+    parameters = dict(again.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameters[name], parameter)
+        assert parameters[name].requires_grad == ("lora_B" in name)
+
+
+def test_starts_know_no_problem_that_is_trained_on(open_: Callable[..., Experiment]) -> None:
+    experiment = open_()
+    batches = experiment._gradient_batches()
+    ids = [batch["input_ids"][row] for batch in batches for row in range(2)]
+    apart = [row[mask.bool()].tolist() for row, mask in zip(ids, _masks(batches), strict=True)]
+    assert len(apart) == PROFILE.apart
+    trained = [item.prompt + item.answer for item in experiment.training_problems]
+    assert not [item for item in apart if item in trained]
+    # The losses are those of the answers.
+    counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert counted == sum(len(item.answer) for item in experiment._problems[: PROFILE.apart])
+
+
+def _masks(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    return [row for batch in batches for row in batch["attention_mask"]]
+
+
+def test_controls_differ_from_what_they_control_in_one_thing(
+    calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
+) -> None:
+    rank, covariances = 2, calibrated()[1]
+    adapted = {
+        name: start(
+            METHODS[name], calibrated()[0], rank=rank, seed=0, covariances=lambda _: covariances
+        )
+        for name in ("lora", "white", "kpm-hold1", "random")
+    }
+    for name in covariances:
+        factors = {}
+        for method, model in adapted.items():
+            layer = model.get_base_model().get_submodule(name)  # type: ignore[operator]
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            factors[method] = A.detach().double(), B.detach().double()
+        C = covariances[name].matrix.double()
+        C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+        # LoRA's own rows Z times a root of C⁻¹: A C Aᵀ is Z Zᵀ, but for the scale.
+        white, B = factors["white"]
+        grams = white @ C @ white.mT, factors["lora"][0] @ factors["lora"][0].mT
+        assert torch.allclose(*(gram / gram.norm() for gram in grams), atol=1e-5)
+        assert white.square().mean().sqrt() == pytest.approx((3 * len(C)) ** -0.5, rel=1e-5)
+        assert not B.any()
+        # Lengths are KPM's, and S is made of U as KPM does; U is another.
+        (A, B), (A0, B0) = factors["random"], factors["kpm-hold1"]
+        assert torch.allclose(A.norm(dim=1), A0.norm(dim=1), atol=1e-6)
+        assert torch.allclose(B.norm(dim=0), B0.norm(dim=0), atol=1e-6)
+        W = calibrated()[0].get_submodule(name).weight.double()  # type: ignore[operator]
+        rows = nn.functional.normalize(B[:, :rank].mT @ W, dim=1)
+        assert torch.allclose(nn.functional.normalize(A[rank:], dim=1), rows, atol=1e-5)
+        assert (B - B0).norm() > 0.1 * B0.norm()
+
+
 # Of what is held the least and the most stand for those between.
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if not name.endswith(("-hold4", "-hold8"))]
