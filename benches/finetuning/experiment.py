@@ -40,7 +40,7 @@ from .data import (
     PROBLEM,
     QUESTION,
     Item,
-    collate,
+    gradient_batches,
     plain_problems,
     problems,
     prose,
@@ -239,10 +239,10 @@ class Experiment:
 
     def _outside(self, run: Run, model: nn.Module) -> float | None:
         """The share of the change's energy outside the components' tangent spaces, if any."""
-        if run.method.mode not in ("kpm", "ipm"):
-            return None
-        covariances = self.covariances(run.method.samples[0])
-        parts = components(self._model(), covariances, run.method.mode, self.profile.rank)
+        mode = run.method.mode
+        if mode not in ("kpm", "ipm") or run.method.samples != (mode,):
+            return None  # made of other components, or of as many as fit each layer
+        parts = components(self._model(), self.covariances(mode), mode, self.profile.rank)
         return round(share_outside(parts, changes(model, parts)), 6)
 
     def base(self) -> dict[str, Tensor]:
@@ -270,18 +270,19 @@ class Experiment:
     def _calibrate(self, sample: Sample) -> None:
         model = self._model()
         count = self.profile.candidates if sample.endswith("++") else 1
-        batches: list[dict[str, Tensor]] = (
-            self._gradient_batches() if sample == "task" else self._text_batches(sample, count)
-        )
-        if sample.endswith("++"):
-            plan = CalibrationPlan(candidates=count, progress=False)
-            (found,) = covariance_stages(model, batches, plan)
-        elif sample == "task":
+        if sample == "task":
+            apart = self._problems[: self.profile.apart]
+            batches = gradient_batches(apart, self.profile.batch_size)
             found = calibrate(model, batches, sides="both", progress=False)
-        elif sample == "kpm-both":
-            found = calibrate(model, batches, sides="both", labels="sampled", progress=False)
         else:
-            found = calibrate(model, batches, progress=False)
+            batches = self._text_batches(sample, count)
+            if sample == "kpm-both":
+                found = calibrate(model, batches, sides="both", labels="sampled", progress=False)
+            elif sample.endswith("++"):
+                plan = CalibrationPlan(candidates=count, progress=False)
+                (found,) = covariance_stages(model, batches, plan)
+            else:
+                found = calibrate(model, batches, progress=False)
         found.save(self.work / f"{sample}.safetensors")
 
     def _text_batches(self, sample: Sample, count: int) -> list[dict[str, Tensor]]:
@@ -295,19 +296,6 @@ class Experiment:
             seq_len=self.profile.seq_len,
             template=QUESTION if knowledge else PROBLEM,
         )
-
-    def _gradient_batches(self) -> list[dict[str, Tensor]]:
-        """Problems as they are trained on: the losses are those of their answers."""
-        apart, size = self._problems[: self.profile.apart], self.profile.batch_size
-        found = (collate(apart[first : first + size]) for first in range(0, len(apart), size))
-        return [
-            {
-                "input_ids": batch.ids,
-                "attention_mask": batch.real.long(),
-                "labels": torch.where(batch.answer, batch.ids, -100),
-            }
-            for batch in found
-        ]
 
     @property
     def training_problems(self) -> list[Item]:

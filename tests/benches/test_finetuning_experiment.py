@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning.claims import claim
+from finetuning.data import Item, gradient_batches
 from finetuning.experiment import CALIBRATION, QUIZ, TEST, TRAIN, Experiment, collected
 from finetuning.methods import METHODS, start
 from finetuning.profiles import PROFILES, Profile, Run
@@ -226,21 +227,20 @@ def test_a_start_is_made_once_and_its_time_counts_for_every_run(
         assert parameters[name].requires_grad == ("lora_B" in name)
 
 
-def test_starts_know_no_problem_that_is_trained_on(open_: Callable[..., Experiment]) -> None:
+def test_starts_know_no_problem_that_is_trained_on(
+    open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment = open_()
-    batches = experiment._gradient_batches()
-    ids = [batch["input_ids"][row] for batch in batches for row in range(2)]
-    apart = [row[mask.bool()].tolist() for row, mask in zip(ids, _masks(batches), strict=True)]
-    assert len(apart) == PROFILE.apart
-    trained = [item.prompt + item.answer for item in experiment.training_problems]
-    assert not [item for item in apart if item in trained]
-    # The losses are those of the answers.
-    counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    assert counted == sum(len(item.answer) for item in experiment._problems[: PROFILE.apart])
+    given: list[Item] = []
 
+    def noted(items: list[Item], size: int) -> list[dict[str, torch.Tensor]]:
+        given.extend(items)
+        return gradient_batches(items, size)
 
-def _masks(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    return [row for batch in batches for row in batch["attention_mask"]]
+    monkeypatch.setattr("finetuning.experiment.gradient_batches", noted)
+    experiment.covariances("task")
+    assert len(given) == PROFILE.apart
+    assert not [item for item in given if item in experiment.training_problems]
 
 
 def test_controls_differ_from_what_they_control_in_one_thing(
