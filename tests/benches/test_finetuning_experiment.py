@@ -21,6 +21,8 @@ from corda_kernels import CovarianceSet, calibrate
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
 
+pytestmark = pytest.mark.slow
+
 PROFILE = replace(
     PROFILES["smoke"],
     methods=(("lora", "ipm-hold1"),),
