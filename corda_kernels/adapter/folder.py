@@ -369,7 +369,7 @@ def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str,
             raise AdapterError(f"{lora.folder / RECORD_FILE} belongs to another adapter: {_FRESH}")
         _check_same(
             {name: factors.rank for name, factors in trained.items()},
-            {name: record.rows * entry["rank"] for name, entry in record.layers.items()},
+            {name: record.rows * note.rank for name, note in record.layers.items()},
             f"{lora.folder / WEIGHTS_FILE} and {RECORD_FILE}",
         )
     if not beside:

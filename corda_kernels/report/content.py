@@ -280,12 +280,11 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
     selection, stability, lines = _told(notes, record.rank)
     layers = dict.fromkeys(record.allocation.get("ranks") or record.layers, Layer(rank=0))
     for layer, factors in adapter.layers.items():
-        entry = record.layers[layer]
+        note = record.layers[layer]
         shape = (*factors.B.shape[:-1], factors.A.shape[-1])
-        sigma = (entry["sigma_max"], entry["sigma_min"])
-        layers[layer] = Layer(shape, entry["rank"], entry["tokens"], sigma)
+        layers[layer] = Layer(shape, note.rank, note.tokens, (note.sigma_max, note.sigma_min))
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
-    tokens = max((entry["tokens"] for entry in record.layers.values()), default=0)
+    tokens = max((note.tokens for note in record.layers.values()), default=0)
     form = ["residual weight" if record.hold is None else f"hold {record.hold:g}"]
     form += [f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
     report = Report(
@@ -382,7 +381,7 @@ def describe_mixture(mixture: Mapping[str, Any]) -> str:
 def describe_ranks(record: AdapterRecord) -> str:
     """The ranks of an adapter in a few words."""
     if not record.allocation:
-        experts = {entry["rank"] for entry in record.layers.values()} - {record.rank}
+        experts = {note.rank for note in record.layers.values()} - {record.rank}
         return f"rank {record.rank}{f' (of experts {min(experts)})' if experts else ''}"
     ranks = record.allocation["ranks"].values()
     none = sum(rank == 0 for rank in ranks)

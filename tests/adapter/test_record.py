@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from corda_kernels.adapter import AdapterRecord, describe_base
-from corda_kernels.adapter.record import FORMAT, base_difference, check_base
+from corda_kernels.adapter.record import FORMAT, LayerNote, base_difference, check_base
 from corda_kernels.errors import AdapterError
 from corda_kernels.models import target_linears
 
@@ -19,8 +19,8 @@ KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}
 
 
 def record(model: nn.Module, **changes: Any) -> AdapterRecord:
-    entry = {"rank": 2, "tokens": 9, "sigma_max": 2.0, "sigma_min": 1.0, "residual": 0.0}
-    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": entry}}
+    note = LayerNote(rank=2, tokens=9, sigma_max=2.0, sigma_min=1.0, residual=0.0)
+    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": note}}
     base = describe_base(model, target_linears(model)) | {"target_modules": ["a"]}
     return AdapterRecord(**(KEPT | values | {"base": base} | changes))
 
