@@ -142,9 +142,8 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
     first = max(-(-whole_number("min_rank", min_rank, 0, _MOST) // multiple), 1) * multiple
     if max_rank is not None and whole_number("max_rank", max_rank, 0, _MOST) < first:
         raise ConfigError(
-            f"max_rank {max_rank} leaves no layer a rank: the least above 0 that min_rank "
-            f"{min_rank} and rank_multiple {multiple} allow is {first}: raise max_rank to that, or "
-            "lower the others"
+            f"the least rank above 0 with min_rank {min_rank} and rank_multiple {multiple} is "
+            f"{first}, and max_rank is {max_rank}: raise max_rank to {first} or lower the others"
         )
 
 
