@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import (
+    CompactnessPenalty,
     CordaConfig,
     CovarianceSet,
     DriftPenalty,
@@ -29,6 +31,7 @@ from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
+from corda_kernels.report import adapter_report, html_page, layer_table
 
 ModelMaker = Callable[..., nn.Module]
 RANK = 4
@@ -294,10 +297,29 @@ def test_the_stability_of_another_product_is_not_that_of_an_adapter(
 def test_a_folder_keeps_what_a_report_shows(
     model: nn.Module, both: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    from corda_kernels.report import adapter_report
+    write_adapter(corda_adapter(model, both[0], config(), keep=both[1]), tmp_path / "task")
+    two_sided = config("kpm", sides="both", labels="given")
+    write_adapter(corda_adapter(model, both[0], two_sided), tmp_path / "kpm")
+    expected = {
+        "task": ("the steepest directions of the task's gradient", "Ḡ·C^-½"),
+        "kpm": ("the smallest components of D^½·W·C^½", "D^½·W·C^½"),
+    }
+    for mode, (trains, product) in expected.items():
+        report = adapter_report("out", read_adapter(tmp_path / mode))
+        assert report.mode == mode
+        assert dict(report.summary)["trains"] == trains
+        notes = " ".join(layer_table(report).notes)
+        assert f"largest singular value of {product} trained" in notes
+        if find_spec("matplotlib"):
+            page = html_page(report)
+            assert f"was made of another one: {product}" in page
+            assert "make the adapter again" not in page
 
-    write_adapter(corda_adapter(model, both[0], config(), keep=both[1]), tmp_path)
-    adapter = read_adapter(tmp_path)
-    report = adapter_report("out", adapter)
-    assert report.mode == "task"
-    assert dict(report.summary)["trains"] == "the steepest directions of the task's gradient"
+
+def test_compactness_of_two_sided_components_is_refused(
+    model: nn.Module, both: tuple[Any, Any]
+) -> None:
+    chosen = config("kpm", sides="both", residual="weight")
+    adapted = init_corda(copy.deepcopy(model), both[1], chosen)
+    with pytest.raises(ConfigError, match=r"holds components of D\^½·W·C\^½: make it with sides"):
+        CompactnessPenalty(adapted, both[1])

@@ -131,6 +131,7 @@ class AdapterRecord:
         versions: of the libraries involved.
         lora: options that were passed on to PEFT's LoraConfig, such as lora_dropout.
         freeze_a: whether only B is to be trained.
+        sides: "both" where the outputs' gradients weight the components too; see `product`.
         format: of this file.
     """
 
@@ -150,6 +151,7 @@ class AdapterRecord:
     versions: Annotated[dict[str, str], fields.is_texts] = field(default_factory=dict)
     lora: Annotated[dict[str, Any], _LORA_FIELDS] = field(default_factory=dict)
     freeze_a: Annotated[bool, fields.is_flag] = False
+    sides: Annotated[str, fields.one_of("inputs", "both")] = "inputs"
     format: Annotated[str, fields.is_text] = FORMAT
 
     @property
@@ -161,6 +163,13 @@ class AdapterRecord:
     def rows(self) -> int:
         """Rows of the LoRA for each component."""
         return lora_rows(self.mode, self.residual)
+
+    @property
+    def product(self) -> str:
+        """The matrix whose components the adapter is made of."""
+        if self.mode == "task":
+            return "Ḡ·C^-½"
+        return "W·C" if self.sides == "inputs" else "D^½·W·C^½"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -195,7 +204,9 @@ def _check_record(value: dict[str, Any]) -> None:
     Raises:
         ValueError: it says which is wrong.
     """
-    fields.check_fields(value, _schema(AdapterRecord), "the record")
+    schema = _schema(AdapterRecord)
+    schema["sides?"] = schema.pop("sides")  # earlier records have none
+    fields.check_fields(value, schema, "the record")
     ranks = {name: entry["rank"] for name, entry in value["layers"].items()}
     if not ranks:
         raise ValueError("it has no layers")

@@ -278,6 +278,7 @@ class _Making:
             versions=library_versions(),
             lora=config.lora | ({"modules_to_save": layers.saved} if layers.saved else {}),
             freeze_a=config.freeze_a,
+            sides=config.sides,
         )
         return Adapter({name: layer.adapter for name, layer in made.items()}, record)
 

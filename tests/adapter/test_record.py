@@ -100,7 +100,7 @@ WRONG: dict[str, list[Any]] = {
     "allocation.condition": [None, 1],
     "allocation.ranks": [None, [2], {"a": 3}, {"b": 2}, {"a": 2, "b": 1}],
 }
-MAY_LACK = {"base.quantised"}
+MAY_LACK = {"base.quantised", "sides"}
 
 
 def fields(value: dict[str, Any], path: str = "") -> list[str]:
@@ -139,6 +139,14 @@ def test_a_field_of_another_kind_is_refused(calibrated: Calibrated) -> None:
     sound = record(calibrated()[0], allocation=ALLOCATION).to_json()
     values = [(path, value) for path, wrong in WRONG.items() for value in wrong]
     assert [case for case in values if not is_refused(sound, *case)] == []
+
+
+def test_an_earlier_record_is_of_one_side(calibrated: Calibrated) -> None:
+    sound = record(calibrated()[0], sides="both").to_json()
+    assert AdapterRecord.from_json(sound).product == "D^½·W·C^½"
+    assert is_refused(sound, "sides", "outputs")
+    del sound["sides"]
+    assert AdapterRecord.from_json(sound).product == "W·C"
 
 
 def test_a_field_that_is_gone_is_refused(calibrated: Calibrated) -> None:
