@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from corda_kernels import calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
+from corda_kernels.calibration import run as run_module
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.experts import expert_inputs
 from corda_kernels.errors import CalibrationError, ConfigError, CordaWarning, TargetError
@@ -182,7 +183,7 @@ def test_tokens_that_a_mask_leaves_out_count_for_no_expert(kind: str) -> None:
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.6
     names = {n: p for n, p in expert_parameters(model).items() if ".layers.0." in n}
     capture = InputCapture(expert_inputs(names, "shared"))
-    capture.row_mask = mask
+    capture.begin_rows(mask)
     with capture, torch.no_grad():
         model(ids)
     first, *own = capture.covariances().values()
@@ -267,8 +268,9 @@ def test_an_expert_without_tokens_has_the_mean_and_is_named(many: nn.Module) -> 
 
 @pytest.mark.filterwarnings("ignore:no token was routed")
 def test_block_by_block_holds_one_layer_and_resumes_to_the_same_bits(
-    many: nn.Module, tmp_path: Path
+    many: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "_TOGETHER", {False: 0})  # a checkpoint after each batch
     batches = text()
     options: dict[str, Any] = {"experts": "shared", "progress": False}
     whole = calibrate(many, batches, **options)
