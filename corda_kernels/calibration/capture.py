@@ -315,7 +315,7 @@ class InputCapture:
             if look.copied is not None:
                 look.copied.synchronize()
             if not look.finite.all():
-                parts = look.finite.split([size for size, _ in look.found])
+                parts = torch.split(look.finite, [size for size, _ in look.found])
                 for finite, (_, error) in zip(parts, look.found, strict=True):
                     if not finite.all():
                         raise error(look.batch, look.tokens, int((~finite).sum()), len(finite))

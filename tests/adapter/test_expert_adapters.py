@@ -33,10 +33,11 @@ from corda_kernels.errors import (
     ConfigError,
     CordaError,
     CovarianceError,
+    RankError,
     TargetError,
 )
 from corda_kernels.experts import expert_parameters
-from corda_kernels.init import corda_adapter
+from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.linears import linear_shape
 from corda_kernels.models import target_linears
 from corda_kernels.report import adapter_report
@@ -149,7 +150,7 @@ def test_experts_start_at_the_base_and_go_the_whole_way(architecture: str, tmp_p
     model = init_corda(base, found, config("ipm", **options))
     assert isinstance(model, PeftModel)
     assert model.corda_record.layers.keys() == linears.keys() | parameters.keys()
-    assert {model.corda_record.layers[name]["rank"] for name in parameters} == {2}
+    assert {model.corda_record.layers[name].rank for name in parameters} == {2}
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     after = trained(model)
     assert (after - before).norm() > 0.05 * before.norm()
@@ -298,6 +299,33 @@ def test_what_cannot_be_done_with_experts_is_refused(
     model = init_corda(base, found, config())
     with pytest.raises(AdapterError, match="parameter of fused experts"):
         drift_penalty(model, found)
+
+
+def batches() -> list[Tensor]:
+    return [torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(4))]
+
+
+def test_excluded_experts_are_not_calibrated() -> None:
+    base = tiny("mixtral")
+    record = corda_adapter(base, batches(), config(exclude_modules=["experts.down_proj"])).record
+    read = {name for note in record.measured["inputs"] for name in note["layers"]}
+    assert any(name.endswith("gate_up_proj") for name in read)
+    assert not any("down_proj" in name for name in read)
+
+
+def test_a_budget_or_rank_for_experts_is_refused_before_the_model_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny("mixtral")
+    monkeypatch.setattr(type(base), "forward", None)
+    with pytest.raises(RankError, match="min_rank 8 needs"):
+        corda_adapter(base, batches(), config(budget=8000, min_rank=8))
+    targets = ["k_proj", "experts.down_proj"]  # 16 × 32, and 32 × 24 of two experts a token
+    with pytest.raises(RankError, match=r"k_proj \(16 × 32\): choose one between 1 and 16"):
+        corda_adapter(base, batches(), config(rank=50, targets=targets))
+    with pytest.raises(RankError, match=r"down_proj \(32 × 24\): choose one between 1 and 49"):
+        corda_adapter(base, batches(), config(rank=50, targets=targets[1:]))
+    assert check_targets(base, config(rank=49, targets=targets[1:])).names
 
 
 def test_a_report_shows_experts_by_their_parameter(tmp_path: Path) -> None:
