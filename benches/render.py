@@ -63,7 +63,6 @@ TABLES: dict[str, Table] = {
     ),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
-    "starts": Table(starts_table, ("finetune-starts/finetune",)),
     "forms": Table(forms_table, ("adapter-forms/finetune",)),
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
@@ -72,6 +71,8 @@ TABLES: dict[str, Table] = {
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),
     "gpu-svd-batched": Table(tables.batched, ("gpu-svd-batched",)),
     "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
+    # For when the study has run.
+    "starts": Table(starts_table, ("finetune-starts/finetune",)),
     # For when a GPU has run the rest of benches/gpu.sh.
     "gpu-svd-methods": Table(tables.decompositions, ("gpu-svd",)),
     "gpu-pipeline": Table(tables.pipelines, ("gpu-pipeline",)),
