@@ -69,7 +69,7 @@ def test_a_wide_covariance_with_negative_eigenvalues_is_refused_by_its_layers_na
         assert note["smallest"] == 0
         assert note["largest"] == pytest.approx(12 / float(values.sum()), rel=0.01)
     else:
-        with pytest.raises(DecompositionError, match="layer block.3.q_proj: .* negative eigen"):
+        with pytest.raises(DecompositionError, match=r"layer block\.3\.q_proj: .* negative eigen"):
             measure_inputs(of_layer, progress=False)
 
 
