@@ -15,7 +15,8 @@ from torch import Tensor
 
 from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.calibration.covariance import pack_symmetric, save_pieces, unpack_symmetric
+from corda_kernels.calibration.covariance_set import save_pieces
+from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
