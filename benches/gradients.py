@@ -8,15 +8,15 @@ time: a pass that takes gradients over a forward pass without its head, and over
 products (of one 1,024-token batch; C alone, then C, D and Ḡ).
 accuracy: energy that task starts and two-sided components hold, over the most (for the smallest
 components: the least) that any of the same rank do, and the largest angle between their rows and
-the best ones where the singular values have a gap of 1 %; the best by a dense float64 eigenproblem.
+the best ones where the singular values have a gap of 1 %; the best by dense float64 SVDs.
 divergence: of random changes ΔW the rank correlation of ½ Σ tr(D ΔW C ΔWᵀ) with the measured mean
-KL divergence from the base on other text of the kind. The protocol was written before its run: all changes have the same root mean square over the 210 layers of
-‖ΔW‖/‖W‖, 0.003; each changes a random number of random layers by random matrices of a random rank
-(both numbers log-uniform, 1 to 210 and 1 to 64), all its layers by the same ‖ΔW‖/‖W‖; D and C are
-of 8 sequences of 256 tokens and one draw of labels; the KL is that of 4 sequences. Beside it, to
-tell the reasons: the estimate without D, the same quadratic form of the same gradients without
-the assumptions that x and g are independent, tokens and layers uncorrelated, and how well the KL
-of one half of the text tells that of the other.
+KL divergence from the base on other text of the kind. The protocol was written before its run: all
+changes have the same root mean square over the 210 layers of ‖ΔW‖/‖W‖, 0.003; each changes a random
+number of random layers by random matrices of a random rank (both numbers log-uniform, 1 to 210 and
+1 to 64), all its layers by the same ‖ΔW‖/‖W‖; D and C are of 8 sequences of 256 tokens and one draw
+of labels; the KL is that of 4 sequences. Beside it, to tell the reasons: the estimate without D,
+the same quadratic form of the same gradients without the assumptions that x and g are independent,
+tokens and layers uncorrelated, and how well the KL of one half of the text tells that of the other.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
 from corda_kernels.calibration.forward import evaluating
+from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
