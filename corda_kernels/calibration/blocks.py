@@ -5,6 +5,10 @@ runs over them once, yields the finished covariances of its layers, and leaves t
 that the next one starts from. At any time there are the covariances of one block and one set of
 hidden states; where a device computes, from whose memory a block may have to start again, there are
 two.
+
+Gradients come from the other end: the text goes forwards first, and each block's input stays on the
+host. Then the gradient of the loss goes back, block by block, each of which runs once more over its
+inputs and yields the covariances and gradients of its layers.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import nn
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Experts, Reader
+from corda_kernels.calibration.gradients import Labels, Sides
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.kept_text import KeptText, unsuitable
 from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
@@ -39,6 +44,8 @@ def calibrate_blocks(
     checkpoint: CalibrationCheckpoint | None = None,
     distributed: bool = False,
     progress: bool = True,
+    sides: Sides = "inputs",
+    labels: Labels = "given",
 ) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
@@ -59,9 +66,15 @@ def calibrate_blocks(
         checkpoint: where to keep the sums of every finished block, and whether to go on from those
             after a kill: finished blocks then only run, and the one that was cut off starts again.
         distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
+        sides: see `calibrate`. For "both" every block runs twice over the text: once forwards, its
+            inputs being kept on the host, and once more, from the last block to the first, for the
+            covariances and the gradients of its layers. So the host holds as many hidden states of
+            the whole text as there are blocks, and one more.
+        labels: see `calibrate`.
 
     Returns:
-        An iterator over the blocks that hold targets, in their order.
+        An iterator over the blocks that hold targets, in their order, or in reverse where gradients
+        are taken.
 
     Raises:
         ConfigError: see `calibrate`, as for ModelError.
@@ -81,6 +94,8 @@ def calibrate_blocks(
         checkpoint,
         distributed,
         progress,
+        sides,
+        labels,
     )
     return (sets.pop() for sets in _calibrated(run, batches, parts=1))
 
@@ -126,22 +141,25 @@ def _calibrated(
             f"{parts} parts need text each, but part {tokens.index(0)} has none: give more batches"
         )
     journal, own = run.journal(), (len(counts), text.read.own())
-    restored = 0  # blocks, from the first, whose sums need no work on any rank
-    while restored < len(chosen) and (not chosen[restored] or journal.holds(restored)):
+    held = [index for index, readers in enumerate(chosen) if readers]
+    order, run_block = range(held[-1] + 1), text.advance
+    if run.sides == "both":
+        order, run_block = range(len(blocks) - 1, held[0] - 1, -1), text.retreat
+    restored = 0  # blocks, from the first in this order, whose sums need no work on any rank
+    while restored < len(order) and (not chosen[order[restored]] or journal.holds(order[restored])):
         restored += 1
     restored = min(run.ranks.gather(restored, "finished blocks"))
-    last = max(index for index, readers in enumerate(chosen) if readers)
 
     def finished(index: int) -> list[CovarianceSet]:
         """One block's covariances over the text of all ranks, for each part."""
-        if index < restored:
+        if order.index(index) < restored:
             captures = [run.capture(chosen[index]) for _ in range(parts)]
             if journal.restore(captures, index) != own:
                 raise foreign(journal.file(index), "data")
-            if index < last:
-                text.advance(index)
+            if index != order[-1]:
+                run_block(index)
         else:
-            captures = text.advance(index, chosen[index])
+            captures = run_block(index, chosen[index])
             for capture in captures:
                 run.ranks.add_up(capture, run.device)
             if sum(tokens) >= journal.interval(captures):
@@ -149,13 +167,17 @@ def _calibrated(
         return [run.result(*each) for each in zip(captures, tokens, strict=True)]
 
     def found() -> Iterator[list[CovarianceSet]]:
-        bar = progress_bar(range(last + 1), description="blocks", unit="blocks", shown=run.shown)
-        for index in bar:
+        shown: dict[str, Any] = {"unit": "blocks", "shown": run.shown}
+        if run.sides == "both":
+            for index in progress_bar(range(len(blocks)), description="blocks forwards", **shown):
+                text.advance(index)
+            text.turn()
+        for index in progress_bar(order, description="blocks", **shown):
             if chosen[index]:
                 # No name for it: a block's covariances would be kept while the next one runs.
                 yield finished(index)
             else:
-                text.advance(index)
+                run_block(index)
 
     return found()
 

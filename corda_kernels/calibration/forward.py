@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from corda_kernels import models
 from corda_kernels.calibration.batches import Batch, check_masks, inputs_of, is_text, unpadded
-from corda_kernels.calibration.gradients import Labels, Sides, backward_pass, with_labels
+from corda_kernels.calibration.gradients import LABELS, Labels, Sides, backward_pass, with_labels
 from corda_kernels.errors import BatchError, CordaError, CordaWarning, warn
 from corda_kernels.linears import kept_unpacked
 
@@ -76,12 +76,13 @@ class Forward:
         """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
         return is_text(batch) and not models.is_encoder_decoder(self.model)
 
-    def __call__(self, inputs: Mapping[str, Any], batch: int = 0) -> None:
+    def __call__(self, inputs: Mapping[str, Any], batch: int = 0, *, follow: bool = True) -> None:
         """Runs the model, or its part that has the targets where that takes all that is given.
 
         Args:
             inputs: what `sequences` gave.
             batch: number of the batch that they come from, for messages.
+            follow: whether a backward pass follows where gradients are taken.
 
         Raises:
             BatchError: the model has no such token, or not as many positions; or its forward
@@ -105,9 +106,10 @@ class Forward:
             return value.to(self.device, dtype if value.is_floating_point() else None)
 
         moved = tree_map_only(Tensor, there, given)
-        if self.sides == "both":
+        if self.sides == "both" and follow:
             backward_pass(self.model, moved, self.labels, batch, self.device)
             return
+        moved.pop(LABELS, None)
         try:
             runner(**moved)
         except (TypeError, ValueError) as error:

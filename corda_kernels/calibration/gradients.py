@@ -30,7 +30,7 @@ Labels = Literal["given", "sampled"]
 # A label that transformers leaves out of the loss.
 _IGNORED = -100
 # Labels go under this name with the tokens through `unpadded`, which drops "labels".
-_FIELD = "corda_labels"
+LABELS = "corda_labels"
 _HOST = torch.device("cpu")
 
 
@@ -62,7 +62,7 @@ def with_labels(batch: Batch, index: int) -> Batch:
     if isinstance(ids, Tensor) and (not whole or labels.shape != ids.shape):
         says = f"has labels that are no int64 tensor of the shape of its input_ids, {ids.shape}"
         raise BatchError(index, f"{says}: give token ids, or -100 for tokens without a loss")
-    return {**batch, _FIELD: labels}
+    return {**batch, LABELS: labels}
 
 
 def backward_pass(
@@ -80,7 +80,7 @@ def backward_pass(
     Raises:
         BatchError: a label is no token of the model.
     """
-    given = inputs.pop(_FIELD, None)
+    given = inputs.pop(LABELS, None)
     with torch.enable_grad():
         logits = model(**inputs).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

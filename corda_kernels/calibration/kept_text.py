@@ -29,12 +29,16 @@ _HOST = torch.device("cpu")
 class KeptText:
     """The text on its way through the blocks, as hidden states on the host.
 
+    Where gradients are taken, each block's input stays, and once the text has come to its end the
+    gradient of its loss goes the same way back.
+
     Attributes:
         run: what is calibrated.
         blocks: the decoder's.
         batches: the text.
         parts: into which the text is dealt out.
         sequences: those of this rank's batches, in their order.
+        recorder: that stood in for the blocks.
         read: what the batches held.
     """
 
@@ -43,6 +47,7 @@ class KeptText:
     batches: Iterable[Batch]
     parts: int = 1
     sequences: list[Sequences] = field(default_factory=list, init=False)
+    recorder: Recorder = field(init=False)
     read: TextSum = field(default_factory=TextSum, init=False)
     _rows: int | None = field(default=None, init=False)  # as many at most were recorded together
 
@@ -53,7 +58,7 @@ class KeptText:
     def _record(self) -> None:
         run, self._rows = self.run, self.run.max_rows
         self.sequences, self.read = [], TextSum()
-        recorder = Recorder(self.blocks)
+        recorder = self.recorder = Recorder(self.blocks)
         reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
@@ -61,8 +66,8 @@ class KeptText:
                     if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
-                    recorder.current = Sequences(index, self.read.span, counted)
-                    run.forward(inputs, index)
+                    recorder.current = Sequences(index, self.read.span, inputs, counted)
+                    run.forward(inputs, index, follow=False)
                     if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
@@ -80,57 +85,114 @@ class KeptText:
             Their sums, for each part of the text.
         """
 
+        def step(current: Sequences) -> list[Tensor]:
+            output = self._block(index, current, current.hidden)
+            kept = current.states if self.run.sides == "both" else []
+            return [*kept, output.to(_HOST)]
+
+        return self._stepped(step, self.blocks[index], f"starting block {index} again", readers)
+
+    def turn(self) -> None:
+        """Replaces the last hidden states by the gradients of the summed losses at them."""
+
+        def step(current: Sequences) -> list[Tensor]:
+            *inputs, hidden = current.states
+            leaf = self.recorder.final = self._leaf(hidden)
+            with self.recorder.in_place_of_blocks():
+                self.run.forward(current.inputs, current.batch)
+            self.recorder.final = None
+            return [*inputs, _gradient(leaf)]
+
+        self._stepped(step, self.run.model, "starting the head again")
+
+    def retreat(
+        self, index: int, readers: Mapping[str, Reader] | None = None
+    ) -> list[InputCapture]:
+        """Runs block number `index` over its inputs once more, and gradients back through it.
+
+        Args:
+            index: of the block, the last one that they have not passed.
+            readers: as in `advance`; of them also the gradients are summed up.
+
+        Returns:
+            Their sums, for each part of the text.
+        """
+
+        def step(current: Sequences) -> list[Tensor]:
+            *others, hidden, gradient = current.states
+            leaf = self._leaf(hidden)
+            with torch.enable_grad():
+                output = self._block(index, current, leaf.clone())
+                output.backward(gradient.to(output.device))  # type: ignore[no-untyped-call]
+            return [*others, _gradient(leaf)]
+
+        return self._stepped(step, self.blocks[index], f"starting block {index} again", readers)
+
+    def _block(self, index: int, current: Sequences, hidden: Tensor) -> Tensor:
+        args, kwargs = current.calls[index]
+        return hidden_states(self.blocks[index](hidden.to(self.run.device), *args, **kwargs))
+
+    def _leaf(self, hidden: Tensor) -> Tensor:
+        return hidden.detach().to(self.run.device).requires_grad_()
+
+    def _stepped(
+        self,
+        step: Callable[[Sequences], list[Tensor]],
+        module: nn.Module,
+        again: str,
+        readers: Mapping[str, Reader] | None = None,
+    ) -> list[InputCapture]:
+        """Gives all sequences the states that `step` makes by running `module`; the sums."""
         run = self.run
 
         def attempt() -> list[InputCapture]:
             if self._rows != run.max_rows:
                 self._regroup()
             captures = [run.capture(readers or {}) for _ in range(self.parts)]
-            with evaluating(self.blocks[index]), one_by_one(run.experts_modules):
-                self._advance(index, captures)
+            with evaluating(module), one_by_one(run.experts_modules):
+                self._step(step, captures)
             return captures
 
         if not has_own_memory(run.device):
             return attempt()
-        again = f"starting block {index} again"
         return run.retry(self.batches, attempt, again, summing=readers is not None)
 
-    def _advance(self, index: int, captures: Sequence[InputCapture]) -> None:
-        passed: list[Tensor] = []
+    def _step(
+        self, step: Callable[[Sequences], list[Tensor]], captures: Sequence[InputCapture]
+    ) -> None:
+        passed: list[list[Tensor]] = []
         for batch, group in itertools.groupby(self.sequences, lambda current: current.batch):
             capture = captures[batch % self.parts]
             with capture:
                 for current in group:
                     capture.begin_rows(current.counted)
-                    args, kwargs = current.calls[index]
-                    hidden = current.hidden.to(self.run.device)
-                    output = self.blocks[index](hidden, *args, **kwargs)
-                    hidden = hidden_states(output).to(_HOST)
-                    if has_own_memory(self.run.device):  # so that the block can start again
-                        passed.append(hidden)
+                    states = step(current)
+                    if has_own_memory(self.run.device):  # so that the step can start again
+                        passed.append(states)
                     else:
-                        current.hidden = hidden
+                        current.states = states
             capture.end_pass(batch, current.span)
-        for current, hidden in zip(self.sequences, passed, strict=False):
-            current.hidden = hidden
+        for current, states in zip(self.sequences, passed, strict=False):
+            current.states = states
 
     def _regroup(self) -> None:
         """Lets as many sequences run together as memory holds, from the states they have reached.
 
         Those of one length in one batch were together at first.
         """
-        reached = {
-            key: torch.cat([current.hidden for current in group])
-            for key, group in itertools.groupby(self.sequences, alike)
-        }
+        reached = {}
+        for key, group in itertools.groupby(self.sequences, alike):
+            states = zip(*(current.states for current in group), strict=True)
+            reached[key] = [torch.cat(each) for each in states]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PaddingWarning)  # it was said the first time
             self.record()
         for key, group in itertools.groupby(self.sequences, alike):
             smaller = list(group)
-            rows = [current.hidden.shape[0] for current in smaller]
-            for current, hidden in zip(smaller, torch.split(reached[key], rows), strict=True):
-                current.hidden = hidden
+            rows = [len(current.hidden) for current in smaller]
+            parts = zip(*(torch.split(state, rows) for state in reached[key]), strict=True)
+            for current, states in zip(smaller, parts, strict=True):
+                current.states = list(states)
 
 
 def alike(sequences: Sequences) -> tuple[int, int]:
@@ -145,16 +207,30 @@ class Sequences:
     Attributes:
         batch: number of the batch that they come from.
         span: range of that batch's tokens in the text.
+        inputs: what the model was given.
         counted: (batch, seq) of ones and zeros, the tokens that count; None for all.
-        hidden: what the next block reads, on the host.
+        states: (batch, seq, hidden) each, on the host: the last is what the next block reads, or
+            on the way back the gradient at the output of the one that is next; before it, where
+            gradients are taken, the inputs of all blocks up to there.
         calls: positional and named arguments of each block, without the hidden states.
     """
 
     batch: int
     span: tuple[int, int]
+    inputs: dict[str, Any]
     counted: Tensor | None = None
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    states: list[Tensor] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The last of its states."""
+        return self.states[-1]
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad.to(_HOST)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -177,10 +253,18 @@ def unsuitable(reason: str) -> CalibrationError:
 
 @dataclass
 class Recorder:
-    """Stands in for every block: passes the hidden states on, and notes the other arguments."""
+    """Stands in for every block: passes the hidden states on, and notes the other arguments.
+
+    Attributes:
+        blocks: the decoder's.
+        current: the sequences whose arguments are noted.
+        final: hidden states to return from every block, so that only what follows the last one
+            counts, in place of noting anything.
+    """
 
     blocks: list[nn.Module]
     current: Sequences | None = None
+    final: Tensor | None = None
     _passed: Tensor | None = None
     _asked: bool = False  # what blocks return
     _rest: tuple[Any, ...] | None = None  # what they return beside hidden states, if in a tuple
@@ -201,6 +285,8 @@ class Recorder:
 
     def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.final is not None:
+                return self._returned(self.final.clone())
             assert self.current is not None
             if not args and "hidden_states" not in kwargs:
                 raise unsuitable("its blocks are called without hidden_states")
@@ -208,7 +294,7 @@ class Recorder:
             if len(self.current.calls) != index:
                 raise unsuitable("its blocks do not run once each in their order")
             if index == 0:
-                self.current.hidden = hidden.to(_HOST)
+                self.current.states = [hidden.to(_HOST)]
             elif hidden is not self._passed:
                 raise unsuitable("something happens to the hidden states between its blocks")
             self.current.calls.append(tree_map_only(Tensor, self._kept, (tuple(others), kwargs)))
@@ -218,9 +304,12 @@ class Recorder:
                 hidden_states(output)
                 self._asked = True
                 self._rest = output[1:] if isinstance(output, tuple) else None
-            return hidden if self._rest is None else (hidden, *self._rest)
+            return self._returned(hidden)
 
         return forward
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return hidden if self._rest is None else (hidden, *self._rest)
 
     def _kept(self, value: Tensor) -> Tensor:
         """The same tensor for all that are equal.

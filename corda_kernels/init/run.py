@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import CalibrationError, ConfigError, RankError
 from corda_kernels.init.checks import (
     adapter_parameters,
@@ -143,6 +145,7 @@ def corda_adapter(
     clock = Stopwatch(devices(model))
     stages: Iterable[CovarianceSet]
     kept: CovarianceSet | None = None
+    kept_stages: Iterator[CovarianceSet] = iter(())
     if isinstance(keep, CovarianceSet):
         check_covered(modules, keep)
     if isinstance(data, CovarianceSet):
@@ -159,10 +162,16 @@ def corda_adapter(
     allocation: dict[str, Any] = {}
     measured: dict[str, Any] = {"layers": {}, "inputs": []}
     provenances: list[dict[str, Any]] = []
+    if keep is not None:
+        kept_stages = _kept(model, keep, config, list(modules), clock)
     for covariances in stages:
-        if keep is not None:
-            kept = _kept(model, keep, config, list(modules), clock)
-        measured["inputs"] += united_inputs(covariances if kept is None else kept, experts)
+        kept = None if keep is None else next(kept_stages)
+        inputs = united_inputs(covariances if kept is None else kept, experts)
+        if kept is not None:  # which may be of more layers than this stage
+            inputs = [note for note in inputs if not covariances.keys().isdisjoint(note["layers"])]
+        # Gradients come from the last block to the first.
+        place = 0 if config.sides == "both" else len(measured["inputs"])
+        measured["inputs"][place:place] = inputs
         provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
         covered = {name: module for name, module in layers.items() if name in covariances}
@@ -198,7 +207,10 @@ def corda_adapter(
     if config.mode != "task" or kept is not None:
         warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
     made, measured["layers"] = united_experts(experts, made, measured["layers"])
-    made = {name: made[name] for name in (*modules, *experts) if name in made}
+    ordered = (*modules, *experts)
+    made = {name: made[name] for name in ordered if name in made}
+    of_layers = measured["layers"]
+    measured["layers"] = {name: of_layers[name] for name in ordered if name in of_layers}
     calibration = united_provenance(provenances)
     if kept is not None:
         notes = ("model", "data", "mixture", "tokens")
@@ -243,15 +255,22 @@ def _kept(
     config: CordaConfig,
     targets: list[str],
     clock: Stopwatch,
-) -> CovarianceSet:
-    """The covariances of what is to be kept, in one pass."""
+) -> Iterator[CovarianceSet]:
+    """The covariances of what is to be kept, for each stage of those of the task."""
     if isinstance(keep, CovarianceSet):
-        return keep
+        return itertools.repeat(keep)
+    limit = config.memory_limit
+    at_once = limit is None or covariance_bytes(model, targets, sides="both")[0] <= limit
+    # Block by block they go the task's way, for whose order gradients are needed.
     plan = CalibrationPlan(
-        targets=targets, distributed=config.distributed, progress=config.progress
+        targets=targets,
+        memory_limit=limit,
+        sides="inputs" if at_once else "both",
+        distributed=config.distributed,
+        progress=config.progress,
     )
-    (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
-    return kept
+    stages = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
+    return itertools.repeat(next(stages)) if at_once else stages
 
 
 def _shared_out(
