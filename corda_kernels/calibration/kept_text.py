@@ -182,17 +182,17 @@ class KeptText:
         """
         reached = {}
         for key, group in itertools.groupby(self.sequences, alike):
-            states = zip(*(current.states for current in group), strict=True)
-            reached[key] = [torch.cat(each) for each in states]
+            alike_states = zip(*(current.states for current in group), strict=True)
+            reached[key] = [torch.cat(states) for states in alike_states]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PaddingWarning)  # it was said the first time
             self.record()
         for key, group in itertools.groupby(self.sequences, alike):
             smaller = list(group)
             rows = [len(current.hidden) for current in smaller]
-            parts = zip(*(torch.split(state, rows) for state in reached[key]), strict=True)
-            for current, states in zip(smaller, parts, strict=True):
-                current.states = list(states)
+            parts = [torch.split(states, rows) for states in reached[key]]
+            for number, current in enumerate(smaller):
+                current.states = [part[number] for part in parts]
 
 
 def alike(sequences: Sequences) -> tuple[int, int]:

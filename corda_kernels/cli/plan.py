@@ -69,7 +69,7 @@ def plan(
     rows.append(("together", *totals))
     passes = [2 if both and way != ONE_PASS else 1 for way in columns]
     rows.append(("forward passes", *(f"{n} and back" if both else f"{n}" for n in passes)))
-    work = {"covariances": needs.covariance_flops}
+    work: dict[str, float] = {"covariances": needs.covariance_flops}
     if both:
         work |= {"backward": needs.forward_flops, "gradients": needs.gradient_flops}
     forward = (f"{needs.forward_flops * tokens * n:.1e}" for n in passes)
