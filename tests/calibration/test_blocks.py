@@ -161,6 +161,7 @@ def test_a_block_runs_once_over_the_text_and_one_after_the_other(make: ModelMake
         ran.clear()
 
 
+@pytest.mark.slow
 def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
     import gc
     import weakref
