@@ -91,6 +91,18 @@ def test_sums_in_memory_are_those_of_one_block(
     assert ran == 4 * most == 28
 
 
+def test_offloaded_weights_are_fetched_for_either_way(tiny_model: ModelMaker) -> None:
+    from accelerate import cpu_offload
+
+    model = tiny_model("llama", initializer_range=0.1).double()
+    whole = calibrate(model, batches(), **BOTH)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    for block in calibrate_blocks(model, batches(), **BOTH):
+        same(block, whole)
+    assert all(p.requires_grad and p.is_meta for p in model.model.layers.parameters())
+
+
 def test_parts_and_some_targets(tiny_model: ModelMaker) -> None:
     model = tiny_model("gpt2", num_hidden_layers=3, initializer_range=0.1)
     options: dict[str, Any] = {"targets": ["transformer.h.1.mlp.c_fc"], **BOTH}
