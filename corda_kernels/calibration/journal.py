@@ -48,7 +48,7 @@ _FIELDS: dict[str, Check] = {
     "text": is_text,
     "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
     "gradients?": lambda value: isinstance(value, list) and all(map(is_text, value)),
-    "gradient_parts?": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+    "gradient_parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
 }
 
 # What follows the path in a file's name: the part or the decoder block, then the rank.
@@ -265,7 +265,7 @@ class Journal:
                 says = f"{file} holds sums that do not fit layer {name}"
                 raise CheckpointError(f"{says}: {_FILE['remedy']}")
         counts = header["parts"]
-        of_parts = header.get("gradient_parts", [0] * len(counts))
+        of_parts = header["gradient_parts"]
         wrong = sum(counts) != len(groups) or sum(of_parts) != len(gradients)
         if wrong or not len(counts) == len(of_parts) == len(captures):
             raise foreign(file, "stability")
