@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from corda_kernels import CovarianceSet
 from corda_kernels.adapter import read_adapter
 from corda_kernels.calibration.needs import covariance_bytes
-from corda_kernels.errors import ConfigError
+from corda_kernels.cli import options
+from corda_kernels.errors import ConfigError, DataError
 
 TASK = ("--template", "{question} {answer[0]}", *SMALL)
 
@@ -121,4 +123,28 @@ def test_what_does_not_go_together_is_refused(
     ):
         with pytest.raises(ConfigError, match=says):
             invoke(*init, *more)
+    with pytest.raises(DataError, match=r"no field 'text': .* --keep-field or --keep-templ"):
+        invoke(*init, "--mode", "task", "--keep", place / "rows.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_of_conversations_keeps_a_text_of_fields(
+    place: Path, invoke: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Any] = []
+
+    def noted(given: Any, tokenizer: Any) -> list[Any]:
+        read.append({name: given[name] for name in ("template", "chat_template", "answers_only")})
+        if len(read) == 2:
+            raise DataError("enough")
+        return []
+
+    monkeypatch.setattr(options, "text_batches", noted)
+    task = ("--data", place / "rows.jsonl", "--chat-template", "--answers-only")
+    keep = ("--keep", place / "rows.jsonl", "--keep-template", "{question}")
+    with pytest.raises(DataError, match="enough"):
+        invoke("init", place / "model", tmp_path / "out", "--mode", "task", *task, *keep)
+    assert read == [
+        {"template": None, "chat_template": True, "answers_only": True},
+        {"template": "{question}", "chat_template": False, "answers_only": False},
+    ]
