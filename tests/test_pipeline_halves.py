@@ -37,7 +37,7 @@ def test_halves_merge_to_the_whole(calibrated: Calibrated, count: int) -> None:
     for name, expected in whole.items():
         found = halves[name]
         assert (found.matrix - expected.matrix).norm() < 1e-6 * expected.matrix.norm()
-        assert (found.tokens, found.calls) == (expected.tokens, expected.calls)
+        assert (found.tokens, found.calls) == (expected.tokens, 2)  # a call for each half
         assert torch.equal(found.absmax, expected.absmax)
         assert torch.equal(found.outlier_count, expected.outlier_count)
     stability = halves.provenance["stability"]

@@ -21,11 +21,10 @@ from torch import nn
 
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.covariance_set import CovarianceSet
-from corda_kernels.calibration.experts import Experts, Reader
-from corda_kernels.calibration.gradients import Labels, Sides
-from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
+from corda_kernels.calibration.experts import Reader
+from corda_kernels.calibration.journal import foreign
 from corda_kernels.calibration.kept_text import KeptText, unsuitable
-from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
+from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import CalibrationError
 from corda_kernels.models import decoder_blocks, is_encoder_decoder
 from corda_kernels.progress import progress_bar
@@ -35,17 +34,7 @@ from corda_kernels.progress import progress_bar
 def calibrate_blocks(
     model: nn.Module,
     batches: Iterable[Batch],
-    *,
-    targets: Targets = None,
-    experts: Experts | None = None,
-    outlier_threshold: float = 6.0,
-    normalize: Normalize = "tokens",
-    on_unseen: OnUnseen = "error",
-    checkpoint: CalibrationCheckpoint | None = None,
-    distributed: bool = False,
-    progress: bool = True,
-    sides: Sides = "inputs",
-    labels: Labels = "given",
+    **options: Any,
 ) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
@@ -61,16 +50,14 @@ def calibrate_blocks(
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
             by accelerate.
-        batches: see `calibrate`, as for all that is not listed here.
-        targets: all of them must lie in the decoder's blocks.
-        checkpoint: where to keep the sums of every finished block, and whether to go on from those
-            after a kill: finished blocks then only run, and the one that was cut off starts again.
-        distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
-        sides: see `calibrate`. For "both" every block runs twice over the text: once forwards, its
-            inputs being kept on the host, and once more, from the last block to the first, for the
-            covariances and the gradients of its layers. So the host holds as many hidden states of
-            the whole text as there are blocks, and one more.
-        labels: see `calibrate`.
+        batches: see `calibrate`.
+        options: those of `calibrate`. All `targets` must lie in the decoder's blocks. A
+            `checkpoint` keeps the sums of every finished block; after a kill finished blocks only
+            run, and the one that was cut off starts again. With `distributed` each rank keeps the
+            hidden states of its own batches. With `sides="both"` every block runs twice over the
+            text: once forwards, its inputs being kept on the host, and once more, from the last
+            block to the first, for the covariances and the gradients of its layers. So the host
+            holds as many hidden states of the whole text as there are blocks, and one more.
 
     Returns:
         An iterator over the blocks that hold targets, in their order, or in reverse where gradients
@@ -84,19 +71,7 @@ def calibrate_blocks(
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
         DistributedError: another rank has ended, or was given something else.
     """
-    run = CalibrationRun(
-        model,
-        targets,
-        experts,
-        outlier_threshold,
-        normalize,
-        on_unseen,
-        checkpoint,
-        distributed,
-        progress,
-        sides,
-        labels,
-    )
+    run = CalibrationRun(model, **options)
     return (sets.pop() for sets in _calibrated(run, batches, parts=1))
 
 

@@ -62,12 +62,14 @@ class KeptText:
         reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
-                for inputs in run.forward.sequences(batch, index, run.max_rows) if own else ():
+                span = self.read.span
+                pieces = run.forward.pieces(batch, index, span) if own else ()
+                for inputs, rows in run.together(pieces):
                     if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
-                    recorder.current = Sequences(index, self.read.span, inputs, counted)
-                    run.forward(inputs, index, follow=False)
+                    recorder.current = Sequences(index, span, inputs, counted)
+                    run.forward(inputs, rows, follow=False)
                     if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
@@ -99,7 +101,7 @@ class KeptText:
             *inputs, hidden = current.states
             leaf = self.recorder.final = self._leaf(hidden)
             with self.recorder.in_place_of_blocks():
-                self.run.forward(current.inputs, current.batch)
+                self.run.forward(current.inputs, [current.batch] * len(hidden))
             self.recorder.final = None
             return [*inputs, _gradient(leaf)]
 
