@@ -20,6 +20,7 @@ from pathlib import Path
 
 import kernel_figure
 import tables
+from finetuning.starts import starts as starts_table
 from finetuning.table import forms as forms_table
 from finetuning.table import table as finetuning_table
 
@@ -66,12 +67,16 @@ TABLES: dict[str, Table] = {
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
     "forms": Table(forms_table, ("adapter-forms/finetune",)),
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
+    "gradients": Table(tables.gradients, ("cpu-gradients",)),
+    "divergence": Table(tables.divergences, ("cpu-divergence",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),
     "gpu-svd-batched": Table(tables.batched, ("gpu-svd-batched",)),
     "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
+    # For when the study has run.
+    "starts": Table(starts_table, ("finetune-starts/finetune",)),
     # For when a GPU has run the rest of benches/gpu.sh.
     "gpu-svd-methods": Table(tables.decompositions, ("gpu-svd",)),
     "gpu-pipeline": Table(tables.pipelines, ("gpu-pipeline",)),

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
 from corda_kernels.calibration.forward import evaluating
+from corda_kernels.calibration.gradients import Sides
+from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
@@ -47,6 +48,7 @@ class CalibrationNeeds:
             inputs of fused experts.
         block_bytes: size of all covariances of each decoder block, by name; None where the model
             cannot run block by block.
+        block_gradient_bytes: size of D and Ḡ of each block's layers, by name.
         obstacle: why it cannot; empty where it can.
         weight_bytes: size of the model.
         block_weight_bytes: size of the largest decoder block; 0 where there are none.
@@ -62,6 +64,7 @@ class CalibrationNeeds:
 
     groups: list[tuple[int, list[str]]]
     block_bytes: dict[str, int] | None
+    block_gradient_bytes: dict[str, int]
     obstacle: str
     weight_bytes: int
     block_weight_bytes: int
@@ -76,6 +79,15 @@ class CalibrationNeeds:
     def covariance_bytes(self) -> int:
         """Size of all covariances together, in float32."""
         return sum(4 * channels**2 for channels, _ in self.groups)
+
+    def largest_block(self, sides: Sides = "inputs") -> tuple[int, int]:
+        """Sizes of the covariances and of the gradients, where there are some, of the block in
+        which both together are largest; 0 where the model cannot run block by block."""
+        both = [
+            (size, self.block_gradient_bytes[name] if sides == "both" else 0)
+            for name, size in (self.block_bytes or {}).items()
+        ]
+        return max(both, key=sum, default=(0, 0))
 
 
 def calibration_needs(
@@ -105,7 +117,8 @@ def calibration_needs(
             f"{', '.join(taken)}: calibrate it in one pass, without a memory limit"
         )
     run = CalibrationRun(model, targets, experts)
-    mask, groups, outputs, active = _tried(run)
+    length = min(seq_len, run.forward.positions or seq_len)
+    groups, outputs, active, flops = _tried(run, length)
     sizes: dict[str, int] = {}
     obstacle = "the model is an encoder–decoder" if is_encoder_decoder(model) else ""
     try:
@@ -122,11 +135,6 @@ def calibration_needs(
             obstacle = obstacle or "targets lie outside of the decoder's blocks"
         else:
             sizes[block] += 4 * channels**2
-    flops, length = 0.0, min(seq_len, run.forward.positions or seq_len)
-    if length:
-        with FlopCounterMode(display=False) as counter:
-            _run(run, length, mask)
-        flops = counter.get_total_flops() / length
     products = 0.0
     for channels, names in groups:
         reader = run.readers[names[0]]
@@ -135,10 +143,17 @@ def calibration_needs(
             share = active / reader.parameter.experts
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
-    shapes = list(map(linear_shape, run.linears.values()))
+    layers, fused = target_layers(model, targets, experts=experts is not None)
+    shapes = list(map(linear_shape, layers.values()))
+    shapes += [(each.outputs, each.inputs) for each in fused.values() for _ in range(active)]
+    gradients = gradient_sizes(model, targets, experts)
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
+        {
+            block: sum(size for name, size in gradients.items() if name.startswith(f"{block}."))
+            for block in sizes
+        },
         obstacle,
         weight_bytes(model),
         max(blocks, default=0),
@@ -146,7 +161,7 @@ def calibration_needs(
         flops,
         round(products),
         run.forward.positions,
-        gradient_bytes(model, targets),
+        sum(gradients.values()),
         sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
 
@@ -156,18 +171,26 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def gradient_bytes(model: nn.Module, targets: Targets = None) -> int:
-    """Size of D (out, out) and Ḡ (out, in) of all target layers, in float32."""
-    shapes = map(linear_shape, target_layers(model, targets)[0].values())
-    return sum(4 * out * (out + channels) for out, channels in shapes)
+def gradient_sizes(
+    model: nn.Module, targets: Targets = None, experts: Experts | None = None
+) -> dict[str, int]:
+    """Bytes of D (out, out) and Ḡ (out, in), in float32, of each target layer, and of all experts
+    of each parameter."""
+    layers, fused = target_layers(model, targets, experts=experts is not None)
+    shapes = {name: (1, *linear_shape(layer)) for name, layer in layers.items()}
+    shapes |= {name: (each.experts, each.outputs, each.inputs) for name, each in fused.items()}
+    return {
+        name: 4 * count * out * (out + channels) for name, (count, out, channels) in shapes.items()
+    }
 
 
 def covariance_bytes(
     model: nn.Module,
     targets: Targets = None,
     experts: Experts | None = None,
+    sides: Sides = "inputs",
 ) -> tuple[int, int]:
-    """Sizes of the target layers' covariances, in float32, by a run over two tokens.
+    """Sizes of the target layers' covariances, and gradients, in float32, by a run over two tokens.
 
     Returns:
         Of all together, and of those of the largest decoder block, 0 in a model that cannot run
@@ -176,19 +199,26 @@ def covariance_bytes(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         needs = calibration_needs(model, targets, experts, seq_len=0)
-    return needs.covariance_bytes, max((needs.block_bytes or {"": 0}).values())
+    gradients = needs.gradient_bytes if sides == "both" else 0
+    return needs.covariance_bytes + gradients, sum(needs.largest_block(sides))
 
 
-def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any], int]:
-    """What a pass over two tokens shows of the model.
+def _tried(
+    run: CalibrationRun, length: int
+) -> tuple[list[tuple[int, list[str]]], list[Any], int, float]:
+    """What a pass over so many tokens shows of the model.
+
+    Args:
+        run: the model.
+        length: of the sequence; 0 for a short one whose operations are not counted.
 
     Returns:
-        The attention mask with which a model without weights runs, none where it has some; the
-        channels of each distinct input with the layers that read it, those that are never called
-        alone; what the decoder's blocks return; and how many experts a token is routed to.
+        The channels of each distinct input with the layers that read it, those that are never
+        called alone; what the decoder's blocks return; how many experts a token is routed to; and
+        the operations of one token.
 
     Raises:
-        ModelError: it runs with none of the masks.
+        ModelError: it runs with none of the masks that a model without weights is tried with.
     """
     layers = {module: name for name, module in run.linears.items()}
     blocks: Collection[nn.Module] = ()
@@ -214,10 +244,12 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
     for mask in _MASKS if skeleton else (None,):
         readers.clear()
         outputs.clear()
+        counter = FlopCounterMode(display=False)
+        counted: Any = counter if length else contextlib.nullcontext()
         reading = hooks.register_module_forward_pre_hook(note_input)
         try:
-            with reading, hooks.register_module_forward_hook(note_output):
-                _run(run, _TRIED_TOKENS, mask)
+            with counted, reading, hooks.register_module_forward_hook(note_output):
+                _run(run, length or _TRIED_TOKENS, mask)
         except Exception as error:  # a model's own code: it may raise anything
             if not skeleton:
                 raise
@@ -227,7 +259,8 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
             groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
             groups += [[name] for name in run.readers if name not in run.linears]
             channels = [reader_shape(run.readers[names[0]])[1] for names in groups]
-            return mask, list(zip(channels, groups, strict=True)), outputs, active[-1]
+            flops = counter.get_total_flops() / max(length, 1)
+            return list(zip(channels, groups, strict=True)), outputs, active[-1], flops
     says = f"{type(run.model).__name__} does not run without its weights ({reason})"
     raise ModelError(f"{says}: plan nothing, and calibrate it with a --memory-limit")
 

@@ -16,9 +16,9 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
-from corda_kernels.calibration.experts import warn_unseen_experts
-from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.run import refuse_unseen, unseen
+from corda_kernels.calibration.shrinkage import warn_unseen_experts
 from corda_kernels.errors import (
     BatchError,
     ConfigError,
@@ -28,7 +28,7 @@ from corda_kernels.errors import (
 )
 from corda_kernels.init.config import CalibrationPlan
 from corda_kernels.linears import weights_at_hand
-from corda_kernels.models import devices, target_layers
+from corda_kernels.models import devices
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.usage import Stopwatch
@@ -56,13 +56,13 @@ def covariance_stages(
         clock: takes the time of the stages "calibration", "stability" and "selection".
 
     Yields:
-        The covariances of all layers, or of each block in turn. Without candidates
+        The covariances of all layers, or of each block in turn, from the last one where gradients
+        are taken. Without candidates
         `provenance["stability"]` tells how well both halves agree (see `Stability`), or is None
         where that was not asked for or there is but one batch.
 
     Raises:
-        ConfigError: there are fewer batches than candidates, or fused experts are to be selected
-            from several; or all covariances are needed at once
+        ConfigError: there are fewer batches than candidates; or all covariances are needed at once
             but do not fit, or those of one block do not.
         CalibrationError: see `calibrate`.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
@@ -76,16 +76,8 @@ def covariance_stages(
             f"{parts} candidates need as many batches, got {len(batches)}: use more samples, "
             "smaller batches or fewer candidates"
         )
-    if parts > 1 and target_layers(model, plan.targets, experts=plan.experts is not None)[1]:
-        raise ConfigError(
-            "covariances of fused experts are not selected from candidates: take one candidate, or "
-            "leave experts out of the targets"
-        )
-    # A half leaves layers that it does not reach to the other one, such as an expert that few
-    # tokens are routed to.
-    on_unseen = "error"
     if parts == 1 and plan.stability and len(batches) > 1:
-        parts, on_unseen = 2, "skip"
+        parts = 2
     Ranks.of(plan.distributed).agree(
         "covariance_stages", lambda: text_given(batches) | plan.given() | {"domain": domain}
     )
@@ -93,17 +85,20 @@ def covariance_stages(
     options: dict[str, Any] = {  # of either way to run the model
         "targets": plan.targets,
         "experts": plan.experts,
-        "on_unseen": on_unseen,
+        # A half leaves layers that it does not reach to the other one, such as an expert that few
+        # tokens are routed to.
+        "on_unseen": "skip" if parts > 1 else "error",
         "distributed": plan.distributed,
         "progress": plan.progress,
+        "sides": plan.sides,
+        "labels": plan.labels,
     }
     if not _in_blocks(model, plan, parts):
         kept = [None] * parts if checkpoint is None else checkpoint.parts(parts)
 
         def made(part: int) -> CovarianceSet:
             with clock.stage("calibration"), _part_of(batches, part, parts) as of_part:
-                given: Any = {"sides": plan.sides, "labels": plan.labels}
-                return calibrate(model, of_part, checkpoint=kept[part], **given, **options)
+                return calibrate(model, of_part, checkpoint=kept[part], **options)
 
         yield _united(model, [partial(made, part) for part in range(parts)], plan, domain, clock)
         return
@@ -139,16 +134,10 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if limit is None:
         return False
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
-    needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
-    if plan.sides == "both":
-        needed += sets * gradient_bytes(model, plan.targets)
+    sizes = covariance_bytes(model, plan.targets, plan.experts, plan.sides)
+    needed, largest = (sets * size for size in sizes)
     if needed <= limit:
         return False
-    if plan.sides == "both":
-        raise ConfigError(
-            "gradients are taken in one pass through the whole model, not block by block: raise "
-            f"the memory limit to {needed} bytes, or choose fewer targets"
-        )
     if plan.all_at_once:
         raise ConfigError(
             "a budget is shared out by the spectra of all layers, which block by block are not at "
@@ -157,8 +146,8 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if largest > limit:
         less = ", or judge no stability, which takes a third of it" if sets == 3 else ""
         raise ConfigError(
-            f"the covariances of one decoder block take {largest} bytes where the memory limit "
-            f"is {limit}: raise it to that{less}"
+            f"the covariances {'and gradients ' if plan.sides == 'both' else ''}of one decoder "
+            f"block take {largest} bytes where the memory limit is {limit}: raise it to that{less}"
         )
     return True
 
@@ -200,11 +189,12 @@ def _united(
 
     def candidate(make: Callable[[], CovarianceSet]) -> CovarianceSet:
         made = make()
+        refuse_unseen(unseen(made))
         made.provenance["domain"] = domain
         return made
 
     with clock.stage("selection"):
-        return select_covariance(
+        selected = select_covariance(
             model,
             (partial(candidate, make) for make in makers),
             selection=plan.selection,
@@ -213,6 +203,8 @@ def _united(
             distributed=plan.distributed,
             progress=plan.progress,
         )
+    warn_unseen_experts(selected)
+    return selected
 
 
 def _with_stability(
