@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.overrides import TorchFunctionMode
 
-from corda_kernels import CovarianceSet, calibrate
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
-from corda_kernels.calibration.needs import gradient_sizes
+from corda_kernels.calibration.needs import covariance_bytes, gradient_sizes
 from corda_kernels.errors import ConfigError
 from corda_kernels.experts import expert_parameters
 
@@ -144,3 +144,23 @@ def test_a_resumed_run_and_its_file_have_them(tmp_path: Path) -> None:
         assert torch.equal(loaded.gradients[name].mean, gradient.mean), name
     with pytest.raises(ConfigError, match=r'give experts="each", or leave .*experts'):
         calibrate(model, batches, **EACH | {"experts": "shared"})
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_block_by_block_they_are_the_same(kind: str) -> None:
+    model, batches = made(kind, num_hidden_layers=2), text(2)
+    whole = calibrate(model, batches, **EACH)
+    seen = 0
+    for block in calibrate_blocks(model, batches, **EACH):
+        for name, gradient in block.gradients.items():
+            exact = whole.gradients[name]
+            assert distance(gradient.matrix, exact.matrix.double()) < 1e-5, name
+            assert distance(gradient.mean, exact.mean.double()) < 1e-5, name
+            seen += 1
+    assert seen == len(whole.gradients)
+    needed, _ = covariance_bytes(model, None, "each", "both")
+    parts = [
+        4 * (gradient.matrix.numel() + gradient.mean.numel())
+        for gradient in whole.gradients.values()
+    ] + [4 * len(part.matrix) ** 2 for part, _ in whole.groups()]
+    assert needed == sum(parts)
