@@ -12,6 +12,7 @@ from torch import nn
 from corda_kernels import save_adapter
 from corda_kernels.adapter import AdapterRecord
 from corda_kernels.adapter.card import SERVED_RANKS, adapter_card, export_card
+from corda_kernels.adapter.record import LayerNote
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
 Make = Callable[..., nn.Module]
