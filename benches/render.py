@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tables
+from finetuning.starts import starts as starts_table
 from finetuning.table import forms as forms_table
 from finetuning.table import table as finetuning_table
 
@@ -62,6 +63,7 @@ TABLES: dict[str, Table] = {
     ),
     "selection": Table(tables.selections, ("cpu-selection",)),
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
+    "starts": Table(starts_table, ("finetune-starts/finetune",)),
     "forms": Table(forms_table, ("adapter-forms/finetune",)),
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),

@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"labels": "sampled"}, "0 but for noise"),
     "stability": ({"stability": True}, "leave it off"),
     "candidates": ({"candidates": 2}, "leave candidates at 1"),
-    "experts": ({"experts": "shared"}, "leave experts at None"),
+    "experts": ({"experts": "shared"}, 'give experts="each"'),
     "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is of mode "task"'),
     "two sides, budget": ({"mode": "ipm", "sides": "both", "budget": "r=4"}, "give a rank"),
     "sides": ({"sides": "outputs", "mode": "kpm"}, "sides"),

@@ -143,17 +143,24 @@ class InputCapture:
         with torch.inference_mode(False), torch.no_grad():
             self._read(name, x)
 
-    def _read_routed(self, name: str, x: Tensor, rows: Tensor | None) -> None:
-        """Reads what the router made of a pass: its rows by their numbers, see `Read`."""
+    def _read_routed(
+        self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
+    ) -> None:
+        """Reads what the router made of a pass, see `Read`."""
         masks = self.row_mask, self.masks
-        mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
-        if mask is not None and rows is not None:
-            x = x[mask.flatten().to(x.device)[rows]]
+        kept = self._routed_kept(rows)
+        if kept is not None:
+            x = x[kept]
             self.row_mask = self.masks = None
         try:
             self._read(name, x)
         finally:
             self.row_mask, self.masks = masks
+
+    def _routed_kept(self, rows: Tensor | None) -> Tensor | None:
+        """Of rows of a pass, by their numbers, those that count; None for all."""
+        mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
+        return None if mask is None or rows is None else mask.flatten().to(rows.device)[rows]
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)
@@ -308,7 +315,7 @@ class InputCapture:
             if look.copied is not None:
                 look.copied.synchronize()
             if not look.finite.all():
-                parts = look.finite.split([size for size, _ in look.found])
+                parts = torch.split(look.finite, [size for size, _ in look.found])
                 for finite, (_, error) in zip(parts, look.found, strict=True):
                     if not finite.all():
                         raise error(look.batch, look.tokens, int((~finite).sum()), len(finite))

@@ -21,6 +21,7 @@ from corda_kernels.arguments import holds_numbers
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.capture import Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
+from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
 from corda_kernels.kernels import symmetrize_, syrk_
 from corda_kernels.models import output_head
@@ -149,15 +150,27 @@ class GradientCapture(InputCapture):
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         self._hooks.enter_context(embeddings.register_forward_hook(_followed))
         for name, module in self.modules.items():
-            assert isinstance(module, nn.Module)  # fused experts are refused before
-            hook = partial(self._watch, name)
-            self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+            if isinstance(module, nn.Module):
+                hook = partial(self._watch, name)
+                self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def _watch(
         self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._follow(name, x, self._kept(name, x), output)
+
+    def _read_routed(
+        self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
+    ) -> None:
+        super()._read_routed(name, x, rows, output)
+        assert output is not None  # experts that share their input are refused before
+        self._follow(name, x, self._routed_kept(rows), output)
+
+    def _follow(self, name: str, x: Tensor, kept: Tensor | None, output: Tensor) -> None:
+        """Adds up the gradient at a layer's output when the backward pass comes to it."""
+        x = x.detach()
         assert self.gradients is not None
         if name not in self.gradients:
             out, device = output.shape[-1], _HOST if self.on_host else x.device
@@ -165,7 +178,7 @@ class GradientCapture(InputCapture):
             zeros = partial(torch.zeros, dtype=dtype, device=device)
             self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
         if output.requires_grad:
-            hook = partial(self._add_gradient, name, x, x._version, self._kept(name, x))
+            hook = partial(self._add_gradient, name, x, x._version, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -194,21 +207,24 @@ class GradientCapture(InputCapture):
         return super()._diagonals() + own
 
     def means(self, covariances: Mapping[str, Covariance]) -> dict[str, Gradient]:
-        """D and Ḡ of the layers that have a covariance. Ends the accumulation.
+        """D and Ḡ of the layers that have a covariance, experts' as `shrunk_gradients` has them.
+
+        Ends the accumulation.
 
         Raises:
             CalibrationError: no token had a loss.
         """
-        found = {name: (self.gradients or {})[name] for name in covariances}
+        sums = self.gradients or {}
+        found = {name: sums[name] for name in covariances if name in sums}
         if not any(bool(gradient.matrix.diagonal().any()) for gradient in found.values()):
             raise CalibrationError(
                 "no token has a loss, so that there is no gradient: every label is masked (-100), "
                 "or every sequence has a single token"
             )
         for name, gradient in found.items():
-            symmetrize_(gradient.matrix).div_(covariances[name].tokens)
-            gradient.mean.div_(covariances[name].tokens)
-        return found
+            symmetrize_(gradient.matrix).div_(max(covariances[name].tokens, 1))
+            gradient.mean.div_(max(covariances[name].tokens, 1))
+        return shrunk_gradients(found, covariances, self.modules)
 
 
 def _not_finite(name: str, batch: int, *_: object) -> BatchError:

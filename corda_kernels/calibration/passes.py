@@ -65,8 +65,8 @@ def calibrate(
             projection reads, under that name and the expert's number ("….experts.down_proj.5").
             "each" has one an expert of the hidden states as well, of the tokens that are routed to
             it. An expert's own are drawn towards the mean of its layer, which an expert without
-            tokens has alone, with a warning; see `calibration.experts.shrunk`. None leaves experts
-            out of "all-linear", and is "shared" for those that `targets` names.
+            tokens has alone, with a warning; see `calibration.shrinkage`. None leaves experts out
+            of "all-linear", and is "shared" for those that `targets` names.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
         normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
             and takes the mean over calls, as PEFT's own CorDA does.
@@ -86,7 +86,8 @@ def calibrate(
             over the same n tokens as in C: padding does not count; a token whose own label is
             masked does, since later losses depend on it. So Ḡ is the layer's weight gradient of the
             summed losses, over n; where a trainer takes the mean over tokens with a label, that
-            gradient times their share.
+            gradient times their share. Of fused experts it takes "each": an expert's mean is that
+            over the tokens that are routed to it, drawn towards its layer's by one token's weight.
         labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
             (a token's loss is that of its successor, -100 for none), the text itself where there
             are none. "sampled": for each token whose successor counts in that way, all of them

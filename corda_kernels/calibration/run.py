@@ -19,13 +19,12 @@ from corda_kernels.calibration.experts import (
     Experts,
     Reader,
     expert_inputs,
-    shrunk,
-    warn_unseen_experts,
 )
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal
 from corda_kernels.calibration.masks import RowMasks
+from corda_kernels.calibration.shrinkage import shrunk, warn_unseen_experts
 from corda_kernels.errors import (
     CalibrationError,
     ConfigError,
@@ -125,10 +124,10 @@ class CalibrationRun:
             warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
         if self.sides == "both":
             check_model(model)
-            if fused:
+            if fused and self.experts != "each":
                 raise ConfigError(
-                    'sides="both" takes gradients at linear layers, not of fused experts: leave '
-                    f'{min(fused)} and the like out, or take sides="inputs"'
+                    'sides="both" takes the gradients of each expert over the tokens that are '
+                    f'routed to it: give experts="each", or leave {min(fused)} and the like out'
                 )
         self.forward = Forward(model, self.linears.values(), self.sides, self.labels)
         self.device = self.forward.device

@@ -215,11 +215,12 @@ def check_given(
     Raises:
         CovarianceError: they are not.
     """
-    for what, covariances in given.items():
-        _check_covered(what, layers.each, expert_covariances(covariances, layers.experts))
+    found = {what: expert_covariances(each, layers.experts) for what, each in given.items()}
+    for what, covariances in found.items():
+        _check_covered(what, layers.each, covariances)
     if config.sides == "both" and "data" in given:
-        _check_gradients(layers.modules, given["data"], config)
-    if len(given) == 2 and not any(all(name in g for g in given.values()) for name in layers.each):
+        _check_gradients(layers.each, given["data"], config)
+    if len(found) == 2 and not any(all(name in g for g in found.values()) for name in layers.each):
         raise CovarianceError(
             "data and keep have covariances of different layers, and none of the same: calibrate "
             "both with the same targets"
@@ -243,10 +244,10 @@ def check_memory(
     """
     if config.memory_limit is None or "keep" not in texts:
         return
-    names = exact_targets(layers.modules)
-    needed = len(texts) * covariance_bytes(model, names)[0]
+    names = exact_targets(layers.names)
+    needed = len(texts) * covariance_bytes(model, names, config.experts)[0]
     if "data" in texts:
-        needed += gradient_bytes(model, names)
+        needed += gradient_bytes(model, names, config.experts)
     if needed > config.memory_limit:
         raise ConfigError(
             "the covariances of the text to keep are held beside what else is calibrated: raise "

@@ -53,8 +53,7 @@ class CalibrationPlan:
         damping: of the comparison of halves, and of the scores of candidates, which cannot do
             without and take 0.01 then.
         targets: see `calibrate`.
-        experts: see `calibrate`; not with several candidates, which linear layers alone are
-            selected from.
+        experts: see `calibrate`; "both" sides take "each".
         stability: whether to compare two halves of the text, which every other batch belongs to;
             not with several candidates, and not of fused experts. An expert's covariance is then
             the mean of both halves', each drawn towards the half's own mean.
@@ -100,9 +99,10 @@ class CalibrationPlan:
         one_of("sides", self.sides, ("inputs", "both"))
         object.__setattr__(self, "labels", "given" if self.labels is None else self.labels)
         one_of("labels", self.labels, ("given", "sampled"))
-        if self.sides == "both" and self.experts is not None:
+        if self.sides == "both" and self.experts == "shared":
             raise ConfigError(
-                "gradients are taken at linear layers, not of fused experts: leave experts at None"
+                "gradients of fused experts are of the tokens that are routed to each: give "
+                'experts="each"'
             )
         if self.sides == "both" and self.candidates > 1:
             raise ConfigError(
@@ -157,9 +157,9 @@ class CordaConfig(CalibrationPlan):
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.models.target_layers`.
-        experts: see `calibrate`; not with several candidates. Fused experts that `targets` selects
-            are adapted too. The rank of each is `rank` over the number of experts that a token is
-            sent to, at least 1.
+        experts: see `calibrate`; gradients take "each". Fused experts that `targets` selects are
+            adapted too. The rank of each is `rank` over the number of experts that a token is sent
+            to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig;
             a classification head is one without being named.
@@ -178,7 +178,7 @@ class CordaConfig(CalibrationPlan):
         labels: of the losses whose gradients those are, see `calibrate`; None for "sampled", and in
             mode "task" "given".
         freeze_a: in mode "task" whether A stays as it is and only B is trained, so that the change
-            never leaves the span of A's rows.
+            never leaves the span of A's rows; not with fused experts.
         distributed: whether the ranks of torch.distributed share the work; all of them must be
             given the same model, batches and options, which they compare before they begin, and
             end up with the same adapter.

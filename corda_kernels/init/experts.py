@@ -51,6 +51,10 @@ def check_experts(
                 f"PEFT {peft.__version__} takes some experts' adapters for others' where a model "
                 f"has several: install PEFT {_PEFT} or newer, or {remedy}"
             )
+        if config.freeze_a:
+            raise ConfigError(
+                f"freeze_a is of linear layers alone, not of fused experts: train A, or {remedy}"
+            )
         if config.residual or config.use_dora or config.lora_dropout:
             raise ConfigError(
                 "PEFT adapts fused experts without lora_dropout and use_dora only, and "

@@ -157,8 +157,12 @@ def _adapter(
     clock = Stopwatch(devices(model))
     kept = given.get("keep")
     if keep is not None and not isinstance(keep, CovarianceSet):
-        options: Any = {"distributed": config.distributed, "progress": config.progress}
-        plan = CalibrationPlan(targets=exact_targets(layers.modules), **options)
+        plan = CalibrationPlan(
+            targets=exact_targets(layers.names),
+            experts=config.experts,
+            distributed=config.distributed,
+            progress=config.progress,
+        )
         (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
     stages: Iterable[CovarianceSet]
     if isinstance(data, CovarianceSet):
@@ -207,6 +211,8 @@ class _Making:
         self.inputs += united_inputs(covariances if kept is None else kept, experts)
         self.provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
+        if kept is not None:
+            kept = expert_covariances(kept, experts)
         covered = {
             name: module
             for name, module in self.layers.each.items()
