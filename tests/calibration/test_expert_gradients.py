@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.overrides import TorchFunctionMode
 
-from corda_kernels import CovarianceSet, calibrate
+from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.needs import gradient_sizes
 from corda_kernels.errors import ConfigError
@@ -105,6 +105,16 @@ def test_every_experts_gradients_are_autograds(kind: str) -> None:
         assert distance(found.gradients[name].matrix, plain.gradients[name].matrix) < 1e-6
     size += sum(gradient_sizes(model, linears).values())
     assert size == sum(gradient_sizes(model, None, "each").values())
+
+
+def test_block_by_block_they_are_those_of_one_pass() -> None:
+    model, batches = made("qwen3_moe"), text(2)
+    whole, blocks = calibrate(model, batches, **EACH), calibrate_blocks(model, batches, **EACH)
+    found = {name: part for block in blocks for name, part in block.gradients.items()}
+    assert found.keys() == whole.gradients.keys()
+    for name, gradient in found.items():
+        assert distance(gradient.matrix, whole.gradients[name].matrix) < 1e-5, name
+        assert distance(gradient.mean, whole.gradients[name].mean) < 1e-5, name
 
 
 def test_masked_tokens_do_not_count_and_an_expert_without_tokens_has_the_mean(
