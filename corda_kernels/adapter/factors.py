@@ -9,9 +9,11 @@ from torch import Tensor
 
 from corda_kernels.arguments import instance_of, real_number, real_tensor
 from corda_kernels.errors import CordaError, DecompositionError
-from corda_kernels.linalg import CoSVD
+from corda_kernels.linalg import CoSVD, End
 from corda_kernels.precision import without_autocast
 
+# The end of the spectrum that each mode trains.
+ENDS: dict[str, End] = {"kpm": "smallest", "ipm": "largest", "task": "largest"}
 # Beyond it, and below one over it, factors in float32 overflow or vanish.
 _MOST_HOLD = 1e30
 
@@ -172,7 +174,7 @@ def check_hold(hold: float) -> float:
     Raises:
         ConfigError: it is not a positive finite number.
     """
-    rule = "positive and finite, such as 1 or 8"
+    rule = "positive and finite, such as 1 or 16"
     return real_number("hold", hold, rule, lambda x: 1 / _MOST_HOLD <= x <= _MOST_HOLD)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from corda_kernels import fields
 from corda_kernels.adapter.experts import file_name, peft_key, peft_layout, rewritten_layers
-from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, lora_rows
+from corda_kernels.adapter.factors import ENDS, AdapterFactors, LayerAdapter, lora_rows
 from corda_kernels.calibration.expert_layers import expert_layer
 from corda_kernels.errors import AdapterError
 from corda_kernels.experts import ExpertParameter
@@ -135,7 +135,7 @@ class AdapterRecord:
         format: of this file.
     """
 
-    mode: Annotated[str, fields.one_of("kpm", "ipm", "task")]
+    mode: Annotated[str, fields.one_of(*ENDS)]
     rank: Annotated[int, fields.whole(1)]
     hold: Annotated[float | None, fields.maybe(fields.is_positive)]
     residual: Annotated[str | None, fields.one_of(None, "weight")]

@@ -128,11 +128,12 @@ class Forward:
             return value.to(self.device, dtype if value.is_floating_point() else None)
 
         moved = tree_map_only(Tensor, there, given)
-        if self.sides == "both" and follow:
-            backward_pass(self.model, moved, self.labels, batches, self.device)
-            return
-        moved.pop(LABELS, None)
         try:
+            if self.sides == "both" and follow:
+                runner = self.model
+                backward_pass(runner, moved, self.labels, batches, self.device)
+                return
+            moved.pop(LABELS, None)
             runner(**moved)
         except (TypeError, ValueError) as error:
             if isinstance(error, CordaError):
@@ -152,8 +153,8 @@ class Forward:
             says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
             raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
         if self._trained is not None and length > self._trained:
-            says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
-            remedy = "lower --seq-len to that, since it was not trained on longer text"
+            says = f"a batch has {length} tokens, but the model's max_position_embeddings is"
+            remedy = "use sequences of that length (--seq-len): it was not trained on longer text"
             warn(f"{says} {self._trained}: {remedy}", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.

@@ -113,7 +113,7 @@ def backward_pass(
             rows = Counter(batches)  # those of a batch follow each other
             parts = logits.detach().split(list(rows.values()))
             drawn = [
-                _drawn(part, torch.Generator(device).manual_seed(batch))
+                _drawn(part, torch.Generator(device).manual_seed(_seed(batch, part.shape[1])))
                 for batch, part in zip(rows, parts, strict=True)
             ]
             following = torch.where(counted.bool(), torch.cat(drawn), _IGNORED)
@@ -121,6 +121,11 @@ def backward_pass(
             logits.flatten(0, 1), following.flatten(), ignore_index=_IGNORED, reduction="sum"
         )
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _seed(batch: int, length: int) -> int:
+    """A seed of its own for the sequences of each length in a batch, which run at other times."""
+    return batch << 32 | length
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

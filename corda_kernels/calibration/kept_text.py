@@ -249,7 +249,8 @@ def hidden_states(output: Any) -> Tensor:
 def unsuitable(reason: str) -> CalibrationError:
     """The error for a model that does more than run its blocks in order."""
     return CalibrationError(
-        f"the model cannot be calibrated block by block, because {reason}: calibrate it in one pass"
+        f"the model cannot be calibrated block by block, because {reason}: calibrate it in one "
+        "pass, without a memory limit"
     )
 
 

@@ -65,7 +65,7 @@ def init(
     targets: options.Targets = None,
     experts: options.Experts = None,
     exclude_modules: options.Exclude = None,
-    hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 8.")] = 1.0,
+    hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 16.")] = 1.0,
     residual: Annotated[
         Literal["none", "weight"], Option(help="weight: the published form, W − BA in the base.")
     ] = "none",

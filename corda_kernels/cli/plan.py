@@ -26,7 +26,7 @@ def plan(
             help="Memory of a device, such as 80GB, to show what fits into it.",
         ),
     ] = None,
-    stability: options.Stability = True,
+    stability: options.Stability = False,
     sides: options.Sides = "inputs",
     dtype: options.Dtype = None,
     task: options.Task = None,
@@ -44,26 +44,28 @@ def plan(
     skeleton = load_skeleton(model, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, targets, experts, seq_len=seq_len)
     both, tokens, sets = sides == "both", samples * seq_len, 3 if stability else 1
-    # Bytes in memory at once, by way.
-    one_pass = {"weights": needs.weight_bytes, "covariances": sets * needs.covariance_bytes}
+    # Bytes in memory at once.
+    sizes = {"weights": needs.weight_bytes, "covariances": sets * needs.covariance_bytes}
     if both:
-        one_pass["gradients"] = sets * needs.gradient_bytes
-    ways = {ONE_PASS: one_pass | {"hidden states": 0}}
+        sizes["gradients"] = sets * needs.gradient_bytes
+    sizes["hidden states"] = 0
+    ways = {ONE_PASS: sizes}
     if needs.block_bytes is not None:
         covariances, gradients = (sets * size for size in needs.largest_block(sides))
         hidden = tokens * needs.hidden_bytes
         if both:  # the input of every block stays
             hidden *= len(needs.block_bytes) + 1
-        kept = {BY_BLOCK: needs.weight_bytes, OFFLOADED: needs.block_weight_bytes}
-        for way, weights in kept.items():
-            ways[way] = {"weights": weights, "covariances": covariances, "hidden states": hidden}
-            ways[way] |= {"gradients": gradients} if both else {}
-        if limit is None:
-            del ways[OFFLOADED]
+        elif limit is not None:  # a device's memory may run out, and a block start again: twice
+            hidden *= 2
+        ways[BY_BLOCK] = sizes | {"covariances": covariances, "hidden states": hidden}
+        if both:
+            ways[BY_BLOCK]["gradients"] = gradients
+        if limit is not None:
+            ways[OFFLOADED] = ways[BY_BLOCK] | {"weights": needs.block_weight_bytes}
     columns = list(dict.fromkeys([*ways, BY_BLOCK]))
     rows = [
         (what, *(format_bytes(ways[way][what]) if way in ways else "-" for way in columns))
-        for what in one_pass | {"hidden states": 0}
+        for what in sizes
     ]
     totals = (format_bytes(sum(ways[way].values())) if way in ways else "-" for way in columns)
     rows.append(("together", *totals))
@@ -76,10 +78,15 @@ def plan(
     rows.append(("FLOPs: forward", *forward))
     for what, flops in work.items():
         rows.append((f"FLOPs: {what}", *len(columns) * (f"{flops * tokens:.1e}",)))
-    halves = ", with covariances of both halves and their mean (--no-stability needs a third)"
+    as_by = (
+        "calibrate needs by default, for both halves of the text and their mean"
+        if stability
+        else "init needs by default; calibrate judges the stability, which takes three times the "
+        "covariances (--stability)"
+    )
     notes = [
-        f"for {samples} sequences of {seq_len} tokens{halves if sets == 3 else ''}; activations of "
-        "one forward pass and the decomposition's workspace come on top"
+        f"for {samples} sequences of {seq_len} tokens, as {as_by}; activations of one forward pass "
+        "and the decomposition's workspace come on top"
     ]
     if needs.positions is not None and seq_len > needs.positions:
         notes.append(
@@ -91,7 +98,8 @@ def plan(
     if limit is not None:
         notes += _fitting(ways, limit, stability)
     elif BY_BLOCK in ways:
-        notes.append("next: corda-kernels init, with --memory-limit to go block by block")
+        command = "calibrate" if stability else "init"
+        notes.append(f"next: corda-kernels {command}, with --memory-limit to go block by block")
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     names = [name for _, members in needs.groups for name in members]
     own = sum(map(len, by_parameter(names).values()))
@@ -111,24 +119,27 @@ def _fitting(ways: dict[str, dict[str, int]], limit: int, stability: bool) -> li
         way for way, sizes in ways.items() if sum(sizes.values()) - sizes["hidden states"] <= limit
     ]
     room = format_bytes(limit)
-    lines = [f"{room} hold weights and covariances: {', '.join(fits) or 'in none of these ways'}"]
+    command = "calibrate" if stability else "init"
+    lines = [f"{room}: none of these ways fits"]
+    if fits:
+        lines = [f"{room} hold weights and covariances: {', '.join(fits)}"]
     if OFFLOADED in ways:
         lines.append(
             f"{OFFLOADED}: block by block, while the weights of all other blocks wait on the host "
             "or the disk; hidden states are on the host in either case"
         )
     if ONE_PASS in fits:
-        lines.append("next: corda-kernels init")
+        lines.append(f"next: corda-kernels {command}")
     elif BY_BLOCK in fits:
         left = limit - ways[BY_BLOCK]["weights"]
-        lines.append(f"next: corda-kernels init --memory-limit {left // 10**6}MB")
+        lines.append(f"next: corda-kernels {command} --memory-limit {left}")
     elif OFFLOADED in fits:
         lines.append(
             'next: from Python, from_pretrained(…, device_map="auto", max_memory={…}) and '
             "calibrate_blocks(…)"
         )
     elif stability:
-        lines.append("next: try --no-stability, which needs a third of the covariances")
+        lines.append("next: leave --stability out, which takes a third of the covariances")
     else:
         lines.append("next: leave layers out (--targets), or calibrate on the CPU")
     return lines

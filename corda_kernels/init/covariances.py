@@ -31,6 +31,7 @@ from corda_kernels.linears import weights_at_hand
 from corda_kernels.models import devices
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
+from corda_kernels.planning.stability import AGREEMENT
 from corda_kernels.usage import Stopwatch
 
 DOMAIN = "the given batches"
@@ -240,7 +241,7 @@ def _with_stability(
         )
     parts = ranks.gather(stability.layers, "stability")
     agreement = {name: layer for part in parts for name, layer in part.items()}
-    none = LayerStability(*(0.0 if end in plan.ends else None for end in ("largest", "smallest")))
+    none = LayerStability(**{AGREEMENT[end]: 0.0 for end in plan.ends})
     layers = [name for name in modules if name in first or name in second]
     stability = replace(stability, layers={name: agreement.get(name, none) for name in layers})
     covariances = first.merge(second, names=list(dict.fromkeys([*layers, *first, *second])))

@@ -126,7 +126,7 @@ def _decomposed(
         for name, part in _parts(of, covariances, components, config):
             note = LayerNote.of(part.S, covariances[name].tokens, part.residual)
             whole = min(of[name].shape)
-            first = 0 if config.which == "largest" else whole - components[name]
+            first = {"largest": 0, "smallest": whole - components[name]}[config.which]
             spectrum = {}
             if config.sides == "inputs":
                 spectrum = sampled_spectrum(part.S, first, whole)

@@ -79,6 +79,12 @@ def _no_triton() -> str | None:
     return triton_syrk.unavailable()
 
 
+def _of_nvidia(why_not: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Refuses AMD's devices first, which torch calls "cuda" too."""
+    rocm = "its kernels are for NVIDIA's GPUs, and this torch is for AMD's (ROCm)"
+    return lambda: rocm if torch.version.hip else why_not()
+
+
 # Products in float64 are an operation of their own: not every backend has them.
 _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("syrk_", "reference"): _each(reference.syrk_),
@@ -96,9 +102,9 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
 _WHY_NOT: dict[str, Callable[[], str | None]] = {
     "reference": lambda: None,
     "cpu": lambda: None,
-    "triton": _no_triton,
-    "cuda": cuda.unavailable,
-    "sm90": syrk_sm90.unavailable,
+    "triton": _of_nvidia(_no_triton),
+    "cuda": _of_nvidia(cuda.unavailable),
+    "sm90": _of_nvidia(syrk_sm90.unavailable),
 }
 # "sm90" runs where it is asked for only, until a GPU has shown it right and faster than "triton".
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

@@ -32,7 +32,7 @@ def list_of(check: Check) -> Check:
 
 
 # The attribute of `LayerStability` that has the agreement at an end.
-_AT: dict[End, str] = {"largest": "top", "smallest": "bottom"}
+AGREEMENT: dict[End, str] = {"largest": "top", "smallest": "bottom"}
 _FIELDS: dict[str, Schema] = {
     "rank": whole(1),
     "damping": lambda _: True,  # see check_damping
@@ -110,10 +110,10 @@ class Stability:
         Raises:
             ConfigError: there is no such end.
         """
-        one_of("end", end, tuple(_AT))
-        known = {name: getattr(self.layers.get(name), _AT[end], None) for name in names}
+        one_of("end", end, tuple(AGREEMENT))
+        known = {name: getattr(self.layers.get(name), AGREEMENT[end], None) for name in names}
         layers = {
-            name: LayerStability(**{_AT[end]: share})
+            name: LayerStability(**{AGREEMENT[end]: share})
             for name, share in known.items()
             if share is not None
         }
@@ -188,7 +188,7 @@ def subspace_stability(
         if missing := [name for name in modules if name not in half]:
             raise CovarianceError(f"a half has no covariance of layer {missing[0]}: calibrate it")
     for each in ends:
-        one_of("each end", each, tuple(_AT))
+        one_of("each end", each, tuple(AGREEMENT))
     if not ends:
         raise ConfigError("there is nothing to compare: ask for the largest or smallest components")
     weights = LinearWeights(modules)
@@ -196,7 +196,7 @@ def subspace_stability(
 
     def decompositions() -> Iterator[tuple[End, str, CoSVD]]:
         """Of both halves in turn, for each end."""
-        for end, half in itertools.product(_AT, halves):
+        for end, half in itertools.product(AGREEMENT, halves):
             if end in ends:
                 matrices = {name: half[name].matrix for name in weights}
                 options: Any = {"rank": ranks, "which": end, "damping": damping}
@@ -212,12 +212,12 @@ def subspace_stability(
             of_first[name] = part
         elif end == "largest":
             overlap = (of_first.pop(name).U.mT @ part.U).square().sum()
-            found[name][_AT[end]] = float(overlap) / part.U.shape[1]
+            found[name][AGREEMENT[end]] = float(overlap) / part.U.shape[1]
         else:
             weight = weights[name]
             both = [half[name].matrix.to(weight.device) for half in halves]
             pair = (of_first.pop(name), part)
-            found[name][_AT[end]] = _bottom_agreement(weight, both, pair, damping)
+            found[name][AGREEMENT[end]] = _bottom_agreement(weight, both, pair, damping)
     layers = {name: LayerStability(**shares) for name, shares in found.items()}
     tokens = [max((c.tokens for c in half.values()), default=0) for half in halves]
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)

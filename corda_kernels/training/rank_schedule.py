@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from corda_kernels.adapter import LayerAdapter, live_adapter
+from corda_kernels.adapter.factors import ENDS
 from corda_kernels.adapter.linear import low_rank
 from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
@@ -103,7 +104,7 @@ class RankSchedule:
                 "trained or not: a schedule needs another start"
             )
         record = live.record
-        smallest_first = record is not None and record.mode == "kpm"
+        smallest_first = record is not None and ENDS[record.mode] == "smallest"
         halves = 1 if record is None else record.rows
         ranks = {name: layer.trained.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))

@@ -377,7 +377,7 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do(
     Cramped(model.model.layers[1], rows=0)
     with (
         pytest.warns(OutOfMemoryWarning, match="block 1 again with covariances that the CPU sums"),
-        pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"),
+        pytest.raises(CalibrationError, match=r"for a single sequence, .*--device cpu"),
     ):
         stream(model, [torch.randint(3, 64, (1, 5))])
     with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):

@@ -20,6 +20,7 @@ from corda_kernels.calibration import calibrate_blocks
 from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.cli import app
 from corda_kernels.errors import CalibrationError, ModelError
+from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.models import load_skeleton
 from corda_kernels.outputs import format_bytes
 
@@ -49,10 +50,10 @@ def shown(*arguments: object) -> dict[str, list[str]]:
 
 def test_a_7b_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    tripled = shown(tmp_path)  # 256 sequences of 2,048 tokens
+    tripled = shown(tmp_path, "--stability")  # 256 sequences of 2,048 tokens
     about = "6.74 billion parameters in float16, 224 layers, 128 distinct covariances"
     assert next(iter(tripled)).endswith(about)
-    table = shown(tmp_path, "--samples", 256, "--seq-len", 2048, "--no-stability")
+    table = shown(tmp_path, "--samples", 256, "--seq-len", 2048)
     block = 4 * (3 * 4096**2 + 11008**2)
     hidden = 256 * 2048 * 4096 * 2
     weights = 2 * 6_738_415_616
@@ -167,7 +168,7 @@ def test_mixtures_are_planned_from_their_public_values(name: str, tmp_path: Path
     config = AutoConfig.for_model(**values)
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(tmp_path)
-    table = shown(tmp_path, "--experts", "shared", "--no-stability", "--memory", "80GB")
+    table = shown(tmp_path, "--experts", "shared", "--memory", "80GB")
     whole, layer = mixture.covariances()
     cells = table["covariances"]
     assert cells == [format_bytes(whole), format_bytes(layer), format_bytes(layer)]
@@ -178,6 +179,29 @@ def test_mixtures_are_planned_from_their_public_values(name: str, tmp_path: Path
     how = "block by block" if "block" in mixture.fits else "block by block, weights offloaded"
     row = [name, table["weights"][0], *cells[:2], how]
     assert f"| {' | '.join(row)} |" in documented
+
+
+@pytest.mark.parametrize("stability", [False, True])
+def test_the_limit_that_is_advised_holds_a_block(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path, stability: bool
+) -> None:
+    model = tiny_model("llama", intermediate_size=333)
+    model.config.save_pretrained(tmp_path)
+    sets = 3 if stability else 1
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    largest = sets * covariance_bytes(model)[1]
+    options = ["--stability"] if stability else []
+    options += ["--dtype", "float32", "--samples", 4, "--seq-len", 8]
+    table = shown(tmp_path, *options, "--memory", weights + largest)
+    command = "calibrate" if stability else "init"
+    assert f"next: corda-kernels {command} --memory-limit {largest}" in table
+    assert table["hidden states"] == ["0 B", *2 * [f"{2 * 4 * 8 * 4 * 32 / 1024:.1f} KiB"]]
+    none = shown(tmp_path, *options, "--memory", 9)
+    assert "9 B: none of these ways fits" in none
+    remedy = "leave --stability out" if stability else "leave layers out"
+    assert any(line.startswith(f"next: {remedy}") for line in none)
+    plan = CalibrationPlan(memory_limit=largest, stability=stability, progress=False)
+    assert len(list(covariance_stages(model, 2 * [torch.ones(1, 4).long()], plan))) == 2
 
 
 def test_targets_outside_of_the_blocks_leave_one_pass(

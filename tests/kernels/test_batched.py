@@ -85,3 +85,9 @@ def test_backends_are_listed_by_operation() -> None:
     assert set(available_backends("batched_svd")) == {"reference", "cuda"}
     assert set(available_backends("syrk_")) == {"reference", "cpu", "triton", "sm90"}
     assert set(available_backends()) == {"reference", "cpu", "triton", "cuda", "sm90"}
+
+
+def test_kernels_for_nvidia_do_not_run_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    found = {name: "ROCm" in (reason or "") for name, reason in available_backends().items()}
+    assert found == {"reference": False, "cpu": False, "triton": True, "cuda": True, "sm90": True}
