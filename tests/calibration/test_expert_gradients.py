@@ -107,6 +107,16 @@ def test_every_experts_gradients_are_autograds(kind: str) -> None:
     assert size == sum(gradient_sizes(model, None, "each").values())
 
 
+def test_block_by_block_they_are_those_of_one_pass() -> None:
+    model, batches = made("qwen3_moe"), text(2)
+    whole, blocks = calibrate(model, batches, **EACH), calibrate_blocks(model, batches, **EACH)
+    found = {name: part for block in blocks for name, part in block.gradients.items()}
+    assert found.keys() == whole.gradients.keys()
+    for name, gradient in found.items():
+        assert distance(gradient.matrix, whole.gradients[name].matrix) < 1e-5, name
+        assert distance(gradient.mean, whole.gradients[name].mean) < 1e-5, name
+
+
 def test_masked_tokens_do_not_count_and_an_expert_without_tokens_has_the_mean(
     tmp_path: Path,
 ) -> None:
