@@ -99,7 +99,9 @@ def shrunk_gradients(
         for name in seen:
             share = 1 / (covariances[name].tokens + 1)
             found[name] = gradients[name].merge(mean.to(gradients[name].mean.device), share)
-        found |= {name: mean for name in names if name not in seen}
+        # safetensors writes no tensor twice; of D a triangle of its own is written.
+        unseen = (name for name in names if name not in seen)
+        found |= {name: replace(mean, mean=mean.mean.clone()) for name in unseen}
     return found
 
 

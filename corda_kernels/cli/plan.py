@@ -50,11 +50,15 @@ def plan(
         sizes["gradients"] = sets * needs.gradient_bytes
     sizes["hidden states"] = 0
     ways = {ONE_PASS: sizes}
-    if needs.block_bytes is not None and not both:
-        # Where a device computes, from whose memory a block may have to start again, twice.
-        hidden = (1 if limit is None else 2) * tokens * needs.hidden_bytes
-        largest = sets * max(needs.block_bytes.values())
-        ways[BY_BLOCK] = sizes | {"covariances": largest, "hidden states": hidden}
+    if needs.block_bytes is not None:
+        covariances, gradients = (sets * size for size in needs.largest_block(sides))
+        hidden = tokens * needs.hidden_bytes
+        if both:  # the input of every block stays
+            hidden *= len(needs.block_bytes) + 1
+        elif limit is not None:  # a block may have to start again, from a device's memory
+            hidden *= 2
+        block = {"covariances": covariances, "gradients": gradients, "hidden states": hidden}
+        ways[BY_BLOCK] = sizes | {what: block[what] for what in sizes.keys() & block.keys()}
         if limit is not None:
             ways[OFFLOADED] = ways[BY_BLOCK] | {"weights": needs.block_weight_bytes}
     columns = list(dict.fromkeys([*ways, BY_BLOCK]))
@@ -64,10 +68,13 @@ def plan(
     ]
     totals = (format_bytes(sum(ways[way].values())) if way in ways else "-" for way in columns)
     rows.append(("together", *totals))
-    rows.append(("forward passes", *len(columns) * ("1 and back" if both else "1",)))
-    work = {"forward": needs.forward_flops, "covariances": needs.covariance_flops}
+    passes = [2 if both and way != ONE_PASS else 1 for way in columns]
+    rows.append(("forward passes", *(f"{n} and back" if both else f"{n}" for n in passes)))
+    work: dict[str, float] = {"covariances": needs.covariance_flops}
     if both:
         work |= {"backward": needs.forward_flops, "gradients": needs.gradient_flops}
+    forward = (f"{needs.forward_flops * tokens * n:.1e}" for n in passes)
+    rows.append(("FLOPs: forward", *forward))
     for what, flops in work.items():
         rows.append((f"FLOPs: {what}", *len(columns) * (f"{flops * tokens:.1e}",)))
     as_by = (
@@ -86,8 +93,7 @@ def plan(
             f"--seq-len to {needs.positions}"
         )
     if BY_BLOCK not in ways:
-        obstacle = "gradients take one pass through the whole model" if both else needs.obstacle
-        notes.append(f"block by block: not possible, since {obstacle}")
+        notes.append(f"block by block: not possible, since {needs.obstacle}")
     if limit is not None:
         notes += _fitting(ways, limit, stability)
     elif BY_BLOCK in ways:

@@ -31,6 +31,7 @@ from corda_kernels import (
 from corda_kernels.adapter import write_adapter
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.blocks import calibrate_block_parts
+from corda_kernels.calibration.covariance_set import save_pieces
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.init import (
@@ -44,6 +45,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from stages import one_stage
 
 OPTIONS: dict[str, Any] = {"distributed": True, "progress": False}
+# Gradients of one layer's experts.
+ROUTED: dict[str, Any] = {
+    "targets": r".*\.1\.mlp\.experts\.down_proj",
+    "experts": "each",
+    "sides": "both",
+}
 # Values of the two ranks for fields of CordaConfig.
 CONFIG: dict[str, tuple[Any, Any]] = {
     "mode": ("kpm", "ipm"),
@@ -185,8 +192,11 @@ def main(what: str, folder: Path, out: Path) -> None:
                 covariances.save(out / f"part-{rank}-{block}-{part}")
         routed = calibrate(mixture(), batches, experts="shared", **OPTIONS)
         routed.save(out / f"experts-{rank}")
+        calibrate(mixture(), batches, **ROUTED, **OPTIONS).save(out / f"routed-{rank}")
         both = calibrate(model, batches, sides="both", labels="sampled", **OPTIONS)
         both.save(out / f"both-{rank}")
+        pieces = calibrate_blocks(model, batches, sides="both", labels="sampled", **OPTIONS)
+        save_pieces(pieces, out / f"both-blocks-{rank}", lambda notes: notes[0])
         task = CordaConfig("task", rank=4, **OPTIONS)
         write_adapter(corda_adapter(model, batches, task, keep=batches[1:]), out / f"task-{rank}")
         config = CordaConfig("kpm", rank=4, stability=True, progress=False, distributed=True)

@@ -53,16 +53,17 @@ def test_equal_sequences_run_together_within_bounds() -> None:
 
     image = Piece(2, (0, 0), {"pixel_values": torch.zeros(5, 2)}, text=False)
     masked = piece(3, 1, 4, token_mask=torch.ones(1, 4))
-    pieces = [piece(0, 2, 4), piece(0, 1, 3), piece(1, 3, 4), image, masked, piece(4, 1, 3)]
+    typed = piece(5, 1, 4, token_type_ids=torch.ones(1, 4))
+    pieces = [piece(0, 2, 4), piece(0, 1, 3), piece(1, 3, 4), image, masked, piece(4, 1, 3), typed]
     found = list(together(pieces))
-    assert [batches for _, batches in found] == [[0, 0, 1, 1, 1], [0, 4], [2], [3]]
+    assert [batches for _, batches in found] == [[0, 0, 1, 1, 1], [0, 4], [2], [3], [5]]
     assert torch.equal(
         found[0][0]["input_ids"],
         torch.cat([pieces[0].inputs["input_ids"], pieces[2].inputs["input_ids"]]),
     )
     assert found[2][0] is not image.inputs  # whoever takes something out leaves the piece whole
     halves = list(together(pieces, 2))
-    assert [batches for _, batches in halves] == [[0, 0], [1, 1], [1], [0, 4], [2], [3]]
+    assert [batches for _, batches in halves] == [[0, 0], [1, 1], [1], [0, 4], [2], [3], [5]]
     assert torch.equal(
         torch.cat([inputs["input_ids"] for inputs, _ in halves[:3]]), found[0][0]["input_ids"]
     )
@@ -170,6 +171,11 @@ def test_gradients_are_those_of_single_batches(
     for name, gradient in single.gradients.items():
         assert distance(found.gradients[name].matrix, gradient.matrix) < 1e-9
         assert distance(found.gradients[name].mean, gradient.mean) < 1e-9
+    # One text twice: the same losses again, or other draws.
+    once, twice = (run(model, ids[:1] * count, **options).gradients for count in (1, 2))
+    assert all(
+        (distance(twice[n].mean, once[n].mean) > 0.01) == (labels == "sampled") for n in once
+    )
 
 
 @pytest.mark.parametrize("experts", ["shared", "each"])
@@ -307,7 +313,10 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in self.names
+        name = func.overloadpacket.__name__
+        by = args[1] if name == "index" else []
+        masked = any(index is not None and index.dtype == torch.bool for index in by)
+        self.count += name in self.names or masked
         return func(*args, **(kwargs or {}))
 
 
