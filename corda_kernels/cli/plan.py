@@ -55,10 +55,11 @@ def plan(
         hidden = tokens * needs.hidden_bytes
         if both:  # the input of every block stays
             hidden *= len(needs.block_bytes) + 1
-        elif limit is not None:  # a block may have to start again, from a device's memory
+        elif limit is not None:  # a device's memory may run out, and a block start again: twice
             hidden *= 2
-        block = {"covariances": covariances, "gradients": gradients, "hidden states": hidden}
-        ways[BY_BLOCK] = sizes | {what: block[what] for what in sizes.keys() & block.keys()}
+        ways[BY_BLOCK] = sizes | {"covariances": covariances, "hidden states": hidden}
+        if both:
+            ways[BY_BLOCK]["gradients"] = gradients
         if limit is not None:
             ways[OFFLOADED] = ways[BY_BLOCK] | {"weights": needs.block_weight_bytes}
     columns = list(dict.fromkeys([*ways, BY_BLOCK]))
