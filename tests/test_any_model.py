@@ -37,7 +37,8 @@ from corda_kernels.errors import (
     RankError,
     TargetError,
 )
-from corda_kernels.models import target_linears, task_type
+from corda_kernels.structure import task_type
+from corda_kernels.targets import target_linears
 
 Batch = dict[str, Any]
 Case = tuple[nn.Module, Batch, Callable[[str], Tensor | None], str | None]

@@ -16,17 +16,9 @@ from transformers import dynamic_module_utils
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.linears import is_linear, linear_weight
-from corda_kernels.models import (
-    check_unwrapped,
-    decoder,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    output_head,
-    save_model,
-    target_linears,
-    unreached_weights,
-)
+from corda_kernels.models import load_model, load_skeleton, load_tokenizer, save_model
+from corda_kernels.structure import check_unwrapped, decoder, output_head
+from corda_kernels.targets import target_linears, unreached_weights
 
 ModelMaker = Callable[..., nn.Module]
 

@@ -35,8 +35,8 @@ from corda_kernels.calibration.passes import (
 )
 from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.memory import has_own_memory
-from corda_kernels.models import decoder_blocks, is_encoder_decoder
 from corda_kernels.progress import progress_bar
+from corda_kernels.structure import decoder_blocks, is_encoder_decoder
 
 _HOST = torch.device("cpu")
 

@@ -22,7 +22,8 @@ from corda_kernels.calibration.passes import CalibrationRun, Targets, evaluating
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
 from corda_kernels.linears import linear_shape
-from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder, target_layers
+from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
+from corda_kernels.targets import target_layers
 
 _TRIED_TOKENS = 2
 

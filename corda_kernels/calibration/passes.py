@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from corda_kernels import models
+from corda_kernels import structure
 from corda_kernels.arguments import flag, instance_of, one_of
 from corda_kernels.calibration.batches import (
     Batch,
@@ -57,6 +57,7 @@ from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import kept_unpacked
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
+from corda_kernels.targets import target_layers, unreached_weights
 from corda_kernels.versions import library_versions
 
 Normalize = Literal["tokens", "peft"]
@@ -98,7 +99,7 @@ def calibrate(
             text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
             model reads the tokens with a zero, and they do not count either.
             Alternatively a function without arguments that runs the model, as it likes.
-        targets: see `corda_kernels.models.target_layers`.
+        targets: see `corda_kernels.targets.target_layers`.
         experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
             layer of the hidden states that they read, under the name of the parameter
             ("model.layers.0.mlp.experts.gate_up_proj"), and one an expert of what its down
@@ -282,9 +283,7 @@ class CalibrationRun:
         model = self.model
         self.ranks = Ranks.of(self.distributed)
         self.shown = self.progress and self.ranks.rank == 0
-        self.linears, fused = models.target_layers(
-            model, self.targets, experts=self.experts is not None
-        )
+        self.linears, fused = target_layers(model, self.targets, experts=self.experts is not None)
         self.experts_modules = {parameter.module for parameter in fused.values()}
         self.readers: dict[str, Reader] = {
             **self.linears,
@@ -294,13 +293,13 @@ class CalibrationRun:
             remedy = "calibrate the base model (model.unload() takes the adapter off)"
             raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
         every = self.targets in (None, "all-linear")
-        left_out = models.unreached_weights(model, self.targets) if every else {}
+        left_out = unreached_weights(model, self.targets) if every else {}
         self.left_out = {name: left_out[name] for name in left_out if name not in fused}
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             says = f"{len(self.left_out)} weight(s) get no covariance and no adapter, among them "
             warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
-        base = models.decoder(model)
+        base = structure.decoder(model)
         inside = set(self.linears.values()) <= set(base.modules())
         self._base = base if inside else model
         if self.sides == "both":
@@ -310,10 +309,10 @@ class CalibrationRun:
                     'sides="both" takes gradients at linear layers, not of fused experts: leave '
                     f'{min(fused)} and the like out, or take sides="inputs"'
                 )
-        self.device = models.input_device(model)
-        self.positions = models.position_count(model)
-        self._vocabulary = models.vocabulary_size(model)
-        self._trained = models.trained_positions(model)
+        self.device = structure.input_device(model)
+        self.positions = structure.position_count(model)
+        self._vocabulary = structure.vocabulary_size(model)
+        self._trained = structure.trained_positions(model)
 
     def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
         """Makes sure that there are batches, and that all ranks calibrate the same.
@@ -390,7 +389,7 @@ class CalibrationRun:
         """
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         inputs, text = inputs_of(batch), self._is_text(batch)
-        taken = models.arguments(self.model)
+        taken = structure.arguments(self.model)
         of_text = {"attention_mask", "token_mask"} if text else set()
         others = inputs.keys() - taken.keys() - of_text - {"labels"}
         if taken and others:
@@ -409,7 +408,7 @@ class CalibrationRun:
 
     def _is_text(self, batch: Batch) -> bool:
         """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
-        return is_text(batch) and not models.is_encoder_decoder(self.model)
+        return is_text(batch) and not structure.is_encoder_decoder(self.model)
 
     def retry(
         self, batches: Iterable[Batch], attempt: Callable[[], T], again: str, summing: bool = True
@@ -466,11 +465,11 @@ class CalibrationRun:
         text = self._is_text(inputs)
         self._check_ids(inputs.get("input_ids"), text, batch)
         runner, given = self.model, dict(inputs)
-        if not models.is_encoder_decoder(self.model):
+        if not structure.is_encoder_decoder(self.model):
             given.pop("labels", None)  # the loss needs no computing
-            if text or given.keys() <= models.arguments(self._base).keys():
+            if text or given.keys() <= structure.arguments(self._base).keys():
                 runner = self._base
-        taken = models.arguments(runner)
+        taken = structure.arguments(runner)
         if taken and "labels" not in taken:
             given.pop("labels", None)
         if "use_cache" in taken:
@@ -491,7 +490,7 @@ class CalibrationRun:
                 raise
             kind, names = type(runner).__name__, ", ".join(inputs)
             says = f"cannot be run by {kind}, which was given {names} ({error})"
-            pairs = models.is_encoder_decoder(runner)
+            pairs = structure.is_encoder_decoder(runner)
             missing = ", such as labels or decoder_input_ids" if pairs else ""
             raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
 

@@ -21,7 +21,7 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.memory import has_own_memory
-from corda_kernels.models import decoder_blocks
+from corda_kernels.structure import decoder_blocks
 
 ModelMaker = Callable[..., nn.Module]
 
