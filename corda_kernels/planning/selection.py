@@ -23,11 +23,11 @@ from corda_kernels.fields import (
     is_number,
     is_text,
     is_whole,
+    list_of,
     number,
 )
 from corda_kernels.outputs import check_output
 from corda_kernels.planning.scores import CONDITIONS, Condition, check_condition, layer_spectra
-from corda_kernels.planning.stability import list_of
 
 Method = Literal["argmin", "pool"]
 
