@@ -140,8 +140,9 @@ def trained_positions(model: nn.Module) -> int | None:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that computes the logits, if the model says which it is."""
-    head = _part(model, "get_output_embeddings")
+    """The layer that computes the logits, if the model says which it is; of speech models for CTC,
+    which do not, their `lm_head`."""
+    head = _part(model, "get_output_embeddings") or getattr(model, "lm_head", None)
     return head if isinstance(head, nn.Module) else None
 
 

@@ -14,6 +14,8 @@ from corda_kernels.linears import is_linear, linear_layers
 from corda_kernels.structure import classification_heads, decoder, language_model, output_head
 
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Of a state-space mixer, such as Mamba's, the layers that its kernels for training never call.
+_TAKEN_BARE = ("x_proj", "dt_proj", "out_proj")
 
 
 def target_linears(
@@ -49,8 +51,8 @@ def target_layers(
 
     Args:
         model: a transformers model, or any module with linear layers.
-        targets: "all-linear" for every linear layer except the output and classification heads;
-            None for the same, of a vision–language model those of its language model; a list of
+        targets: "all-linear" for every linear layer except the output and classification heads,
+            and those of a state-space mixer whose weights its kernels take past any adapter; None for the same, of a vision–language model those of its language model; a list of
             names of modules and expert parameters, or of their endings
             (`["q_proj", "experts.down_proj"]`); or a regular expression that the whole name must
             match.
@@ -85,7 +87,7 @@ def target_layers(
     if targets in (None, "all-linear"):
         part = model if targets else language_model(model)
         inside = set(part.modules()) - {head}
-        for name in classification_heads(model):
+        for name in [*classification_heads(model), *_taken_bare(model)]:
             inside -= set(model.get_submodule(name).modules())
         chosen = {name for name, module in linears.items() if module in inside}
         if experts:
@@ -168,17 +170,31 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
+def _taken_bare(model: nn.Module) -> list[str]:
+    """The linear layers of state-space mixers that are not called, at least in training on a GPU:
+    kernels take their weights."""
+    return [
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and hasattr(module, "D")
+        for part in _TAKEN_BARE
+        if is_linear(getattr(module, part, module))
+    ]
+
+
 def unreached_weights(
     model: nn.Module, targets: str | Sequence[str] | None = None
 ) -> dict[str, str]:
-    """Matrices that are in no linear layer, and so in reach of no adapter, by name with the reason.
+    """Matrices that "all-linear" leaves without an adapter, by name with the reason.
 
     Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts
-    of a layer, which come first, and their routers. Embeddings, convolutions and the output head
+    of a layer, which come first, their routers, and the weights that a state-space mixer's kernels
+    take past an adapter. Embeddings, convolutions and the output head
     are left out on purpose and not listed. With `targets` None it is about the language model of a
     vision–language model alone.
     """
-    found: dict[str, tuple[int, str]] = {}
+    why = "kernels of its state-space mixer take this weight past an adapter; targets may name it"
+    found: dict[str, tuple[int, str]] = {f"{name}.weight": (2, why) for name in _taken_bare(model)}
     inside = set(decoder(model if targets else language_model(model)).modules())
     for prefix, module in model.named_modules():
         if module not in inside or is_linear(module) or isinstance(module, _NOT_ADAPTED):

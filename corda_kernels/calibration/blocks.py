@@ -183,7 +183,8 @@ def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[st
     ]
     outside = run.readers.keys() - {name for readers in chosen for name in readers}
     if outside:
-        raise unsuitable(f"{min(outside)} lies outside of its blocks")
+        remedy = "leave that out of the targets, or calibrate it in one pass"
+        raise unsuitable(f"{min(outside)} lies outside of its blocks", remedy)
     shared = [id(module) for block in blocks.values() for module in block.modules()]
     if len(set(shared)) < len(shared):
         raise unsuitable("its blocks share layers")
@@ -227,7 +228,13 @@ class KeptText:
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
                     recorder.current = Sequences(index, self.read.span, counted)
-                    run.forward(inputs, index)
+                    try:
+                        run.forward(inputs, index)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except RuntimeError as error:
+                        says = "its blocks change the shape of what they read"
+                        raise unsuitable(says) from error
                     if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
@@ -323,20 +330,17 @@ class Sequences:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block returned: a tensor, or a tuple that has nothing else."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple):
-        first, *others = output
-        if isinstance(first, Tensor) and not any(isinstance(other, Tensor) for other in others):
-            return first
-    raise unsuitable("its blocks return more than hidden states")
+    """The hidden states in what a block returned: a tensor, or a tuple's first entry."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor):
+        return first
+    raise unsuitable("its blocks do not return hidden states first")
 
 
-def unsuitable(reason: str) -> CalibrationError:
+def unsuitable(reason: str, remedy: str = "calibrate it in one pass") -> CalibrationError:
     """The error for a model that does more than run its blocks in order."""
     return CalibrationError(
-        f"the model cannot be calibrated block by block, because {reason}: calibrate it in one pass"
+        f"the model cannot be calibrated block by block, because {reason}: {remedy}"
     )
 
 
@@ -382,7 +386,8 @@ class Recorder:
                 output = original(hidden.clone(), *others, **kwargs)
                 hidden_states(output)
                 self._asked = True
-                self._rest = output[1:] if isinstance(output, tuple) else None
+                if isinstance(output, tuple):  # such as attention weights, which no block may read
+                    self._rest = tree_map_only(Tensor, _unread, output[1:])
             return hidden if self._rest is None else (hidden, *self._rest)
 
         return forward
@@ -392,9 +397,18 @@ class Recorder:
 
         Masks and rotary embeddings are the same for all blocks and for all texts of one length.
         """
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise unsuitable("its blocks read more of each other than hidden states")
         known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
         for tensor in known:
             if tensor is value or torch.equal(tensor, value):
                 return tensor
         known.append(value)
         return value
+
+
+def _unread(value: Tensor) -> Tensor:
+    """Stands for a tensor that nothing may be made of: NaN shows where something is."""
+    if not value.is_floating_point():
+        raise unsuitable("its blocks return whole numbers beside hidden states")
+    return torch.full_like(value, torch.nan)

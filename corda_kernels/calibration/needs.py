@@ -102,7 +102,7 @@ def calibration_needs(
         kind = type(model).__name__
         raise ModelError(
             f"what calibrating {kind} needs is known for token ids alone, and it takes "
-            f"{', '.join(taken)}: calibrate it in one pass, without a memory limit"
+            f"{next(iter(taken))}: calibrate it in one pass, without a memory limit"
         )
     run = CalibrationRun(model, targets, experts)
     mask, groups, outputs, active = _tried(run)
@@ -115,7 +115,7 @@ def calibration_needs(
     except ModelError:
         obstacle = "the model has no list of decoder blocks"
     except CalibrationError:
-        obstacle = obstacle or "the model's blocks return more than hidden states"
+        obstacle = obstacle or "the model's blocks do not return hidden states first"
     for channels, names in groups:
         block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
         if block is None:
@@ -191,6 +191,9 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
         ModelError: it runs with none of the masks.
     """
     layers = {module: name for name, module in run.linears.items()}
+    for name, reader in run.readers.items():
+        if isinstance(reader, ExpertInput) and reader.expert is None:
+            layers[reader.parameter.module] = name
     blocks: Collection[nn.Module] = ()
     with contextlib.suppress(ModelError):
         blocks = decoder_blocks(run.model).values()
@@ -224,8 +227,7 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
         else:
             seen = {name for names in readers.values() for name in names}
-            groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
-            groups += [[name] for name in run.readers if name not in run.linears]
+            groups = [*readers.values(), *([name] for name in run.readers if name not in seen)]
             channels = [reader_shape(run.readers[names[0]])[1] for names in groups]
             return mask, list(zip(channels, groups, strict=True)), outputs, active[-1]
     says = f"{type(run.model).__name__} does not run without its weights ({reason})"

@@ -189,15 +189,9 @@ def test_a_skeleton_needs_what_the_model_does(architecture: str, tmp_path: Path)
     assert sum(map(len, groups)) == len(found) + len(found.left_out.keys() & set().union(*groups))
     assert needs.hidden_bytes == 4 * 32
     assert needs.forward_flops > 0
-    if architecture in ("bloom", "gptj"):
-        assert needs.block_bytes is None
-        assert "blocks return more than hidden states" in needs.obstacle
-        with pytest.raises(CalibrationError, match="blocks return more than hidden states"):
-            calibrate_blocks(model, [batch], **options)
-    else:
-        assert needs.block_bytes is not None
-        assert not needs.obstacle
-        assert len(list(calibrate_blocks(model, [batch], **options))) == 2
+    assert needs.block_bytes is not None
+    assert not needs.obstacle
+    assert len(list(calibrate_blocks(model, [batch], **options))) == 2
 
 
 def test_a_multimodal_models_hidden_states_are_its_text_models(tmp_path: Path) -> None:
