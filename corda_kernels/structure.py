@@ -139,6 +139,20 @@ def trained_positions(model: nn.Module) -> int | None:
     return count if isinstance(count, int) and count > 0 else None
 
 
+def padding_multiple(model: nn.Module) -> int:
+    """What a model pads every sequence to a multiple of by itself, such as Longformer's window; 1
+    where it pads none."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(module, "_pad_to_window_size"):
+            windows = config.attention_window  # type: ignore[union-attr]
+            return int(windows if isinstance(windows, int) else max(windows))
+        sparse = getattr(module, "attention_type", "block_sparse") == "block_sparse"
+        if hasattr(module, "_pad_to_block_size") and sparse:
+            return int(config.block_size)  # type: ignore[union-attr]
+    return 1
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that computes the logits, if the model says which it is; of speech models for CTC,
     which do not, their `lm_head`."""

@@ -52,8 +52,9 @@ def target_layers(
     Args:
         model: a transformers model, or any module with linear layers.
         targets: "all-linear" for every linear layer except the output and classification heads,
-            and those of a state-space mixer whose weights its kernels take past any adapter; None for the same, of a vision–language model those of its language model; a list of
-            names of modules and expert parameters, or of their endings
+            layers tied to an embedding, and those of a state-space mixer whose weights its kernels
+            take past any adapter; None for the same, of a vision–language model those of its
+            language model; a list of names of modules and expert parameters, or of their endings
             (`["q_proj", "experts.down_proj"]`); or a regular expression that the whole name must
             match.
         exclude: names, endings or a regular expression of layers to leave out.
@@ -89,7 +90,12 @@ def target_layers(
         inside = set(part.modules()) - {head}
         for name in [*classification_heads(model), *_taken_bare(model)]:
             inside -= set(model.get_submodule(name).modules())
-        chosen = {name for name, module in linears.items() if module in inside}
+        tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+        chosen = {
+            name
+            for name, module in linears.items()
+            if module in inside and id(module.weight) not in tables
+        }
         if experts:
             chosen |= {name for name, each in fused.items() if each.module in inside}
         if not chosen:

@@ -245,19 +245,12 @@ ADAPTED = [
     vit_classifier,
     clip,
     t5,
-]
-ADAPTED += [whisper, llava, qwen_vl]
-CASES = [
-    *ADAPTED,
-    distilbert_classifier,
-    siglip,
-    bert_tagger,
-    llama_packed,
-    llama_base,
     bart,
-    bart_masked,
-    bart_alone,
+    whisper,
+    llava,
+    qwen_vl,
 ]
+CASES = [*ADAPTED, siglip, bert_tagger, llama_packed, llama_base, bart_masked, bart_alone]
 
 
 def made(case: Callable[[], Case]) -> Case:

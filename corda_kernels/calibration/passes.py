@@ -313,6 +313,7 @@ class CalibrationRun:
         self.positions = structure.position_count(model)
         self._vocabulary = structure.vocabulary_size(model)
         self._trained = structure.trained_positions(model)
+        self._multiple = structure.padding_multiple(model)
 
     def agree(self, step: str, batches: Iterable[Batch], **more: object) -> None:
         """Makes sure that there are batches, and that all ranks calibrate the same.
@@ -502,6 +503,11 @@ class CalibrationRun:
         if self.positions is not None and length > self.positions:
             says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
             raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
+        if ids.shape[-1] % self._multiple:
+            kind, most = type(self.model).__name__, self._multiple
+            says = f"has sequences of {ids.shape[-1]} tokens, which {kind} pads to multiples of"
+            remedy = "give sequences of such a length, as packing does, since its padding counts"
+            raise BatchError(batch, f"{says} {most} by itself: {remedy}")
         if self._trained is not None and length > self._trained:
             says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
             remedy = "lower --seq-len to that, since it was not trained on longer text"

@@ -18,7 +18,7 @@ from corda_kernels import calibrate
 from corda_kernels.calibration import calibrate_blocks
 from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.cli import app
-from corda_kernels.errors import CalibrationError, ModelError
+from corda_kernels.errors import ModelError
 from corda_kernels.models import load_skeleton
 
 LLAMA_2_7B = {
