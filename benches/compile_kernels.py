@@ -4,9 +4,6 @@ Needs no GPU. Prints one line for each configuration and exits with status 1 if 
 registers, needs more shared memory than its architecture has, or, on Hopper, does not feed the
 tensor cores asynchronously from shared memory.
 
-With --few each tile is compiled once or twice: in bfloat16 or float32, with statistics, for the
-first architecture that it is for. All others are variants of the same code.
-
     python benches/compile_kernels.py            # with the Triton that is installed
     PYTHONPATH=other-triton python benches/compile_kernels.py > benches/results/compile-X.txt
 """
@@ -221,9 +218,6 @@ def main() -> int:
     print(f"Triton {triton.__version__}")
     failed = 0
     for case in cases():
-        first = case.capability == (90 if case.tma else 80)
-        if "--few" in sys.argv[1:] and not (first and case.statistics and case.dtype != "fp16"):
-            continue
         code = compile_case(case)
         wrong = faults(case, code)
         failed += bool(wrong)

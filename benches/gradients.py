@@ -29,7 +29,8 @@ from torch.nn.functional import log_softmax
 
 from corda_kernels import CovarianceSet, calibrate, co_svd, load_model, load_tokenizer
 from corda_kernels.bench.timing import environment
-from corda_kernels.calibration.passes import CalibrationRun, evaluating
+from corda_kernels.calibration.forward import evaluating
+from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.files import write_json
 from corda_kernels.linalg import steepest_rows
 from corda_kernels.linears import linear_weight
@@ -61,7 +62,7 @@ def times(model: Any, batches: list[Any], rounds: int) -> dict[str, float]:
     def forward() -> None:
         run = CalibrationRun(model, progress=False)
         with evaluating(model):
-            for inputs in run.sequences(batches[0], 0):
+            for inputs in run.forward.sequences(batches[0], 0, run.max_rows):
                 run.forward(inputs)
 
     ways: dict[str, Callable[[], Any]] = {

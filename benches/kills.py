@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate, export_lora, init_corda
 from corda_kernels.adapter import load_for_training, save_adapter
-from corda_kernels.calibration.covariance import save_pieces
+from corda_kernels.calibration.covariance_set import save_pieces
 from corda_kernels.files import digest, write_json
 from corda_kernels.models import load_model, save_model
 

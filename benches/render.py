@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and docs/ from the JSON files in benches/results/.
+"""Writes the tables of README.md and docs/ from benches/results/, and copies its figures there.
 
     python benches/render.py            # rewrites what stands between the markers
     python benches/render.py --check    # exit status 1 if that would change something
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own. The
+figure FOLDER/NAME.svg becomes docs/figures/FOLDER-NAME.svg: the site has no files from elsewhere.
 """
 
 from __future__ import annotations
@@ -118,20 +119,26 @@ def _made(name: str, results: Path, known: Mapping[str, Table]) -> str:
         except (OSError, ValueError) as error:
             raise RenderError(
                 f"table {name} needs {path}, which cannot be read ({error}): run the benchmark "
-                "that writes it, see CONTRIBUTING.md"
+                "that writes it, see docs/measuring.md"
             ) from error
     try:
         return known[name].make(*read)
     except (KeyError, StopIteration) as error:
         raise RenderError(
             f"table {name} cannot be made: {', '.join(known[name].results)} lacks {error}; run the "
-            "benchmark again, see CONTRIBUTING.md"
+            "benchmark again, see docs/measuring.md"
         ) from error
 
 
 def documents() -> list[Path]:
     """Those that may hold tables."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def figures() -> list[tuple[Path, Path]]:
+    """The figures of the results, and where the documents have them."""
+    drawn = sorted(RESULTS.glob("*/*.svg"))
+    return [(file, ROOT / "docs" / "figures" / f"{file.parent.name}-{file.name}") for file in drawn]
 
 
 def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = None) -> int:
@@ -152,6 +159,13 @@ def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = 
             print(f"{path}: table {name} {'differs from' if check else 'rewritten from'} {RESULTS}")
         if changed and not check:
             path.write_text(text, encoding="utf-8")
+    for source, copy in figures() if paths is None else ():
+        drawn = source.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != drawn:
+            differ = True
+            print(f"{copy}: {'differs from' if check else 'copied from'} {source}")
+            if not check:
+                copy.write_bytes(drawn)
     return int(check and differ)
 
 

@@ -1,8 +1,4 @@
-"""Ranks of torch.distributed as processes that start at once.
-
-What torchrun starts loads torch, transformers and PEFT anew in every rank. Here ranks are forked
-from a process that has loaded them already.
-"""
+"""Processes that start at once: forked from one that has loaded torch, transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -15,12 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["transformers.models.auto.modeling_auto", "peft", "corda_kernels"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["transformers.models.auto.modeling_auto", "peft", "corda_kernels"])
 
 
 def run_ranks(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a script, or "-m" and a module, with arguments, on so many ranks.
+    """Runs a script, or "-m" and a module, with arguments, on so many ranks, as torchrun does.
 
     Returns:
         The first exit status that is not 0, and what all ranks wrote, rank by rank.
@@ -31,7 +27,7 @@ def run_ranks(count: int, *arguments: object) -> subprocess.CompletedProcess[str
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_run, args=(rank, count, port, folder, words))
+            CONTEXT.Process(target=_run, args=(rank, count, port, folder, words))
             for rank in range(count)
         ]
         for process in processes:
@@ -59,6 +55,11 @@ def _run(rank: int, count: int, port: int, folder: str, words: list[str]) -> Non
     }
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_CREAT | os.O_WRONLY), number)
+    execute(words)
+
+
+def execute(words: list[str]) -> None:
+    """Does what Python does with such a command line."""
     module = words[0] == "-m"
     sys.argv = words[module:]
     (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")

@@ -310,6 +310,7 @@ def output(model: nn.Module, batch: Batch) -> Tensor:
     raise AssertionError(given.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_covariances_are_those_of_what_layers_read(case: Callable[[], Case]) -> None:
@@ -324,6 +325,7 @@ def test_covariances_are_those_of_what_layers_read(case: Callable[[], Case]) -> 
     assert task_type(model) == task
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.RankDeficientWarning")
 @pytest.mark.parametrize("case", ADAPTED, ids=lambda case: case.__name__)
 def test_any_model_is_adapted_trained_saved_loaded_and_exported(

@@ -30,6 +30,7 @@ def test_a_full_disk_that_safetensors_reports_is_an_output_error(
 CHECKED = {"what": "kind of", "error": CovarianceFileError, "remedy": "make it again"}
 
 
+@pytest.mark.slow
 def test_equal_contents_make_equal_files_in_every_process(tmp_path: Path) -> None:
     code = """
 import sys, torch

@@ -35,6 +35,8 @@ from corda_kernels.errors import AdapterError, CheckpointError, CordaError, Cova
 from corda_kernels.files import write_checked
 from corda_kernels.init import corda_adapter
 
+pytestmark = pytest.mark.slow
+
 # The same examples every time, and no shrinking: what fails is printed as it is.
 FUZZ = settings(
     max_examples=60,
@@ -266,7 +268,7 @@ ADAPTER_FILES = [(form, file) for form, files in FORMS.items() for file in files
 
 
 @given(damage=damages(), where=st.sampled_from(ADAPTER_FILES))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_damaged_adapter_folder(
     place: Path, tmp_path: Path, calibrated: Any, damage: Any, where: tuple[str, str]
@@ -286,7 +288,7 @@ def test_a_damaged_adapter_folder(
 
 
 @given(edit=edits, form=st.sampled_from(list(FORMS)))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_folder_with_an_edited_configuration(
     place: Path, tmp_path: Path, calibrated: Any, edit: Any, form: str
@@ -304,9 +306,8 @@ def test_an_adapter_folder_with_an_edited_configuration(
             use()
 
 
-@pytest.mark.slow
 @given(edit=edits, kind=st.sampled_from(["adapter", "published", "judged", "planned"]))
-@settings(FUZZ, max_examples=120)
+@FUZZ
 def test_an_adapter_folder_with_an_edited_record(
     place: Path, tmp_path: Path, calibrated: Any, edit: Any, kind: str
 ) -> None:
@@ -386,7 +387,6 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
 }
 
 
-@pytest.mark.slow
 @given(
     command=st.sampled_from(["init", "calibrate", "inspect", "export", "merge", "plan", "doctor"]),
     positional=st.lists(

@@ -100,6 +100,7 @@ def test_the_ranks_are_those_of_the_damped_layers(
         assert record.layers[name]["rank"] * rows == layer.trained.rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

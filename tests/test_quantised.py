@@ -40,6 +40,8 @@ from corda_kernels.peft_corda import preprocess_corda
 from corda_kernels.planning import subspace_stability
 from corda_kernels.targets import target_linears
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["4bit", "8bit", "torchao"]
 # Of logits, relative: eight bits round the inputs as well, to float16 first.
 ALLOWED = {"4bit": 1e-5, "8bit": 3e-2, "torchao": 1e-5}

@@ -57,7 +57,7 @@ def export_lora(
     An adapter of uniform ranks is copied. One made under a budget is padded with zeros to its
     largest rank and its scaling folded into B, so that engines that know one rank and one alpha
     read it right. Of an adapter with `residual="weight"` the change B A − B0 A0 is written as
-    [B, ΔB][ΔA; A0], of twice the rank; what the residual's own rounding took from the base stays
+    `[B, ΔB][ΔA; A0]`, of twice the rank; what the residual's own rounding took from the base stays
     behind. What a trainer has saved beside the factors is kept as it is.
 
     Args:

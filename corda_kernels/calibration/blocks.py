@@ -23,16 +23,11 @@ from torch.utils._pytree import tree_map_only
 
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import CovarianceSet
+from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Experts, Reader, one_by_one
+from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
-from corda_kernels.calibration.passes import (
-    CalibrationRun,
-    Normalize,
-    OnUnseen,
-    Targets,
-    evaluating,
-)
+from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
 from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
@@ -223,7 +218,7 @@ class KeptText:
         reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
-                for inputs in run.sequences(batch, index) if own else ():
+                for inputs in run.forward.sequences(batch, index, run.max_rows) if own else ():
                     if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)

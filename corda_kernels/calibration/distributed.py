@@ -20,15 +20,10 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import (
-    Covariance,
-    CovarianceSet,
-    Gradient,
-    Group,
-    pack_symmetric,
-    unpack_symmetric,
-)
+from corda_kernels.calibration.covariance import Covariance, Gradient, Group
+from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
+from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from corda_kernels.calibration.covariance import Covariance, CovarianceSet
+from corda_kernels.calibration.covariance import Covariance
+from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.experts import ExpertParameter
 
 

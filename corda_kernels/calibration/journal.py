@@ -27,7 +27,7 @@ import torch
 
 from corda_kernels.arguments import flag, readable_path, whole_number
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.covariance import read_groups, write_groups
+from corda_kernels.calibration.covariance_file import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.experts import reader_shape, reader_weight
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
-from corda_kernels.calibration.passes import CalibrationRun, Targets, evaluating
+from corda_kernels.calibration.forward import evaluating
+from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
 from corda_kernels.linears import linear_shape
@@ -122,7 +123,7 @@ def calibration_needs(
             obstacle = obstacle or "targets lie outside of the decoder's blocks"
         else:
             sizes[block] += 4 * channels**2
-    flops, length = 0.0, min(seq_len, run.positions or seq_len)
+    flops, length = 0.0, min(seq_len, run.forward.positions or seq_len)
     if length:
         with FlopCounterMode(display=False) as counter:
             _run(run, length, mask)
@@ -145,7 +146,7 @@ def calibration_needs(
         getattr(_text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
         flops,
         round(products),
-        run.positions,
+        run.forward.positions,
         gradient_bytes(model, targets),
         sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )

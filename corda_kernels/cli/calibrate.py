@@ -62,7 +62,8 @@ def calibrate(
     With --sides both the gradients at the layers' outputs go with them.
     """
     from corda_kernels import models
-    from corda_kernels.calibration import CalibrationCheckpoint, covariance
+    from corda_kernels.calibration import CalibrationCheckpoint
+    from corda_kernels.calibration.covariance_set import save_pieces
     from corda_kernels.calibration.distributed import Ranks
     from corda_kernels.calibration.experts import (
         ExpertInput,
@@ -129,7 +130,7 @@ def calibrate(
         kept = None if checkpoint_every == 0 else checkpoint
         stages = covariance_stages(network, batches, plan, domain=text["file"], checkpoint=kept)
         if first:
-            covariance.save_pieces(noted(stages), out, united_provenance)
+            save_pieces(noted(stages), out, united_provenance)
         else:
             for _ in stages:
                 pass

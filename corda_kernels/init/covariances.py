@@ -18,7 +18,7 @@ from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
 from corda_kernels.calibration.experts import warn_unseen_experts
 from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
-from corda_kernels.calibration.passes import refuse_unseen, unseen
+from corda_kernels.calibration.run import refuse_unseen, unseen
 from corda_kernels.errors import (
     BatchError,
     ConfigError,

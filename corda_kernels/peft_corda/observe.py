@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.masks import RowMasks
-from corda_kernels.calibration.passes import evaluating
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning, warn
 from corda_kernels.memory import has_own_memory
 from corda_kernels.structure import input_device

@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -319,7 +320,9 @@ def _draw(
     with rc_context({"svg.hashsalt": alt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has more fonts
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=metadata)
+        for each in (figure, *figure.axes):
+            each.patch.set_visible(False)
+        FigureCanvasSVG(figure).print_svg(written, metadata=metadata)  # savefig would draw twice
     head = Markup('<svg role="img" aria-label="{}"').format(alt)
     return title, Markup(_inlined(written.getvalue()).replace("<svg", head, 1))
 

@@ -21,6 +21,8 @@ from corda_kernels.adapter.folder import lora_layers, read_lora, read_record
 from corda_kernels.adapter.record import check_base, lora_config
 from corda_kernels.errors import AdapterError
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS, INITIAL = "adapter_model.safetensors", "corda_initial.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
     "planned": {"budget": "r=4", "max_rank": 6, "lora_dropout": 0.1},

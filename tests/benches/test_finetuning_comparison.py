@@ -146,6 +146,7 @@ def test_without_lora_nothing_is_compared_with_it() -> None:
     assert made.split("\n")[-1].split("|")[5].strip() == "–"
 
 
+@pytest.mark.slow
 def test_equal_results_make_equal_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from finetuning.plots import draw

@@ -20,6 +20,8 @@ from corda_kernels import CovarianceSet
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
 
+pytestmark = pytest.mark.slow
+
 PROFILE = replace(
     PROFILES["smoke"],
     methods=(("lora", "ipm-hold1"),),

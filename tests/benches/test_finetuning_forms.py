@@ -11,6 +11,8 @@ from torch import nn
 
 from corda_kernels import CovarianceSet
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 

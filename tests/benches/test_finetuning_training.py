@@ -10,6 +10,8 @@ from finetuning.training import WARM_UP, train
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tiny_model: Callable[..., nn.Module]) -> nn.Module:

@@ -8,6 +8,8 @@ import kills
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Writer]:
@@ -33,7 +35,7 @@ def test_a_kill_leaves_the_old_result_or_the_new_one(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = kills.examine(writers[name], tmp_path, 10)
+        found = kills.examine(writers[name], tmp_path, 6)
     finally:
         torch.set_num_threads(threads)
     assert min(found.values()) > 0

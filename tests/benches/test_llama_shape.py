@@ -9,6 +9,8 @@ import llama_shape
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

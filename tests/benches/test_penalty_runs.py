@@ -16,6 +16,8 @@ from torch import nn
 from corda_kernels import CovarianceSet
 from corda_kernels.files import write_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def experiment(

@@ -10,11 +10,14 @@ import pytest
 import torch
 from pipeline import STAGES, PipelineRow, bench_pipeline, by_stage
 from pipeline_methods import METHODS, Stages, Subject, Task
+from ranks import CONTEXT
 from torch import nn
 from transformers import PreTrainedModel
 
 from corda_kernels import CordaConfig, init_corda, load_model
 from corda_kernels.errors import CordaError
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 
@@ -188,7 +191,9 @@ def test_a_contestant_that_computes_something_else_has_no_speed(
     assert rows["init_corda"]["passed"] is True
 
 
-def test_a_childs_failure_is_told(task: Task) -> None:
+def test_a_childs_failure_is_told(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Such a child has torch and transformers already.
+    monkeypatch.setattr(pipeline.multiprocessing, "get_context", lambda _: CONTEXT)
     broken = Task(task.model, [torch.tensor([[1000]])], "ipm", 4, CPU)
     with pytest.raises(CordaError, match="the run of init_corda failed: IndexError"):
         list(bench_pipeline(broken, ("init_corda",)))

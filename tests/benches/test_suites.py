@@ -7,8 +7,9 @@ import sys
 import pytest
 from render import ROOT
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_the_suites_run_on_tiny_sizes() -> None:
     """Every case once, untimed: what is timed in earnest takes minutes."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benches", "--tiny"]

@@ -19,6 +19,8 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import CheckpointError, CordaWarning
 from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
 
+pytestmark = pytest.mark.slow
+
 ModelMaker = Callable[..., nn.Module]
 BLOCKS = 3
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import blocks as blocks_module
-from corda_kernels.calibration import passes as passes_module
+from corda_kernels.calibration import run as run_module
 from corda_kernels.calibration.blocks import KeptText, alike, calibrate_block_parts
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.passes import CalibrationRun
+from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import (
     CalibrationError,
     LeftOutWarning,
@@ -160,6 +160,7 @@ def test_a_block_runs_once_over_the_text_and_one_after_the_other(make: ModelMake
         ran.clear()
 
 
+@pytest.mark.slow
 def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
     import gc
     import weakref
@@ -257,7 +258,7 @@ class Cramped:
 
 def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a device."""
-    for module in (blocks_module, passes_module):
+    for module in (blocks_module, run_module):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
 
 

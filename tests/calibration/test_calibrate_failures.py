@@ -12,7 +12,7 @@ from raw_inputs import Flat, check, inputs_read, pad, random_ids
 from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet, calibrate
-from corda_kernels.calibration import passes as passes_module
+from corda_kernels.calibration import run as run_module
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CalibrationError,
@@ -209,7 +209,7 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do() -> None:
 def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
     tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes_module, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(run_module, "has_own_memory", lambda device: True)
     model, batches = tiny_model("llama"), [random_ids(1, 5), random_ids(2, 9)]
     expected = run(model, batches)
     add = InputCapture._add

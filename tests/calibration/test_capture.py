@@ -222,6 +222,7 @@ READS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(passes=st.lists(READS, max_size=4), seed=st.integers(0, 1000))
 def test_whatever_the_order_of_reads_no_sum_is_wrong(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.calibration.covariance import pack_symmetric, save_pieces, unpack_symmetric
+from corda_kernels.calibration.covariance_set import save_pieces
+from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
@@ -199,6 +200,7 @@ def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(plain) == stat.S_IMODE(written)
 
 
+@pytest.mark.slow
 def test_any_altered_byte_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     CovarianceSet({"q": covariance_of(torch.randn(3, 2))}).save(path)
@@ -237,6 +239,7 @@ def test_another_safetensors_file_is_refused(
         CovarianceSet.load(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_pieces_make_the_file_of_the_whole(tmp_path: Path, count: int) -> None:
     import gc

@@ -25,6 +25,8 @@ from corda_kernels.errors import (
 from corda_kernels.files import read_checked
 from corda_kernels.planning import LayerStability, Selection, Stability, select_covariance
 
+pytestmark = pytest.mark.slow
+
 BATCHES = [torch.arange(3, 23).view(2, 10), torch.arange(23, 43).view(2, 10)]
 COVARIANCES = "corda_kernels.covariances/1"
 # Numbers that no other number in a file tells the right value of.

@@ -26,6 +26,8 @@ from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(Path(__file__).with_name("rank_script.py"))
 
 # What both ranks are told where something differs between them.
@@ -111,7 +113,6 @@ def worked(
     return request.param, out
 
 
-@pytest.mark.slow
 def test_ranks_give_the_covariances_of_one_process(
     place: tuple[nn.Module, list[Any], Path], worked: tuple[int, Path]
 ) -> None:
@@ -223,7 +224,6 @@ def test_ranks_choose_candidates_and_share_a_budget_out_as_one_process(
         assert same_components(made, expected.layers[layer]), layer
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_its_reason(
     place: tuple[nn.Module, list[Any], Path], tmp_path: Path
 ) -> None:
@@ -240,7 +240,6 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(
     assert "rank 0: another rank has ended or cannot be reached" in ended.stderr
 
 
-@pytest.mark.slow
 def test_ranks_go_on_from_where_each_of_them_was(
     place: tuple[nn.Module, list[Any], Path], tmp_path: Path
 ) -> None:
@@ -269,8 +268,7 @@ def test_ranks_go_on_from_where_each_of_them_was(
     assert "is the checkpoint of another run, which differs in ranks" in ended.stderr
 
 
-@pytest.mark.slow
-def test_the_command_line_works_under_torchrun(
+def test_the_command_line_works_on_two_ranks(
     place: tuple[nn.Module, list[Any], Path],
     tmp_path: Path,
     save_tokenizer: Callable[[Path], None],
@@ -286,8 +284,7 @@ def test_the_command_line_works_under_torchrun(
         alone = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert alone.exit_code == 0
         arguments[2] = tmp_path / f"two-{what}"
-        start = torchrun if what == "calibrate" else run_ranks
-        ended = start(2, *command, *arguments)
+        ended = run_ranks(2, *command, *arguments)
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout == alone.stdout.replace("one-", "two-")
     one, two = (CovarianceSet.load(tmp_path / f"{name}-calibrate") for name in ("one", "two"))
@@ -309,7 +306,6 @@ def test_the_command_line_works_under_torchrun(
     assert f"error: {kept} is truncated" in ended.stderr
 
 
-@pytest.mark.slow
 def test_an_error_on_a_rank_is_one_line_and_ends_all(
     place: tuple[nn.Module, list[Any], Path],
     tmp_path: Path,

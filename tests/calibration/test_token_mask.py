@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.batches import token_count, unpadded
-from corda_kernels.calibration.passes import CalibrationRun
+from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import BatchError, CalibrationError, CheckpointError
 
 ModelMaker = Callable[..., nn.Module]
@@ -56,7 +56,7 @@ def short_of_memory(model: nn.Module, batches: list[Any], _: Path) -> Covariance
     run.max_rows = 1
     with run.capture(run.linears) as capture:
         for index, batch in enumerate(batches):
-            for inputs in run.sequences(batch, index):
+            for inputs in run.forward.sequences(batch, index, run.max_rows):
                 capture.begin_rows(inputs.pop("token_mask", None))
                 run.forward(inputs)
     return run.result(capture, sum(map(token_count, batches)))

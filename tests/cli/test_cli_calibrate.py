@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import CONTEXT, execute
 from small_text import SMALL
 
 from corda_kernels.adapter import read_adapter
 from corda_kernels.calibration import CovarianceSet
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("more", [(), ("--candidates", 2)], ids=["halves", "candidates"])
@@ -47,15 +48,15 @@ def test_within_a_memory_limit_the_file_and_the_adapter_are_the_same(
 
 def killed_while_calibrating(arguments: list[str], checkpoint: Path) -> None:
     """Runs the program in a process of its own and kills it as soon as it keeps a checkpoint."""
-    process = subprocess.Popen([sys.executable, "-m", "corda_kernels", *arguments])
+    process = CONTEXT.Process(target=execute, args=(["-m", "corda_kernels", *arguments],))
+    process.start()
     while not checkpoint.exists():
-        assert process.poll() is None, "it ended before it kept anything"
+        assert process.is_alive(), "it ended before it kept anything"
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.join()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "more"),
     [("1", ()), ("2", ()), ("block-0", ("--memory-limit", "65KB"))],

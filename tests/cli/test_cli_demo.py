@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ def test_the_demo_runs_through_on_any_model(
     module = importlib.import_module("corda_kernels.cli.demo")
     monkeypatch.setattr(module, "_gguf_file", lambda: place / "model")
     options = ("--data", place / "text.txt", "--rank", 4, "--samples", 4, "--seq-len", 16)
-    for _ in range(2):  # the second time, the model is there already
+    for pages in (True, False):  # the second time, the model is there already
+        if not pages:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
         shown = invoke("demo", "--out", tmp_path / "out", *options, "--steps", 2)
         assert shown.count("export equals the trained model") == 2
+        assert ("5. writing pages" in shown) == pages != ("5. no pages" in shown)
     for name in ("base", "kpm", "ipm", "kpm-lora", "ipm-lora"):
         assert (tmp_path / "out" / name).is_dir()
     for mode in ("kpm", "ipm"):

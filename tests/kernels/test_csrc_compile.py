@@ -15,7 +15,10 @@ from corda_kernels.kernels import cuda
 
 HOME = os.environ.get("CUDA_HOME")
 NVCC = (HOME and shutil.which("nvcc", path=str(Path(HOME, "bin")))) or shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, on PATH or in CUDA_HOME")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc, on PATH or in CUDA_HOME"),
+]
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a block, by architecture
 REGISTERS = 65_536  # of a multiprocessor

@@ -303,22 +303,24 @@ def test_a_backend_that_cannot_run_says_why(backend: str, monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-5)])
 def test_half_a_million_tokens_do_not_drift_in_512_calls(
     dtype: torch.dtype, allowed: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     totals = {backend: accumulator(256) for backend in BACKENDS}
-    exact = torch.zeros(256, 256, dtype=torch.float64)
+    exact = torch.zeros(256, 64, dtype=torch.float64)  # every fourth column: the rest is alike
     for _ in range(524_288 // 32768):
         x = torch.randn(32768, 256, generator=generator).to(dtype)
-        exact.addmm_(x.double().T, x.double())
+        exact.addmm_(x.double().T, x[:, ::4].double())
         for backend, c in totals.items():
             for part in torch.split(x, 1024):
                 run(backend, c, part)
-    lower = exact.tril()
+    lower = torch.ones(256, 256).tril().bool()[:, ::4]
     for c in totals.values():
-        assert float((c.double().tril() - lower).norm() / lower.norm()) <= allowed
+        error = (c[:, ::4].double() - exact)[lower].norm()
+        assert float(error / exact[lower].norm()) <= allowed
 
 
 def test_numpy_arrays_are_taken_without_a_copy(backend: str) -> None:

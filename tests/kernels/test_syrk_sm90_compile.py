@@ -14,7 +14,10 @@ from test_csrc_compile import NVCC, REGISTERS
 
 from corda_kernels.kernels import cuda, syrk_sm90
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, on PATH or in CUDA_HOME")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc, on PATH or in CUDA_HOME"),
+]
 
 NAMES = {syrk_sm90._name(dtype) + end for dtype in syrk_sm90._TYPES for end in ("", "_statistics")}
 

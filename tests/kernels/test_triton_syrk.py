@@ -61,6 +61,7 @@ def test_the_interpreter_is_a_backend() -> None:
     assert available_backends()["triton"] is None
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 300),

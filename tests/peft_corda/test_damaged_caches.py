@@ -21,6 +21,8 @@ from corda_kernels.peft_corda import preprocess_corda
 from corda_kernels.peft_corda.cache import notes_path, read_cache, read_covariances
 from corda_kernels.peft_corda.targets import corda_targets
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {"corda_method": "ipm", "damping": 0.01, "normalize": "peft"}
 # Notes by which nothing is computed.
 DESCRIPTIVE = (

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from corda_kernels import load_tokenizer, token_batches
 from corda_kernels.documents import read_texts
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

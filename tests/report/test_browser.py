@@ -11,6 +11,8 @@ from urllib.parse import unquote
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",
@@ -70,7 +72,6 @@ def browser() -> str:
     pytest.skip("no Chromium to open the page in: install the package chromium")
 
 
-@pytest.mark.slow
 def test_nothing_overflows_or_is_cut_at_any_width(large_page: str, tmp_path: Path) -> None:
     frames = "".join(
         f'<iframe width="{width}" height="900" srcdoc="{html.escape(large_page)}"></iframe>'

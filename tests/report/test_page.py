@@ -130,7 +130,9 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "old")) for name in FIGURES]
+)
 def test_a_page_shows_what_is_known_and_says_what_is_not(
     reports: dict[str, Report], page_of: Callable[[str], str], name: str
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_page_shows_what_is_known_and_says_what_is_not(
     assert len(rows) == len(report.layers) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ipm", "pool", "covariances"])
 def test_ticks_of_shares_are_round(page_of: Callable[[str], str], name: str) -> None:
     shown = sections(page_of(name))["Spectra of W·C"]
@@ -212,6 +215,7 @@ def test_conditions_are_the_same_from_both_sources(reports: dict[str, Report]) -
     assert reports["ipm"].conditions() == {}
 
 
+@pytest.mark.slow
 def test_a_large_page_is_sound_and_small(large_page: str) -> None:
     check(large_page)
     assert len(large_page.encode()) < 2 << 20

@@ -1,4 +1,4 @@
-"""One step of training on ranks that share the model's parameters by FSDP2; run by torchrun."""
+"""One step of training on ranks that share the model's parameters by FSDP2."""
 
 from __future__ import annotations
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +10,16 @@ import pytest
 import torch
 from fsdp_script import step
 from peft import PeftModel
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, save_adapter
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 
-@pytest.mark.slow
 def test_two_ranks_of_fsdp2_train_and_save_what_one_process_does(
     calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
     adapt: Callable[..., nn.Module],
@@ -32,17 +31,7 @@ def test_two_ranks_of_fsdp2_train_and_save_what_one_process_does(
     model = adapt((copy.deepcopy(base), covariances), mode="kpm")
     start = logits(model)
     save_adapter(model, tmp_path / "adapter")
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
-            *("2", str(SCRIPT)),
-            *(str(tmp_path / name) for name in ("base", "adapter", "trained")),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ended = run_ranks(2, SCRIPT, *(tmp_path / name for name in ("base", "adapter", "trained")))
     assert ended.returncode == 0, ended.stderr
     step(model)
     expected = logits(model)

@@ -19,6 +19,8 @@ from transformers import Trainer, TrainingArguments
 from corda_kernels import CordaConfig, CovarianceSet, export_lora, init_corda, save_adapter
 from corda_kernels.linears import linear_weight
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Logits = Callable[[nn.Module], Tensor]
 Train = Callable[..., nn.Module]

@@ -30,6 +30,7 @@ from trl import (
 from corda_kernels import CordaConfig, CovarianceSet, init_corda
 
 pytestmark = [
+    pytest.mark.slow,
     # TRL, datasets and Trainer warn of what they do themselves.
     pytest.mark.filterwarnings("ignore"),
 ]

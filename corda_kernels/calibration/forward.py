@@ -1,0 +1,163 @@
+"""A batch through the model, or through as much of it as has the target layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from corda_kernels import structure
+from corda_kernels.calibration.batches import Batch, check_masks, inputs_of, is_text, unpadded
+from corda_kernels.calibration.gradients import Labels, Sides, backward_pass, with_labels
+from corda_kernels.errors import BatchError, CordaError, CordaWarning, warn
+from corda_kernels.linears import kept_unpacked
+
+
+@dataclass(eq=False)
+class Forward:
+    """A model as calibration runs it: as much of it as has the target layers.
+
+    Attributes:
+        model: the whole.
+        targets: the target layers.
+        sides: see `calibrate`, as for `labels`.
+        device: where inputs go.
+        positions: the most tokens of a sequence; None where nothing bounds them.
+    """
+
+    model: nn.Module
+    targets: Collection[nn.Module]
+    sides: Sides
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        """Looks at the model."""
+        model = self.model
+        base = structure.decoder(model)
+        self._base = base if set(self.targets) <= set(base.modules()) else model
+        self.device = structure.input_device(model)
+        self.positions = structure.position_count(model)
+        self._vocabulary = structure.vocabulary_size(model)
+        self._trained = structure.trained_positions(model)
+        self._multiple = structure.padding_multiple(model)
+
+    def sequences(self, batch: Batch, index: int, max_rows: int | None) -> Iterator[dict[str, Any]]:
+        """What a call takes of a batch: of text sequences without padding, see `unpadded`; of
+        anything else the batch as it is.
+
+        Raises:
+            BatchError: it holds what the model's forward does not take, or masks that do not tell
+                padding.
+        """
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        inputs, text = inputs_of(batch), self._is_text(batch)
+        taken = structure.arguments(self.model)
+        of_text = {"attention_mask", "token_mask"} if text else set()
+        others = inputs.keys() - taken.keys() - of_text - {"labels"}
+        if taken and others:
+            says = f"holds {min(others)}, which {type(self.model).__name__} does not take"
+            raise BatchError(index, f"{says}: leave it out; it takes {', '.join(taken)}")
+        if self.sides == "both":
+            if not text:
+                says = 'holds more than text, of which alone sides="both" takes gradients'
+                raise BatchError(index, f"{says}: give token ids, masks and labels")
+            batch = with_labels(batch, index)
+        if text:
+            yield from unpadded(batch, index, pad_token_id=padding, max_rows=max_rows)
+            return
+        check_masks(inputs, index, padding)
+        yield inputs
+
+    def _is_text(self, batch: Batch) -> bool:
+        """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
+        return is_text(batch) and not structure.is_encoder_decoder(self.model)
+
+    def __call__(self, inputs: Mapping[str, Any], batch: int = 0) -> None:
+        """Runs the model, or its part that has the targets where that takes all that is given.
+
+        Args:
+            inputs: what `sequences` gave.
+            batch: number of the batch that they come from, for messages.
+
+        Raises:
+            BatchError: the model has no such token, or not as many positions; or its forward
+                refuses what it is given.
+        """
+        text = self._is_text(inputs)
+        self._check_ids(inputs.get("input_ids"), text, batch)
+        runner, given = self.model, dict(inputs)
+        if not structure.is_encoder_decoder(self.model):
+            given.pop("labels", None)  # the loss needs no computing
+            if text or given.keys() <= structure.arguments(self._base).keys():
+                runner = self._base
+        taken = structure.arguments(runner)
+        if taken and "labels" not in taken:
+            given.pop("labels", None)
+        if "use_cache" in taken:
+            given["use_cache"] = False
+        dtype = getattr(self.model, "dtype", None)
+
+        def there(value: Tensor) -> Tensor:
+            return value.to(self.device, dtype if value.is_floating_point() else None)
+
+        moved = tree_map_only(Tensor, there, given)
+        if self.sides == "both":
+            backward_pass(self.model, moved, self.labels, batch, self.device)
+            return
+        try:
+            runner(**moved)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, CordaError):
+                raise
+            kind, names = type(runner).__name__, ", ".join(inputs)
+            says = f"cannot be run by {kind}, which was given {names} ({error})"
+            pairs = structure.is_encoder_decoder(runner)
+            missing = ", such as labels or decoder_input_ids" if pairs else ""
+            raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
+
+    def _check_ids(self, ids: Tensor | None, text: bool, batch: int) -> None:
+        """Refuses token ids that the model does not have, and too many of a text."""
+        if ids is None:
+            return
+        length = ids.shape[-1] if text else 0  # several texts may be packed, each with positions
+        if self.positions is not None and length > self.positions:
+            says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
+            raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
+        if ids.shape[-1] % self._multiple:
+            kind, most = type(self.model).__name__, self._multiple
+            says = f"has sequences of {ids.shape[-1]} tokens, which {kind} pads to multiples of"
+            remedy = "give sequences of such a length, as packing does, since its padding counts"
+            raise BatchError(batch, f"{says} {most} by itself: {remedy}")
+        if self._trained is not None and length > self._trained:
+            says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
+            remedy = "lower --seq-len to that, since it was not trained on longer text"
+            warn(f"{says} {self._trained}: {remedy}", CordaWarning)
+            self._trained = None  # once is enough
+        # On a GPU this would wait for it; ids that are read from a file are on the host.
+        if self._vocabulary is not None and ids.device.type == "cpu" and ids.numel():
+            least, most = (int(bound) for bound in torch.aminmax(ids))
+            if least < 0 or most >= self._vocabulary:
+                odd, last = (least if least < 0 else most), self._vocabulary - 1
+                says = f"holds token {odd}, but the model's tokens are 0 to {last}"
+                raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; afterwards every module's mode is as before.
+
+    Quantised weights stay in the layout in which they can be read and trained on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), kept_unpacked(model):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
