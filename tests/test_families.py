@@ -30,10 +30,12 @@ from corda_kernels.linears import is_linear
 from corda_kernels.models import load_model, load_skeleton
 
 QUICK = ("llama", "mixtral", "distilbert", "bart", "vit", "llava")
-# What is left out, how little text this is, and PEFT's note on ranks of experts' parameters.
+# What is left out, how little text this is, and PEFT's notes on ranks of experts' parameters and on
+# embeddings that were never tied.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::corda_kernels.errors.CordaWarning"),
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
 ]
 
 
@@ -93,9 +95,9 @@ def test_a_model_of_every_type(family: Family, tmp_path: Path) -> None:
     with refusal(family, BLOCKS):
         blocks = calibrate_blocks(base, [batch], **options)
         found = {name: each for block in blocks for name, each in block.items()}
-    if ADAPTER in family.refused or family.refused.get(BLOCKS) == "k":
+    if ADAPTER in family.refused:
         return
-    whole = calibrate(base, [batch], **options)
+    whole = calibrate(base, [batch], on_unseen="skip", **options)
     if BLOCKS not in family.refused:
         assert found.keys() == whole.keys()
         assert all(close(found[name].matrix, each.matrix) for name, each in whole.items())
@@ -103,7 +105,7 @@ def test_a_model_of_every_type(family: Family, tmp_path: Path) -> None:
         groups = {frozenset(names) for _, names in needs.groups}
         for _, names in whole.groups():  # what reads images alone is not seen to share an input
             assert frozenset(names) in groups or "pixel_values" in batch, names
-        assert set().union(*groups) == whole.keys()
+        assert whole.keys() <= set().union(*groups) <= whole.keys() | whole.left_out.keys()
         assert (needs.block_bytes is None) <= (BLOCKS in family.refused)
 
 
@@ -114,7 +116,8 @@ def _same(model: nn.Module, batch: Batch, expected: Tensor) -> None:
 
 def adapt(base: nn.Module, batch: Batch, config: CordaConfig, folder: Path) -> None:
     """Start, step, save, load, export, merge."""
-    expected = output(base, batch).detach()
+    with torch.no_grad():
+        expected = output(base, batch)
     model: Any = init_corda(copy.deepcopy(base), [batch], config)
     _same(model, batch, expected)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)

@@ -26,7 +26,8 @@ from corda_kernels.linears import linear_shape
 from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
 from corda_kernels.targets import target_layers
 
-_TRIED_TOKENS = 2
+# No usual number of labels, to which a mask of another shape might be stretched.
+_TRIED_TOKENS = 7
 
 # Attention masks for a number of tokens: a finished one, one of ones, or none. To make a mask for a
 # model without weights, transformers would look at values, which there are none of. Most models
@@ -168,7 +169,7 @@ def covariance_bytes(
     targets: Targets = None,
     experts: Experts | None = None,
 ) -> tuple[int, int]:
-    """Sizes of the target layers' covariances, in float32, by a run over two tokens.
+    """Sizes of the target layers' covariances, in float32, by a run over a few tokens.
 
     Returns:
         Of all together, and of those of the largest decoder block, 0 in a model that cannot run
@@ -181,7 +182,7 @@ def covariance_bytes(
 
 
 def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any], int]:
-    """What a pass over two tokens shows of the model.
+    """What a pass over a few tokens shows of the model.
 
     Returns:
         The attention mask with which a model without weights runs, none where it has some; the
