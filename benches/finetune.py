@@ -8,13 +8,14 @@ github.com/openai/grade-school-math; fields question and answer), nq_open_dev.js
 nq_open_efficientqa_dev.jsonl (from github.com/google-research-datasets/natural-questions, nq_open;
 question and answer, a list).
 
-Adapters of equal size (the published form, the pair and lora-r have half as many parameters) are
-trained on gsm8k_train: the same problems in the same order from each
+Adapters of equal size (the published form, the pair, lora-r and task-frozen have about half as many
+parameters) are trained on gsm8k_train: the same problems in the same order from each
 method's start, with each learning rate of its grid; then each method with its best rate on other
 problems. Three things are measured on the way, as negative log-likelihood a token: answers of
 gsm8k_test, the task; answers of nq_open_efficientqa_dev after a few answered questions, what is
-kept of knowledge (without the end token, which would measure the format); and prose. At the end the
-right answer is ranked among ten. KPM calibrates on nq_open_dev, IPM on gsm8k_train.
+kept of knowledge (without the end token, which would measure the format); and prose. At the end of
+the profiles cpu, forms and gpu the right answer is ranked among ten. KPM calibrates on nq_open_dev,
+IPM on gsm8k_train, as do task starts, on problems that none is trained on.
 
 Each run is a file. A run that is killed begins anew, those that are done stay.
 """
@@ -44,7 +45,8 @@ def run(
         Path, typer.Argument(help="Where the results go; an old one is gone on with.")
     ],
     profile: Annotated[
-        Literal["smoke", "forms", "cpu", "gpu"], typer.Option(help="How large.")
+        Literal["smoke", "forms", "starts", "starts-gpu", "cpu", "gpu"],
+        typer.Option(help="How large."),
     ] = "smoke",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,
     text: Annotated[
@@ -67,16 +69,19 @@ def run(
 def report(folder: Annotated[Path, typer.Argument(help="Where the results are.")]) -> None:
     """Writes finetune.json, table.md and two plots from what is done so far."""
     from finetuning.plots import draw
+    from finetuning.starts import rates, starts
     from finetuning.table import forms, grid, table
 
     results = collected(folder)
     write_json(folder / "finetune.json", results)
-    if results["settings"]["profile"] == "forms":
+    profile = results["settings"]["profile"]
+    if profile == "forms":
         text = f"{forms(results)}\n"
     else:
-        text = f"{table(results)}\n\nAll learning rates:\n\n{grid(results)}\n"
+        chosen, all_rates = (starts, rates) if profile.startswith("starts") else (table, grid)
+        text = f"{chosen(results)}\n\nAll learning rates:\n\n{all_rates(results)}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    if results["settings"]["profile"] != "forms":  # which is measured at its end only
+    if profile != "forms":  # which is measured at its end only
         draw(results, folder)
     print(text)
 

@@ -62,7 +62,7 @@ def times(model: Any, batches: list[Any], rounds: int) -> dict[str, float]:
     def forward() -> None:
         run = CalibrationRun(model, progress=False)
         with evaluating(model):
-            for inputs in run.forward.sequences(batches[0], 0, run.max_rows):
+            for inputs, _ in run.together(run.forward.pieces(batches[0], 0, (0, 0))):
                 run.forward(inputs)
 
     ways: dict[str, Callable[[], Any]] = {

@@ -92,8 +92,8 @@ def result_file(folder: Path, run: Run) -> Path:
 def do(experiment: Experiment, run: Run) -> None:
     """Trains, measures, and writes the run's file."""
     base = experiment.base()
-    covariances = experiment.covariances("kpm", False)
-    model, _ = start(
+    covariances = experiment.covariances("kpm")
+    model = start(
         METHODS[run.method],
         load_model(experiment.model, dtype="float32"),
         rank=PROFILE.rank,

@@ -1,10 +1,11 @@
-"""Writes the tables of README.md and docs/ from benches/results/, and copies its figures there.
+"""Writes the tables and figures of README.md and docs/ from benches/results/.
 
     python benches/render.py            # rewrites what stands between the markers
     python benches/render.py --check    # exit status 1 if that would change something
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own. The
 figure FOLDER/NAME.svg becomes docs/figures/FOLDER-NAME.svg: the site has no files from elsewhere.
+docs/figures/gpu-covariance.svg is drawn here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernel_figure
 import tables
+from finetuning.starts import starts as starts_table
 from finetuning.table import forms as forms_table
 from finetuning.table import table as finetuning_table
 
@@ -70,6 +73,8 @@ TABLES: dict[str, Table] = {
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),
     "gpu-svd-batched": Table(tables.batched, ("gpu-svd-batched",)),
     "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
+    # For when the study has run.
+    "starts": Table(starts_table, ("finetune-starts/finetune",)),
     # For when a GPU has run the rest of benches/gpu.sh.
     "gpu-svd-methods": Table(tables.decompositions, ("gpu-svd",)),
     "gpu-pipeline": Table(tables.pipelines, ("gpu-pipeline",)),
@@ -135,10 +140,14 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def figures() -> list[tuple[Path, Path]]:
-    """The figures of the results, and where the documents have them."""
-    drawn = sorted(RESULTS.glob("*/*.svg"))
-    return [(file, ROOT / "docs" / "figures" / f"{file.parent.name}-{file.name}") for file in drawn]
+def figures() -> dict[Path, bytes]:
+    """What each figure of the documents must be: one of the results, or drawn from a result."""
+    drawn = {
+        f"{file.parent.name}-{file.name}": file.read_bytes() for file in RESULTS.glob("*/*.svg")
+    }
+    measured = json.loads((RESULTS / "gpu-covariance.json").read_text(encoding="utf-8"))
+    drawn["gpu-covariance.svg"] = kernel_figure.draw(measured)
+    return {ROOT / "docs" / "figures" / name: drawn[name] for name in sorted(drawn)}
 
 
 def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = None) -> int:
@@ -159,13 +168,12 @@ def main(arguments: Sequence[str] | None = None, paths: Sequence[Path] | None = 
             print(f"{path}: table {name} {'differs from' if check else 'rewritten from'} {RESULTS}")
         if changed and not check:
             path.write_text(text, encoding="utf-8")
-    for source, copy in figures() if paths is None else ():
-        drawn = source.read_bytes()
-        if not copy.is_file() or copy.read_bytes() != drawn:
+    for file, drawn in figures().items() if paths is None else ():
+        if not file.is_file() or file.read_bytes() != drawn:
             differ = True
-            print(f"{copy}: {'differs from' if check else 'copied from'} {source}")
+            print(f"{file}: {'differs from' if check else 'made from'} {RESULTS}")
             if not check:
-                copy.write_bytes(drawn)
+                file.write_bytes(drawn)
     return int(check and differ)
 
 

@@ -104,17 +104,22 @@ def staged_folder(path: AnyPath, *, replaced: re.Pattern[str]) -> Iterator[Path]
         yield fresh
         for file in filter(Path.is_file, fresh.rglob("*")):
             _settle(file, mode)
+        written = set(fresh.rglob("*"))
         for attempt in range(_ATTEMPTS):
             try:
                 if target.exists():
                     _carry_over(target, fresh, replaced)
-                    _exchange(fresh, target)
+                    old = _exchange(fresh, target)
+                    with contextlib.suppress(FileNotFoundError):  # another writer replaced it
+                        _carry_over(old, target, replaced)  # what has appeared there meanwhile
                 else:
                     fresh.rename(target)
                 break
             except OSError as error:  # it is there, or not there, since another writer put it so
                 if error.errno not in (*_TAKEN, errno.ENOENT) or attempt == _ATTEMPTS - 1:
                     raise
+                for path in sorted(set(fresh.rglob("*")) - written, reverse=True):
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -154,6 +159,8 @@ def _writing(path: AnyPath, *, folder: bool = False) -> Iterator[tuple[Path, Pat
             (work / target.name).touch()  # the name may be too long
             yield target, work / target.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        if not _is_about(error, target):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
             f"cannot write {os.fspath(path)}: {reason}; nothing that was there before has been "
@@ -161,8 +168,25 @@ def _writing(path: AnyPath, *, folder: bool = False) -> Iterator[tuple[Path, Pat
         ) from error
 
 
+def _is_about(error: Exception, target: Path) -> bool:
+    """Whether an error names the target, something in it or above it, a workspace, or no file.
+
+    A block may also read files, such as offloaded weights, which have nothing to do with these.
+    """
+    named = getattr(error, "filename", None)
+    if not isinstance(named, str | bytes):
+        return True
+    place = Path(os.path.abspath(os.fsdecode(named)))
+    return (
+        target.is_relative_to(place)
+        or place.is_relative_to(target)
+        or any(part.startswith(_PREFIX) for part in place.parts)
+    )
+
+
 def _check_replaceable(path: Path, folder: bool) -> None:
-    """Refuses what is of the other kind, and folders that no rename can put another in place of."""
+    """Refuses what is of the other kind, and folders that cannot be replaced by a rename (mount
+    points, the current folder)."""
     kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
     if path.exists() and kind != ("a folder" if folder else "a file"):
         raise OutputError(f"{path} is {kind} already: choose another output path")
@@ -176,18 +200,22 @@ def _check_replaceable(path: Path, folder: bool) -> None:
 
 @contextlib.contextmanager
 def _workspace(home: Path) -> Iterator[Path]:
-    """An empty folder in `home` of this writer alone; those that kills have left are deleted."""
+    """An empty folder in `home` that only this writer uses; it deletes those that kills left."""
     if not home.exists():
         home.mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
         lock = FileLock(folder / _LOCK, timeout=0)
-        # Another writer may take it for left behind before the lock is held, and delete it: even
-        # while the lock makes sure of its folder, which Python then reports as a file.
-        with contextlib.suppress(Timeout, FileNotFoundError, FileExistsError):
-            lock.acquire()
-            if (folder / _LOCK).exists():
-                break
+        try:
+            # Until the lock is held, another writer may take the folder for one that a kill has
+            # left, and delete it. `acquire` then finds it missing, or takes it for a file.
+            with contextlib.suppress(Timeout, FileNotFoundError, FileExistsError):
+                lock.acquire()
+                if (folder / _LOCK).exists():
+                    break
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     try:
         _sweep(home, folder)
         (folder / "work").mkdir()
@@ -260,16 +288,21 @@ def _carry_over(old: Path, new: Path, replaced: re.Pattern[str] | None) -> None:
     shutil.copymode(old, new)
 
 
-def _exchange(fresh: Path, target: Path) -> None:
-    """Swaps two folders in one step, or in two where the system knows no better."""
+def _exchange(fresh: Path, target: Path) -> Path:
+    """Swaps two folders in one step, or in two where the system knows no better.
+
+    Returns:
+        Where the old one is now.
+    """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         names = os.fsencode(fresh), os.fsencode(target)
         if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
+            return fresh
         code = ctypes.get_errno()
         if code not in _CANNOT_EXCHANGE:
             raise OSError(code, os.strerror(code), str(target))
     parked = Path(tempfile.mkdtemp(prefix=_PARKED, dir=fresh.parent))
-    target.rename(parked / target.name)
+    old = target.rename(parked / target.name)
     fresh.rename(target)
+    return old

@@ -37,6 +37,7 @@ from corda_kernels.errors import (
     RankError,
     TargetError,
 )
+from corda_kernels.init import corda_adapter
 from corda_kernels.structure import task_type
 from corda_kernels.targets import target_linears
 
@@ -476,3 +477,21 @@ def test_layers_too_small_for_the_rank_are_left_out_and_routers_are_no_targets()
             init_corda(model, batches, config)
     with pytest.raises(TargetError, match="no linear layer matches"):
         target_linears(model, ["router"])
+
+
+class Nested(nn.Module):
+    """A layer whose name another one ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.proj = nn.Embedding(60, 16), nn.Linear(16, 16)
+        self.block = nn.ModuleDict({"proj": nn.Linear(16, 16)})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.proj(self.embedding(input_ids))
+
+
+def test_a_layer_that_is_left_out_is_not_calibrated_by_the_end_of_its_name() -> None:
+    config = CordaConfig("kpm", rank=2, exclude_modules=["block.proj"], progress=False)
+    record = corda_adapter(Nested(), [ids(4, 9)], config).record
+    assert list(record.layers) == ["proj"]

@@ -108,7 +108,7 @@ def test_a_run_is_measured(
         else:
             assert (index[0], index[-1]) == (whole - 4, whole - 1)
         if entry is not None and "budget" not in options:
-            ends = [entry["sigma_max"], entry["sigma_min"]]
+            ends = [entry.sigma_max, entry.sigma_min]
             values = note["spectrum"]["value"]
             assert [values[0], values[-1]] == pytest.approx(ends, rel=1e-3)
     write_adapter(adapter, tmp_path)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
+from corda_kernels import outputs
 from corda_kernels.errors import OutputError
 from corda_kernels.files import write_json, write_tensors
 from corda_kernels.outputs import (
@@ -193,6 +194,56 @@ def test_a_folder_replaces_its_own_files_and_keeps_others(
     assert names(folder.parent) == ["folder"]
     fill(folder.with_name("new"))
     assert names(folder.with_name("new")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("swap", ["one step", "_two_steps"])
+def test_what_others_write_while_a_folder_is_replaced_stays(
+    folder: Path, swap: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that appears just before the exchange, and one that is written anew after a failed
+    one."""
+    if swap != "one step":
+        request.getfixturevalue(swap)
+    exchange, attempts = outputs._exchange, []
+
+    def meanwhile(fresh: Path, target: Path) -> Path:
+        attempts.append(fresh)
+        if len(attempts) == 1:
+            (target / "notes").unlink()
+            (target / "notes").write_text("after")
+            shutil.rmtree(target / "c")
+            raise OSError(errno.ENOENT, "gone")
+        (target / "late").write_text("late")
+        return exchange(fresh, target)
+
+    monkeypatch.setattr(outputs, "_exchange", meanwhile)
+    fill(folder)
+    assert names(folder) == ["a", "b", "c", "late", "link", "notes"]
+    assert (folder / "notes").read_text() == "after"
+    assert names(folder / "c") == ["d"]
+    assert names(folder.parent) == ["folder"]
+
+
+def test_an_error_about_another_file_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "offloaded").mkdir()
+    for open_output in (atomic_path, partial(staged_folder, replaced=OURS), temporary_folder):
+        with pytest.raises(FileNotFoundError), open_output(tmp_path / "result"):
+            (tmp_path / "offloaded" / "weight.dat").read_bytes()
+        with (
+            pytest.raises(OutputError, match="cannot write"),
+            open_output(tmp_path / "result") as p,
+        ):
+            (p.parent / "missing" / "file").touch()
+    assert names(tmp_path) == ["offloaded"]
+
+
+def test_a_disk_without_room_for_a_lock_is_left_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileLock, "acquire", full_disk)
+    with pytest.raises(OutputError, match="No space left on device"):
+        check_output(tmp_path / "result")
+    assert names(tmp_path) == []
 
 
 def test_a_disk_without_hard_links_gets_copies(

@@ -137,8 +137,8 @@ def test_the_components_are_the_weights_part_at_its_end_of_the_spectrum(
             product = columns @ parts
         assert (product - expected).norm() < 1e-6 * weight.norm()
         noted = adapter.record.layers[name]
-        assert noted["sigma_max"] == pytest.approx(float(S[chosen][0]), rel=1e-6)
-        assert noted["sigma_min"] == pytest.approx(float(S[chosen][-1]), rel=1e-6)
+        assert noted.sigma_max == pytest.approx(float(S[chosen][0]), rel=1e-6)
+        assert noted.sigma_min == pytest.approx(float(S[chosen][-1]), rel=1e-6)
 
 
 def test_batches_and_their_covariances_lead_to_the_same_adapter(
@@ -214,16 +214,16 @@ def test_the_record_says_how_it_was_made(
     assert record.stability["layers"].keys() == record.layers.keys()
     assert len(record.layers) == 14
     for entry in record.layers.values():
-        assert entry.keys() == {
+        assert list(dataclasses.asdict(entry)) == [
             "rank",
             "tokens",
             "sigma_max",
             "sigma_min",
             "residual",
-        }
-        assert (entry["rank"], entry["tokens"]) == (3, 256)
-        assert entry["sigma_max"] > entry["sigma_min"] > 0
-        assert entry["residual"] == 0.0
+        ]
+        assert (entry.rank, entry.tokens) == (3, 256)
+        assert entry.sigma_max > entry.sigma_min > 0
+        assert entry.residual == 0.0
 
 
 @pytest.mark.parametrize(

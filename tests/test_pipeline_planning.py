@@ -97,7 +97,7 @@ def test_the_ranks_are_those_of_the_damped_layers(
     assert record.allocation["spent"] == spent <= record.allocation["budget"] == budget
     assert budget - spent < rows * 80  # the widest layer's component
     for name, layer in adapter.layers.items():
-        assert record.layers[name]["rank"] * rows == layer.trained.rank
+        assert record.layers[name].rank * rows == layer.trained.rank
 
 
 @pytest.mark.slow
@@ -195,17 +195,29 @@ def test_bounds_reach_the_allocation(calibrated: Calibrated) -> None:
 
 
 def test_a_budget_for_nothing_is_refused(calibrated: Calibrated) -> None:
-    for options in ({"budget": 95}, {"budget": 47, "residual": "weight"}):
-        with pytest.raises(RankError, match="does not pay for one component"):
-            corda_adapter(*calibrated(), config(**options))
+    never = (pytest.fail("the model ran") for _ in range(1))
+    for options in ({"budget": 95}, {"budget": 47, "residual": "weight"}, {"budget": "0.1%"}):
+        with pytest.raises(RankError, match=r"pays for nothing: 1 component.*k_proj.* take"):
+            corda_adapter(calibrated()[0], never, config(**options))
+    with pytest.raises(RankError, match=r"rank_multiple 64 is more than any .* have, at most 32"):
+        corda_adapter(calibrated()[0], never, config(rank_multiple=64))
     # A component of every layer takes two rows of Σ(out + in) = 928.
     with pytest.raises(RankError, match="min_rank 1 needs 1856 adapter parameters over 14 layers"):
         corda_adapter(*calibrated(), config(budget=1855, min_rank=1))
     corda_adapter(*calibrated(), config(budget=1856, min_rank=1))
-    model, _ = calibrated()
-    never = (pytest.fail("the model ran") for _ in range(1))
     with pytest.raises(ConfigError, match="is not a budget"):
-        corda_adapter(model, never, config(budget="lots"))
+        corda_adapter(calibrated()[0], never, config(budget="lots"))
+
+
+def test_a_budget_below_the_first_layer_in_line_names_its_price(calibrated: Calibrated) -> None:
+    model, covariances = calibrated()
+    with pytest.raises(RankError, match=r"the 2 component\(s\) of layer \S+, which") as caught:
+        corda_adapter(model, covariances, config("ipm", budget=192, rank_multiple=2))
+    price = int(str(caught.value).partition("takes ")[2].partition(":")[0])
+    assert price > 192
+    first = corda_adapter(model, covariances, config("ipm", budget=price, rank_multiple=2))
+    assert list(components(first).values()) == [2]
+    assert str(caught.value).partition("layer ")[2].startswith(f"{min(first.layers)},")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +251,7 @@ def test_candidates_are_dealt_out_in_turn(calibrated: Calibrated, selection: Any
     assert report.domains == ["the given batches"] * 3
     assert (report.method, report.damping) == (selection, 0.01)
     assert record.stability == {}
-    tokens = {layer["tokens"] for layer in record.layers.values()}
+    tokens = {layer.tokens for layer in record.layers.values()}
     assert tokens == {7 * 48} if selection == "pool" else tokens <= {3 * 48, 2 * 48}
 
 
@@ -341,12 +353,12 @@ def test_candidates_are_resumed_from_the_one_that_was_cut_off(
     with pytest.raises(BatchError, match=f"batch {count - 1} .counted from 0. holds token 1000000"):
         one_stage(model, broken, candidates=count, checkpoint=kept, progress=False)
     assert {file.name for file in kept.kept()} == {f"run-{i + 1}" for i in range(count - 1)}
-    calls: list[nn.Module] = []
+    rows: list[int] = []
     module = model.get_submodule("model.layers.0.mlp.up_proj")
-    handle = module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    handle = module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     found = one_stage(model, given, candidates=count, checkpoint=kept, progress=False)
     handle.remove()
-    assert len(calls) == len(given[count - 1 :: count])
+    assert sum(rows) == sum(len(batch) for batch in given[count - 1 :: count])
     assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in expected)
     assert found.provenance == expected.provenance
     (tmp_path / "run-5-other").touch()

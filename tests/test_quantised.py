@@ -34,7 +34,7 @@ from corda_kernels import (
 from corda_kernels.adapter import adapter_of
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.errors import AdapterError, CordaWarning, TargetError
-from corda_kernels.init import adapter_parameters, layers
+from corda_kernels.init import check_targets, layers
 from corda_kernels.linears import is_packed, is_quantised, linear_shape, linear_weight
 from corda_kernels.peft_corda import preprocess_corda
 from corda_kernels.planning import subspace_stability
@@ -167,10 +167,7 @@ def projector(columns: Tensor) -> Tensor:
 def test_a_share_of_the_model_is_that_of_its_weights(folder: Path, kind: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder)
     asked = config(budget="2%")
-    budgets = [
-        adapter_parameters(model, target_linears(model), asked)
-        for model in (load(folder, kind), plain)
-    ]
+    budgets = [check_targets(model, asked).parameters for model in (load(folder, kind), plain)]
     assert budgets[0] == budgets[1]
 
 

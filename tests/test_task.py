@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from pairs import pairwise
 from peft import PeftModel
+from stages import one_stage
 from torch import Tensor, nn
 
 from corda_kernels import (
+    CompactnessPenalty,
     CordaConfig,
     CovarianceSet,
     DriftPenalty,
@@ -24,9 +27,11 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import read_adapter, write_adapter
+from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
+from corda_kernels.report import adapter_report, html_page, layer_table
 
 ModelMaker = Callable[..., nn.Module]
 RANK = 4
@@ -167,7 +172,7 @@ def test_two_sided_components_are_those_of_their_definition(
         some = slice(RANK) if mode == "ipm" else slice(-RANK, None)
         B0, A0 = root(D, -0.5, damping) @ U[:, some], Vh[some] @ root(C, -0.5, damping)
         note = found.record.layers[name]
-        assert note["sigma_max"] == pytest.approx(float(S[some][0]), rel=1e-5)
+        assert note.sigma_max == pytest.approx(float(S[some][0]), rel=1e-5)
         if residual is None:
             P, rows = layer.B[:, :RANK].double(), layer.A[RANK:].double()
         else:
@@ -202,6 +207,17 @@ def test_the_penalty_weights_outputs(model: nn.Module, both: tuple[Any, Any]) ->
         DriftPenalty(adapted, CovarianceSet(both[1]), sides="both")
 
 
+def part(covariances: CovarianceSet, block: int) -> CovarianceSet:
+    """The layers of one block, with all others left out on purpose."""
+    names = [name for name in covariances if f".{block}." in name]
+    return CovarianceSet(
+        {name: covariances[name] for name in names},
+        left_out={name: "on purpose" for name in covariances if name not in names},
+        provenance=covariances.provenance,
+        gradients={name: covariances.gradients[name] for name in names},
+    )
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"budget": "r=4"}, "give a rank instead"),
     "hold": ({"hold": 8}, "leave hold at 1"),
@@ -209,7 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"labels": "sampled"}, "0 but for noise"),
     "stability": ({"stability": True}, "leave it off"),
     "candidates": ({"candidates": 2}, "leave candidates at 1"),
-    "experts": ({"experts": "shared"}, "leave experts at None"),
+    "experts": ({"experts": "shared"}, 'give experts="each"'),
     "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is of mode "task"'),
     "two sides, budget": ({"mode": "ipm", "sides": "both", "budget": "r=4"}, "give a rank"),
     "sides": ({"sides": "outputs", "mode": "kpm"}, "sides"),
@@ -236,24 +252,74 @@ def test_what_does_not_go_is_refused_before_the_work(
         (plain, config(), None, CovarianceError, r"no gradient for layer model\..*labels=.given"),
         (plain, config("kpm", sides="both"), None, CovarianceError, "labels=.sampled"),
         (both[1], config(), None, CovarianceError, "whose mean is noise"),
+        (both[0], config("kpm", sides="both"), None, CovarianceError, "given labels, and.*sampled"),
         (task, config("kpm"), knowledge, ConfigError, "leave keep out"),
-        (task, config(), CovarianceSet({}), CovarianceError, "no covariance for layer"),
+        (task, config(), CovarianceSet({}), CovarianceError, "no covariance for layer .* in keep"),
+        (CovarianceSet({}), config(), both[1], CovarianceError, "no covariance for .* in data"),
+        (part(both[0], 0), config(), part(both[1], 1), CovarianceError, "of different layers"),
     ]
     for data, chosen, keep, error, says in cases:
         with pytest.raises(error, match=says):
             corda_adapter(model, data, chosen, keep=keep)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"one pass through the whole model.*raise the memory"):
-        corda_adapter(model, task, config(memory_limit=1), keep=knowledge)
+        corda_adapter(model, task, config(memory_limit=1))
+    own, steep = covariance_bytes(model)[0], gradient_bytes(model)
+    never = (pytest.fail("the model ran") for _ in range(1))
+    for data, needed in ((never, 2 * own + steep), (both[0], own)):
+        with pytest.raises(
+            ConfigError, match=f"text to keep .* raise the memory limit to {needed} "
+        ):
+            corda_adapter(model, data, config(memory_limit=needed - 1), keep=knowledge)
+    corda_adapter(model, both[0], config(memory_limit=own), keep=knowledge)
+
+
+def test_the_text_to_keep_is_read_first(
+    model: nn.Module, texts: tuple[list[Any], list[Any]]
+) -> None:
+    never = (pytest.fail("the model ran") for _ in range(1))
+    with pytest.raises(CordaError, match="token"):
+        corda_adapter(model, never, config(), keep=[torch.full((1, 4), 10**6)])
+
+
+def test_the_stability_of_another_product_is_not_that_of_an_adapter(
+    model: nn.Module, texts: tuple[list[Any], list[Any]]
+) -> None:
+    batches = list(texts[0][0]["input_ids"].split(3))
+    covariances = one_stage(model, batches, rank=RANK, sides="both")
+    assert covariances.provenance["stability"]["layers"]
+    assert corda_adapter(model, covariances, config()).record.stability == {}
+    two_sided = config("kpm", sides="both", labels="given")
+    assert corda_adapter(model, covariances, two_sided).record.stability == {}
+    assert corda_adapter(model, covariances, config("kpm")).record.stability
 
 
 def test_a_folder_keeps_what_a_report_shows(
     model: nn.Module, both: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    from corda_kernels.report import adapter_report
+    write_adapter(corda_adapter(model, both[0], config(), keep=both[1]), tmp_path / "task")
+    two_sided = config("kpm", sides="both", labels="given")
+    write_adapter(corda_adapter(model, both[0], two_sided), tmp_path / "kpm")
+    expected = {
+        "task": ("the steepest directions of the task's gradient", "Ḡ·C^-½"),
+        "kpm": ("the smallest components of D^½·W·C^½", "D^½·W·C^½"),
+    }
+    for mode, (trains, product) in expected.items():
+        report = adapter_report("out", read_adapter(tmp_path / mode))
+        assert report.mode == mode
+        assert dict(report.summary)["trains"] == trains
+        notes = " ".join(layer_table(report).notes)
+        assert f"largest singular value of {product} trained" in notes
+        if find_spec("matplotlib"):
+            page = html_page(report)
+            assert f"was made of another one: {product}" in page
+            assert "make the adapter again" not in page
 
-    write_adapter(corda_adapter(model, both[0], config(), keep=both[1]), tmp_path)
-    adapter = read_adapter(tmp_path)
-    report = adapter_report("out", adapter)
-    assert report.mode == "task"
-    assert dict(report.summary)["trains"] == "the steepest directions of the task's gradient"
+
+def test_compactness_of_two_sided_components_is_refused(
+    model: nn.Module, both: tuple[Any, Any]
+) -> None:
+    chosen = config("kpm", sides="both", residual="weight")
+    adapted = init_corda(copy.deepcopy(model), both[1], chosen)
+    with pytest.raises(ConfigError, match=r"holds components of D\^½·W·C\^½: make it with sides"):
+        CompactnessPenalty(adapted, both[1])

@@ -11,7 +11,7 @@ from typing import Any
 
 REFERENCE = "lora"
 MEASURES = ("task", "knowledge", "text")
-_MOST = 0.9
+MOST = 0.9
 
 Run = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -125,7 +125,7 @@ def final_task(runs: Iterable[Run]) -> dict[int, float]:
 def most_of_the_fall(finals: Mapping[int, float], base: Mapping[str, Any]) -> dict[int, float]:
     """By seed the task's loss after nine tenths of the fall to the one given."""
     before = base["task"]["mean"]
-    return {seed: before + _MOST * (task - before) for seed, task in finals.items()}
+    return {seed: before + MOST * (task - before) for seed, task in finals.items()}
 
 
 def at(

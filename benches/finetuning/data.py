@@ -92,6 +92,19 @@ def training_batches(items: Sequence[Item], *, steps: int, size: int, seed: int)
     return batches
 
 
+def gradient_batches(items: Sequence[Item], size: int) -> list[dict[str, Tensor]]:
+    """Items in order as `calibrate` takes them: the losses are those of their answers."""
+    found = (collate(items[first : first + size]) for first in range(0, len(items), size))
+    return [
+        {
+            "input_ids": batch.ids,
+            "attention_mask": batch.real.long(),
+            "labels": torch.where(batch.answer, batch.ids, -100),
+        }
+        for batch in found
+    ]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file.
 

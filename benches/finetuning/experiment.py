@@ -3,7 +3,7 @@
 settings.json         what was asked for; another experiment is not mixed into it
 base.json             measures of the model before any training
 runs/NAME.json        one run each
-.work/                covariances and locks, of no use afterwards
+.work/                covariances, adapters as they start, and locks, of no use afterwards
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from corda_kernels import CovarianceSet, calibrate, load_model, load_tokenizer, token_batches
+from corda_kernels import (
+    CovarianceSet,
+    calibrate,
+    load_for_training,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    token_batches,
+)
 from corda_kernels.bench.timing import environment
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
@@ -28,15 +36,41 @@ from corda_kernels.sources import help_topics
 
 from .claims import claim
 from .comparison import best
-from .data import PROBLEM, QUESTION, plain_problems, problems, prose, read_records, training_batches
-from .forms import Mode
-from .measures import Examination, estimate, quiz
-from .methods import start
+from .data import (
+    PROBLEM,
+    QUESTION,
+    Item,
+    gradient_batches,
+    plain_problems,
+    problems,
+    prose,
+    read_records,
+    training_batches,
+)
+from .forms import changes, components, share_outside
+from .measures import Examination, coded_changes, estimate, quiz
+from .methods import Sample, start
 from .profiles import Profile, Run
 from .training import train
 
 TRAIN, TEST = "gsm8k_train.jsonl", "gsm8k_test.jsonl"
 CALIBRATION, QUIZ = "nq_open_dev.jsonl", "nq_open_efficientqa_dev.jsonl"
+
+
+class Stopwatch:
+    """Time since it was made, of the clock and of this process on all its threads."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        """By kind, "wall" and "cpu"."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"wall": round(wall, 3), "cpu": round(cpu, 3)}
+
+
+def _sum(*spent: dict[str, float]) -> dict[str, float]:
+    return {kind: round(sum(each[kind] for each in spent), 3) for kind in ("wall", "cpu")}
 
 
 class Experiment:
@@ -115,23 +149,21 @@ class Experiment:
     def do(self, run: Run) -> None:
         """Does one run and writes its file."""
         base = self.base()
-        wall, cpu = time.perf_counter(), time.process_time()
-        model, outside = start(
-            run.method,
-            load_model(self.model, dtype="float32", device=self.device),
-            rank=self.profile.rank,
-            seed=run.seed,
-            covariances=self.covariances,
-        )
-        started = time.perf_counter() - wall, time.process_time() - cpu
+        whole = Stopwatch()
+        model, started = self.start(run)
         checkpoints: list[dict[str, Any]] = []
+        measuring = {"wall": 0.0, "cpu": 0.0}
 
         def measure(step: int) -> None:
             if step in self.profile.checkpoints:
-                found = _measures(self.examination.take(model), base)
-                checkpoints.append({"step": step, **found})
+                clock = Stopwatch()
+                items = self.examination.take(model)
+                found = _measures(items, base)
+                coded = {name: coded_changes(items[name] - base[name]) for name in items}
+                checkpoints.append({"step": step, **found, "items": coded})
                 shown = ", ".join(f"{key} {found[key]['mean']:.4f}" for key in found)
                 print(f"{run.name} step {step}: {shown}", flush=True)
+                measuring.update(_sum(measuring, clock.seconds()))
 
         batches = training_batches(
             self.training_problems,
@@ -139,9 +171,10 @@ class Experiment:
             size=self.profile.batch_size,
             seed=run.seed,
         )
+        clock = Stopwatch()
         losses = train(model, batches, run.learning_rate, after_step=measure)
-        ranks = 1.0 + self.examination.rank(model)
-        spent = time.perf_counter() - wall, time.process_time() - cpu
+        training = clock.seconds()
+        training = {name: seconds - measuring[name] for name, seconds in training.items()}
         write_json(
             self.file(run),
             {
@@ -151,65 +184,126 @@ class Experiment:
                 "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "training_loss": [round(loss, 6) for loss in losses],
                 "checkpoints": checkpoints,
-                "first": estimate((ranks == 1).double()),
-                **_measures({"rank": ranks}, base),
-                "outside": None if outside is None else round(outside(), 6),
-                "seconds": {
-                    "start": dict(zip(("wall", "cpu"), started, strict=True)),
-                    "run": dict(zip(("wall", "cpu"), spent, strict=True)),
-                },
+                **(self._ranks(model, base) if self.profile.ranked else {}),
+                "outside": self._outside(run, model) if self.profile.outside else None,
+                "seconds": {"start": started, "training": training, "run": whole.seconds()},
                 "environment": environment(self.device),
             },
         )
+
+    def start(self, run: Run) -> tuple[nn.Module, dict[str, float]]:
+        """The model with a run's adapter, and the seconds that making it takes from nothing.
+
+        What all runs of a method share is made once, and its time counted to each of them.
+        """
+        method = run.method
+        spent = [self._once(name, partial(self._calibrate, name)) for name in method.samples]
+        model = self._model()
+
+        def begun(model: nn.Module) -> nn.Module:
+            return start(
+                method,
+                model,
+                rank=self.profile.rank,
+                seed=run.seed,
+                covariances=self.covariances,
+            )
+
+        if method.stored:
+            folder = self.work / f"start-{method.name}"
+            make = lambda: save_adapter(begun(self._model()), folder)  # noqa: E731
+            spent.append(self._once(folder.name, make))
+            return load_for_training(model, folder), _sum(*spent)
+        clock = Stopwatch()
+        adapted = begun(model)
+        return adapted, _sum(*spent, clock.seconds())
+
+    def _model(self) -> nn.Module:
+        return load_model(self.model, dtype="float32", device=self.device)
+
+    def _once(self, name: str, make: Callable[[], object]) -> dict[str, float]:
+        """Makes something that all runs share, unless it is there; the seconds that it took."""
+        file = self.work / f"{name}.seconds.json"
+        with claim(self.work / f"{name}.lock", wait=True):
+            if not file.exists():
+                clock = Stopwatch()
+                make()
+                write_json(file, clock.seconds())
+        seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        return seconds
+
+    def _ranks(self, model: nn.Module, base: dict[str, Tensor]) -> dict[str, Any]:
+        ranks = 1.0 + self.examination.rank(model)
+        first = estimate((ranks == 1).double())
+        return {"first": first, **_measures({"rank": ranks}, base)}
+
+    def _outside(self, run: Run, model: nn.Module) -> float | None:
+        """The share of the change's energy outside the components' tangent spaces, if any."""
+        mode = run.method.mode
+        if mode not in ("kpm", "ipm") or run.method.samples != (mode,):
+            return None  # made of other components, or of as many as fit each layer
+        parts = components(self._model(), self.covariances(mode), mode, self.profile.rank)
+        return round(share_outside(parts, changes(model, parts)), 6)
 
     def base(self) -> dict[str, Tensor]:
         """The untouched model's measures, item by item; from their file if there is one."""
         file = self.folder / "base.json"
         with claim(self.work / "base.lock", wait=True):
             if not file.exists():
-                model = load_model(self.model, dtype="float32", device=self.device)
+                model = self._model()
                 items = self.examination.take(model)
-                items["rank"] = 1.0 + self.examination.rank(model)
-                write_json(
-                    file,
-                    {name: estimate(values) for name, values in items.items()}
-                    | {"first": estimate((items["rank"] == 1).double())}
-                    | {"items": {name: values.tolist() for name, values in items.items()}},
-                )
+                found = {name: estimate(values) for name, values in items.items()}
+                if self.profile.ranked:
+                    items["rank"] = 1.0 + self.examination.rank(model)
+                    found["rank"] = estimate(items["rank"])
+                    found["first"] = estimate((items["rank"] == 1).double())
+                listed = {name: values.tolist() for name, values in items.items()}
+                write_json(file, {**found, "items": listed})
             read = json.loads(file.read_text(encoding="utf-8"))["items"]
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in read.items()}
 
-    def covariances(self, mode: Mode, plus: bool) -> CovarianceSet:
-        """What CorDA, or CorDA++, starts from in a mode; the same for all runs."""
-        name = mode + "++" * plus
-        file = self.work / f"{name}.safetensors"
-        with claim(self.work / f"{name}.lock", wait=True):
-            if not file.exists():
-                count = self.profile.candidates if plus else 1
-                model = load_model(self.model, dtype="float32", device=self.device)
-                batches = token_batches(
-                    self._calibration_file(mode),
-                    load_tokenizer(self.model),
-                    samples=count * self.profile.samples,
-                    seq_len=self.profile.seq_len,
-                    template=PROBLEM if mode == "ipm" else QUESTION,
-                )
-                if plus:
-                    plan = CalibrationPlan(candidates=count, progress=False)
-                    (found,) = covariance_stages(model, batches, plan)
-                else:
-                    found = calibrate(model, batches, progress=False)
-                found.save(file)
-        return CovarianceSet.load(file)
+    def covariances(self, sample: Sample) -> CovarianceSet:
+        """What a method starts from; the same for all runs."""
+        self._once(sample, partial(self._calibrate, sample))
+        return CovarianceSet.load(self.work / f"{sample}.safetensors")
 
-    def _calibration_file(self, mode: Mode) -> Path:
-        if mode == "kpm":
-            return self.data / CALIBRATION
-        return plain_problems(self.data / TRAIN, self.work / TRAIN)
+    def _calibrate(self, sample: Sample) -> None:
+        model = self._model()
+        count = self.profile.candidates if sample.endswith("++") else 1
+        if sample == "task":
+            apart = self._problems[: self.profile.apart]
+            batches = gradient_batches(apart, self.profile.batch_size)
+            found = calibrate(model, batches, sides="both", progress=False)
+        else:
+            batches = self._text_batches(sample, count)
+            if sample == "kpm-both":
+                found = calibrate(model, batches, sides="both", labels="sampled", progress=False)
+            elif sample.endswith("++"):
+                plan = CalibrationPlan(candidates=count, progress=False)
+                (found,) = covariance_stages(model, batches, plan)
+            else:
+                found = calibrate(model, batches, progress=False)
+        found.save(self.work / f"{sample}.safetensors")
+
+    def _text_batches(self, sample: Sample, count: int) -> list[dict[str, Tensor]]:
+        knowledge = sample.startswith("kpm")
+        return token_batches(
+            self.data / CALIBRATION
+            if knowledge
+            else plain_problems(self.data / TRAIN, self.work / TRAIN),
+            load_tokenizer(self.model),
+            samples=count * self.profile.samples,
+            seq_len=self.profile.seq_len,
+            template=QUESTION if knowledge else PROBLEM,
+        )
+
+    @property
+    def training_problems(self) -> list[Item]:
+        """The problems short enough to train on, but for those that starts are made of."""
+        return self._problems[self.profile.apart :]
 
     @cached_property
-    def training_problems(self) -> list[Any]:
-        """The problems short enough to train on."""
+    def _problems(self) -> list[Item]:
         return problems(
             self.data / TRAIN,
             load_tokenizer(self.model),

@@ -156,3 +156,13 @@ def estimate(values: Tensor) -> dict[str, float]:
     values = values.double()
     error = values.std() / len(values) ** 0.5
     return {"mean": round(float(values.mean()), 6), "se": round(float(error), 6)}
+
+
+def coded_changes(values: Tensor) -> str:
+    """Changes of items as whole 1e-4 nats, in one line of a file that is to be read by people."""
+    return " ".join(str(round(1e4 * float(value))) for value in values)
+
+
+def decoded_changes(text: str) -> Tensor:
+    """What `coded_changes` was given, (items,) float64, to its precision."""
+    return torch.tensor([int(value) for value in text.split()], dtype=torch.float64) / 1e4

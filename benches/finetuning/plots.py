@@ -18,7 +18,9 @@ from .methods import METHODS
 _SMOOTH = 8  # steps whose mean is drawn
 _FAMILIES = {"lora": "black", "pissa": "tab:gray", "kpm": "tab:blue", "ipm": "tab:orange"}
 _FAMILIES |= {"kpm++": "tab:cyan", "ipm++": "tab:red"}
-_DASHES = {"hold1": "-", "published": "--", "hold8": ":", "pair": "-."}
+_FAMILIES |= {"task": "tab:green", "white": "tab:olive", "random": "tab:pink"}
+_DASHES = {"hold1": "-", "published": "--", "hold8": ":", "pair": "-.", "both": "--"}
+_DASHES |= {"keep": "--", "frozen": ":"}
 
 
 def draw(results: Results, folder: Path) -> None:

@@ -10,6 +10,11 @@ from .methods import METHODS, Method
 MAIN = ("lora", "pissa", "kpm-hold1", "ipm-hold1", "kpm-hold8", "ipm-hold8")
 PUBLISHED = ("kpm-published", "ipm-published")
 PLUS = ("kpm++-hold1", "ipm++-hold1")
+# Of one size, and of one scale. Of methods that are close relatives the first says more.
+STARTS = (
+    *("lora", "task-keep", "white", "task", "kpm-hold1", "ipm-hold1", "random", "kpm-both"),
+    "task-frozen",
+)
 # The forms in which one adapter can be trained, each at the rate that suits it.
 FORMS = (
     "lora",
@@ -54,7 +59,9 @@ class Profile:
         samples: calibration sequences of CorDA, and of each candidate of CorDA++.
         seq_len: tokens of each.
         candidates: of CorDA++.
-        ranked: questions at the end, the right answer among ten.
+        ranked: questions at the end, the right answer among ten; 0 for none.
+        apart: problems whose gradients task starts are made of, and none is trained on.
+        outside: whether to measure how far training leaves CorDA's components.
         device: where it runs.
         minutes: after which no run is begun; None for no limit.
     """
@@ -76,6 +83,8 @@ class Profile:
     seq_len: int
     candidates: int = 5
     ranked: int = 32
+    apart: int = 0
+    outside: bool = False
     device: str = "cpu"
     minutes: float | None = None
 
@@ -117,6 +126,8 @@ PROFILES = {
         problems=4,
         questions=12,
         ranked=4,
+        apart=4,
+        outside=True,
         shots=2,
         texts=2,
         text_tokens=32,
@@ -140,6 +151,47 @@ PROFILES = {
         text_tokens=256,
         samples=16,
         seq_len=512,
+        outside=True,
+    ),
+    "starts": Profile(
+        methods=(STARTS,),
+        learning_rates=4,
+        seeds=(3,),
+        rank=16,
+        steps=24,
+        batch_size=3,
+        max_tokens=96,
+        checkpoints=(10, 24),
+        problems=16,
+        questions=112,
+        shots=8,
+        texts=4,
+        text_tokens=48,
+        samples=16,
+        seq_len=256,
+        ranked=0,
+        apart=48,
+    ),
+    "starts-gpu": Profile(
+        methods=(STARTS, ("pissa", *PUBLISHED, *PLUS)),
+        learning_rates=5,
+        seeds=(5, 5),
+        rank=16,
+        steps=96,
+        batch_size=16,
+        max_tokens=192,
+        checkpoints=(6, 12, 24, 48, 96),
+        problems=128,
+        questions=256,
+        shots=8,
+        texts=16,
+        text_tokens=128,
+        samples=64,
+        seq_len=512,
+        ranked=0,
+        apart=256,
+        device="cuda",
+        minutes=8,
     ),
     "cpu": Profile(
         methods=(MAIN, PUBLISHED + PLUS),

@@ -41,7 +41,7 @@ def table(results: Results) -> str:
     """
     chosen = best(results)
     rows = [_row(results, runs, chosen) for runs in chosen.values()]
-    return f"{summary(results)}\n\n{_markdown(rows)}"
+    return f"{summary(results)}\n\n{markdown(rows)}"
 
 
 def grid(results: Results) -> str:
@@ -51,7 +51,7 @@ def grid(results: Results) -> str:
     found = sorted(
         by_setting(results).items(), key=lambda item: (methods.index(item[0][0]), item[0][1])
     )
-    return _markdown([_row(results, runs, chosen) for _, runs in found])
+    return markdown([_row(results, runs, chosen) for _, runs in found])
 
 
 def forms(results: Results) -> str:
@@ -63,7 +63,7 @@ def forms(results: Results) -> str:
         rows.append(
             [
                 run["method"],
-                _rate(run),
+                rate(run),
                 f"{run['trainable']:,}",
                 f"{last['task']['mean']:.3f}",
                 f"{last['knowledge']['change']:+.3f}",
@@ -87,14 +87,14 @@ def forms(results: Results) -> str:
         "change's energy that does not lie in the components' tangent spaces."
     )
     header = ("start", "learning rate", "trained", "task", "knowledge", "prose", "outside")
-    return f"{about}\n\n{_markdown(rows, header)}"
+    return f"{about}\n\n{markdown(rows, header)}"
 
 
 def summary(results: Results) -> str:
     """What was run and what the columns are, as one paragraph."""
     settings, base = results["settings"], results["base"]
     runs = [run for setting in by_setting(results).values() for run in setting]
-    broken = ", ".join(f"{run['method']} {_rate(run)}" for run in broken_off(results))
+    broken = ", ".join(f"{run['method']} {rate(run)}" for run in broken_off(results))
     errors = {
         name: statistics.median(run["checkpoints"][-1][name]["change_se"] for run in runs)
         for name in ("knowledge", "text")
@@ -119,7 +119,7 @@ def summary(results: Results) -> str:
     )
 
 
-def _rate(run: Run) -> str:
+def rate(run: Run) -> str:
     return f"{run['learning_rate']:.0e}".replace("e-0", "e-")
 
 
@@ -131,32 +131,32 @@ def _row(results: Results, runs: Sequence[Run], chosen: dict[str, list[Run]]) ->
     equal = at(runs, base, most_of_the_fall(reference, base))
 
     def change(measure: str) -> str:
-        return _spread((each[measure]["change"] for each in last), "+.3f")
+        return spread((each[measure]["change"] for each in last), "+.3f")
 
     def change_at_equal(measure: str) -> str:
         if equal is None:
             return "–"
-        return _spread((point.changes[measure] for point in equal), "+.3f")
+        return spread((point.changes[measure] for point in equal), "+.3f")
 
     def steps(points: Sequence[Point] | None) -> str:
-        return "–" if points is None else _spread((point.step for point in points), ".0f")
+        return "–" if points is None else spread((point.step for point in points), ".0f")
 
     return [
         runs[0]["method"],
-        _rate(runs[0]),
+        rate(runs[0]),
         str(len(runs)),
-        _spread((each["task"]["mean"] for each in last), ".3f"),
+        spread((each["task"]["mean"] for each in last), ".3f"),
         steps(reached),
         steps(equal),
         change("knowledge"),
         change_at_equal("knowledge"),
         change("text"),
         change_at_equal("text"),
-        _spread((run["rank"]["change"] for run in runs), "+.2f"),
+        spread((run["rank"]["change"] for run in runs), "+.2f"),
     ]
 
 
-def _spread(values: Iterable[float], form: str) -> str:
+def spread(values: Iterable[float], form: str) -> str:
     """Mean, and with several values their standard deviation."""
     found = list(values)
     mean = f"{statistics.fmean(found):{form}}"
@@ -165,6 +165,6 @@ def _spread(values: Iterable[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(found):{form.lstrip('+')}}"
 
 
-def _markdown(rows: Iterable[Sequence[str]], header: Sequence[str] = _HEADINGS) -> str:
+def markdown(rows: Iterable[Sequence[str]], header: Sequence[str] = _HEADINGS) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

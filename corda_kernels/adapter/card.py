@@ -29,7 +29,7 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
         rank: the LoRA's largest.
     """
     maker = f"corda_kernels {record.versions.get('corda_kernels', '')}".rstrip()
-    tokens = max((layer["tokens"] for layer in record.layers.values()), default=0)
+    tokens = max((layer.tokens for layer in record.layers.values()), default=0)
     components = f"{record.rank} components of each layer at most, calibrated"
     if record.mode == "task":
         components = "Its gradient is taken"

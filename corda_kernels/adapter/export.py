@@ -237,6 +237,6 @@ def merge(model: nn.Module) -> nn.Module:
             weight.copy_(weight.to(wide) + change.to(weight.device))
     if residual_marker(base) is not None:
         del base.config.corda_residual
-    for note in ("corda_record", "corda_initial"):
+    for note in ("corda_record", "corda_initial", "corda_config"):
         base.__dict__.pop(note, None)
     return base  # type: ignore[no-any-return]

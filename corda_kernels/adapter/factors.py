@@ -160,6 +160,12 @@ def task_factors(rows: Tensor, outputs: int) -> AdapterFactors:
     return AdapterFactors(A, rows.new_zeros(outputs, rank))
 
 
+def lora_rows(mode: str, residual: str | None) -> int:
+    """Rows of A, and columns of B, for each component: two where a LoRA of W's own components is
+    to start at zero."""
+    return 2 if residual is None and mode != "task" else 1
+
+
 def check_hold(hold: float) -> float:
     """`hold` as a float.
 

@@ -2,7 +2,9 @@
 
 adapter_config.json, adapter_model.safetensors    the LoRA, as PEFT lays it out
 README.md                                         the model card
-corda.json                                        how it was made; nothing depends on it
+corda.json                                        how it was made, by which the base is checked; it
+                                                  also tells that A is frozen, and the order of the
+                                                  components. PEFT does without
 corda_initial.safetensors                         A0 and B0, where W − B0 A0 stands in the base
 """
 
@@ -152,7 +154,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         AdapterError: the folder is not there, incomplete or altered.
     """
-    record = read_record(Path(path))  # first, for what is no adapter at all has none
+    record = read_record(
+        readable_path(path, AdapterError)
+    )  # first, for what is no adapter at all has none
     layers = layer_adapters(read_lora(path), record)
     return Adapter({name: layers[name] for name in record.layers}, record)
 
@@ -326,7 +330,11 @@ def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
         key = peft_key(name, targets)
         rank = rank_of(key)
         scaling = alpha_of(key) / (rank**0.5 if config.get("use_rslora") else rank)
-        matrices = A.ndim == B.ndim == 2 and A.dtype == B.dtype and A.numel() and B.numel()
+        if A.numel() and B.numel() and A.dtype != B.dtype:
+            raise AdapterError(
+                f"{lora.folder} has A of layer {name} in {A.dtype} and B in {B.dtype}: {_MIXED}"
+            )
+        matrices = A.ndim == B.ndim == 2 and A.numel() and B.numel()
         fit = matrices and len(A) == B.shape[1] and fields.is_positive(scaling)
         if fit and parameter and len(A) % rank == 0:
             layers[name] = by_expert(A, B, int(rank), scaling)
@@ -369,7 +377,7 @@ def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str,
             raise AdapterError(f"{lora.folder / RECORD_FILE} belongs to another adapter: {_FRESH}")
         _check_same(
             {name: factors.rank for name, factors in trained.items()},
-            {name: record.rows * entry["rank"] for name, entry in record.layers.items()},
+            {name: record.rows * note.rank for name, note in record.layers.items()},
             f"{lora.folder / WEIGHTS_FILE} and {RECORD_FILE}",
         )
     if not beside:

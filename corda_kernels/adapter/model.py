@@ -57,12 +57,12 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         variants: whether layers may compute more than W x + B A x, as with DoRA, and be experts.
 
     Raises:
-        AdapterError: there is none, or one whose change against its start is not known.
+        AdapterError: there is none, or one whose starting point was not kept.
         ModelError: what is given is no model.
     """
     instance_of("the model", model, nn.Module, ModelError)
-    initial: dict[str, AdapterFactors] = getattr(model, "corda_initial", None) or {}
-    made: AdapterRecord | None = getattr(model, "corda_record", None)
+    made, initial = _noted(model)
+    initial = initial or {}
     base: Any = model
     active, lacks = "", residual_marker(model) is not None
     if isinstance(model, PeftModel):
@@ -75,8 +75,8 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         lacks = folder.fits_residual(config.to_dict()) or residual_marker(base) is not None
     if lacks and not initial:
         raise AdapterError(
-            "the adapter fits the residual of its base, and what that has lost is not at hand: "
-            "attach it with load_for_training, which reads that from its folder"
+            "the adapter belongs on W − B0 A0, and A0, B0 are missing: attach it with "
+            "load_for_training, which reads them from its folder"
         )
     layers: dict[str, LayerAdapter] = {}
     modules: dict[str, nn.Module] = {}
@@ -164,13 +164,22 @@ def record_of(model: nn.Module) -> AdapterRecord:
     Raises:
         AdapterError: the model has no record of it.
     """
-    record: AdapterRecord | None = getattr(model, "corda_record", None)
-    if record is None:
+    made, _ = _noted(model)
+    if made is None:
         raise AdapterError(
             "the model's adapter has no record of how it was made: stock PEFT saves and loads it "
             "all the same; load_for_training also reads the record, corda.json"
         )
-    return record
+    return made
+
+
+def _noted(model: nn.Module) -> tuple[AdapterRecord | None, dict[str, AdapterFactors] | None]:
+    """What `_carrying` has noted on a model, unless another adapter has the same name by now."""
+    if isinstance(model, PeftModel):
+        own = getattr(model, "corda_config", None)
+        if own is None or model.peft_config.get(TRAINED) is not own:
+            return None, None
+    return getattr(model, "corda_record", None), getattr(model, "corda_initial", None)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -255,19 +264,24 @@ def load_for_training(
     if made and not use_peft:
         return attach(base_model, Adapter(layers, made), use_peft=False, copy=False)
     described, adapted = _described(base_model, lora)
-    prepare_base(base_model, layers, made)
     initial = initial_factors(layers)
     if initial is not None:
-        # PEFT would take A0 and B0 out itself, of a base that lacks them already.
+        # PEFT would take A0 and B0 out itself.
         described["init_lora_weights"] = True
-    try:
-        config = PeftConfig.from_peft_type(**described)
-        with _patterns_matched():
-            warnings.filterwarnings("error", ".*missing adapter keys")  # they would start at random
-            wrapped = PeftModel.from_pretrained(base_model, place, is_trainable=True, config=config)
-    except Exception as error:  # an altered configuration may lead PEFT to any
-        raise AdapterError(f"PEFT cannot load {place}: {error}") from error
-    _check_wrapped(base_model, adapted, alone=recorded)
+    with _on_base(base_model, layers, made):
+        try:
+            config = PeftConfig.from_peft_type(**described)
+            with _patterns_matched():
+                # They would start at random.
+                warnings.filterwarnings("error", ".*missing adapter keys")
+                wrapped = PeftModel.from_pretrained(
+                    base_model, place, is_trainable=True, config=config
+                )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # an altered configuration may lead PEFT to any
+            raise AdapterError(f"PEFT cannot load {place}: {error}") from error
+        _check_wrapped(base_model, adapted, alone=recorded)
     return _carrying(wrapped, made, initial)
 
 
@@ -315,14 +329,14 @@ def attach(
             f"{experts} is a parameter of fused experts, which CordaLinear cannot adapt: attach "
             "with use_peft=True"
         )
-    prepare_base(base_model, adapter.layers, adapter.record)
-    if use_peft:
-        wrapped = _attach_peft(base_model, adapter, copy=copy)
-    else:
-        wrapped = base_model.requires_grad_(False)
-        for name, layer in adapter.layers.items():
-            linear = CordaLinear(base_model.get_submodule(name), layer.trained, copy=copy)
-            base_model.set_submodule(name, linear)
+    with _on_base(base_model, adapter.layers, adapter.record):
+        if use_peft:
+            wrapped = _attach_peft(base_model, adapter, copy=copy)
+        else:
+            wrapped = base_model.requires_grad_(False)
+            for name, layer in adapter.layers.items():
+                linear = CordaLinear(base_model.get_submodule(name), layer.trained, copy=copy)
+                base_model.set_submodule(name, linear)
     return _carrying(wrapped, adapter.record, adapter.initial)
 
 
@@ -364,17 +378,22 @@ def _carrying(
     What is not to be trained is frozen.
     """
     model.corda_record, model.corda_initial = made, initial
+    if isinstance(model, PeftModel):
+        model.corda_config = model.peft_config[TRAINED]
     if made is not None and made.freeze_a:
         for layer in live_adapter(model, variants=True).layers.values():
             layer.A.requires_grad_(False)
     return model
 
 
-def prepare_base(
+@contextmanager
+def _on_base(
     base_model: nn.Module, layers: Mapping[str, LayerAdapter], made: AdapterRecord | None
-) -> None:
-    """Makes sure that layers belong to this base, and makes it their residual where they have
-    initial factors, unless it is that already. Without a record it goes by names and shapes.
+) -> Iterator[None]:
+    """Checks that layers belong to this base, which the block wraps. Afterwards it is made their
+    residual where they have initial factors, unless it is that already.
+
+    A block that fails leaves the base as it was. Without a record it goes by names and shapes.
 
     Raises:
         AdapterError: they do not, or the base is the residual of another adapter.
@@ -404,13 +423,36 @@ def prepare_base(
     if marker is None:
         if made is not None:
             record.check_base(made, modules)
-        if initial is not None:
-            subtract_initial(base_model, initial)
     elif initial is None or marker != record.initial_checksum(initial):
         raise AdapterError(
             "this model is the residual of another adapter: load the untouched base, or the base "
             "that was saved with this adapter"
         )
+    lost = initial if initial is not None and marker is None else {}
+    _check_subtractable({name: modules[name] for name in lost})
+    with _unwrapped_on_error(base_model):
+        yield
+    if lost:
+        _subtract(base_model, {name: modules[name] for name in lost}, lost)
+
+
+@contextmanager
+def _unwrapped_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes back what a block that fails has done to a model: wrapped layers, frozen parameters."""
+    children = {module: dict(module.named_children()) for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    attributes = set(vars(model))
+    try:
+        yield
+    except BaseException:
+        for module, own in children.items():
+            for name, child in own.items():
+                setattr(module, name, child)
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+        for name in vars(model).keys() - attributes:
+            delattr(model, name)
+        raise
 
 
 def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
@@ -427,20 +469,32 @@ def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-@torch.no_grad()
 def subtract_initial(model: nn.Module, initial: dict[str, AdapterFactors]) -> None:
     """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it.
 
     Raises:
         TargetError: a layer is quantised.
     """
+    modules = {name: model.get_submodule(name) for name in initial}
+    _check_subtractable(modules)
+    _subtract(model, modules, initial)
+
+
+def _check_subtractable(modules: Mapping[str, nn.Module]) -> None:
     check_writable(
-        {name: model.get_submodule(name) for name in initial},
+        modules,
         "this adapter has taken a part of it over",
         "load the base in a floating dtype, or the residual that was saved with the adapter",
     )
+
+
+@torch.no_grad()
+def _subtract(
+    model: nn.Module, modules: Mapping[str, nn.Module], initial: dict[str, AdapterFactors]
+) -> None:
+    """As `subtract_initial`, of layers that may be wrapped by now."""
     for name, factors in initial.items():
-        weight = linear_weight(model.get_submodule(name))
+        weight = linear_weight(modules[name])
         weight.copy_(residual(weight, factors))
     config: Any = getattr(model, "config", None)
     if config is not None:

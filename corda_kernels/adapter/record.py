@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from corda_kernels import fields
 from corda_kernels.adapter.experts import file_name, peft_key, peft_layout, rewritten_layers
-from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
+from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter, lora_rows
 from corda_kernels.calibration.expert_layers import expert_layer
 from corda_kernels.errors import AdapterError
 from corda_kernels.experts import ExpertParameter
@@ -62,13 +62,6 @@ BASE_FIELDS: dict[str, fields.Schema] = {
     "fan_in_fan_out": fields.is_flag,
     "task_type": fields.one_of(None, *TaskType),
 }
-_LAYER_FIELDS: dict[str, fields.Schema] = {
-    "rank": fields.whole(1),
-    "tokens": fields.is_whole,
-    "sigma_max": fields.number(0),
-    "sigma_min": fields.number(0),
-    "residual": fields.is_number,
-}
 # Of PEFT's LoraConfig, those that an adapter is made with; see `CordaConfig.lora`.
 _LORA_FIELDS: dict[str, fields.Schema] = {
     "modules_to_save?": is_saved,
@@ -81,6 +74,36 @@ _ALLOCATION_FIELDS: dict[str, fields.Schema] = {
     "condition": fields.is_text,
     "ranks": {"*": fields.is_whole},
 }
+
+
+def _schema(kind: type) -> dict[str, Any]:
+    """What each field of a dataclass may be in a file, from its annotation."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+@dataclass(frozen=True)
+class LayerNote:
+    """What a record says of one layer, or of all experts of a parameter.
+
+    Attributes:
+        rank: number of components.
+        tokens: that its covariance comes from; 0 where that is not known.
+        sigma_max: the largest singular value taken.
+        sigma_min: the smallest.
+        residual: of the decomposition; 0 where it was exact.
+    """
+
+    rank: Annotated[int, fields.whole(1)]
+    tokens: Annotated[int, fields.is_whole]
+    sigma_max: Annotated[float, fields.number(0)]
+    sigma_min: Annotated[float, fields.number(0)]
+    residual: Annotated[float, fields.is_number]
+
+    @classmethod
+    def of(cls, values: Tensor, tokens: int = 0, residual: float | Tensor = 0) -> LayerNote:
+        """Of the singular values (rank,) that a layer's adapter takes, descending."""
+        return cls(len(values), tokens, float(values[0]), float(values[-1]), float(residual))
 
 
 @dataclass
@@ -97,7 +120,7 @@ class AdapterRecord:
         damping: of the covariances, times their mean diagonal.
         base: of the base model, see `describe_base`.
         calibration: where the covariances come from.
-        layers: by name: rank, largest and smallest singular value kept, tokens.
+        layers: by name.
         allocation: how a budget was shared out: `budget` and `spent` in adapter parameters,
             `condition`, and `ranks` by layer, 0 for layers without an adapter; {} without a budget.
         stability: how well the two halves of the calibration text agree, by layer.
@@ -108,6 +131,7 @@ class AdapterRecord:
         versions: of the libraries involved.
         lora: options that were passed on to PEFT's LoraConfig, such as lora_dropout.
         freeze_a: whether only B is to be trained.
+        sides: "both" where the outputs' gradients weight the components too; see `product`.
         format: of this file.
     """
 
@@ -118,7 +142,7 @@ class AdapterRecord:
     damping: Annotated[float | None, fields.maybe(fields.number(0))]
     base: Annotated[dict[str, Any], BASE_FIELDS]
     calibration: Annotated[dict[str, Any], fields.is_object]
-    layers: Annotated[dict[str, dict[str, Any]], {"*": _LAYER_FIELDS}]
+    layers: Annotated[dict[str, LayerNote], {"*": _schema(LayerNote)}]
     allocation: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
     stability: Annotated[dict[str, Any], fields.is_object] = field(default_factory=dict)
     measured: Annotated[dict[str, Any], fields.is_object] = field(
@@ -127,6 +151,7 @@ class AdapterRecord:
     versions: Annotated[dict[str, str], fields.is_texts] = field(default_factory=dict)
     lora: Annotated[dict[str, Any], _LORA_FIELDS] = field(default_factory=dict)
     freeze_a: Annotated[bool, fields.is_flag] = False
+    sides: Annotated[str, fields.one_of("inputs", "both")] = "inputs"
     format: Annotated[str, fields.is_text] = FORMAT
 
     @property
@@ -137,7 +162,14 @@ class AdapterRecord:
     @property
     def rows(self) -> int:
         """Rows of the LoRA for each component."""
-        return 2 if self.residual is None and self.mode != "task" else 1
+        return lora_rows(self.mode, self.residual)
+
+    @property
+    def product(self) -> str:
+        """The matrix whose components the adapter is made of."""
+        if self.mode == "task":
+            return "Ḡ·C^-½"
+        return "W·C" if self.sides == "inputs" else "D^½·W·C^½"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -162,7 +194,8 @@ class AdapterRecord:
             raise AdapterError(
                 f"corda.json was altered: {error}; copy it from the folder of the fresh adapter"
             ) from error
-        return cls(**value)
+        layers = {name: LayerNote(**note) for name, note in value["layers"].items()}
+        return cls(**value | {"layers": layers})
 
 
 def _check_record(value: dict[str, Any]) -> None:
@@ -171,8 +204,8 @@ def _check_record(value: dict[str, Any]) -> None:
     Raises:
         ValueError: it says which is wrong.
     """
-    hints = get_type_hints(AdapterRecord, include_extras=True)
-    schema = {name: hint.__metadata__[0] for name, hint in hints.items()}
+    schema = _schema(AdapterRecord)
+    schema["sides?"] = schema.pop("sides")  # earlier records have none
     fields.check_fields(value, schema, "the record")
     ranks = {name: entry["rank"] for name, entry in value["layers"].items()}
     if not ranks:

@@ -1,15 +1,18 @@
 """Batches as calibration runs them: text without padding, as many at a time as memory holds.
 
 A padded batch of text is taken apart into its sequences without their padding, and sequences of
-equal length run together. That is exact for any padding side, any position encoding and any
-attention kernel, needs no mask further down (where routed experts could not apply it), and computes
-nothing for the padding. What is more than text runs as it is, see `masks`.
+equal length run together, those of several batches too. That is exact for any padding side, any
+position encoding and any attention kernel, needs no mask further down (where routed experts could
+not apply it), and computes nothing for the padding. What is more than text runs as it is, see
+`masks`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,12 +72,6 @@ def token_count(batch: Batch) -> int:
     return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 0)
 
 
-def row_count(batch: Batch) -> int:
-    """Number of parts that a well-formed batch can be taken apart into."""
-    ids = inputs_of(batch).get("input_ids")
-    return len(ids) if is_text(batch) and isinstance(ids, Tensor) and ids.ndim == 2 else 1
-
-
 class TextSum:
     """Tokens of the batches of a text, and checksums in their order: of all, and of a rank's own.
 
@@ -112,7 +109,7 @@ class TextSum:
 
 
 def unpadded(
-    batch: Batch, index: int, *, pad_token_id: int | None = None, max_rows: int | None = None
+    batch: Batch, index: int, *, pad_token_id: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Yields inputs of equal-length sequences that together hold exactly the tokens that count.
 
@@ -124,7 +121,6 @@ def unpadded(
             one count.
         index: the batch's number, for messages.
         pad_token_id: warns where a batch without a mask seems to be padded with it.
-        max_rows: the most sequences that run together; None for as many as there are.
 
     Raises:
         BatchError: the batch has no token ids, or they are of a dtype that no embedding takes; or
@@ -157,29 +153,72 @@ def unpadded(
         for name, value in inputs.items()
         if name not in _DROPPED
     }
-    alike = [fields] if ids.numel() else []
     if counted is not None and mask is None:
         mask = torch.ones_like(ids)
-    if mask is not None:
+    if mask is None:
+        _warn_padded(fields, index, pad_token_id)
+        if ids.numel():
+            yield fields
+    else:
         kept = mask.to(torch.bool) if mask.ndim == 2 else mask[None].to(torch.bool)
         if counted is not None:  # a sequence of which nothing counts need not run
             kept = kept & (kept & fields["token_mask"].to(torch.bool)).any(1, keepdim=True)
         lengths = kept.sum(1)
-        alike = [
-            {
-                name: value[lengths == length][kept[lengths == length]].view(-1, length)
-                for name, value in fields.items()
+        for length in filter(None, torch.unique(lengths).tolist()):
+            alike = lengths == length
+            yield {
+                name: value[alike][kept[alike]].view(-1, length) for name, value in fields.items()
             }
-            for length in torch.unique(lengths).tolist()
-            if length
-        ]
-    else:
-        _warn_padded(fields, index, pad_token_id)
-    for part in alike:
-        rows = len(part["input_ids"])
-        size = max_rows or rows
-        for start in range(0, rows, size):
-            yield {name: value[start : start + size] for name, value in part.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What runs together of one batch: sequences of equal length, or all of more than text.
+
+    Attributes:
+        batch: number of the batch.
+        span: range of the batch's tokens in the text.
+        inputs: what the model takes; of text also a `token_mask`, see `unpadded`.
+        text: whether rows of `inputs` are sequences, which can run together with others.
+    """
+
+    batch: int
+    span: tuple[int, int]
+    inputs: dict[str, Any]
+    text: bool
+
+    @property
+    def size(self) -> float:
+        """Tokens that run; of more than text no number is known, hence infinity."""
+        return self.inputs["input_ids"].numel() if self.text else math.inf
+
+
+def together(
+    pieces: Iterable[Piece], max_rows: int | None = None
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yields inputs of forward passes, each with the numbers of the batches that its rows are of.
+
+    Args:
+        pieces: of any batches; sequences run together that have one length and the same inputs.
+        max_rows: the most sequences that run together; None for as many as there are.
+    """
+    alike: dict[object, list[Piece]] = {}
+    for piece in pieces:
+        key: object = piece
+        if piece.text:
+            key = tuple((name, value.dtype, value.shape[1]) for name, value in piece.inputs.items())
+        alike.setdefault(key, []).append(piece)
+    for group in alike.values():
+        first = group[0]
+        if not first.text:
+            yield dict(first.inputs), [first.batch]
+            continue
+        batches = [piece.batch for piece in group for _ in piece.inputs["input_ids"]]
+        inputs = {name: torch.cat([each.inputs[name] for each in group]) for name in first.inputs}
+        size = max_rows or len(batches)
+        for start in range(0, len(batches), size):
+            rows = slice(start, start + size)
+            yield {name: value[rows] for name, value in inputs.items()}, batches[rows]
 
 
 def check_masks(inputs: Mapping[str, Any], index: int, pad_token_id: int | None) -> None:

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance_set import CovarianceSet
-from corda_kernels.calibration.experts import Experts, Reader, one_by_one
+from corda_kernels.calibration.experts import Reader, one_by_one
 from corda_kernels.calibration.forward import evaluating
-from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
-from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
-from corda_kernels.errors import CalibrationError, PaddingWarning
+from corda_kernels.calibration.journal import foreign
+from corda_kernels.calibration.run import CalibrationRun
+from corda_kernels.errors import CalibrationError, ConfigError, PaddingWarning
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
 from corda_kernels.structure import decoder_blocks, is_encoder_decoder
@@ -40,15 +40,7 @@ _HOST = torch.device("cpu")
 def calibrate_blocks(
     model: nn.Module,
     batches: Iterable[Batch],
-    *,
-    targets: Targets = None,
-    experts: Experts | None = None,
-    outlier_threshold: float = 6.0,
-    normalize: Normalize = "tokens",
-    on_unseen: OnUnseen = "error",
-    checkpoint: CalibrationCheckpoint | None = None,
-    distributed: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
@@ -64,11 +56,11 @@ def calibrate_blocks(
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
             by accelerate.
-        batches: see `calibrate`, as for all that is not listed here.
-        targets: all of them must lie in the decoder's blocks.
-        checkpoint: where to keep the sums of every finished block, and whether to go on from those
-            after a kill: finished blocks then only run, and the one that was cut off starts again.
-        distributed: see `calibrate`; each rank keeps the hidden states of its own batches.
+        batches: see `calibrate`.
+        options: those of `calibrate` but `sides` and `labels`. All `targets` must lie in the
+            decoder's blocks. A `checkpoint` keeps the sums of every finished block; after a kill
+            finished blocks only run, and the one that was cut off starts again. With `distributed`
+            each rank keeps the hidden states of its own batches.
 
     Returns:
         An iterator over the blocks that hold targets, in their order.
@@ -81,17 +73,7 @@ def calibrate_blocks(
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
         DistributedError: another rank has ended, or was given something else.
     """
-    run = CalibrationRun(
-        model,
-        targets,
-        experts,
-        outlier_threshold,
-        normalize,
-        on_unseen,
-        checkpoint,
-        distributed,
-        progress,
-    )
+    run = CalibrationRun(model, **options)
     return (sets.pop() for sets in _calibrated(run, batches, parts=1))
 
 
@@ -121,6 +103,8 @@ def _calibrated(
     run: CalibrationRun, batches: Iterable[Batch], parts: int
 ) -> Iterator[list[CovarianceSet]]:
     """See `calibrate_block_parts`; all but the blocks' own passes is done before it returns."""
+    if run.sides == "both":
+        raise ConfigError('sides="both" takes gradients in one pass: use calibrate')
     if is_encoder_decoder(run.model):
         raise unsuitable("its decoder's blocks read the encoder's states too")
     blocks = decoder_blocks(run.model)
@@ -218,13 +202,15 @@ class KeptText:
         reads = contextlib.closing(run.read(self.batches, self.read, self.parts))
         with evaluating(run.model), recorder.in_place_of_blocks(), reads as numbered:
             for index, batch, own in numbered:
-                for inputs in run.forward.sequences(batch, index, run.max_rows) if own else ():
+                span = self.read.span
+                pieces = run.forward.pieces(batch, index, span) if own else ()
+                for inputs, rows in run.together(pieces):
                     if not bool(torch.as_tensor(inputs.get("attention_mask", True)).all()):
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
-                    recorder.current = Sequences(index, self.read.span, counted)
+                    recorder.current = Sequences(index, span, counted)
                     try:
-                        run.forward(inputs, index)
+                        run.forward(inputs, rows)
                     except torch.OutOfMemoryError:
                         raise
                     except RuntimeError as error:

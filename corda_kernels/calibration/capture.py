@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,10 @@ from corda_kernels.kernels import symmetrize_, syrk_
 _FORMING = 8
 _HOST = torch.device("cpu")
 
+# Makes the error about a sum that is not finite: of a batch, its range of tokens, and how many
+# channels of how many are not.
+Error = Callable[[int, tuple[int, int], int, int], CalibrationError]
+
 
 @dataclass
 class _Sighting:
@@ -33,7 +37,7 @@ class _Sighting:
     tensor: Tensor
     version: float
     modules: list[str]
-    kept: Tensor | None = None  # of its rows those that count; None for all
+    kept: Tensor | None = None  # of its rows those that count, as an index; None for all
 
     def matches(self, tensor: Tensor) -> bool:
         return self.tensor is tensor and self.version == _version(tensor)
@@ -55,6 +59,17 @@ class _Sums:
     tokens: int = 0
     calls: int = 0
     pending: _Sighting | None = None  # read by some of the modules, not yet by all
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """Which entries of diagonals on one device were finite after a pass, on the way to the host."""
+
+    finite: Tensor  # (entries,) bool
+    copied: torch.Event | None  # None where nothing has to be waited for
+    found: list[tuple[int, Error]]  # how many of them are of one sum
+    batch: int
+    tokens: tuple[int, int]
 
 
 @dataclass
@@ -91,6 +106,8 @@ class InputCapture:
     masks: RowMasks | None = None
     row_mask: Tensor | None = field(default=None, init=False)
     gradients: dict[str, Gradient] | None = field(default=None, init=False)
+    _counted: Tensor = field(init=False)  # numbers of the rows that `row_mask` keeps
+    _looks: list[_Look] = field(default_factory=list, init=False)  # of the last pass
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
     # The first tensor of some sums: other new modules that read it join.
     _forming: deque[tuple[_Sighting, _Sums]] = field(
@@ -126,17 +143,24 @@ class InputCapture:
         with torch.inference_mode(False), torch.no_grad():
             self._read(name, x)
 
-    def _read_routed(self, name: str, x: Tensor, rows: Tensor | None) -> None:
-        """Reads what the router made of a pass: its rows by their numbers, see `Read`."""
+    def _read_routed(
+        self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
+    ) -> None:
+        """Reads what the router made of a pass, see `Read`."""
         masks = self.row_mask, self.masks
-        mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
-        if mask is not None and rows is not None:
-            x = x[mask.flatten().to(x.device)[rows]]
+        kept = self._routed_kept(rows)
+        if kept is not None:
+            x = x[kept]
             self.row_mask = self.masks = None
         try:
             self._read(name, x)
         finally:
             self.row_mask, self.masks = masks
+
+    def _routed_kept(self, rows: Tensor | None) -> Tensor | None:
+        """Of rows of a pass, by their numbers, those that count; None for all."""
+        mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
+        return None if mask is None or rows is None else mask.flatten().to(rows.device)[rows]
 
     def _read(self, name: str, x: Tensor) -> None:
         sums = self._sums.get(name)
@@ -193,6 +217,7 @@ class InputCapture:
         self._add(apart, pending.tensor, pending.kept)
 
     def _kept(self, name: str, x: Tensor) -> Tensor | None:
+        """The rows of an input that count: a mask of them or their numbers; None for all."""
         rows, mask = x.shape[:-1].numel(), self.row_mask
         if mask is None:
             return None if self.masks is None else self.masks.kept(name, x)
@@ -202,7 +227,8 @@ class InputCapture:
                 f"{tuple(mask.shape)}, does not fit: run sequences without padding or token_mask, "
                 "or leave the layer out"
             )
-        return mask.flatten()
+        self._counted = self._counted.to(x.device)  # once a pass
+        return self._counted
 
     def _add(self, sums: _Sums, x: Tensor, kept: Tensor | None) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -244,6 +270,9 @@ class InputCapture:
         """
         self._settle()
         self.row_mask = None if mask is None else mask.to(torch.bool)
+        if self.row_mask is not None:
+            # By their numbers, for which a device need not be waited for as for a mask.
+            self._counted = self.row_mask.flatten().nonzero().flatten()
 
     def _settle(self) -> None:
         self._forming.clear()
@@ -252,18 +281,55 @@ class InputCapture:
                 self._split(sums)
 
     def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
-        """Closes a forward pass: settles shared tensors and checks that every sum is finite.
+        """Closes a forward pass: settles shared tensors and looks whether every sum is finite.
+
+        What it sees there is checked when the next pass ends, or by `check`, so that the host need
+        not wait for the device.
 
         Raises:
-            NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens`, the batch's
-                range in the stream, are what to report.
+            NonFiniteActivationError: see `check`, of the pass before.
         """
         self._settle()
-        for sums in self._distinct():
-            finite = torch.isfinite(sums.matrix.diagonal())
-            if not bool(finite.all()):
-                counts = int((~finite).sum()), finite.numel()
-                raise NonFiniteActivationError(sums.modules[0], batch, tokens, *counts)
+        self.check()
+        by_device: dict[torch.device, list[tuple[Tensor, Error]]] = {}
+        for diagonal, error in self._diagonals():
+            by_device.setdefault(diagonal.device, []).append((diagonal, error))
+        for device, found in by_device.items():
+            entries = torch.cat([diagonal for diagonal, _ in found])
+            finite, copied = entries.isfinite().to(_HOST, non_blocking=True), None
+            if device != _HOST:
+                copied = torch.Event(device)
+                copied.record(torch.accelerator.current_stream(device))
+            sizes = [(len(diagonal), error) for diagonal, error in found]
+            self._looks.append(_Look(finite, copied, sizes, batch, tokens))
+
+    def check(self) -> None:
+        """Checks that every sum was finite when the last pass ended.
+
+        Raises:
+            NonFiniteActivationError: a layer received NaN or Inf; `batch` and `tokens` are what
+                `end_pass` was given.
+        """
+        looks, self._looks = self._looks, []
+        for look in looks:
+            if look.copied is not None:
+                look.copied.synchronize()
+            if not look.finite.all():
+                parts = torch.split(look.finite, [size for size, _ in look.found])
+                for finite, (_, error) in zip(parts, look.found, strict=True):
+                    if not finite.all():
+                        raise error(look.batch, look.tokens, int((~finite).sum()), len(finite))
+
+    def _diagonals(self) -> list[tuple[Tensor, Error]]:
+        """Of all sums, in the order in which their layers ran."""
+        return [
+            (sums.matrix.diagonal(), partial(NonFiniteActivationError, sums.modules[0]))
+            for sums in self._distinct()
+        ]
+
+    def tokens(self) -> int:
+        """The most tokens that any layer has received."""
+        return max((sums.tokens for sums in self._distinct()), default=0)
 
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())
@@ -278,7 +344,11 @@ class InputCapture:
 
         Only lower triangles are filled. The tensors are the running ones: they change with the next
         pass.
+
+        Raises:
+            NonFiniteActivationError: see `check`.
         """
+        self.check()
         found: list[Group] = []
         for sums in self._distinct():
             statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)

@@ -207,7 +207,7 @@ def _added_gradient(part: Gradient | None, module: Any, device: torch.device) ->
     """The sum of every rank's part, where this one has any."""
     if part is None:
         like = _zeros(module, 0.0, device).matrix
-        out, channels = linear_shape(module)
+        out, channels = reader_shape(module)
         part = Gradient(like.new_zeros(out, out), like.new_zeros(out, channels))
     home = part.mean.device
     where = home if home.type == device.type else device

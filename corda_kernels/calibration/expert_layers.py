@@ -50,4 +50,5 @@ def expert_covariances(
         normalize=covariances.normalize,
         left_out=covariances.left_out,
         provenance=covariances.provenance,
+        gradients=covariances.gradients,
     )

@@ -1,4 +1,4 @@
-"""Fused experts during calibration: what each of them reads, and covariances of few tokens.
+"""Fused experts during calibration: what each of them reads.
 
 A fused experts module calls no layer for each expert, so that hooks see nothing of what happens in
 it. transformers lets its experts functions be exchanged: while sums are taken, one of this module's
@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.covariance import Covariance
-from corda_kernels.errors import CordaWarning, warn
 from corda_kernels.experts import ATTRIBUTES, ExpertParameter, is_decorated
 from corda_kernels.linears import linear_shape, weights_at_hand
 
 Experts = Literal["shared", "each"]
 
-# Takes a name, an input (rows, in) and the numbers of its rows in the pass, None where it has all.
-Read = Callable[[str, Tensor, Tensor | None], None]
+# Takes a name, an input (rows, in), the numbers of its rows in the pass, None where it has all, and
+# what the projection made of them (rows, out), None of an input that all experts share.
+Read = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 # The same with the experts module, the name of a parameter in it, and an expert in place of a name.
-Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None], None]
+Note = Callable[[nn.Module, str, int | None, Tensor, Tensor | None, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -107,26 +107,27 @@ def recording(inputs: Mapping[str, ExpertInput], read: Read) -> Iterator[None]:
         names.setdefault(entry.parameter.module, {})[key] = name
 
     def note(
-        module: nn.Module, attribute: str, expert: int | None, x: Tensor, rows: Tensor | None
+        module: nn.Module,
+        attribute: str,
+        expert: int | None,
+        x: Tensor,
+        rows: Tensor | None,
+        output: Tensor | None,
     ) -> None:
         name = names.get(module, {}).get((attribute, expert))
         if name is not None and len(x):
             # As in a hook: sums made under the caller's inference mode could not be changed.
             with torch.inference_mode(False), torch.no_grad():
-                read(name, x, rows)
+                read(name, x, rows, output)
 
-    with contextlib.ExitStack() as restored:
-        restored.enter_context(one_by_one(names, note))
-        for module in names:
-            if not is_decorated(module):
-                hook = module.register_forward_pre_hook(_note_scaled(note))
-                restored.enter_context(hook)
+    with one_by_one(names, note):
         yield
 
 
 @contextlib.contextmanager
 def one_by_one(modules: Iterable[nn.Module], note: Note = lambda *_: None) -> Iterator[None]:
-    """Inside the block all experts modules that share a config with these compute by `_computed`.
+    """Inside the block all experts modules that share a config with these compute by `_computed`,
+    and Llama 4's by `_computed_scaled`.
 
     A run that sums up nothing for once, to go on from a checkpoint, needs that for the same bits.
     """
@@ -147,7 +148,24 @@ def one_by_one(modules: Iterable[nn.Module], note: Note = lambda *_: None) -> It
             before = {"": config._experts_implementation}
             restored.callback(setattr, config, "_experts_implementation", before)
             config._experts_implementation = {"": function}
+        for module in modules:
+            if not is_decorated(module):
+                stand_in = partial(_computed_scaled, module, note)
+                restored.enter_context(replaced_forward(module, stand_in))
         yield
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block a module runs by `forward`, also in place of a hook of accelerate's, which
+    would load its weights."""
+    before = {name: value for name, value in vars(module).items() if name == "forward"}
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        vars(module).update(before)
 
 
 def _computed(
@@ -159,22 +177,22 @@ def _computed(
 ) -> Tensor:
     """What transformers' eager experts compute, expert by expert, with notes of their inputs."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    note(module, first, None, hidden, None)
+    note(module, first, None, hidden, None, None)
     result = torch.zeros_like(hidden)
     for expert in range(len(module.down_proj)):
         rows, places = torch.where(index == expert)
         if not len(rows):
             continue
         x = hidden[rows]
-        note(module, first, expert, x, rows)
-        x = _projected(module, first, expert, x)
-        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        note(module, "down_proj", expert, x, rows)
-        x = _projected(module, "down_proj", expert, x)
+        y = _projected(module, first, expert, x)
+        note(module, first, expert, x, rows, y)
+        x = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = _projected(module, "down_proj", expert, x)
+        note(module, "down_proj", expert, x, rows, y)
         if module.has_post_expert_norm:
-            x = module.post_expert_norm(x)
-        x = x * weights[rows, places, None]
-        result.index_add_(0, rows, x.to(result.dtype))
+            y = module.post_expert_norm(y)
+        y = y * weights[rows, places, None]
+        result.index_add_(0, rows, y.to(result.dtype))
     return result
 
 
@@ -184,85 +202,25 @@ def _projected(module: Any, attribute: str, expert: int, x: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
 
 
-def _note_scaled(note: Note) -> Callable[[Any, tuple[Any, ...]], None]:
-    """A hook for Llama 4's experts.
+def _computed_scaled(module: Any, note: Note, hidden_states: Tensor) -> Tensor:
+    """What Llama 4's experts compute, of the tokens that are routed to each.
 
-    They read all tokens E times over, (E · tokens, in), multiplied by the router's scores, which
-    are zero but for the experts that a token is routed to.
+    They are given all tokens E times over, (E · tokens, in), multiplied by the router's scores,
+    which are zero but for the experts that a token is routed to.
     """
-
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
-        hidden = args[0].view(module.num_experts, -1, args[0].shape[-1])
-        routed = hidden.any(-1)  # (E, tokens)
-        note(module, "gate_up_proj", None, hidden[routed], torch.where(routed)[1])
-        with weights_at_hand(module):
-            for expert in range(module.num_experts):
-                rows = torch.where(routed[expert])[0]
-                x = hidden[expert, rows]
-                note(module, "gate_up_proj", expert, x, rows)
-                gate, up = (x @ module.gate_up_proj[expert]).chunk(2, -1)
-                note(module, "down_proj", expert, up * module.act_fn(gate), rows)
-
-    return hook
-
-
-def shrunk(
-    covariances: Mapping[str, Covariance], inputs: Mapping[str, Reader]
-) -> dict[str, Covariance]:
-    """Draws each expert's covariance towards the mean of its layer, in place.
-
-    C̃ₑ = (nₑ Cₑ + n₀ C̄)/(nₑ + n₀), with nₑ the expert's tokens and C̄ = Σ nₑ Cₑ / Σ nₑ. An expert
-    without tokens has C̄, of 0 tokens. n₀ = (tr C̄)²/‖C̄‖²_F, the effective rank of C̄: of so many
-    tokens the sampling error of a covariance is about as large as the covariance itself.
-
-    Args:
-        covariances: of the inputs that any token has reached.
-        inputs: in the order of the result; those of no expert are left as they are.
-
-    Returns:
-        Those of all inputs but of layers that no token has reached.
-
-    Source: shrinkage of covariances, Ledoit and Wolf, A well-conditioned estimator for
-        large-dimensional covariance matrices, 2004.
-    """
-    layers: dict[tuple[nn.Module, str], list[str]] = {}
-    for name, entry in inputs.items():
-        if isinstance(entry, ExpertInput) and entry.expert is not None:
-            key = entry.parameter.module, entry.parameter.attribute
-            layers.setdefault(key, []).append(name)
-    found = dict(covariances)
-    for names in layers.values():
-        seen = [covariances[name] for name in names if name in covariances]
-        if not seen:
-            continue
-        total = sum(part.tokens for part in seen)
-        mean = torch.zeros_like(seen[0].matrix)
-        for part in seen:
-            mean.add_(part.matrix.to(mean.device), alpha=part.tokens / total)
-        energy = float(mean.norm().double().square())
-        weight = float(mean.diagonal().sum(dtype=torch.float64)) ** 2 / energy if energy else 0.0
-        for part in seen:
-            share = weight / (part.tokens + weight)
-            part.matrix.lerp_(mean.to(part.matrix.device), share)
-        unseen = replace(
-            seen[0],
-            matrix=mean,
-            tokens=0,
-            calls=0,
-            absmax=torch.zeros_like(seen[0].absmax),
-            outlier_count=torch.zeros_like(seen[0].outlier_count),
-        )
-        found |= {name: unseen for name in names if name not in covariances}
-    return {name: found[name] for name in inputs if name in found}
-
-
-def warn_unseen_experts(covariances: Mapping[str, Covariance]) -> None:
-    """Names the experts that no token was routed to, which have the mean of their layer."""
-    unseen = [name for name, covariance in covariances.items() if not covariance.tokens]
-    if unseen:
-        shown = ", ".join([*unseen[:5], "…"] if unseen[5:] else unseen)
-        warn(
-            f"no token was routed to {len(unseen)} expert projection(s), which have the mean "
-            f"covariance of their layer's experts: {shown}; use more text, or text of more kinds",
-            CordaWarning,
-        )
+    hidden = hidden_states.view(module.num_experts, -1, hidden_states.shape[-1])
+    result = torch.zeros_like(hidden)
+    routed = hidden.any(-1)  # (E, tokens)
+    note(module, "gate_up_proj", None, hidden[routed], torch.where(routed)[1], None)
+    with weights_at_hand(module):
+        for expert in range(module.num_experts):
+            rows = torch.where(routed[expert])[0]
+            x = hidden[expert, rows]
+            y = x @ module.gate_up_proj[expert]
+            note(module, "gate_up_proj", expert, x, rows, y)
+            gate, up = y.chunk(2, -1)
+            x = up * module.act_fn(gate)
+            y = x @ module.down_proj[expert]
+            note(module, "down_proj", expert, x, rows, y)
+            result[expert, rows] = y
+    return result.view(hidden_states.shape)

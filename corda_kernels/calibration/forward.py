@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from corda_kernels import structure
-from corda_kernels.calibration.batches import Batch, check_masks, inputs_of, is_text, unpadded
-from corda_kernels.calibration.gradients import Labels, Sides, backward_pass, with_labels
+from corda_kernels.calibration.batches import (
+    Batch,
+    Piece,
+    check_masks,
+    inputs_of,
+    is_text,
+    unpadded,
+)
+from corda_kernels.calibration.gradients import (
+    Labels,
+    Sides,
+    backward_pass,
+    check_labels,
+    with_labels,
+)
 from corda_kernels.errors import BatchError, CordaError, CordaWarning, warn
 from corda_kernels.linears import kept_unpacked
 
@@ -46,13 +59,19 @@ class Forward:
         self._trained = structure.trained_positions(model)
         self._multiple = structure.padding_multiple(model)
 
-    def sequences(self, batch: Batch, index: int, max_rows: int | None) -> Iterator[dict[str, Any]]:
-        """What a call takes of a batch: of text sequences without padding, see `unpadded`; of
-        anything else the batch as it is.
+    def pieces(self, batch: Batch, index: int, span: tuple[int, int]) -> Iterator[Piece]:
+        """Takes a batch apart: text into sequences without padding, see `unpadded`; anything else
+        stays as it is.
+
+        Args:
+            batch: what is given.
+            index: its number.
+            span: range of its tokens in the text.
 
         Raises:
-            BatchError: it holds what the model's forward does not take, or masks that do not tell
-                padding.
+            BatchError: it holds what the model's forward does not take, masks that do not tell
+                padding, tokens or labels that the model does not have, or more tokens than it has
+                positions.
         """
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         inputs, text = inputs_of(batch), self._is_text(batch)
@@ -67,29 +86,29 @@ class Forward:
                 says = 'holds more than text, of which alone sides="both" takes gradients'
                 raise BatchError(index, f"{says}: give token ids, masks and labels")
             batch = with_labels(batch, index)
-        if text:
-            yield from unpadded(batch, index, pad_token_id=padding, max_rows=max_rows)
-            return
-        check_masks(inputs, index, padding)
-        yield inputs
+        if not text:
+            check_masks(inputs, index, padding)
+        parts = unpadded(batch, index, pad_token_id=padding) if text else [inputs]
+        for part in parts:
+            self._check_ids(part.get("input_ids"), text, index)
+            check_labels(part, structure.output_head(self.model), index)
+            yield Piece(index, span, part, text)
 
     def _is_text(self, batch: Batch) -> bool:
         """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
         return is_text(batch) and not structure.is_encoder_decoder(self.model)
 
-    def __call__(self, inputs: Mapping[str, Any], batch: int = 0) -> None:
+    def __call__(self, inputs: Mapping[str, Any], batches: Sequence[int] = (0,)) -> None:
         """Runs the model, or its part that has the targets where that takes all that is given.
 
         Args:
-            inputs: what `sequences` gave.
-            batch: number of the batch that they come from, for messages.
+            inputs: what `together` gave, without a `token_mask`.
+            batches: numbers of the batches that the rows come from.
 
         Raises:
-            BatchError: the model has no such token, or not as many positions; or its forward
-                refuses what it is given.
+            BatchError: the model's forward refuses what it is given.
         """
         text = self._is_text(inputs)
-        self._check_ids(inputs.get("input_ids"), text, batch)
         runner, given = self.model, dict(inputs)
         if not structure.is_encoder_decoder(self.model):
             given.pop("labels", None)  # the loss needs no computing
@@ -107,7 +126,7 @@ class Forward:
 
         moved = tree_map_only(Tensor, there, given)
         if self.sides == "both":
-            backward_pass(self.model, moved, self.labels, batch, self.device)
+            backward_pass(self.model, moved, self.labels, batches, self.device)
             return
         try:
             runner(**moved)
@@ -118,7 +137,7 @@ class Forward:
             says = f"cannot be run by {kind}, which was given {names} ({error})"
             pairs = structure.is_encoder_decoder(runner)
             missing = ", such as labels or decoder_input_ids" if pairs else ""
-            raise BatchError(batch, f"{says}: give all that it needs{missing}") from error
+            raise BatchError(batches[0], f"{says}: give all that it needs{missing}") from error
 
     def _check_ids(self, ids: Tensor | None, text: bool, batch: int) -> None:
         """Refuses token ids that the model does not have, and too many of a text."""

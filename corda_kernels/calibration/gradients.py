@@ -7,7 +7,8 @@ of the token losses, so that no normalisation of a trainer's is in g.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from corda_kernels.arguments import holds_numbers
 from corda_kernels.calibration.batches import Batch
-from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.capture import Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
+from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
 from corda_kernels.kernels import symmetrize_, syrk_
 from corda_kernels.structure import output_head
@@ -30,7 +32,7 @@ Labels = Literal["given", "sampled"]
 # A label that transformers leaves out of the loss.
 _IGNORED = -100
 # Labels go under this name with the tokens through `unpadded`, which drops "labels".
-_FIELD = "corda_labels"
+LABELS = "corda_labels"
 _HOST = torch.device("cpu")
 
 
@@ -62,11 +64,33 @@ def with_labels(batch: Batch, index: int) -> Batch:
     if isinstance(ids, Tensor) and (not whole or labels.shape != ids.shape):
         says = f"has labels that are no int64 tensor of the shape of its input_ids, {ids.shape}"
         raise BatchError(index, f"{says}: give token ids, or -100 for tokens without a loss")
-    return {**batch, _FIELD: labels}
+    return {**batch, LABELS: labels}
+
+
+def check_labels(inputs: Mapping[str, Any], head: nn.Module | None, index: int) -> None:
+    """Refuses labels that the model has no logit for, of sequences without padding.
+
+    Those on a device are not looked at, which would wait for it.
+
+    Raises:
+        BatchError: a label is no token of the model.
+    """
+    labels, classes = inputs.get(LABELS), getattr(head, "out_features", None)
+    if labels is None or labels.device.type != "cpu" or classes is None:
+        return
+    labels = labels[:, 1:]  # no logit is for the first token
+    wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        says = f"has the label {int(wrong[0])}, but the model's tokens are 0 to {classes - 1}"
+        raise BatchError(index, f"{says}: use -100 for tokens without a loss")
 
 
 def backward_pass(
-    model: nn.Module, inputs: dict[str, Any], labels: Labels, batch: int, device: torch.device
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labels: Labels,
+    batches: Sequence[int],
+    device: torch.device,
 ) -> None:
     """Runs sequences of equal length, without padding, forward and backward.
 
@@ -74,13 +98,10 @@ def backward_pass(
         model: a causal language model, of which `GradientCapture` follows the activations.
         inputs: what it takes, and labels under the name that `with_labels` gave them.
         labels: which losses are summed, see `calibrate`.
-        batch: number of the batch, by which labels are drawn, and for messages.
+        batches: the number of each sequence's batch, by which labels are drawn.
         device: of the inputs.
-
-    Raises:
-        BatchError: a label is no token of the model.
     """
-    given = inputs.pop(_FIELD, None)
+    given = inputs.pop(LABELS, None)
     with torch.enable_grad():
         logits = model(**inputs).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -89,11 +110,13 @@ def backward_pass(
         following = nn.functional.pad(following[:, 1:], (0, 1), value=_IGNORED).to(logits.device)
         if labels == "sampled":
             counted = torch.ones_like(following) if given is None else following != _IGNORED
-            generator = torch.Generator(device).manual_seed(batch)
-            drawn = _drawn(logits.detach(), generator)
-            following = torch.where(counted.bool(), drawn, _IGNORED)
-        else:
-            _check_labels(following, logits.shape[-1], batch)
+            rows = Counter(batches)  # those of a batch follow each other
+            parts = logits.detach().split(list(rows.values()))
+            drawn = [
+                _drawn(part, torch.Generator(device).manual_seed(batch))
+                for batch, part in zip(rows, parts, strict=True)
+            ]
+            following = torch.where(counted.bool(), torch.cat(drawn), _IGNORED)
         loss = cross_entropy(
             logits.flatten(0, 1), following.flatten(), ignore_index=_IGNORED, reduction="sum"
         )
@@ -105,14 +128,6 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     shares = logits.flatten(0, 1).softmax(-1)
     found: Tensor = torch.multinomial(shares, 1, generator=generator)
     return found.view(logits.shape[:2])
-
-
-def _check_labels(labels: Tensor, vocabulary: int, batch: int) -> None:
-    wrong = (labels != _IGNORED) & ((labels < 0) | (labels >= vocabulary))
-    if bool(wrong.any()):
-        odd = int(labels[wrong][0])
-        says = f"has the label {odd}, but the model's tokens are 0 to {vocabulary - 1}"
-        raise BatchError(batch, f"{says}: use -100 for tokens without a loss")
 
 
 @dataclass(kw_only=True)
@@ -135,15 +150,27 @@ class GradientCapture(InputCapture):
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         self._hooks.enter_context(embeddings.register_forward_hook(_followed))
         for name, module in self.modules.items():
-            assert isinstance(module, nn.Module)  # fused experts are refused before
-            hook = partial(self._watch, name)
-            self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+            if isinstance(module, nn.Module):
+                hook = partial(self._watch, name)
+                self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def _watch(
         self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._follow(name, x, self._kept(name, x), output)
+
+    def _read_routed(
+        self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
+    ) -> None:
+        super()._read_routed(name, x, rows, output)
+        assert output is not None  # experts that share their input are refused before
+        self._follow(name, x, self._routed_kept(rows), output)
+
+    def _follow(self, name: str, x: Tensor, kept: Tensor | None, output: Tensor) -> None:
+        """Adds up the gradient at a layer's output when the backward pass comes to it."""
+        x = x.detach()
         assert self.gradients is not None
         if name not in self.gradients:
             out, device = output.shape[-1], _HOST if self.on_host else x.device
@@ -151,7 +178,7 @@ class GradientCapture(InputCapture):
             zeros = partial(torch.zeros, dtype=dtype, device=device)
             self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
         if output.requires_grad:
-            hook = partial(self._add_gradient, name, x, x._version, self._kept(name, x))
+            hook = partial(self._add_gradient, name, x, x._version, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -174,36 +201,35 @@ class GradientCapture(InputCapture):
         syrk_(sums.matrix, g, deterministic=self.deterministic)
         sums.mean.addmm_(g.to(sums.mean.dtype).mT, rows.to(sums.mean.dtype))
 
-    def end_pass(self, batch: int, tokens: tuple[int, int]) -> None:
-        """As `InputCapture.end_pass`.
-
-        Raises:
-            CalibrationError: a gradient holds NaN or Inf.
-        """
-        super().end_pass(batch, tokens)
-        for name, gradient in (self.gradients or {}).items():
-            if not bool(gradient.matrix.diagonal().isfinite().all()):
-                raise CalibrationError(
-                    f"the gradient at layer {name} holds NaN or Inf in batch {batch} (counted from "
-                    "0): use a wider dtype (--dtype bfloat16 or float32)"
-                )
+    def _diagonals(self) -> list[tuple[Tensor, Error]]:
+        sums = (self.gradients or {}).items()
+        own = [(part.matrix.diagonal(), partial(_not_finite, name)) for name, part in sums]
+        return super()._diagonals() + own
 
     def means(self, covariances: Mapping[str, Covariance]) -> dict[str, Gradient]:
-        """D and Ḡ of the layers that have a covariance. Ends the accumulation.
+        """D and Ḡ of the layers that have a covariance, experts' as `shrunk_gradients` has them.
+
+        Ends the accumulation.
 
         Raises:
             CalibrationError: no token had a loss.
         """
-        found = {name: (self.gradients or {})[name] for name in covariances}
+        sums = self.gradients or {}
+        found = {name: sums[name] for name in covariances if name in sums}
         if not any(bool(gradient.matrix.diagonal().any()) for gradient in found.values()):
             raise CalibrationError(
                 "no token has a loss, so that there is no gradient: every label is masked (-100), "
                 "or every sequence has a single token"
             )
         for name, gradient in found.items():
-            symmetrize_(gradient.matrix).div_(covariances[name].tokens)
-            gradient.mean.div_(covariances[name].tokens)
-        return found
+            symmetrize_(gradient.matrix).div_(max(covariances[name].tokens, 1))
+            gradient.mean.div_(max(covariances[name].tokens, 1))
+        return shrunk_gradients(found, covariances, self.modules)
+
+
+def _not_finite(name: str, batch: int, *_: object) -> BatchError:
+    says = f"gives the gradient at layer {name} NaN or Inf"
+    return BatchError(batch, f"{says}: use a wider dtype (--dtype bfloat16 or float32)")
 
 
 def _followed(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Calibration that survives a kill: its sums are kept in files, and a run can go on from those.
 
-In one pass the sums so far are kept every so many tokens, between two batches, when every shared
-tensor has been settled: a run that goes on from them adds the same numbers in the same order as one
-that was never interrupted. Each of several ranks keeps those of its own batches, and goes on from
-where they end; what the others have done meanwhile does not matter, since sums meet at the end of
-the text only.
+In one pass the sums so far are kept every so many tokens, between batches that do not run together,
+when every shared tensor has been settled: a run that goes on from them adds the same numbers in the
+same order as one that was never interrupted. Each of several ranks keeps those of its own batches,
+and goes on from where they end; what the others have done meanwhile does not matter, since sums
+meet at the end of the text only.
 
 Block by block each finished block's sums over the whole text are kept. A run that goes on sends the
 hidden states through such blocks without any products; the hidden states themselves, far larger
@@ -70,8 +70,9 @@ class CalibrationCheckpoint:
         path: the file; it appears after `every` tokens, and stays until `discard`. Parts of a run,
             decoder blocks and ranks have files of their own, with endings to this name.
         every: tokens between two writes; None for so many that writing takes about a hundredth of
-            the time. Sums are kept at the end of the batch in which the count is reached; block by
-            block those of a finished block, if the text has that many tokens.
+            the time. Sums are kept when the batch in which the count is reached has run, with those
+            that run together with it; block by block those of a finished block, if the text has
+            that many tokens.
         resume: whether to go on from what the file holds, if it is there.
 
     Raises:

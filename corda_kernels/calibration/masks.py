@@ -52,6 +52,7 @@ class RowMasks:
 
     model: nn.Module
     _calls: list[_Sequence] = field(default_factory=list, init=False)
+    _counted: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # see `_numbers`
     _hooks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __enter__(self) -> RowMasks:
@@ -118,7 +119,7 @@ class RowMasks:
         return self._calls[-1].mask if self._calls else None
 
     def kept(self, name: str, x: Tensor) -> Tensor | None:
-        """The rows of a layer's input that count, (rows,) bool; None for all.
+        """The rows of a layer's input that count, (rows,) bool or their numbers; None for all.
 
         Args:
             name: of the layer.
@@ -135,16 +136,23 @@ class RowMasks:
         mask, rows = of_states if crossing else call.mask, x.shape[:-1]
         if mask is None:
             return None
+        if rows in (mask.shape, (mask.numel(),)):
+            return self._numbers(mask)
         if rows[:2] == mask.shape:
             return mask.view(*mask.shape, *[1] * (len(rows) - 2)).expand(rows).flatten()
-        if rows == (mask.numel(),):
-            return mask.flatten()
         if call.parts or rows == mask.shape[:1]:  # patches of images, or one row a sequence
             return None
         raise CalibrationError(
             f"layer {name} received {rows.numel()} rows, which the attention mask of "
             f"{tuple(mask.shape)} does not fit: run sequences without padding"
         )
+
+    def _numbers(self, mask: Tensor) -> Tensor:
+        """The numbers of the positions of a mask; taken once for all layers, as a device must be
+        waited for."""
+        if self._counted is None or self._counted[0] is not mask:
+            self._counted = mask, mask.flatten().nonzero().flatten()
+        return self._counted[1]
 
 
 def _padded(mask: Any, given: Mapping[str, Any] = MappingProxyType({})) -> Tensor | None:

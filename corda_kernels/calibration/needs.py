@@ -107,7 +107,8 @@ def calibration_needs(
             f"{next(iter(taken))}: calibrate it in one pass, without a memory limit"
         )
     run = CalibrationRun(model, targets, experts)
-    mask, groups, outputs, active = _tried(run)
+    length = min(seq_len, run.forward.positions or seq_len)
+    groups, outputs, active, flops = _tried(run, length)
     sizes: dict[str, int] = {}
     obstacle = "the model is an encoder–decoder" if is_encoder_decoder(model) else ""
     try:
@@ -124,11 +125,6 @@ def calibration_needs(
             obstacle = obstacle or "targets lie outside of the decoder's blocks"
         else:
             sizes[block] += 4 * channels**2
-    flops, length = 0.0, min(seq_len, run.forward.positions or seq_len)
-    if length:
-        with FlopCounterMode(display=False) as counter:
-            _run(run, length, mask)
-        flops = counter.get_total_flops() / length
     products = 0.0
     for channels, names in groups:
         reader = run.readers[names[0]]
@@ -138,6 +134,11 @@ def calibration_needs(
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
     shapes = list(map(linear_shape, run.linears.values()))
+    shapes += [
+        (each.outputs, each.inputs)
+        for each in target_layers(model, targets, experts=experts is not None)[1].values()
+        for _ in range(active)
+    ]
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
@@ -148,7 +149,7 @@ def calibration_needs(
         flops,
         round(products),
         run.forward.positions,
-        gradient_bytes(model, targets),
+        gradient_bytes(model, targets, experts),
         sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
 
@@ -158,10 +159,14 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def gradient_bytes(model: nn.Module, targets: Targets = None) -> int:
-    """Size of D (out, out) and Ḡ (out, in) of all target layers, in float32."""
-    shapes = map(linear_shape, target_layers(model, targets)[0].values())
-    return sum(4 * out * (out + channels) for out, channels in shapes)
+def gradient_bytes(
+    model: nn.Module, targets: Targets = None, experts: Experts | None = None
+) -> int:
+    """Size of D (out, out) and Ḡ (out, in) of all target layers and experts, in float32."""
+    layers, fused = target_layers(model, targets, experts=experts is not None)
+    shapes = [(1, *linear_shape(layer)) for layer in layers.values()]
+    shapes += [(each.experts, each.outputs, each.inputs) for each in fused.values()]
+    return sum(4 * count * out * (out + channels) for count, out, channels in shapes)
 
 
 def covariance_bytes(
@@ -181,16 +186,22 @@ def covariance_bytes(
     return needs.covariance_bytes, max((needs.block_bytes or {"": 0}).values())
 
 
-def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], list[Any], int]:
-    """What a pass over a few tokens shows of the model.
+def _tried(
+    run: CalibrationRun, length: int
+) -> tuple[list[tuple[int, list[str]]], list[Any], int, float]:
+    """What a pass over so many tokens shows of the model.
+
+    Args:
+        run: the model.
+        length: of the sequence; 0 for a short one whose operations are not counted.
 
     Returns:
-        The attention mask with which a model without weights runs, none where it has some; the
-        channels of each distinct input with the layers that read it, those that are never called
-        alone; what the decoder's blocks return; and how many experts a token is routed to.
+        The channels of each distinct input with the layers that read it, those that are never
+        called alone; what the decoder's blocks return; how many experts a token is routed to; and
+        the operations of one token.
 
     Raises:
-        ModelError: it runs with none of the masks.
+        ModelError: it runs with none of the masks that a model without weights is tried with.
     """
     layers = {module: name for name, module in run.linears.items()}
     for name, reader in run.readers.items():
@@ -219,10 +230,12 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
     for mask in _MASKS if skeleton else (None,):
         readers.clear()
         outputs.clear()
+        counter = FlopCounterMode(display=False)
+        counted: Any = counter if length else contextlib.nullcontext()
         reading = hooks.register_module_forward_pre_hook(note_input)
         try:
-            with reading, hooks.register_module_forward_hook(note_output):
-                _run(run, _TRIED_TOKENS, mask)
+            with counted, reading, hooks.register_module_forward_hook(note_output):
+                _run(run, length or _TRIED_TOKENS, mask)
         except Exception as error:  # a model's own code: it may raise anything
             if not skeleton:
                 raise
@@ -231,7 +244,8 @@ def _tried(run: CalibrationRun) -> tuple[_Mask, list[tuple[int, list[str]]], lis
             seen = {name for names in readers.values() for name in names}
             groups = [*readers.values(), *([name] for name in run.readers if name not in seen)]
             channels = [reader_shape(run.readers[names[0]])[1] for names in groups]
-            return mask, list(zip(channels, groups, strict=True)), outputs, active[-1]
+            flops = counter.get_total_flops() / max(length, 1)
+            return list(zip(channels, groups, strict=True)), outputs, active[-1], flops
     says = f"{type(run.model).__name__} does not run without its weights ({reason})"
     raise ModelError(f"{says}: plan nothing, and calibrate it with a --memory-limit")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from corda_kernels.calibration.batches import Batch, TextSum
+from corda_kernels.calibration.batches import Batch, Piece, TextSum
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Experts
@@ -17,7 +19,7 @@ from corda_kernels.calibration.gradients import Labels, Sides
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import BatchError, ConfigError, NonFiniteActivationError
 
 
 @torch.no_grad()
@@ -43,6 +45,11 @@ def calibrate(
     Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
     smaller batches, in the end with sums on the host, and warns.
 
+    Sequences of equal length of consecutive batches run together, which changes no sum: some 8,192
+    tokens on a device with memory of its own, 2,048 on a CPU and with gradients. Each batch runs by
+    itself where `normalize` is "peft", and on such a device where `batches` can be read but once.
+    Messages count in the batches that were given.
+
     Args:
         model: a transformers model, or any other module.
         batches: what the model takes: token ids (batch, seq), or mappings of its forward's
@@ -58,8 +65,8 @@ def calibrate(
             projection reads, under that name and the expert's number ("….experts.down_proj.5").
             "each" has one an expert of the hidden states as well, of the tokens that are routed to
             it. An expert's own are drawn towards the mean of its layer, which an expert without
-            tokens has alone, with a warning; see `calibration.experts.shrunk`. None leaves experts
-            out of "all-linear", and is "shared" for those that `targets` names.
+            tokens has alone, with a warning; see `calibration.shrinkage`. None leaves experts out
+            of "all-linear", and is "shared" for those that `targets` names.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
         normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
             and takes the mean over calls, as PEFT's own CorDA does.
@@ -79,7 +86,8 @@ def calibrate(
             over the same n tokens as in C: padding does not count; a token whose own label is
             masked does, since later losses depend on it. So Ḡ is the layer's weight gradient of the
             summed losses, over n; where a trainer takes the mean over tokens with a label, that
-            gradient times their share.
+            gradient times their share. Of fused experts it takes "each": an expert's mean is that
+            over the tokens that are routed to it, drawn towards its layer's by one token's weight.
         labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
             (a token's loss is that of its successor, -100 for none), the text itself where there
             are none. "sampled": for each token whose successor counts in that way, all of them
@@ -137,7 +145,7 @@ def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> Covariance
 
     def end(*_: object) -> None:
         nonlocal calls, tokens
-        before, tokens = tokens, max((each.tokens for each, _ in capture.sums()), default=0)
+        before, tokens = tokens, capture.tokens()
         capture.end_pass(calls, (before, tokens))
         calls += 1
 
@@ -157,24 +165,57 @@ def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCap
     journal, text = run.journal(), TextSum()
     # Batches whose sums come from a checkpoint, those of other ranks included.
     restored, restored_text = journal.restore([capture]) if journal.holds() else (0, "")
-    kept_tokens = 0
-    reads = contextlib.closing(run.read(batches, text))
-    with evaluating(run.model), capture, reads as numbered:
+    kept_tokens, interval = 0, 0.0
+
+    def unread(numbered: Iterable[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
+        nonlocal kept_tokens
         for index, batch, own in numbered:
-            done, tokens = index + 1, text.span[1]
-            if done == restored and text.own() != restored_text:
+            if index + 1 == restored and text.own() != restored_text:
                 raise foreign(journal.file(), "data")
-            if done <= restored:
-                kept_tokens = tokens
-                continue
-            if own:
-                for inputs in run.forward.sequences(batch, index, run.max_rows):
-                    capture.begin_rows(inputs.pop("token_mask", None))
-                    run.forward(inputs, index)
-                capture.end_pass(index, text.span)
-            if tokens - kept_tokens >= journal.interval([capture]):
-                journal.keep([capture], done, text.own())
-                kept_tokens = tokens
-    if len(text.counts) < restored:
-        raise foreign(journal.file(), "data")
+            if index < restored:
+                kept_tokens = text.span[1]
+            else:
+                yield index, batch, own
+        if len(text.counts) < restored:
+            raise foreign(journal.file(), "data")
+
+    recent: deque[list[Piece]] = deque(maxlen=2)  # windows whose sums may not be looked at yet
+    reads = contextlib.closing(run.read(batches, text))
+    try:
+        with evaluating(run.model), capture, reads as numbered:
+            for window in run.windows(unread(numbered), text, run.tokens_together(batches)):
+                recent.append(window)
+                _add(run, capture, window)
+                interval = interval or journal.interval([capture])
+                if text.span[1] - kept_tokens >= interval:
+                    journal.keep([capture], len(text.counts), text.own())
+                    kept_tokens = text.span[1]
+            capture.check()
+    except (BatchError, NonFiniteActivationError) as error:
+        window = next((w for w in recent if error.batch in {piece.batch for piece in w}), [])
+        capture.restore([])  # which gives memory back
+        named = _by_itself(run, window) or error
+        raise named from named.__cause__
     return capture, text
+
+
+def _add(run: CalibrationRun, capture: InputCapture, window: Sequence[Piece]) -> None:
+    """Adds what the layers read of batches that run together."""
+    for inputs, batches in run.together(window):
+        capture.begin_rows(inputs.pop("token_mask", None))
+        run.forward(inputs, batches)
+    first, last = window[0], window[-1]
+    capture.end_pass(first.batch, (first.span[0], last.span[1]))
+
+
+def _by_itself(run: CalibrationRun, window: Sequence[Piece]) -> Exception | None:
+    """Runs batches that failed together one by one: the error of the one that fails alone."""
+    for _, pieces in itertools.groupby(window, lambda piece: piece.batch):
+        capture = run.capture(run.readers, RowMasks(run.model))
+        try:
+            with evaluating(run.model), capture:
+                _add(run, capture, list(pieces))
+            capture.check()
+        except (BatchError, NonFiniteActivationError) as error:
+            return error
+    return None

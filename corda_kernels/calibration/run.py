@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.arguments import flag, instance_of, one_of
-from corda_kernels.calibration.batches import Batch, TextSum, row_count, token_count
+from corda_kernels.calibration.batches import Batch, Piece, TextSum, together, token_count
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
@@ -18,13 +18,12 @@ from corda_kernels.calibration.experts import (
     Experts,
     Reader,
     expert_inputs,
-    shrunk,
-    warn_unseen_experts,
 )
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal
 from corda_kernels.calibration.masks import RowMasks
+from corda_kernels.calibration.shrinkage import shrunk, warn_unseen_experts
 from corda_kernels.errors import (
     CalibrationError,
     ConfigError,
@@ -43,6 +42,9 @@ Targets = str | Sequence[str] | None
 OnUnseen = Literal["error", "skip"]
 T = TypeVar("T")
 
+# So many tokens of several batches run together: on a device with memory of its own, and where that
+# is the host's or has to hold what a backward pass needs.
+_TOGETHER = {True: 8192, False: 2048}
 _UNSEEN = "never called during calibration"
 
 
@@ -84,6 +86,7 @@ class CalibrationRun:
     labels: Labels = "given"
     max_rows: int | None = field(default=None, init=False)
     on_host: bool = field(default=False, init=False)
+    _rows: int = field(default=0, init=False)  # the most sequences that have run together
 
     def __post_init__(self) -> None:
         """Refuses values that are not possible, and looks at the model."""
@@ -119,10 +122,10 @@ class CalibrationRun:
             warn(f"{says}{name}: {reason}; all are named in left_out", LeftOutWarning)
         if self.sides == "both":
             check_model(model)
-            if fused:
+            if fused and self.experts != "each":
                 raise ConfigError(
-                    'sides="both" takes gradients at linear layers, not of fused experts: leave '
-                    f'{min(fused)} and the like out, or take sides="inputs"'
+                    'sides="both" takes the gradients of each expert over the tokens that are '
+                    f'routed to it: give experts="each", or leave {min(fused)} and the like out'
                 )
         self.forward = Forward(model, self.linears.values(), self.sides, self.labels)
         self.device = self.forward.device
@@ -192,6 +195,47 @@ class CalibrationRun:
                 yield index, batch, own
                 bar.update(text.counts[-1])
 
+    def tokens_together(self, batches: Iterable[Batch]) -> int:
+        """How many tokens of several batches run together; 0 where each batch runs by itself.
+
+        That is where sums are averaged over calls, and where memory may run out on a text that
+        cannot be started again.
+        """
+        own_memory = has_own_memory(self.device)
+        once = own_memory and not isinstance(batches, Sequence | Tensor)
+        if once or self.normalize == "peft":
+            return 0
+        return _TOGETHER[own_memory and self.sides == "inputs"]
+
+    def windows(
+        self, batches: Iterable[tuple[int, Batch, bool]], text: TextSum, most: int
+    ) -> Iterator[list[Piece]]:
+        """Yields what runs together: consecutive batches of this rank, until another like the last
+        would make it too many tokens.
+
+        Args:
+            batches: from `read`.
+            text: into which they were taken.
+            most: so many tokens.
+        """
+        window: list[Piece] = []
+        size = 0.0
+        for index, batch, own in batches:
+            pieces = list(self.forward.pieces(batch, index, text.span)) if own else []
+            added = sum(piece.size for piece in pieces)
+            window, size = window + pieces, size + added
+            if size + added > most:
+                yield window
+                window, size = [], 0.0
+        if window:
+            yield window
+
+    def together(self, pieces: Iterable[Piece]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Yields inputs of forward passes, see `batches.together`, within the bounds of memory."""
+        for inputs, batches in together(pieces, self.max_rows):
+            self._rows = max(self._rows, len(batches))
+            yield inputs, batches
+
     def retry(
         self, batches: Iterable[Batch], attempt: Callable[[], T], again: str, summing: bool = True
     ) -> T:
@@ -220,7 +264,7 @@ class CalibrationRun:
         if not isinstance(batches, Sequence | Tensor):
             remedy = "give smaller batches, or a list of batches, which can be started again"
             raise CalibrationError(f"memory ran out while calibrating: {remedy}") from error
-        rows = self.max_rows or max(map(row_count, batches))
+        rows = self.max_rows or self._rows
         if rows > 1:
             self.max_rows = rows // 2
             return f"at most {self.max_rows} sequence(s) at a time"

@@ -95,7 +95,7 @@ def init(
     place a covariance file can be given (--cov), or several to mix (--mix, once for each).
     """
     from corda_kernels import adapter, models
-    from corda_kernels.init import CordaConfig, adapter_parameters, check_targets, corda_adapter
+    from corda_kernels.init import CordaConfig, check_targets, corda_adapter
     from corda_kernels.report import describe_mixture, describe_ranks
 
     given, first, published = context.params, options.first_rank(), residual == "weight"
@@ -139,9 +139,8 @@ def init(
         kept = options.text_batches(given | of_keep, tokenizer)
     trusted = trust_remote_code
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
-    modules = check_targets(network, config)
     # In float32; with a residual the initial factors too.
-    needed = (8 if published else 4) * adapter_parameters(network, modules, config)
+    needed = (8 if published else 4) * check_targets(network, config).parameters
     if save_base:
         needed += network.get_memory_footprint(return_buffers=False)
     if first:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -14,10 +16,13 @@ from corda_kernels.adapter import (
     residual_marker,
     rewritten_layers,
 )
+from corda_kernels.adapter.record import exact_targets
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
+from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.errors import (
+    ConfigError,
     CovarianceError,
-    LeftOutWarning,
     ModelError,
     RankDeficientWarning,
     RankError,
@@ -36,16 +41,50 @@ from corda_kernels.planning.ranks import (
     uniform_budget,
 )
 from corda_kernels.structure import check_unwrapped, classification_heads
-from corda_kernels.targets import check_unshared, target_layers, unreached_weights
+from corda_kernels.targets import check_unshared, target_layers
 
 
-def check_targets(
-    model: nn.Module, config: CordaConfig, *, use_peft: bool = True
-) -> dict[str, nn.Module]:
+@dataclass(frozen=True, eq=False)
+class AdaptedLayers:
+    """What of a model gets an adapter.
+
+    Attributes:
+        modules: linear layers, by name.
+        experts: parameters of fused experts, by name.
+        left_out: layers that could have one but for the reason given, by name.
+        saved: names of modules that are trained whole beside it.
+        active: how many routed experts a token is sent to.
+        parameters: the most parameters that the adapter may have.
+    """
+
+    modules: dict[str, nn.Module]
+    experts: dict[str, ExpertParameter]
+    left_out: dict[str, str]
+    saved: list[str]
+    active: int
+    parameters: int
+
+    @property
+    def names(self) -> list[str]:
+        """Of linear layers and parameters, which come last."""
+        return [*self.modules, *self.experts]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """(out, in) of linear layers and (experts, out, in) of parameters."""
+        return layer_shapes(self.modules, self.experts)
+
+    @cached_property
+    def each(self) -> dict[str, nn.Module]:
+        """The linear layers, and each expert as one."""
+        return {**self.modules, **expert_layers(self.experts)}
+
+
+def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = True) -> AdaptedLayers:
     """The layers that `config` selects, after a check of its rank or budget.
 
-    Where `targets` does not name them, those are left out that are too small for the rank, or that
-    PEFT adapts in no LoRA of this model.
+    Layers that are too small, or that PEFT cannot adapt, are left out, unless `targets` names them:
+    then it is an error.
 
     Raises:
         TargetError: no layer matches, one shares its weight with another module, one is quantised
@@ -60,75 +99,75 @@ def check_targets(
         raise ModelError("the model carries an adapter: load the base afresh, or merge the adapter")
     if residual_marker(model) is not None:
         raise ModelError(
-            "this model is the residual that an adapter left (see --save-base): load the "
-            "untouched base"
+            "this model is what an adapter has left of its base (as init --save-base stores it): "
+            "load the untouched base"
         )
     check_unwrapped(model)
-    modules, experts = _selected(model, config)
-    reasons = _not_adaptable(model, modules, config) if use_peft else {}
+    asked = config.experts is not None
+    modules, experts = target_layers(model, config.targets, config.exclude_modules, experts=asked)
+    left_out = _not_adaptable(model, modules, config) if use_peft else {}
     named = config.targets not in (None, "all-linear")
-    if reasons and (named or len(reasons) == len(modules)):
-        name = next(iter(reasons))
+    if left_out and (named or len(left_out) == len(modules)):
+        name = next(iter(left_out))
         raise TargetError(
-            f"layer {name} cannot be adapted through PEFT ({reasons[name]}): leave it out by "
+            f"layer {name} cannot be adapted through PEFT ({left_out[name]}): leave it out by "
             "exclude_modules, or take init_corda(…, use_peft=False)"
         )
-    modules = {name: module for name, module in modules.items() if name not in reasons}
+    remedy = "; init_corda(…, use_peft=False) adapts it"
+    left_out = {name: reason + remedy for name, reason in left_out.items()}
+    modules = {name: module for name, module in modules.items() if name not in left_out}
+    active = active_experts(model)
     shapes = layer_shapes(modules, experts)
-    small = _too_small(model, shapes, config)
+    small = _too_small(shapes, config, active)
     if small and (named or not small.keys().isdisjoint(experts) or len(small) == len(shapes)):
-        name, (outputs, inputs) = next(iter(small.items()))
-        rank = components(config.rank, shapes[name], active_experts(model))
+        name = min(small, key=small.__getitem__)
+        outputs, inputs = shapes[name][-2:]
         raise RankError(
-            f"rank {rank} is not possible for layer {name} ({outputs} × {inputs}): choose one "
-            f"between 1 and {min(outputs, inputs)}, or leave the layer out"
+            f"rank {config.rank} is not possible for layer {name} ({outputs} × {inputs}): choose "
+            f"one between 1 and {small[name]}, or leave the layer out"
         )
-    modules = {name: module for name, module in modules.items() if name not in small}
+    for name in small:
+        outputs, inputs = linear_shape(modules.pop(name))
+        left_out[name] = f"it is {outputs} × {inputs}, too small for rank {config.rank}"
     check_unshared(model, modules)
     check_experts(model, experts, config, use_peft=use_peft)
-    _check_saved(model, [*modules, *experts], modules_to_save(model, config) if use_peft else ())
+    saved = [*(config.modules_to_save or ()), *classification_heads(model)] if use_peft else []
+    _check_saved(model, [*modules, *experts], saved)
     if config.residual == "weight":
         check_writable(
             modules,
             'residual="weight" writes W − B A into it',
             "take residual=None, which leaves it as it is, or load the model in a floating dtype",
         )
-    if config.budget is not None:
-        shapes = {name: linear_shape(module, name) for name, module in modules.items()}
-        most = adapter_parameters(model, modules, config)
-        check_guaranteed(shapes, most, *config.bounds, config.rows)
-    return modules
+    shapes = layer_shapes(modules, experts)
+    if config.budget is None:
+        parameters = uniform_budget(shapes, config.rank, config.rows, active)
+    else:
+        parameters = parse_budget(config.budget, shapes, _weights(model), config.rows, active)
+        check_guaranteed(shapes, parameters, *config.bounds, config.rows)
+    return AdaptedLayers(modules, experts, left_out, list(dict.fromkeys(saved)), active, parameters)
 
 
-def _too_small(
-    model: nn.Module, shapes: Mapping[str, Shape], config: CordaConfig
-) -> dict[str, tuple[int, ...]]:
-    """The layers without as many components as each is to have, with their (out, in)."""
+def _too_small(shapes: Mapping[str, Shape], config: CordaConfig, active: int) -> dict[str, int]:
+    """The layers without as many components as each is to have, with the largest rank for each."""
     if config.budget is not None:
         return {}
-    active = active_experts(model)
+    most = {name: min(shape[-2:]) for name, shape in shapes.items()}
     return {
-        name: shape[-2:]
+        # Of experts those of a token together: rank // active is what each gets.
+        name: most[name] if len(shape) == 2 else active * (most[name] + 1) - 1
         for name, shape in shapes.items()
-        if components(config.rank, shape, active) > min(shape[-2:])
+        if components(config.rank, shape, active) > most[name]
     }
 
 
-def modules_to_save(model: nn.Module, config: CordaConfig) -> list[str]:
-    """The modules that are trained whole: those that are asked for, and classification heads."""
-    return list(dict.fromkeys([*(config.modules_to_save or ()), *classification_heads(model)]))
-
-
-def selected_experts(model: nn.Module, config: CordaConfig) -> dict[str, ExpertParameter]:
-    """The parameters of fused experts that are adapted, by name."""
-    return _selected(model, config)[1]
-
-
-def _selected(
-    model: nn.Module, config: CordaConfig
-) -> tuple[dict[str, nn.Module], dict[str, ExpertParameter]]:
-    asked = config.experts is not None
-    return target_layers(model, config.targets, config.exclude_modules, experts=asked)
+def _weights(model: nn.Module) -> int:
+    """How many numbers a model's parameters hold."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
+            whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
+    return whole
 
 
 def _not_adaptable(
@@ -159,72 +198,82 @@ def _check_saved(model: nn.Module, modules: Collection[str], saved: Sequence[str
                 )
 
 
-def adapter_parameters(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: CordaConfig
-) -> int:
-    """How many parameters an adapter of `modules`, and of the experts that are selected, may have
-    at most.
+def check_given(
+    layers: AdaptedLayers, config: CordaConfig, given: Mapping[str, CovarianceSet]
+) -> None:
+    """Makes sure that given covariances are of the layers, with what the configuration builds on.
+
+    Args:
+        layers: that are adapted.
+        config: how.
+        given: by the name of the argument, "data" or "keep".
 
     Raises:
-        ConfigError: the budget cannot be read.
+        CovarianceError: they are not.
     """
-    shapes = layer_shapes(modules, selected_experts(model, config))
-    active = active_experts(model)
-    if config.budget is None:
-        return uniform_budget(shapes, config.rank, config.rows, active)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if is_linear(module) and is_quantised(module):  # of four bits two weights are one number
-            whole += math.prod(linear_shape(module)) - module.weight.numel()  # type: ignore[operator]
-    return parse_budget(config.budget, shapes, whole, config.rows, active)
+    found = {what: expert_covariances(each, layers.experts) for what, each in given.items()}
+    for what, covariances in found.items():
+        _check_covered(what, layers.each, covariances)
+    if config.sides == "both" and "data" in given:
+        _check_gradients(layers.each, given["data"], config)
+    if len(found) == 2 and not any(all(name in g for g in found.values()) for name in layers.each):
+        raise CovarianceError(
+            "data and keep have covariances of different layers, and none of the same: calibrate "
+            "both with the same targets"
+        )
 
 
-def warn_left_out(model: nn.Module, config: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Says which layers that targets do not name `check_targets` has left out, and why: they are
-    too small for the rank, or PEFT adapts none of them.
+def check_memory(
+    model: nn.Module, layers: AdaptedLayers, config: CordaConfig, texts: Collection[str]
+) -> None:
+    """Refuses a memory limit into which the covariances of a text to keep do not fit, beside those
+    of the other text. Without one the calibration itself looks at the limit.
 
-    What no calibration reaches is told with them, since the calibration is then given names.
+    Args:
+        model: the model.
+        layers: that are adapted.
+        config: with the limit.
+        texts: which of "data" and "keep" is a text.
+
+    Raises:
+        ConfigError: they do not fit.
     """
-    every = _selected(model, config)[0]
-    out = {name: module for name, module in every.items() if name not in modules}
-    if out:
-        small = {
-            name: f"it is {outputs} × {inputs}, too small for rank {config.rank}"
-            for name, (outputs, inputs) in _too_small(model, layer_shapes(out, {}), config).items()
-        }
-        reasons = _not_adaptable(model, out, config) | small
-        unreached = unreached_weights(model, config.targets)
-        name = min(reasons)
-        says = f"{len(reasons | unreached)} layers or weights get no adapter, for one {name}: "
-        remedy = f"; init_corda(…, use_peft=False) adapts {len(reasons) - len(small)} of them"
-        warn(f"{says}{reasons[name]}{remedy if len(reasons) > len(small) else ''}", LeftOutWarning)
+    if config.memory_limit is None or "keep" not in texts:
+        return
+    names = exact_targets(layers.names)
+    needed = len(texts) * covariance_bytes(model, names, config.experts)[0]
+    if "data" in texts:
+        needed += gradient_bytes(model, names, config.experts)
+    if needed > config.memory_limit:
+        raise ConfigError(
+            "the covariances of the text to keep are held beside what else is calibrated: raise "
+            f"the memory limit to {needed} bytes, or choose fewer targets"
+        )
 
 
-def check_covered(modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
+def _check_covered(what: str, modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:
     """Makes sure that a set has a covariance of every module that was not left out on purpose."""
     for name, module in modules.items():
         if name in covariances:
             inputs, channels = linear_shape(module)[1], covariances[name].matrix.shape[0]
             if channels != inputs:
                 raise CovarianceError(
-                    f"layer {name} has {inputs} inputs, but its covariance {channels} channels: "
-                    "the covariances were taken from another model"
+                    f"layer {name} has {inputs} inputs, but its covariance in {what} {channels} "
+                    "channels: the covariances were taken from another model"
                 )
         elif name not in covariances.left_out:
             raise CovarianceError(
-                f"there is no covariance for layer {name}: calibrate the same model with the same "
-                "targets, or leave the layer out of the targets"
+                f"there is no covariance for layer {name} in {what}: calibrate the same model with "
+                "the same targets, or leave the layer out of the targets"
             )
     if modules.keys().isdisjoint(covariances):
-        raise CovarianceError("the covariances cover none of the target layers")
+        raise CovarianceError(f"the covariances in {what} cover none of the target layers")
 
 
-def check_gradients(
+def _check_gradients(
     modules: Mapping[str, nn.Module], covariances: CovarianceSet, config: CordaConfig
 ) -> None:
-    """Makes sure that given covariances have the gradients that the configuration builds on."""
-    if config.sides != "both":
-        return
+    """Makes sure that there are gradients of these layers, and of the labels that are asked for."""
     for name, module in modules.items():
         found = covariances.gradients.get(name)
         if name in covariances and found is None:
@@ -237,10 +286,17 @@ def check_gradients(
                 f"layer {name} is {linear_shape(module)}, but its gradient "
                 f"{tuple(found.mean.shape)}: the gradients were taken from another model"
             )
-    if config.mode == "task" and covariances.provenance.get("labels") == "sampled":
+    labels = covariances.provenance.get("labels", config.labels)
+    if labels != config.labels:
+        remedy = f'calibrate(…, sides="both", labels="{config.labels}")'
+        if config.mode == "task":
+            raise CovarianceError(
+                "the gradients are of labels that were sampled, whose mean is noise: mode "
+                f'"task" builds on {remedy}'
+            )
         raise CovarianceError(
-            'the gradients are of labels that were sampled, whose mean is noise: mode "task" '
-            'builds on calibrate(…, sides="both", labels="given")'
+            f'the gradients are of {labels} labels, and labels="{config.labels}" is asked for: '
+            f'{remedy}, or CordaConfig(…, labels="{labels}") if these are meant'
         )
 
 

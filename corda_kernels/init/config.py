@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from corda_kernels.adapter.factors import check_hold
+from corda_kernels.adapter.factors import check_hold, lora_rows
 from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
 from corda_kernels.calibration.experts import Experts
 from corda_kernels.calibration.gradients import Labels, Sides
@@ -20,7 +20,7 @@ from corda_kernels.targets import check_selection
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
-    "r": "rank is the number of components, and the LoRA has twice that rank",
+    "r": "rank is the number of components, from which the LoRA's rank follows",
     **dict.fromkeys(("lora_alpha", "alpha_pattern"), "hold sets the scaling"),
     "rank_pattern": "a budget shares ranks out",
     "target_modules": "targets names the layers",
@@ -53,13 +53,12 @@ class CalibrationPlan:
         damping: of the comparison of halves, and of the scores of candidates, which cannot do
             without and take 0.01 then.
         targets: see `calibrate`.
-        experts: see `calibrate`; not with several candidates, which linear layers alone are
-            selected from.
+        experts: see `calibrate`; "both" sides take "each".
         stability: whether to compare two halves of the text, which every other batch belongs to;
             not with several candidates, and not of fused experts. An expert's covariance is then
             the mean of both halves', each drawn towards the half's own mean.
-        memory_limit: in bytes; if the covariances take more, the model runs block by block. Those
-            of both halves and their mean count, or two candidates. None for no limit.
+        memory_limit: in bytes; if the covariances take more, the model runs block by block. Counted
+            are three sets with `stability`, two with candidates, else one. None for no limit.
         sides: see `calibrate`; "both" takes one pass, and no candidates.
         labels: see `calibrate`; None for "given".
         distributed: see `calibrate`; the ranks share the judging too.
@@ -95,13 +94,15 @@ class CalibrationPlan:
         for name in ("rank", "candidates"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         if self.memory_limit is not None:
-            whole_number("memory_limit", self.memory_limit, 0)
+            limit = whole_number("memory_limit", self.memory_limit, 0)
+            object.__setattr__(self, "memory_limit", limit)
         one_of("sides", self.sides, ("inputs", "both"))
         object.__setattr__(self, "labels", "given" if self.labels is None else self.labels)
         one_of("labels", self.labels, ("given", "sampled"))
-        if self.sides == "both" and self.experts is not None:
+        if self.sides == "both" and self.experts == "shared":
             raise ConfigError(
-                "gradients are taken at linear layers, not of fused experts: leave experts at None"
+                "gradients of fused experts are of the tokens that are routed to each: give "
+                'experts="each"'
             )
         if self.sides == "both" and self.candidates > 1:
             raise ConfigError(
@@ -136,7 +137,7 @@ class CordaConfig(CalibrationPlan):
             scaled to the RMS of LoRA's own, and B = 0, where C is that of the knowledge to keep
             (the identity without, as in LoRA-GA and LoRA-One); see `steepest_rows`.
         rank: number of components of every layer; the LoRA's rank is twice that, in mode "task"
-            and with `residual="weight"` the same. With a budget no more than the rank at which the
+            and with `residual="weight"` the same. Under a budget it only sets the rank at which
             stability is judged.
         budget: shares so many adapter parameters out over the layers instead: a number of them, a
             share of the model (0.01 or "1%"), or "r=128", what so many components would take in all
@@ -156,9 +157,9 @@ class CordaConfig(CalibrationPlan):
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
         targets: the layers; see `corda_kernels.targets.target_layers`.
-        experts: see `calibrate`; not with several candidates. Fused experts that `targets` selects
-            are adapted too. The rank of each is `rank` over the number of experts that a token is
-            sent to, at least 1.
+        experts: see `calibrate`; gradients take "each". Fused experts that `targets` selects are
+            adapted too. The rank of each is `rank` over the number of experts that a token is sent
+            to, at least 1.
         exclude_modules: layers to leave out of these, as `targets` names them.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig;
             a classification head is one without being named.
@@ -170,14 +171,14 @@ class CordaConfig(CalibrationPlan):
             decomposing two halves of them as well, which takes about as long again; not with
             several candidates.
         memory_limit: of the covariances, in bytes; if all of them take more, the model is
-            calibrated and decomposed block by block, which no budget can be shared out in, and
-            which takes no gradients. None for no limit.
+            calibrated and decomposed block by block; a budget or gradients are then refused. Those
+            of a text to keep count too. None for no limit.
         sides: "both" weights the outputs too: components of D^½ W C^½ in place of W C, where
             D = E[g gᵀ] of the gradients at the layer's outputs. Mode "task" takes gradients anyway.
         labels: of the losses whose gradients those are, see `calibrate`; None for "sampled", and in
             mode "task" "given".
         freeze_a: in mode "task" whether A stays as it is and only B is trained, so that the change
-            never leaves the span of A's rows.
+            never leaves the span of A's rows; not with fused experts.
         distributed: whether the ranks of torch.distributed share the work; all of them must be
             given the same model, batches and options, which they compare before they begin, and
             end up with the same adapter.
@@ -287,7 +288,7 @@ class CordaConfig(CalibrationPlan):
     @property
     def rows(self) -> int:
         """Rows of the LoRA for each component."""
-        return 2 if self.residual is None and self.mode != "task" else 1
+        return lora_rows(self.mode, self.residual)
 
     @property
     def which(self) -> End:

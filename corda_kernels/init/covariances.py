@@ -16,9 +16,9 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
-from corda_kernels.calibration.experts import warn_unseen_experts
 from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
 from corda_kernels.calibration.run import refuse_unseen, unseen
+from corda_kernels.calibration.shrinkage import warn_unseen_experts
 from corda_kernels.errors import (
     BatchError,
     ConfigError,
@@ -31,7 +31,6 @@ from corda_kernels.linears import weights_at_hand
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.structure import devices
-from corda_kernels.targets import target_layers
 from corda_kernels.usage import Stopwatch
 
 DOMAIN = "the given batches"
@@ -62,8 +61,7 @@ def covariance_stages(
         where that was not asked for or there is but one batch.
 
     Raises:
-        ConfigError: there are fewer batches than candidates, or fused experts are to be selected
-            from several; or all covariances are needed at once
+        ConfigError: there are fewer batches than candidates; or all covariances are needed at once
             but do not fit, or those of one block do not.
         CalibrationError: see `calibrate`.
         CheckpointError: the checkpoint to go on from is damaged, or of another run.
@@ -77,16 +75,8 @@ def covariance_stages(
             f"{parts} candidates need as many batches, got {len(batches)}: use more samples, "
             "smaller batches or fewer candidates"
         )
-    if parts > 1 and target_layers(model, plan.targets, experts=plan.experts is not None)[1]:
-        raise ConfigError(
-            "covariances of fused experts are not selected from candidates: take one candidate, or "
-            "leave experts out of the targets"
-        )
-    # A half leaves layers that it does not reach to the other one, such as an expert that few
-    # tokens are routed to.
-    on_unseen = "error"
     if parts == 1 and plan.stability and len(batches) > 1:
-        parts, on_unseen = 2, "skip"
+        parts = 2
     Ranks.of(plan.distributed).agree(
         "covariance_stages", lambda: text_given(batches) | plan.given() | {"domain": domain}
     )
@@ -94,7 +84,9 @@ def covariance_stages(
     options: dict[str, Any] = {  # of either way to run the model
         "targets": plan.targets,
         "experts": plan.experts,
-        "on_unseen": on_unseen,
+        # A half leaves layers that it does not reach to the other one, such as an expert that few
+        # tokens are routed to.
+        "on_unseen": "skip" if parts > 1 else "error",
         "distributed": plan.distributed,
         "progress": plan.progress,
     }
@@ -142,7 +134,7 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
     needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
     if plan.sides == "both":
-        needed += sets * gradient_bytes(model, plan.targets)
+        needed += sets * gradient_bytes(model, plan.targets, plan.experts)
     if needed <= limit:
         return False
     if plan.sides == "both":
@@ -201,11 +193,12 @@ def _united(
 
     def candidate(make: Callable[[], CovarianceSet]) -> CovarianceSet:
         made = make()
+        refuse_unseen(unseen(made))
         made.provenance["domain"] = domain
         return made
 
     with clock.stage("selection"):
-        return select_covariance(
+        selected = select_covariance(
             model,
             (partial(candidate, make) for make in makers),
             selection=plan.selection,
@@ -214,6 +207,8 @@ def _united(
             distributed=plan.distributed,
             progress=plan.progress,
         )
+    warn_unseen_experts(selected)
+    return selected
 
 
 def _with_stability(

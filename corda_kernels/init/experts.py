@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch import nn
 
 from corda_kernels.adapter import AdapterFactors, LayerAdapter, oriented
+from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_names
 from corda_kernels.errors import AdapterError, ConfigError
@@ -49,6 +50,10 @@ def check_experts(
             raise ConfigError(
                 f"PEFT {peft.__version__} takes some experts' adapters for others' where a model "
                 f"has several: install PEFT {_PEFT} or newer, or {remedy}"
+            )
+        if config.freeze_a:
+            raise ConfigError(
+                f"freeze_a is of linear layers alone, not of fused experts: train A, or {remedy}"
             )
         if config.residual or config.use_dora or config.lora_dropout:
             raise ConfigError(
@@ -131,13 +136,13 @@ def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
         parts[0].adapter.scaling,
     )
     notes = [part.note for part in parts]
-    note = {
-        "rank": notes[0]["rank"],
-        "tokens": max(each["tokens"] for each in notes),
-        "sigma_max": max(each["sigma_max"] for each in notes),
-        "sigma_min": min(each["sigma_min"] for each in notes),
-        "residual": max(each["residual"] for each in notes),
-    }
+    note = LayerNote(
+        rank=notes[0].rank,
+        tokens=max(each.tokens for each in notes),
+        sigma_max=max(each.sigma_max for each in notes),
+        sigma_min=min(each.sigma_min for each in notes),
+        residual=max(each.residual for each in notes),
+    )
     return MadeLayer(LayerAdapter(oriented(parameter, factors)), note, {})
 
 

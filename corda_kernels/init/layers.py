@@ -18,6 +18,7 @@ from corda_kernels.adapter import (
     published_factors,
     task_factors,
 )
+from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import DecompositionError, OutOfMemoryWarning, warn
@@ -33,10 +34,10 @@ _UNPACKED_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class MadeLayer:
-    """One layer's adapter, what to note of it, and its part of the spectrum, both as JSON."""
+    """One layer's adapter, what to note of it, and its part of the spectrum, as JSON."""
 
     adapter: LayerAdapter
-    note: dict[str, Any]
+    note: LayerNote
     spectrum: dict[str, Any]
 
 
@@ -123,13 +124,7 @@ def _decomposed(
                 yield name, layer
             return
         for name, part in _parts(of, covariances, components, config):
-            note = {
-                "rank": components[name],
-                "tokens": covariances[name].tokens,
-                "sigma_max": float(part.S[0]),
-                "sigma_min": float(part.S[-1]),
-                "residual": float(part.residual),
-            }
+            note = LayerNote.of(part.S, covariances[name].tokens, part.residual)
             whole = min(of[name].shape)
             first = 0 if config.which == "largest" else whole - components[name]
             spectrum = {}
@@ -210,13 +205,7 @@ def _task_starts(
                 method=config.method,
                 seed=config.seed,
             )
-        note = {
-            "rank": components[name],
-            "tokens": covariances[name].tokens,
-            "sigma_max": float(S[0]),
-            "sigma_min": float(S[-1]),
-            "residual": float(residual),
-        }
+        note = LayerNote.of(S, covariances[name].tokens, residual)
         adapter = LayerAdapter(task_factors(rows, len(gradient)).to(torch.float32))
         return name, MadeLayer(adapter, note, {})
 

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from corda_kernels.adapter import Adapter, AdapterRecord, attach, check_at_hand, describe_base
+from corda_kernels.adapter.record import exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
-from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
-from corda_kernels.errors import CalibrationError, ConfigError, RankError
+from corda_kernels.calibration.expert_layers import expert_covariances
+from corda_kernels.errors import CalibrationError, ConfigError, LeftOutWarning, RankError, warn
 from corda_kernels.init.checks import (
-    adapter_parameters,
-    check_covered,
-    check_gradients,
+    AdaptedLayers,
+    check_given,
+    check_memory,
     check_targets,
-    modules_to_save,
-    selected_experts,
-    warn_left_out,
     warn_rank_deficient,
 )
 from corda_kernels.init.config import CalibrationPlan, CordaConfig
 from corda_kernels.init.covariances import DOMAIN, covariance_stages, united_provenance
-from corda_kernels.init.experts import (
-    active_experts,
-    for_each,
-    layer_shapes,
-    united_experts,
-    united_inputs,
-    united_spectra,
-)
+from corda_kernels.init.experts import for_each, united_experts, united_inputs, united_spectra
 from corda_kernels.init.layers import MadeLayer, made_layers
 from corda_kernels.init.measured import measured_layer
 from corda_kernels.linears import unpack
@@ -43,7 +35,7 @@ from corda_kernels.planning import Stability, allocate_ranks, layer_spectra
 from corda_kernels.planning.ranks import Shape, component_size, components
 from corda_kernels.planning.scores import SCORING_DAMPING, LayerSpectrum
 from corda_kernels.structure import devices
-from corda_kernels.targets import target_layers
+from corda_kernels.targets import unreached_weights
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
 
@@ -94,9 +86,10 @@ def init_corda(
     flag("use_peft", use_peft)
     if config.lora and not use_peft:
         raise ConfigError(f"{min(config.lora)} is an option of PEFT: it needs use_peft=True")
-    check_at_hand(check_targets(model, config, use_peft=use_peft))
+    layers = check_targets(model, config, use_peft=use_peft)
+    check_at_hand(layers.modules)
     Ranks.of(config.distributed).agree("init_corda", lambda: {"use_peft": use_peft})
-    adapter = corda_adapter(model, data, config, use_peft=use_peft, keep=keep)
+    adapter = _adapter(model, layers, data, config, keep, DOMAIN)
     return attach(model, adapter, use_peft=use_peft, copy=False)
 
 
@@ -109,7 +102,7 @@ def corda_adapter(
     use_peft: bool = True,
     keep: Iterable[Batch] | CovarianceSet | None = None,
 ) -> Adapter:
-    """Makes the adapter of `init_corda` without attaching it; the model is left as it was.
+    """Makes the adapter of `init_corda` without attaching it, which changes no weight.
 
     Args:
         model: see `init_corda`.
@@ -123,61 +116,119 @@ def corda_adapter(
         CordaError: see `init_corda`.
     """
     _check_kinds(data, config, keep)
-    modules = check_targets(model, config, use_peft=use_peft)
-    experts = selected_experts(model, config)
-    warn_left_out(model, config, modules)
-    unpack(modules)
-    given = covariances_given(keep) if isinstance(keep, CovarianceSet) else {}
+    layers = check_targets(model, config, use_peft=use_peft)
+    return _adapter(model, layers, data, config, keep, domain)
+
+
+def _adapter(
+    model: nn.Module,
+    layers: AdaptedLayers,
+    data: Iterable[Batch] | CovarianceSet,
+    config: CordaConfig,
+    keep: Iterable[Batch] | CovarianceSet | None,
+    domain: str,
+) -> Adapter:
+    """The adapter of layers that have been checked."""
+    if layers.left_out:
+        # What no calibration reaches is told with them, since the calibration is given names.
+        count = len(layers.left_out | unreached_weights(model, config.targets))
+        name = min(layers.left_out)
+        says = f"{count} layers or weights get no adapter, for one {name}: {layers.left_out[name]}"
+        warn(says, LeftOutWarning)
+    unpack(layers.modules)
+    samples = {"data": data} if keep is None else {"data": data, "keep": keep}
+    given = {name: each for name, each in samples.items() if isinstance(each, CovarianceSet)}
     Ranks.of(config.distributed).agree(
         "corda_adapter",
         lambda: {
-            **layers_given({"": model}, modules),
+            **layers_given({"": model}, layers.modules),
             **config.given(),
             "domain": domain,
             # Batches are compared where they are run.
-            "data": "covariances" if isinstance(data, CovarianceSet) else "batches",
-            **(covariances_given(data) if isinstance(data, CovarianceSet) else {}),
-            "keep": "none" if keep is None else type(keep) is CovarianceSet,
-            **{f"{name} to keep": value for name, value in given.items()},
+            **{name: "covariances" if name in given else "batches" for name in samples},
+            **{
+                f"{what} to keep" if name == "keep" else what: value
+                for name, each in given.items()
+                for what, value in covariances_given(each).items()
+            },
         },
     )
+    check_given(layers, config, given)
+    check_memory(model, layers, config, samples.keys() - given.keys())
     clock = Stopwatch(devices(model))
+    kept = given.get("keep")
+    if keep is not None and not isinstance(keep, CovarianceSet):
+        plan = CalibrationPlan(
+            targets=exact_targets(layers.names),
+            experts=config.experts,
+            distributed=config.distributed,
+            progress=config.progress,
+        )
+        (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
     stages: Iterable[CovarianceSet]
-    kept: CovarianceSet | None = None
-    if isinstance(keep, CovarianceSet):
-        check_covered(modules, keep)
     if isinstance(data, CovarianceSet):
-        check_covered({**modules, **expert_layers(experts)}, expert_covariances(data, experts))
-        check_gradients(modules, data, config)
         stages = (data,)
     else:
-        # Names are given only where the targets would be more than can be adapted.
-        whole = target_layers(model, config.targets)[0].keys() == modules.keys()
-        plan = config if whole else replace(config, targets=[*modules, *experts])
-        stages = covariance_stages(model, data, plan, domain=domain, clock=clock)
-    layers, active = {**modules, **expert_layers(experts)}, active_experts(model)
-    made: dict[str, MadeLayer] = {}
-    allocation: dict[str, Any] = {}
-    measured: dict[str, Any] = {"layers": {}, "inputs": []}
-    provenances: list[dict[str, Any]] = []
+        exact = config
+        if layers.left_out or config.exclude_modules:  # `targets` would select these as well
+            exact = replace(config, targets=exact_targets(layers.names))
+        stages = covariance_stages(model, data, exact, domain=domain, clock=clock)
+    making = _Making(layers, config, kept, clock)
     for covariances in stages:
-        if keep is not None:
-            kept = _kept(model, keep, config, list(modules), clock)
-        measured["inputs"] += united_inputs(covariances if kept is None else kept, experts)
-        provenances.append(covariances.provenance)
+        making.add(covariances)
+        del covariances  # before the next ones are made
+    return making.adapter(model)
+
+
+@dataclass
+class _Making:
+    """An adapter in the making, of covariances of all layers or of one block after the other.
+
+    Attributes:
+        layers: that are adapted.
+        config: how.
+        kept: in mode "task" the covariances of what is to be kept, if anything.
+        clock: takes the time of the stages.
+        made: the layers' adapters so far.
+        notes: what `measured_layer` gave of each layer.
+        inputs: what `measured_input` gave of each input.
+        provenances: of the covariances.
+        allocation: of a budget, as JSON.
+    """
+
+    layers: AdaptedLayers
+    config: CordaConfig
+    kept: CovarianceSet | None
+    clock: Stopwatch
+    made: dict[str, MadeLayer] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    provenances: list[dict[str, Any]] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, covariances: CovarianceSet) -> None:
+        """Makes the adapters of those layers that these covariances are of."""
+        config, experts, kept = self.config, self.layers.experts, self.kept
+        self.inputs += united_inputs(covariances if kept is None else kept, experts)
+        self.provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
-        covered = {name: module for name, module in layers.items() if name in covariances}
         if kept is not None:
-            covered = {name: module for name, module in covered.items() if name in kept}
+            kept = expert_covariances(kept, experts)
+        covered = {
+            name: module
+            for name, module in self.layers.each.items()
+            if name in covariances and (kept is None or name in kept)
+        }
         shapes = {
             name: shape
-            for name, shape in layer_shapes(modules, experts).items()
+            for name, shape in self.layers.shapes.items()
             if not covered.keys().isdisjoint(for_each(experts, {name: 0}))
         }
-        ranks = {n: components(config.rank, shape, active) for n, shape in shapes.items()}
         spectra: dict[str, LayerSpectrum] = {}
-        if config.budget is not None:
-            with clock.stage("allocation"):
+        if config.budget is None:
+            ranks = {n: components(config.rank, s, self.layers.active) for n, s in shapes.items()}
+        else:
+            with self.clock.stage("allocation"):
                 spectra = layer_spectra(
                     covered,
                     covariances,
@@ -186,73 +237,70 @@ def corda_adapter(
                     distributed=config.distributed,
                     progress=config.progress,
                 )
-                budget = adapter_parameters(model, modules, config)
-                allocation = _shared_out(united_spectra(experts, spectra), shapes, budget, config)
-            ranks = allocation["ranks"]
-        with clock.stage("decomposition"):
-            made |= made_layers(covered, covariances, for_each(experts, ranks), config, kept)
+                whole = united_spectra(experts, spectra)
+                self.allocation = _shared_out(whole, shapes, self.layers.parameters, config)
+            ranks = self.allocation["ranks"]
+        with self.clock.stage("decomposition"):
+            made = made_layers(covered, covariances, for_each(experts, ranks), config, kept)
         for name, module in covered.items():
             part = made[name].spectrum if name in made else {}
-            note = measured_layer(module, part, spectra.get(name), config.condition)
-            measured["layers"][name] = note
-        del covariances  # before the next ones are made
-    if config.mode != "task" or kept is not None:
-        warn_rank_deficient({*modules, *experts}, measured["inputs"], config.damping)
-    made, measured["layers"] = united_experts(experts, made, measured["layers"])
-    made = {name: made[name] for name in (*modules, *experts) if name in made}
-    calibration = united_provenance(provenances)
-    if kept is not None:
-        notes = ("model", "data", "mixture", "tokens")
-        calibration["keep"] = {n: kept.provenance[n] for n in notes if n in kept.provenance}
-    stability = calibration.pop("stability", None)
-    if stability:
-        # A covariance file may know of other layers, and of the end that is not trained.
-        judged = Stability.from_json(stability).at(config.which, made)
-        stability = judged and judged.to_json()
-    saved = modules_to_save(model, config) if use_peft else []
-    peaks = {"process": peak_bytes()} | cuda_peak_bytes()
-    record = AdapterRecord(
-        mode=config.mode,
-        rank=max(layer.note["rank"] for layer in made.values()),
-        hold=None if config.residual else config.hold,
-        residual=config.residual,
-        damping=config.damping,
-        base=describe_base(
-            model,
-            {name: modules[name] for name in made if name in modules},
-            {name: experts[name] for name in made if name in experts},
-        ),
-        stability=stability or {},
-        calibration=calibration,
-        layers={name: layer.note for name, layer in made.items()},
-        allocation=allocation,
-        measured={
-            **measured,
-            "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
-            "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
-        },
-        versions=library_versions(),
-        lora=config.lora | ({"modules_to_save": saved} if saved else {}),
-        freeze_a=config.freeze_a,
-    )
-    return Adapter({name: layer.adapter for name, layer in made.items()}, record)
+            self.notes[name] = measured_layer(module, part, spectra.get(name), config.condition)
+        self.made |= made
+
+    def adapter(self, model: nn.Module) -> Adapter:
+        """All layers together, with the record of how they were made."""
+        config, layers = self.config, self.layers
+        if config.mode != "task" or self.kept is not None:
+            warn_rank_deficient(layers.names, self.inputs, config.damping)
+        united, notes = united_experts(layers.experts, self.made, self.notes)
+        made = {name: united[name] for name in layers.names if name in united}
+        calibration = united_provenance(self.provenances)
+        stability = calibration.pop("stability", None)
+        if self.kept is not None:
+            known = self.kept.provenance
+            told = ("model", "data", "mixture", "tokens")
+            calibration["keep"] = {note: known[note] for note in told if note in known}
+        peaks = {"process": peak_bytes()} | cuda_peak_bytes()
+        record = AdapterRecord(
+            mode=config.mode,
+            rank=max(layer.note.rank for layer in made.values()),
+            hold=None if config.residual else config.hold,
+            residual=config.residual,
+            damping=config.damping,
+            base=describe_base(
+                model,
+                {name: module for name, module in layers.modules.items() if name in made},
+                {name: parameter for name, parameter in layers.experts.items() if name in made},
+            ),
+            stability=_judged(stability, config, made),
+            calibration=calibration,
+            layers={name: layer.note for name, layer in made.items()},
+            allocation=self.allocation,
+            measured={
+                "layers": notes,
+                "inputs": self.inputs,
+                "seconds": {stage: round(time, 3) for stage, time in self.clock.seconds.items()},
+                "peak_bytes": {place: peak for place, peak in peaks.items() if peak},
+            },
+            versions=library_versions(),
+            lora=config.lora | ({"modules_to_save": layers.saved} if layers.saved else {}),
+            freeze_a=config.freeze_a,
+            sides=config.sides,
+        )
+        return Adapter({name: layer.adapter for name, layer in made.items()}, record)
 
 
-def _kept(
-    model: nn.Module,
-    keep: Iterable[Batch] | CovarianceSet,
-    config: CordaConfig,
-    targets: list[str],
-    clock: Stopwatch,
-) -> CovarianceSet:
-    """The covariances of what is to be kept, in one pass."""
-    if isinstance(keep, CovarianceSet):
-        return keep
-    plan = CalibrationPlan(
-        targets=targets, distributed=config.distributed, progress=config.progress
-    )
-    (kept,) = covariance_stages(model, keep, plan, domain="the knowledge to keep", clock=clock)
-    return kept
+def _judged(
+    stability: dict[str, Any] | None, config: CordaConfig, names: Iterable[str]
+) -> dict[str, Any]:
+    """What covariances say of their stability, for the layers and the end that are trained.
+
+    It is that of W·C, and says nothing of an adapter that is made of another product.
+    """
+    if not stability or config.sides == "both":
+        return {}
+    judged = Stability.from_json(stability).at(config.which, names)
+    return judged.to_json() if judged else {}
 
 
 def _shared_out(
@@ -266,23 +314,30 @@ def _shared_out(
     Raises:
         RankError: the budget does not pay for a single component.
     """
-    ranks = allocate_ranks(
+    shared = partial(
+        allocate_ranks,
         {name: spectrum.singular_values for name, spectrum in spectra.items()},
         {name: spectrum.log_condition for name, spectrum in spectra.items()},
         shapes,
-        budget=budget,
-        mode="kpm" if config.which == "smallest" else "ipm",
+        mode=cast(Any, config.mode),  # a budget is refused in mode "task"
         min_rank=config.min_rank,
         max_rank=config.max_rank,
         rank_multiple=config.rank_multiple,
         rows=config.rows,
     )
-    spent = config.rows * sum(rank * component_size(shapes[name]) for name, rank in ranks.items())
+    prices = {name: config.rows * component_size(shape) for name, shape in shapes.items()}
+    ranks = shared(budget=budget)
+    spent = sum(rank * prices[name] for name, rank in ranks.items())
     if not spent:
+        # The least budget that pays for anything pays for the layer that is first in line alone.
+        multiples = sorted({config.rank_multiple * price for price in prices.values()})
+        first = next(found for each in multiples if any((found := shared(budget=each)).values()))
+        name = max(first, key=first.__getitem__)
         raise RankError(
-            f"a budget of {budget} adapter parameters does not pay for one component of the layer "
-            "that is first in line: raise the budget, or write it as the rank it would hold in all "
-            "layers (r=8)"
+            f"a budget of {budget} adapter parameters does not pay for the {first[name]} "
+            f"component(s) of layer {name}, which is first in line and takes "
+            f"{first[name] * prices[name]}: raise the budget, or write it as the rank it would "
+            "hold in all layers (r=8)"
         )
     return {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
 

@@ -60,10 +60,12 @@ _NORMS = (1e-12, 1e18)
 _POWER_STEPS = 4
 
 # Blocks of the basis at the first look at what has converged, in the first cycle and in later ones;
-# on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh.
+# on a CPU a look costs as much as a block, on a GPU as several. Blocks at which to start afresh;
+# and how many starts there are, in float32 and in float64.
 _FIRST_LOOK = (4, 2)
 _FIRST_LOOK_GPU = (6, 3)
-_MOST_BLOCKS = 8
+_MOST_BLOCKS = 12
+_MOST_DRAFTS = 3
 _MOST_CYCLES = 10
 # Up to this multiple of the tolerated error one more block, or application, will probably do.
 _NEAR = 30
@@ -272,8 +274,7 @@ def leading_pairs(
     tolerance, least_gap, gain = stop
     found = None
     if draft is not None:
-        front = _orthonormal(draft[1](start.float()))
-        found, reached = _bidiagonalized(draft, front, rank, 0, gain * tolerance, least_gap)
+        found, reached = _drafted(draft, start, rank, stop)
     # Whether the block is near enough to be measured without iterating first.
     near = drafted = found is not None
     front = _orthonormal(back(start) if found is None else found.double())
@@ -308,6 +309,25 @@ def leading_pairs(
         front, factor = torch.linalg.qr(half(front))
     left, values = batched_svd(factor, exact=True)
     return (front @ left)[..., :rank].contiguous(), values[..., :rank], error
+
+
+def _drafted(
+    operators: Operators, start: Tensor, rank: int, stop: Stop
+) -> tuple[Tensor | None, float]:
+    """What `_bidiagonalized` makes of a random start in float32, begun anew while that helps."""
+    front = _orthonormal(operators[1](start.float()))
+    found, error, goal = None, float("inf"), stop.gain * stop.tolerance
+    for cycle in range(_MOST_DRAFTS):
+        better, reached = _bidiagonalized(operators, front, rank, cycle, goal, stop.least_gap)
+        if better is None or not reached <= error / 2:  # NaN, too
+            break
+        front = found = better
+        error = reached
+        if error <= goal:
+            break
+        # Of a spectrum so flat one more application takes little off, and float64 costs twice.
+        goal = stop.tolerance
+    return found, error
 
 
 def _bidiagonalized(
@@ -346,13 +366,14 @@ def _bidiagonalized(
             leading = turn[..., :block]
             applied = images[..., :size] @ (known @ leading)
             error = float(_error(basis @ leading, applied, theta, rank, least_gap).max())
-            # What float32 cannot tell apart more blocks do not, either.
-            stuck = single and not error <= before / 2
+            # What float32 cannot tell apart more blocks do not, either. Beyond 1, as with the first
+            # blocks where the spectrum is flat, an error says no more than that it is large.
+            stuck = single and before < 1 and not error <= before / 2
             if not error > goal or look == blocks or stuck:  # NaN ends it, too
                 return _orthonormal(applied), error
             # A block takes off one to three orders of magnitude.
             before = error
-            look = min(blocks, look + (1 if error < _NEAR * goal else 2))
+            look = min(blocks, look + (1 if error < _NEAR * goal else 2 if error < 1 else 4))
         front = _orthonormal(image, basis)
         image = half(front)
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import adapter, fields
-from corda_kernels.adapter.record import BASE_FIELDS, base_difference, target_modules
+from corda_kernels.adapter.record import BASE_FIELDS, LayerNote, base_difference, target_modules
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
@@ -341,7 +341,7 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
             f"{options.cache_file} {why}: make it again with this package's preprocess_corda"
         )
     layers: dict[str, adapter.LayerAdapter] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, LayerNote] = {}
     for name, lora in loras.items():
         scaling, S = lora.scaling[active], eigens[name].S_WC
         A, B = (p[active].weight.detach().float() for p in (lora.lora_A, lora.lora_B))
@@ -350,9 +350,7 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
         layers[name] = adapter.LayerAdapter(
             adapter.AdapterFactors(A, B, scaling), adapter.AdapterFactors(A0, B0, scaling)
         )
-        # What the cache does not tell is 0.
-        entries[name] = {"rank": len(S), "sigma_max": float(S[0]), "sigma_min": float(S[-1])}
-        entries[name] |= {"tokens": 0, "residual": 0.0}
+        entries[name] = LayerNote.of(S)
     record = adapter.AdapterRecord(
         mode=notes["corda_method"],
         rank=max(layer.trained.rank for layer in layers.values()),

@@ -63,12 +63,12 @@ def allocate_ranks(
 
     Put the other way round, components are granted in that order or in its reverse, and the
     first that the budget cannot pay ends it: a cheaper one further on is not taken instead, so
-    that a larger budget never takes rank away from a layer. The bounds thin that order out:
+    that a larger budget never takes rank away from a layer. Bounds leave some components out:
 
-    - Components beyond a layer's `max_rank` are struck from it; what they would have cost flows on.
+    - Components beyond a layer's `max_rank` are left out; their cost is left for other layers.
     - With `rank_multiple` m, a layer is granted m components at once, at the place of the last of
-      them. That is to round every rank down and to hand out what this frees in the same order.
-      What does not fill a multiple is struck, so that a layer with R < m gets 0.
+      them. This equals rounding every rank down and sharing out what that frees in the same order.
+      A layer with R < m gets 0.
     - The first components of each layer, up to `min_rank` rounded up to a multiple, or all that
       the layer can have if that is less, are granted before all others.
 
@@ -142,22 +142,40 @@ def check_bounds(min_rank: int, max_rank: int | None, rank_multiple: int) -> Non
     first = max(-(-whole_number("min_rank", min_rank, 0, _MOST) // multiple), 1) * multiple
     if max_rank is not None and whole_number("max_rank", max_rank, 0, _MOST) < first:
         raise ConfigError(
-            f"no multiple of rank_multiple {multiple} lies between min_rank {min_rank} and "
-            f"max_rank {max_rank}: raise max_rank to {first} or lower the others"
+            f"the least rank above 0 with min_rank {min_rank} and rank_multiple {multiple} is "
+            f"{first}, and max_rank is {max_rank}: raise max_rank to {first} or lower the others"
         )
 
 
 def check_guaranteed(
     shapes: Shapes, budget: int, min_rank: int, max_rank: int | None, rank_multiple: int, rows: int
 ) -> None:
-    """Refuses a budget that does not hold `min_rank` in every layer, before spectra are known.
+    """Refuses a budget that does not hold `min_rank` in every layer, or pays for nothing in any,
+    before spectra are known.
 
     Raises:
         RankError: it does not.
     """
     sizes = torch.tensor([min(shape[-2:]) for shape in shapes.values()])
     costs = rows * torch.tensor([component_size(shape) for shape in shapes.values()])
-    _bounds(sizes, costs, budget, min_rank, max_rank, rank_multiple)
+    limit, _ = _bounds(sizes, costs, budget, min_rank, max_rank, rank_multiple)
+    if not bool(limit.any()):
+        raise RankError(
+            f"rank_multiple {rank_multiple} is more than any layer can have, at most "
+            f"{int(sizes.max())}: lower it"
+        )
+    prices = {
+        name: rank_multiple * int(cost)
+        for name, cost, most in zip(shapes, costs, limit, strict=True)
+        if most
+    }
+    name = min(prices, key=prices.__getitem__)
+    if budget < prices[name]:
+        raise RankError(
+            f"a budget of {budget} adapter parameters pays for nothing: {rank_multiple} "
+            f"component(s) of layer {name}, the cheapest, take {prices[name]}: raise the budget, "
+            "or write it as the rank it would hold in all layers (r=8)"
+        )
 
 
 def _bounds(

@@ -15,7 +15,13 @@ from torch import nn
 from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
+from corda_kernels.calibration.expert_layers import (
+    expert_covariances,
+    expert_layers,
+    expert_names,
+)
 from corda_kernels.errors import ConfigError, CovarianceError, ModelError
+from corda_kernels.experts import ExpertParameter, expert_parameters
 from corda_kernels.fields import (
     Schema,
     check_fields,
@@ -27,7 +33,13 @@ from corda_kernels.fields import (
     number,
 )
 from corda_kernels.outputs import check_output
-from corda_kernels.planning.scores import CONDITIONS, Condition, check_condition, layer_spectra
+from corda_kernels.planning.scores import (
+    CONDITIONS,
+    Condition,
+    LayerSpectrum,
+    check_condition,
+    layer_spectra,
+)
 
 Method = Literal["argmin", "pool"]
 
@@ -62,7 +74,8 @@ def select_covariance(
 
     Candidates are taken one at a time, and each is let go before the next is asked for: if they
     are made on demand, no more than two sets are in memory. Layers that read one input decide
-    together, by the sum of their scores.
+    together, by the sum of their scores, and so do all experts of one fused parameter: a sample
+    that few tokens of one expert are in looks compact to that expert alone.
 
     Args:
         model: whose weights the covariances belong to.
@@ -106,23 +119,29 @@ def select_covariance(
     ranks.agree("select_covariance", lambda: {"selection": selection, **scoring})
     scoring |= {"tail": False, "distributed": distributed, "progress": progress}
     report = Selection(selection, damping, condition, [], [], {}, [])
+    parameters = expert_parameters(model)
     kept: dict[str, Covariance] = {}
     about: dict[str, Any] = {}
     if state is not None and check_output(state).is_file():
         before = CovarianceSet.load(state)
-        report = _resumed(before, report, state)
+        report = _resumed(before, report, state, parameters)
         kept, about = dict(before), _about(before)
         del before
     for entry in itertools.islice(candidates, report.rounds, None):
         candidate = entry() if callable(entry) else entry
         instance_of("each candidate", candidate, CovarianceSet, CovarianceError)
+        members = _members(candidate, parameters)
+        groups = _deciding(candidate, members)
         if about:
-            _check_comparable(candidate, about["normalize"], report.groups)
+            check_alike("the candidates", candidate, about["normalize"], kept)
+            _check_groups(groups, report.groups)
         about = about or _about(candidate)
-        modules = {name: model_layer(model, name) for name in candidate}
-        spectra = layer_spectra(modules, candidate, **scoring)
-        report = report.after(candidate, {n: s.compactness for n, s in spectra.items()})
-        _adopt(kept, candidate, report)
+        experts = {name: parameters[name] for name in members if name in parameters}
+        modules = {name: model_layer(model, name) for name in members if name not in experts}
+        modules |= expert_layers(experts)
+        spectra = layer_spectra(modules, expert_covariances(candidate, experts), **scoring)
+        report = report.after(candidate, _scores(spectra, members, experts), groups)
+        _adopt(kept, candidate, report, members)
         del entry, candidate  # before the next is made
         if state is not None:
             _result(kept, about, report).save(state)
@@ -142,8 +161,9 @@ class Selection:
         condition: which π; see `log_condition`.
         tokens: of each candidate.
         domains: what each candidate is a sample of, "" where its provenance does not say.
-        scores: by layer, the compactness under each candidate.
-        groups: names of the layers that read one input, and that decide together.
+        scores: by layer, the compactness under each candidate; by parameter of fused experts, the
+            sum of its experts'.
+        groups: names of the layers and parameters that read one input, and that decide together.
     """
 
     method: str
@@ -178,14 +198,16 @@ class Selection:
             raise CovarianceError(f"{what} ({error}): calibrate again") from error
         return cls(**value)
 
-    def after(self, candidate: CovarianceSet, scores: Mapping[str, float]) -> Selection:
-        """With one more candidate and its scores by layer."""
+    def after(
+        self, candidate: CovarianceSet, scores: Mapping[str, float], groups: list[list[str]]
+    ) -> Selection:
+        """With one more candidate and its scores by layer, in these groups."""
         return replace(
             self,
             tokens=[*self.tokens, max(covariance.tokens for covariance in candidate.values())],
             domains=[*self.domains, str(candidate.provenance.get("domain", ""))],
             scores={name: [*self.scores.get(name, []), score] for name, score in scores.items()},
-            groups=[names for _, names in candidate.groups()],
+            groups=groups,
         )
 
     def joined(self, other: Selection) -> Selection:
@@ -266,12 +288,51 @@ def _deviation(kinds: Sequence[Sequence[float]]) -> float:
     return math.sqrt(squares / freedom) / mean
 
 
-def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[str]) -> Selection:
+def _members(
+    covariances: CovarianceSet, parameters: Mapping[str, ExpertParameter]
+) -> dict[str, list[str]]:
+    """The names in a set by what they belong to: a layer, or a parameter of fused experts."""
+    own = {each: n for n, parameter in parameters.items() for each in expert_names(n, parameter)}
+    members: dict[str, list[str]] = {}
+    for name in covariances:
+        members.setdefault(own.get(name, name), []).append(name)
+    return members
+
+
+def _deciding(covariances: CovarianceSet, members: Mapping[str, list[str]]) -> list[list[str]]:
+    """The layers and parameters that decide together, since they read one input."""
+    groups: dict[int, list[str]] = {}
+    for name, names in members.items():
+        groups.setdefault(id(covariances[names[0]]), []).append(name)
+    return list(groups.values())
+
+
+def _scores(
+    spectra: Mapping[str, LayerSpectrum],
+    members: Iterable[str],
+    experts: Mapping[str, ExpertParameter],
+) -> dict[str, float]:
+    """The compactness of every layer, and the sum of that of a parameter's experts."""
+    return {
+        name: math.fsum(
+            spectra[each].compactness
+            for each in (expert_names(name, experts[name]) if name in experts else [name])
+        )
+        for name in members
+    }
+
+
+def _resumed(
+    chosen: CovarianceSet,
+    asked: Selection,
+    path: str | os.PathLike[str],
+    parameters: Mapping[str, ExpertParameter],
+) -> Selection:
     """The report in a state file, after a check that it belongs to the selection asked for."""
     if "selection" not in chosen.provenance:
         raise ConfigError(f"{path} holds no selection to go on with: choose another file")
     found = Selection.from_json(chosen.provenance["selection"])
-    _check_comparable(chosen, chosen.normalize, found.groups)
+    _check_groups(_deciding(chosen, _members(chosen, parameters)), found.groups)
     for option in ("method", "damping", "condition"):
         before, now = getattr(found, option), getattr(asked, option)
         if before != now:
@@ -282,11 +343,8 @@ def _resumed(chosen: CovarianceSet, asked: Selection, path: str | os.PathLike[st
     return found
 
 
-def _check_comparable(
-    candidate: CovarianceSet, normalize: str, groups: Sequence[list[str]]
-) -> None:
-    check_alike("the candidates", candidate, normalize, itertools.chain(*groups))
-    if {frozenset(names) for _, names in candidate.groups()} != set(map(frozenset, groups)):
+def _check_groups(groups: Sequence[list[str]], others: Sequence[list[str]]) -> None:
+    if set(map(frozenset, groups)) != set(map(frozenset, others)):
         raise CovarianceError(
             "layers share their inputs in one candidate that do not in another: calibrate all with "
             "the same model"
@@ -319,18 +377,27 @@ def check_alike(
         )
 
 
-def _adopt(kept: dict[str, Covariance], candidate: CovarianceSet, report: Selection) -> None:
+def _adopt(
+    kept: dict[str, Covariance],
+    candidate: CovarianceSet,
+    report: Selection,
+    members: Mapping[str, list[str]],
+) -> None:
     """Takes over from the last candidate what its scores call for, one input after the other.
 
     In place, so that what is replaced is let go at once.
     """
     winners = report.winners()
-    for covariance, names in candidate.groups():
+    for group in report.groups:
+        names = [name for each in group for name in members[each]]
+        found: Mapping[str, Covariance] = {name: candidate[name] for name in names}
         if report.method == "pool" and names[0] in kept:
-            covariance = kept[names[0]].merge(covariance, normalize=candidate.normalize)
-        elif winners[names[0]] < report.rounds - 1:
+            normalize = candidate.normalize
+            before = CovarianceSet({name: kept[name] for name in names}, normalize=normalize)
+            found = before.merge(CovarianceSet(found, normalize=normalize))
+        elif winners[group[0]] < report.rounds - 1:
             continue
-        kept.update(dict.fromkeys(names, covariance))
+        kept.update(found)
 
 
 def _about(covariances: CovarianceSet) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from corda_kernels.planning.scores import SCORING_DAMPING
 DAMPING = SCORING_DAMPING
 # What an adapter of each mode trains.
 _TRAINS = {
-    "ipm": "the largest components",
-    "kpm": "the smallest components",
+    "ipm": "the largest components of {product}",
+    "kpm": "the smallest components of {product}",
     "task": "the steepest directions of the task's gradient",
 }
 # What is raised by code that reads a note of another form than it expects.
@@ -142,7 +142,8 @@ class Layer:
         shape: (out, in); of a parameter of fused experts (experts, out, in).
         rank: 0 where it has no adapter, None where there is none at all.
         tokens: that its covariance comes from.
-        sigma: the largest and the smallest singular value of W·C that the adapter took.
+        sigma: the largest and the smallest singular value that the adapter took, of the report's
+            `product`.
         spectrum: singular values of W·C, damped.
         condition: λmax/λmin of C, damped.
     """
@@ -179,6 +180,7 @@ class Report:
         damping: of the covariances in conditions and spectra of W·C, times their mean diagonal.
         inputs: of the layers.
         mode: "ipm", "kpm" or "task"; None where there is no adapter.
+        product: whose singular values the adapter took.
         allocation: how a budget was shared out; {} without one.
         trainable: adapter parameters.
         stability: None where it was not measured.
@@ -196,6 +198,7 @@ class Report:
     damping: float
     inputs: tuple[Input, ...] = ()
     mode: str | None = None
+    product: str = "W·C"
     allocation: dict[str, Any] = field(default_factory=dict)
     trainable: int = 0
     stability: Stability | None = None
@@ -280,12 +283,11 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
     selection, stability, lines = _told(notes, record.rank)
     layers = dict.fromkeys(record.allocation.get("ranks") or record.layers, Layer(rank=0))
     for layer, factors in adapter.layers.items():
-        entry = record.layers[layer]
+        note = record.layers[layer]
         shape = (*factors.B.shape[:-1], factors.A.shape[-1])
-        sigma = (entry["sigma_max"], entry["sigma_min"])
-        layers[layer] = Layer(shape, entry["rank"], entry["tokens"], sigma)
+        layers[layer] = Layer(shape, note.rank, note.tokens, (note.sigma_max, note.sigma_min))
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
-    tokens = max((entry["tokens"] for entry in record.layers.values()), default=0)
+    tokens = max((note.tokens for note in record.layers.values()), default=0)
     form = ["residual weight" if record.hold is None else f"hold {record.hold:g}"]
     form += [f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
     report = Report(
@@ -293,7 +295,11 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         title=f"{record.mode.upper()} adapter of {describe_ranks(record)} for {len(record.layers)} "
         f"layers of {record.base_name} ({', '.join(form)})",
         summary=(
-            ("trains", _TRAINS[record.mode] + (", B alone" if record.freeze_a else "")),
+            (
+                "trains",
+                _TRAINS[record.mode].format(product=record.product)
+                + (", B alone" if record.freeze_a else ""),
+            ),
             ("trainable parameters", f"{trainable:,}"),
             ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
             *lines,
@@ -301,6 +307,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         layers=layers,
         damping=record.damping or (SCORING_DAMPING if record.allocation else 0.0),
         mode=record.mode,
+        product=record.product,
         allocation=record.allocation,
         trainable=trainable,
         stability=stability,
@@ -382,7 +389,7 @@ def describe_mixture(mixture: Mapping[str, Any]) -> str:
 def describe_ranks(record: AdapterRecord) -> str:
     """The ranks of an adapter in a few words."""
     if not record.allocation:
-        experts = {entry["rank"] for entry in record.layers.values()} - {record.rank}
+        experts = {note.rank for note in record.layers.values()} - {record.rank}
         return f"rank {record.rank}{f' (of experts {min(experts)})' if experts else ''}"
     ranks = record.allocation["ranks"].values()
     none = sum(rank == 0 for rank in ranks)

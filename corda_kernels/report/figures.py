@@ -320,7 +320,8 @@ def _draw(
     with rc_context({"svg.hashsalt": alt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has more fonts
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        for each in (figure, *figure.axes):
+        figure.patch.set_visible(False)
+        for each in figure.axes:
             each.patch.set_visible(False)
         FigureCanvasSVG(figure).print_svg(written, metadata=metadata)  # savefig would draw twice
     head = Markup('<svg role="img" aria-label="{}"').format(alt)

@@ -19,8 +19,9 @@ from corda_kernels.progress import progress_bar
 
 # Up to this many channels all eigenvalues are computed; beyond, only the extreme ones.
 _DENSE_SIZE = 2048
-# Times the mean eigenvalue, added where the smallest cannot be told from zero.
-_SHIFT = 1e-6
+# In mean eigenvalues, added where the smallest cannot be told from zero: rounding in float32 leaves
+# less than -1e-4 of the mean in place of zero even where the largest is a thousand times the mean.
+_SHIFT = 1e-2
 
 
 @torch.no_grad()
@@ -35,7 +36,8 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
         `spectrum`, over the mean eigenvalue. Only the effective rank where C is zero.
 
     Raises:
-        DecompositionError: a covariance is not finite.
+        DecompositionError: a covariance is not finite, or, beyond 2048 channels, has eigenvalues
+            below -1 % of their mean; the message names the layer.
     """
     own = {name for names in by_parameter(covariances).values() for name in names}
     groups = [(part, names) for part, names in covariances.groups() if names[0] not in own]
@@ -67,7 +69,12 @@ def _measured(group: Group) -> dict[str, Any]:
             largest, smallest = map(float, extreme_eigenvalues(scaled))
         except DecompositionError:
             scaled.diagonal().add_(_SHIFT)
-            largest, smallest = float(extreme_eigenvalues(scaled)[0]) - _SHIFT, 0.0
+            try:
+                largest, smallest = float(extreme_eigenvalues(scaled)[0]) - _SHIFT, 0.0
+            except DecompositionError as error:
+                raise DecompositionError(
+                    f"layer {names[0]}: its covariance has negative eigenvalues: calibrate again"
+                ) from error
     singular = smallest <= torch.finfo(scaled.dtype).eps * largest
     return note | {"largest": largest, "smallest": 0.0 if singular else smallest}
 

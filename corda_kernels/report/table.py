@@ -16,8 +16,8 @@ _MEANINGS = {
     "rank": "number of components trained",
     "in": "number of input channels",
     "out × in": "shape of the weight; of fused experts their number first",
-    "σ max": "largest singular value of W·C trained",
-    "σ min": "smallest singular value of W·C trained",
+    "σ max": "largest singular value of {product} trained",
+    "σ min": "smallest singular value of {product} trained",
     "cond C": "largest over smallest eigenvalue of C",
     "cond C damped": "the same of C damped by {damping:g} times its mean diagonal",
     "cond W·C": "largest over smallest singular value of W·C",
@@ -83,6 +83,7 @@ def layer_table(report: Report) -> Table:
     columns = [column for column in _MEANINGS if any(row.get(column) for row in rows.values())]
     facts = {
         "damping": report.damping,
+        "product": report.product,
         "threshold": " or ".join(sorted({f"{entry.threshold:g}" for entry in inputs.values()})),
         "rank": report.stability.rank if report.stability else 0,
     }

@@ -220,7 +220,7 @@ class CompactnessPenalty(_Penalty):
             covariances: those that its adapter was made of.
 
         Raises:
-            ConfigError: the adapter is an IPM one.
+            ConfigError: the adapter is an IPM one, or both sides weight its components.
             AdapterError: the model carries no adapter in the published form.
             CovarianceError: a layer has no covariance, or one of another size.
             ModelError: what is given is no model.
@@ -240,6 +240,12 @@ class CompactnessPenalty(_Penalty):
             raise ConfigError(
                 "the compactness penalty says nothing in IPM, where the adapter holds the largest "
                 "components, so that its bound never exceeds its start: use drift_penalty"
+            )
+        if live.record.sides == "both":
+            raise ConfigError(
+                "the compactness penalty bounds the spectrum of W·C, and this adapter holds "
+                f'components of {live.record.product}: make it with sides="inputs", or use '
+                "drift_penalty"
             )
         super().__init__(live, covariances, live.record.damping or 0.0)
         largest = {

@@ -12,13 +12,14 @@ from torch import nn
 from corda_kernels import save_adapter
 from corda_kernels.adapter import AdapterRecord
 from corda_kernels.adapter.card import SERVED_RANKS, adapter_card, export_card
+from corda_kernels.adapter.record import LayerNote
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
 Make = Callable[..., nn.Module]
 
 
 def record(source: str | None = "owner/base", **changes: Any) -> AdapterRecord:
-    layers = {"a": {"tokens": 1234}, "b": {"tokens": 9}}
+    layers = {name: LayerNote(4, tokens, 2.0, 1.0, 0.0) for name, tokens in (("a", 1234), ("b", 9))}
     values: dict[str, Any] = {"mode": "kpm", "rank": 4, "hold": 1.0, "residual": None}
     values |= {"damping": 0.01, "base": {"source": source}, "calibration": {}, "layers": layers}
     return AdapterRecord(**(values | {"versions": {"corda_kernels": "1.2"}} | changes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,24 @@ def test_a_model_without_our_adapter_is_not_saved(
     with pytest.raises(AdapterError, match=message):
         save_adapter(wrap(calibrated()[0]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_record_of_an_adapter_is_not_that_of_the_next_one(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    """PEFT gives the next adapter the name of the first."""
+    model = adapt(calibrated())
+    save_adapter(copy.deepcopy(model), tmp_path / "copy")
+    config = copy.deepcopy(model.peft_config["default"])
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    with pytest.raises(AdapterError, match="no record of how it was made"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_what_is_no_path_is_refused() -> None:
+    with pytest.raises(AdapterError, match="path"):
+        read_adapter(5)  # type: ignore[arg-type]
 
 
 def test_the_folder_of_a_nameless_base_names_none(

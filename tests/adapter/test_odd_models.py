@@ -114,7 +114,7 @@ def test_only_the_chosen_layers_are_adapted_and_all_of_it_is_kept(
         options |= {"budget": "r=3", "max_rank": 5}
     model = init_corda(base, covariances(names), config(**options))
     assert isinstance(model, PeftModel)
-    ranks = {name: entry["rank"] for name, entry in model.corda_record.layers.items()}
+    ranks = {name: entry.rank for name, entry in model.corda_record.layers.items()}
     assert torch.equal(model(x), plain(x))
     trainable = {n.rpartition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"base_model.model.{name}" for name in ranks}
@@ -157,7 +157,7 @@ def test_layers_that_share_a_weight_are_refused(targets: str) -> None:
         TargetError, match=r"shares its weight with (first|second): .* leave it out"
     ):
         check_targets(model, config(targets=targets))
-    assert list(check_targets(model, config(targets="third"))) == ["third"]
+    assert list(check_targets(model, config(targets="third")).modules) == ["third"]
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_layers_that_peft_takes_for_experts_are_adapted_by_their_weights(
     torch.testing.assert_close(logits(exported), logits(model), rtol=1e-4, atol=1e-5)
 
     reason = r"takes its name for a parameter of fused experts"
-    with pytest.warns(LeftOutWarning, match=rf"down_proj.*{reason}.*adapts 6 of"):
+    with pytest.warns(LeftOutWarning, match=rf"down_proj.*{reason}.*adapts it"):
         model = init_corda(copy.deepcopy(base), batches, config(lora_dropout=0.1))
     assert {name.rpartition(".")[2] for name in model.corda_record.layers} == {
         *("q_proj", "k_proj", "v_proj", "o_proj")

@@ -59,7 +59,7 @@ def test_under_a_budget_patterns_keep_one_scaling_everywhere(
     layers = adapter_of(model).layers
     ranks = {name: layer.trained.rank for name, layer in layers.items()}
     assert len(set(ranks.values())) > 1
-    assert ranks == {name: 2 * entry["rank"] for name, entry in model.corda_record.layers.items()}
+    assert ranks == {name: 2 * entry.rank for name, entry in model.corda_record.layers.items()}
     for name, rank in ranks.items():
         lora = model.get_base_model().get_submodule(name)
         assert lora.r["default"] == rank

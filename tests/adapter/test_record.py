@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from corda_kernels.adapter import AdapterRecord, describe_base
-from corda_kernels.adapter.record import FORMAT, base_difference, check_base
+from corda_kernels.adapter.record import FORMAT, LayerNote, base_difference, check_base
 from corda_kernels.errors import AdapterError
 from corda_kernels.targets import target_linears
 
@@ -19,8 +19,8 @@ KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}
 
 
 def record(model: nn.Module, **changes: Any) -> AdapterRecord:
-    entry = {"rank": 2, "tokens": 9, "sigma_max": 2.0, "sigma_min": 1.0, "residual": 0.0}
-    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": entry}}
+    note = LayerNote(rank=2, tokens=9, sigma_max=2.0, sigma_min=1.0, residual=0.0)
+    values = {"damping": 0.01, "calibration": {"tokens": 9}, "layers": {"a": note}}
     base = describe_base(model, target_linears(model)) | {"target_modules": ["a"]}
     return AdapterRecord(**(KEPT | values | {"base": base} | changes))
 
@@ -100,7 +100,7 @@ WRONG: dict[str, list[Any]] = {
     "allocation.condition": [None, 1],
     "allocation.ranks": [None, [2], {"a": 3}, {"b": 2}, {"a": 2, "b": 1}],
 }
-MAY_LACK = {"base.quantised"}
+MAY_LACK = {"base.quantised", "sides"}
 
 
 def fields(value: dict[str, Any], path: str = "") -> list[str]:
@@ -139,6 +139,14 @@ def test_a_field_of_another_kind_is_refused(calibrated: Calibrated) -> None:
     sound = record(calibrated()[0], allocation=ALLOCATION).to_json()
     values = [(path, value) for path, wrong in WRONG.items() for value in wrong]
     assert [case for case in values if not is_refused(sound, *case)] == []
+
+
+def test_an_earlier_record_is_of_one_side(calibrated: Calibrated) -> None:
+    sound = record(calibrated()[0], sides="both").to_json()
+    assert AdapterRecord.from_json(sound).product == "D^½·W·C^½"
+    assert is_refused(sound, "sides", "outputs")
+    del sound["sides"]
+    assert AdapterRecord.from_json(sound).product == "W·C"
 
 
 def test_a_field_that_is_gone_is_refused(calibrated: Calibrated) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, Calibrated, same
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,6 +119,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): torch.ones(5, 32)})),
         f"lacks a factor of layer {FIRST}, or its A and B do not fit",
     ),
+    "layer of two dtypes": (
+        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): t[key("A")].half()})),
+        f"has A of layer {FIRST} in torch.float16 and B in torch.float32: files of different",
+    ),
     "no layers": (
         lambda f: save_file({}, f / WEIGHTS),
         "holds no factors of linear layers: files of different adapters",
@@ -200,6 +205,44 @@ def test_damaged_initial_factors_are_refused_and_the_base_left_alone(
         export_lora(published, published.parent / "out")
     assert not (published.parent / "out").exists()
     assert same(dict(base.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize(
+    ("raised", "error"),
+    [
+        (None, AdapterError),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_what_peft_refuses_leaves_the_base_as_it_was(
+    calibrated: Calibrated,
+    published: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException | None,
+    error: type[BaseException],
+) -> None:
+    base, _ = calibrated()
+    before, kinds = copy.deepcopy(base.state_dict()), list(map(type, base.modules()))
+    attributes = vars(base).keys() - {"peft_config"}
+    if raised is None:  # PEFT finds out when layers are wrapped
+        edit(published, lambda v: v.update(bias="nonsense"), CONFIG)
+    else:
+
+        def failing(self: Any, *arguments: Any, **options: Any) -> None:
+            raise raised
+
+        monkeypatch.setattr(PeftModel, "load_adapter", failing)
+    with pytest.raises(error):
+        load_for_training(base, published)
+    assert list(map(type, base.modules())) == kinds
+    assert same(dict(base.state_dict()), dict(before))
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not hasattr(base.config, "corda_residual")
+    assert vars(base).keys() == attributes
+    monkeypatch.undo()
+    edit(published, lambda v: v.update(bias="none"), CONFIG)
+    load_for_training(base, published)
 
 
 def test_initial_factors_beside_another_adapters_record_are_refused(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finetuning.data import Item, collate, plain_problems, training_batches
+from finetuning.data import Item, collate, gradient_batches, plain_problems, training_batches
 
 from corda_kernels.errors import DataError
 
@@ -22,6 +22,13 @@ def test_a_batch_is_padded_on_the_right_and_knows_its_answers() -> None:
     assert batch.ids.tolist() == [[5, 6, 7, 0], [5, 8, 9, 10]]
     assert batch.real.tolist() == [[True, True, True, False], [True] * 4]
     assert batch.answer.tolist() == [[False, False, True, False], [False, True, True, True]]
+
+
+def test_gradients_are_those_of_answers() -> None:
+    batches = gradient_batches([Item([5, 6], [7]), Item([5], [8]), Item([4], [9])], 2)
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[5, 6, 7], [5, 8, 0]], [[4, 9]]]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batches[0]["labels"].tolist() == [[-100, -100, 7], [-100, 8, -100]]
 
 
 def test_training_takes_every_problem_once_in_the_order_of_the_seed() -> None:

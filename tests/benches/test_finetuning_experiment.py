@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning.claims import claim
+from finetuning.data import Item, gradient_batches
 from finetuning.experiment import CALIBRATION, QUIZ, TEST, TRAIN, Experiment, collected
 from finetuning.methods import METHODS, start
 from finetuning.profiles import PROFILES, Profile, Run
 from finetuning.table import table
 from torch import nn
 
-from corda_kernels import CovarianceSet
+from corda_kernels import CovarianceSet, calibrate
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 PROFILE = replace(
     PROFILES["smoke"],
     methods=(("lora", "ipm-hold1"),),
+    apart=4,
     rank=2,
     steps=4,
     checkpoints=(2, 4),
@@ -136,7 +138,7 @@ def _with_losses(experiment: Experiment, done: list[Run], losses: dict[float, fl
 
 def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Experiment]) -> None:
     profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=(3,))
-    first, second, third = METHODS["lora"].learning_rates
+    first, second, third = METHODS["lora"].learning_rates[:3]
     experiment = open_(profile)
     done: list[Run] = []
     _with_losses(experiment, done, {first: 1.1, second: 0.9, third: 1.0})
@@ -210,6 +212,73 @@ def test_after_its_minutes_no_run_is_begun(
     assert not done
 
 
+def test_a_start_is_made_once_and_its_time_counts_for_every_run(
+    open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = open_(replace(PROFILE, methods=(("task-frozen",),)))
+    method = METHODS["task-frozen"]
+    first, spent = experiment.start(Run(method, 1e-3, 0))
+    monkeypatch.setattr("finetuning.experiment.start", None)
+    again, counted = experiment.start(Run(method, 3e-3, 1))
+    assert counted == spent
+    made = {path.name for path in experiment.work.glob("*.seconds.json")}
+    assert made == {f"{name}.seconds.json" for name in ("task", "kpm", "start-task-frozen")}
+    parameters = dict(again.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameters[name], parameter)
+        assert parameters[name].requires_grad == ("lora_B" in name)
+
+
+def test_starts_know_no_problem_that_is_trained_on(
+    open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = open_()
+    given: list[Item] = []
+
+    def noted(items: list[Item], size: int) -> list[dict[str, torch.Tensor]]:
+        given.extend(items)
+        return gradient_batches(items, size)
+
+    monkeypatch.setattr("finetuning.experiment.gradient_batches", noted)
+    experiment.covariances("task")
+    assert len(given) == PROFILE.apart
+    assert not [item for item in given if item in experiment.training_problems]
+
+
+def test_controls_differ_from_what_they_control_in_one_thing(
+    calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
+) -> None:
+    rank, covariances = 2, calibrated()[1]
+    adapted = {
+        name: start(
+            METHODS[name], calibrated()[0], rank=rank, seed=0, covariances=lambda _: covariances
+        )
+        for name in ("lora", "white", "kpm-hold1", "random")
+    }
+    for name in covariances:
+        factors = {}
+        for method, model in adapted.items():
+            layer = model.get_base_model().get_submodule(name)  # type: ignore[operator]
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            factors[method] = A.detach().double(), B.detach().double()
+        C = covariances[name].matrix.double()
+        C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+        # LoRA's own rows Z times a root of C⁻¹: A C Aᵀ is Z Zᵀ, but for the scale.
+        white, B = factors["white"]
+        grams = white @ C @ white.mT, factors["lora"][0] @ factors["lora"][0].mT
+        assert torch.allclose(*(gram / gram.norm() for gram in grams), atol=1e-5)
+        assert white.square().mean().sqrt() == pytest.approx((3 * len(C)) ** -0.5, rel=1e-5)
+        assert not B.any()
+        # Lengths are KPM's, and S is made of U as KPM does; U is another.
+        (A, B), (A0, B0) = factors["random"], factors["kpm-hold1"]
+        assert torch.allclose(A.norm(dim=1), A0.norm(dim=1), atol=1e-6)
+        assert torch.allclose(B.norm(dim=0), B0.norm(dim=0), atol=1e-6)
+        W = calibrated()[0].get_submodule(name).weight.double()  # type: ignore[operator]
+        rows = nn.functional.normalize(B[:, :rank].mT @ W, dim=1)
+        assert torch.allclose(nn.functional.normalize(A[rank:], dim=1), rows, atol=1e-5)
+        assert (B - B0).norm() > 0.1 * B0.norm()
+
+
 # Of what is held the least and the most stand for those between.
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if not name.endswith(("-hold4", "-hold8"))]
@@ -224,18 +293,21 @@ def test_every_method_starts_at_the_base_with_the_same_budget(
     method = METHODS[name]
     model, _ = calibrated()
     asked = []
+    text = torch.randint(3, 64, (2, 6, 16), generator=torch.Generator().manual_seed(0))
+    both = calibrate(model, text, sides="both", progress=False)
 
-    def give(mode: str, plus: bool) -> CovarianceSet:
-        asked.append((mode, plus))
-        return covariances
+    def give(sample: str) -> CovarianceSet:
+        asked.append(sample)
+        return covariances if sample in ("kpm", "ipm", "kpm++", "ipm++") else both
 
-    adapted, _ = start(method, model, rank=2, seed=0, covariances=give)
-    assert asked == ([] if method.mode is None else [(method.mode, method.plus)])
+    adapted = start(method, model, rank=2, seed=0, covariances=give)
+    assert asked == list(method.samples)
     assert same_logits(logits(adapted), base)
     used = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
     layers = [each for each in base.model.modules() if isinstance(each, nn.Linear)]
-    budget = sum(method.rows * 2 * sum(layer.weight.shape) for layer in layers)
-    assert used == budget if not method.plus else 0.8 * budget < used <= budget
+    sizes = [layer.weight.shape[:1] if method.freeze_a else layer.weight.shape for layer in layers]
+    budget = sum(method.rows * 2 * sum(size) for size in sizes)
+    assert used == budget if "++" not in name else 0.8 * budget < used <= budget
 
 
 def test_a_profile_names_every_run_once_and_measures_at_its_end() -> None:

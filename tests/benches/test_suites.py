@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from ranks import run_ranks
 from render import ROOT
 
 pytestmark = pytest.mark.slow
@@ -12,15 +9,8 @@ pytestmark = pytest.mark.slow
 
 def test_the_suites_run_on_tiny_sizes() -> None:
     """Every case once, untimed: what is timed in earnest takes minutes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benches", "--tiny"]
-    ran = subprocess.run(
-        [*command, "-n", "0", "--benchmark-disable"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    options = ["-q", "-p", "no:cacheprovider", "-n", 0, "--tiny", "--benchmark-disable"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded already
+    ran = run_ranks(1, "-m", "pytest", ROOT / "benches", *options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "failed" not in ran.stdout

@@ -44,6 +44,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from stages import one_stage
 
 OPTIONS: dict[str, Any] = {"distributed": True, "progress": False}
+# Gradients of one layer's experts.
+ROUTED: dict[str, Any] = {
+    "targets": r".*\.1\.mlp\.experts\.down_proj",
+    "experts": "each",
+    "sides": "both",
+}
 # Values of the two ranks for fields of CordaConfig.
 CONFIG: dict[str, tuple[Any, Any]] = {
     "mode": ("kpm", "ipm"),
@@ -185,6 +191,7 @@ def main(what: str, folder: Path, out: Path) -> None:
                 covariances.save(out / f"part-{rank}-{block}-{part}")
         routed = calibrate(mixture(), batches, experts="shared", **OPTIONS)
         routed.save(out / f"experts-{rank}")
+        calibrate(mixture(), batches, **ROUTED, **OPTIONS).save(out / f"routed-{rank}")
         both = calibrate(model, batches, sides="both", labels="sampled", **OPTIONS)
         both.save(out / f"both-{rank}")
         task = CordaConfig("task", rank=4, **OPTIONS)

@@ -267,6 +267,7 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
     make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
 ) -> None:
     _with_memory_of_its_own(monkeypatch)
+    monkeypatch.setattr(run_module, "_TOGETHER", {True: 0})  # blocks run batch by batch
     model = make(architecture)
     # It runs out when a sequence has gone through the block already.
     batches = [torch.randint(3, 64, (1, 7)), *random_batches(), torch.randint(3, 64, (5, 12))]

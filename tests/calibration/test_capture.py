@@ -286,8 +286,10 @@ def test_the_first_layer_that_read_nan_or_inf_is_named(value: float) -> None:
         feed(torch.randn(4, D), "first")
         feed(bad, "third")
         feed(bad.clone(), "second")
+        capture.end_pass(5, (0, 0))
+        feed(torch.full((4, D), torch.nan), "first", "third")  # a later pass changes nothing
         with pytest.raises(NonFiniteActivationError, match="1 of 3 channels in batch 5") as caught:
-            capture.end_pass(5, (0, 0))
+            capture.end_pass(6, (0, 0))
     assert (caught.value.layer, caught.value.batch) == ("third", 5)
 
 

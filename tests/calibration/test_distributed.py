@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_script import CONFIG, five_batches, mixture
+from rank_script import CONFIG, ROUTED, five_batches, mixture
 from ranks import run_ranks
 from torch import nn
 from typer.testing import CliRunner
@@ -135,6 +135,14 @@ def test_ranks_add_up_experts_that_only_some_of_them_reach(
     expected = calibrate(mixture(), batches, experts="shared", progress=False)
     for rank in range(ranks):
         same(CovarianceSet.load(out / f"experts-{rank}"), expected)
+    expected = calibrate(mixture(), batches, progress=False, **ROUTED)
+    for rank in range(ranks):
+        found = CovarianceSet.load(out / f"routed-{rank}")
+        same(found, expected)
+        for name, whole in expected.gradients.items():
+            for part in ("matrix", "mean"):
+                exact = getattr(whole, part)
+                assert (getattr(found.gradients[name], part) - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_ranks_give_the_gradients_and_the_task_start_of_one_process(

@@ -56,7 +56,7 @@ def short_of_memory(model: nn.Module, batches: list[Any], _: Path) -> Covariance
     run.max_rows = 1
     with run.capture(run.linears) as capture:
         for index, batch in enumerate(batches):
-            for inputs in run.forward.sequences(batch, index, run.max_rows):
+            for inputs, _ in run.together(run.forward.pieces(batch, index, (0, 0))):
                 capture.begin_rows(inputs.pop("token_mask", None))
                 run.forward(inputs)
     return run.result(capture, sum(map(token_count, batches)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.cli import app
 from corda_kernels.errors import ModelError
 from corda_kernels.models import load_skeleton
+from corda_kernels.outputs import format_bytes
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,58 +75,109 @@ def test_a_7b_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     assert tripled["covariances"][0] == f"{3 * 32 * block / gib:.1f} GiB"
 
 
-# Public values of mixtures, and by hand: channels of a layer's other inputs, of the hidden states
-# and of what experts make of them; layers that have experts; and which ways fit into 80 GB.
-MIXTURES: dict[str, tuple[dict[str, Any], list[int], int, int, int, str]] = {
-    "qwen3_moe": (  # Qwen3-30B-A3B
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-        }
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture by its public values, and what follows from them by hand.
+
+    Attributes:
+        config: of transformers.
+        linears: channels of the distinct inputs of a layer, but for those of its experts.
+        experts: how many a layer has, to how many a token is sent, and the channels of what they
+            read: hidden states, and between their projections.
+        dense: layers without experts, and the channels of their inputs.
+        fits: the ways in which 80 GB hold weights and covariances.
+    """
+
+    config: dict[str, Any]
+    linears: list[int]
+    experts: tuple[int, int, int, int]
+    fits: str
+    dense: tuple[int, list[int]] = (0, [])
+
+    def covariances(self) -> tuple[int, int]:
+        """Bytes of all, and of a layer with experts."""
+        count, _, hidden, inner = self.experts
+        layer = 4 * (sum(width**2 for width in [*self.linears, hidden]) + count * inner**2)
+        dense, widths = self.dense
+        routed = self.config["num_hidden_layers"] - dense
+        return routed * layer + dense * 4 * sum(width**2 for width in widths), layer
+
+    def products(self) -> int:
+        """Operations that a token adds to them."""
+        _, active, hidden, inner = self.experts
+        dense, widths = self.dense
+        routed = self.config["num_hidden_layers"] - dense
+        read = [*self.linears, hidden, *active * [inner]]
+        return sum(
+            layers * sum(width * (width + 1) for width in of)
+            for layers, of in ((routed, read), (dense, widths))
+        )
+
+
+_APART = {"tie_word_embeddings": False}
+MIXTURES = {
+    "Qwen3-30B-A3B": Mixture(
+        {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048}
+        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
         | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
-        | {"head_dim": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False},
+        | {"head_dim": 128, **_APART},
         [2048, 4096],
-        2048,
-        768,
-        48,
+        (128, 8, 2048, 768),
         "block by block, offloaded",
     ),
-    "mixtral": (  # Mixtral-8x7B
-        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
-        | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-        | {"num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    "Mixtral-8x7B": Mixture(
+        {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096}
+        | {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, **_APART},
         [4096, 4096],
-        4096,
-        14336,
-        32,
+        (8, 2, 4096, 14336),
         "offloaded",
+    ),
+    "gpt-oss-120b": Mixture(
+        {"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880}
+        | {"intermediate_size": 2880, "num_local_experts": 128, "num_experts_per_tok": 4}
+        | {"num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8}
+        | {"head_dim": 64, **_APART},
+        [2880, 64 * 64],
+        (128, 4, 2880, 2880),
+        "offloaded",
+    ),
+    "DeepSeek-V3": Mixture(
+        {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168}
+        | {"intermediate_size": 18432, "moe_intermediate_size": 2048, "n_shared_experts": 1}
+        | {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+        | {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128}
+        | {"first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512}
+        | {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, **_APART},
+        # Attention's two projections down read one tensor, as do the shared expert's gate and up.
+        [7168, 1536, 512, 128 * 128, 7168, 2048],
+        (256, 8, 7168, 2048),
+        "offloaded",
+        (3, [7168, 1536, 512, 128 * 128, 7168, 18432]),
     ),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_mixtures_are_planned_from_their_public_values(kind: str, tmp_path: Path) -> None:
-    values, others, hidden, inner, layers, fits = MIXTURES[kind]
-    config = AutoConfig.for_model(kind, **values, dtype="bfloat16")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_planned_from_their_public_values(name: str, tmp_path: Path) -> None:
+    mixture = MIXTURES[name]
+    values = {**mixture.config, "dtype": "bfloat16"}
+    config = AutoConfig.for_model(**values)
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(tmp_path)
-    options = ["--experts", "shared", "--no-stability", "--seq-len", 8, "--memory", "80GB"]
-    table = shown(tmp_path, *options)
-    experts = values.get("num_experts") or values["num_local_experts"]
-    block = 4 * (sum(width**2 for width in others) + hidden**2 + experts * inner**2)
-    found = [float(cell.split()[0]) for cell in table["covariances"]]
-    assert found[1] == found[2]
-    scale = 1024 if table["covariances"][1].endswith("MiB") else 1024**2
-    assert found[1] == pytest.approx(block / scale / 1024, abs=0.06)
-    assert found[0] == pytest.approx(layers * block / 2**30, abs=0.06)
-    # A token reaches so many of the experts.
-    widths = [*others, hidden, *values["num_experts_per_tok"] * [inner]]
-    products = 256 * 8 * layers * sum(width * (width + 1) for width in widths)
+    table = shown(tmp_path, "--experts", "shared", "--no-stability", "--memory", "80GB")
+    whole, layer = mixture.covariances()
+    cells = table["covariances"]
+    assert cells == [format_bytes(whole), format_bytes(layer), format_bytes(layer)]
+    products = 256 * 2048 * mixture.products()
     assert float(table["FLOPs: covariances"][0]) == pytest.approx(products, rel=0.05)
-    assert f"74.5 GiB hold weights and covariances: {fits}" in table
+    assert f"74.5 GiB hold weights and covariances: {mixture.fits}" in table
+    documented = (Path(__file__).parents[2] / "docs/design/experts.md").read_text()
+    how = "block by block" if "block" in mixture.fits else "block by block, weights offloaded"
+    row = [name, table["weights"][0], *cells[:2], how]
+    assert f"| {' | '.join(row)} |" in documented
 
 
 def test_targets_outside_of_the_blocks_leave_one_pass(

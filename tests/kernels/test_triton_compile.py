@@ -20,8 +20,8 @@ def test_configurations_compile_without_spills_and_every_trap_is_noticed() -> No
     # In a process of its own: here the kernels are defined for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--few"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok\n") == 70
+    assert done.stdout.count(" ok\n") == 35
     assert done.stdout.count("\ntrap ") == 4

@@ -246,6 +246,32 @@ def test_a_draft_in_float32_is_corrected_in_float64(outlier: float, most: int) -
     assert sum(double) <= most * 24
 
 
+def test_a_flat_spectrum_is_left_to_float32_until_it_is_measured() -> None:
+    torch.manual_seed(1)
+    M = random(600, 600)
+    double: list[int] = []
+    single: list[int] = []
+    stop = Stop(2e-5, 1e-3, 3e1)
+    draft = counted(M.float(), single)
+    U, _, error = leading_pairs(counted(M, double), random(600, 32), 8, stop, draft=draft)
+    assert float(error) <= 2e-5
+    assert distance(U, torch.linalg.svd(M).U[:, :8]) <= 2e-5
+    assert len(double) <= 2
+    assert len(single) <= 20
+
+
+@pytest.mark.parametrize(("first", "last"), [((5.0, 6.0), 1e-4), ((0.5, 0.6), 0.6)])
+def test_only_an_error_that_means_something_shows_where_float32_ends(
+    first: tuple[float, ...], last: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([*first, 1e-4])
+    monkeypatch.setattr(krylov, "_error", lambda *_: torch.tensor(next(errors)))
+    front = krylov._orthonormal(random(400, 12).float())
+    operators = counted(random(400, 400).float(), [])
+    _, error = krylov._bidiagonalized(operators, front, 4, 0, 1e-3, 1e-3)
+    assert error == pytest.approx(last)
+
+
 @pytest.mark.parametrize("drafted", [False, True])
 def test_the_far_side_has_the_other_vectors(drafted: bool) -> None:
     torch.manual_seed(1)

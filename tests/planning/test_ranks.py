@@ -306,7 +306,6 @@ def test_a_budget_of_a_rank_has_all_its_rows(rows: int) -> None:
 @pytest.mark.parametrize(
     ("bounds", "needed"),
     [
-        ((0, None, 1), 0),
         ((3, None, 1), 3 * 30 + 3 * 10),
         ((6, None, 1), 6 * 30 + 4 * 10),
         ((3, 8, 4), 4 * 30 + 4 * 10),
@@ -319,9 +318,20 @@ def test_what_is_guaranteed_is_paid_with_all_its_rows(
     bounds: tuple[int, int | None, int], needed: int, rows: int
 ) -> None:
     check_guaranteed(SHAPES, rows * needed, *bounds, rows)
-    if needed:
-        with pytest.raises(RankError, match=f"needs {rows * needed} adapter parameters over 2 lay"):
-            check_guaranteed(SHAPES, rows * needed - 1, *bounds, rows)
+    with pytest.raises(RankError, match=f"needs {rows * needed} adapter parameters over 2 lay"):
+        check_guaranteed(SHAPES, rows * needed - 1, *bounds, rows)
+
+
+@pytest.mark.parametrize(("multiple", "price"), [(1, 10), (4, 4 * 10), (5, 5 * 30)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_budget_pays_for_the_cheapest_components_at_least(
+    multiple: int, price: int, rows: int
+) -> None:
+    check_guaranteed(SHAPES, rows * price, 0, None, multiple, rows)
+    with pytest.raises(RankError, match=f"pays for nothing.* take {rows * price}:"):
+        check_guaranteed(SHAPES, rows * price - 1, 0, None, multiple, rows)
+    with pytest.raises(RankError, match=r"rank_multiple 11 .* at most 10"):
+        check_guaranteed(SHAPES, 10**6, 0, None, 11, rows)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_ranks_under_a_budget_load_train_export_and_merge(
 
 
 def test_compactness_is_the_literal_one(base_folder, covariances):
-    """By SVDs in float64, in one of the blocks; `benches/selection.py` does it in all."""
+    """By whole spectra in float64, in one of the blocks; `benches/selection.py` does it in all."""
     modules = {
         name: module for name, module in linears(base_folder).items() if name.split(".")[2] == "2"
     }
@@ -182,7 +182,7 @@ def test_compactness_is_the_literal_one(base_folder, covariances):
         C = covariance.matrix.double()
         C = (C / C.diagonal().mean() + 0.01 * torch.eye(len(C))) / 1.01
         names = [name for name in names if name in modules]
-        values = torch.linalg.svdvals(C).tolist() if names else []
+        values = torch.linalg.eigvalsh(C).flip(0).tolist() if names else []
         for name in names:
             weight = modules[name].weight.detach().double()
             sigma = torch.linalg.svdvals(weight @ C)

@@ -56,6 +56,23 @@ def test_spectra_are_relative_to_their_mean_and_in_the_sets_order(
             assert note["spectrum"]["value"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("least", [-1e-4, -0.5])
+def test_a_wide_covariance_with_negative_eigenvalues_is_refused_by_its_layers_name(
+    least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_DENSE_SIZE", 4)
+    values = torch.ones(12, dtype=torch.float64)
+    values[-1] = least  # rounding, or no covariance
+    of_layer = CovarianceSet({"block.3.q_proj": covariance(values)})
+    if least > -1e-2:
+        (note,) = measure_inputs(of_layer, progress=False)
+        assert note["smallest"] == 0
+        assert note["largest"] == pytest.approx(12 / float(values.sum()), rel=0.01)
+    else:
+        with pytest.raises(DecompositionError, match=r"layer block\.3\.q_proj: .* negative eigen"):
+            measure_inputs(of_layer, progress=False)
+
+
 def test_a_covariance_of_zeros_has_no_spectrum() -> None:
     (note,) = measure_inputs(CovarianceSet({"a": covariance(torch.zeros(5))}), progress=False)
     assert note["effective_rank"] == 0

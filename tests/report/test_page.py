@@ -172,13 +172,13 @@ def test_the_summary_tells_mode_rank_tokens_parameters_and_verdicts(
 ) -> None:
     ipm, kpm = (dict(reports[name].summary) for name in ("ipm", "kpm"))
     assert reports["ipm"].title.startswith("IPM adapter of rank 4 for 14 layers of")
-    assert ipm["trains"] == "the largest components"
+    assert ipm["trains"] == "the largest components of W·C"
     assert ipm["calibration tokens"] == "480"
     assert ipm["trainable parameters"] == f"{reports['ipm'].trainable:,}"
     assert "layers stable" in ipm["samples"]
     spent = f"{reports['kpm'].allocation['spent']:,} of {reports['kpm'].allocation['budget']:,}"
     assert f"{spent} parameters" in reports["kpm"].title
-    assert kpm["trains"] == "the smallest components"
+    assert kpm["trains"] == "the smallest components of W·C"
     assert kpm["selection"].startswith("3 candidates")
     assert kpm["samples"] == "their stability was not measured"
 
