@@ -157,6 +157,7 @@ TEXT: Sizes = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+ONE = TEXT | {"num_hidden_layers": 1}
 # Learned positions that begin behind the padding token's.
 BEHIND = {"max_position_embeddings": 66}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, "rotary_dim": 4}
@@ -194,10 +195,11 @@ PER_LAYER: Sizes = {
     "num_kv_shared_layers": 0,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+# Of an encoder and a decoder each has one layer.
 TWO: Sizes = {
     "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 48,
@@ -217,7 +219,7 @@ T5: Sizes = {
     "d_model": 32,
     "d_kv": 16,
     "d_ff": 48,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 2,
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
@@ -423,7 +425,7 @@ FAMILIES: list[Family] = [
     # Encoder–decoders.
     *(pairs(kind, T5) for kind in ("t5", "mt5", "longt5")),
     *map(pairs, ["bart", "mbart", "pegasus", "marian", "m2m_100"]),
-    pairs("t5gemma", {"encoder": TEXT, "decoder": TEXT, "vocab_size": 60}),
+    pairs("t5gemma", {"encoder": ONE, "decoder": ONE, "vocab_size": 60}),
     pairs("led", TWO | {"attention_window": 8, "max_encoder_position_embeddings": 64}
         | {"max_decoder_position_embeddings": 64}, {ADAPTER: "h", PLAN: "f"}),
     # Vision.
@@ -481,7 +483,7 @@ FAMILIES: list[Family] = [
         | {"max_source_positions": 64}, CROSSING | NO_IDS),
     Family("moonshine", "AutoModelForSpeechSeq2Seq",
         lambda: {"input_values": torch.randn(2, 3000), "labels": ids(2, 8)},
-        TEXT | {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
+        TEXT | {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
         | {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4}
         | {"decoder_start_token_id": 1}, CROSSING | NO_IDS),
     Family("qwen2_audio", "Qwen2AudioForConditionalGeneration",
