@@ -8,18 +8,25 @@ time: a pass that takes gradients over a forward pass without its head, and over
 products (of one 1,024-token batch; C alone, then C, D and Ḡ).
 accuracy: energy that task starts and two-sided components hold, over the most (for the smallest
 components: the least) that any of the same rank do, and the largest angle between their rows and
-the best ones where the singular values have a gap of 1 %; the best by a dense float64 eigenproblem.
-divergence: of random changes ΔW of one relative size, ½ Σ tr(D ΔW C ΔWᵀ) beside the measured mean
-KL divergence from the base on other text of the kind, and the rank correlation of both. Either each
-changes a layer of its own, or all layers by a random matrix of rank 1. Beside it without D.
+the best ones where the singular values have a gap of 1 %; the best by dense float64 SVDs.
+divergence: of random changes ΔW the rank correlation of ½ Σ tr(D ΔW C ΔWᵀ) with the measured mean
+KL divergence from the base on other text of the kind. The protocol was written before its run: all
+changes have the same root mean square over the 210 layers of ‖ΔW‖/‖W‖, 0.003; each changes a random
+number of random layers by random matrices of a random rank (both numbers log-uniform, 1 to 210 and
+1 to 64), all its layers by the same ‖ΔW‖/‖W‖; D and C are of 8 sequences of 256 tokens and one draw
+of labels; the KL is that of 4 sequences. Beside it, to tell the reasons: the estimate without D,
+the same quadratic form of the same gradients without the assumptions that x and g are independent,
+tokens and layers uncorrelated, and how well the KL of one half of the text tells that of the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,7 @@ from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.files import write_json
 from corda_kernels.linalg import steepest_rows
 from corda_kernels.linears import linear_weight
+from corda_kernels.targets import target_linears
 from corda_kernels.text import token_batches
 
 TEMPLATES = {
@@ -42,6 +50,9 @@ TEMPLATES = {
 }
 DAMPING = 0.01
 LEAST_GAP = 0.01
+KINDS = ("task", "largest", "smallest")
+SIZE = 0.003  # of changes, over the weights
+FISHER = ("tokens and layers apart", "layers apart", "all together")
 
 
 def text(arguments: argparse.Namespace, kind: str, samples: int, seed: int) -> list[Any]:
@@ -111,23 +122,26 @@ def damped(matrix: Tensor) -> Tensor:
     return matrix + DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix)).double()
 
 
-def dense(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of M Mᵀ, descending, and its eigenvectors."""
-    values, vectors = torch.linalg.eigh(M @ M.mT)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
+Decomposed = tuple[Tensor, Tensor, Tensor]
 
 
-def compared(M: Tensor, basis: Tensor, rank: int, which: str = "largest") -> dict[str, Any]:
-    """Energy of orthonormal columns (n, rank) in M (n, m) against the best, and the angle."""
-    values, vectors = dense(M)
+def compared(M: Tensor, dense: Decomposed, basis: Tensor, which: str) -> dict[str, Any]:
+    """Energy of columns (n, rank) in M (n, m) against the best, and the angles of both sides."""
+    U, S, Vh = dense
+    rank = basis.shape[1]
     some = slice(rank) if which == "largest" else slice(-rank, None)
     Q = torch.linalg.qr(basis).Q
-    energy = float((Q.mT @ M).square().sum() / values[some].sum())
-    edge = rank if which == "largest" else len(values) - rank
-    gap = float((values[edge - 1] / values[edge].clamp_min(1e-300)).sqrt()) - 1
-    best = vectors[:, some]
-    sine = float(torch.linalg.matrix_norm(Q - best @ (best.mT @ Q), 2))
-    return {"energy": energy - 1, "angle": sine, "gap": gap}
+    rows = torch.linalg.qr(M.mT @ Q).Q
+    energy = float((Q.mT @ M).square().sum() / S[some].square().sum())
+    edge = rank if which == "largest" else len(S) - rank
+    gap = float(S[edge - 1] / S[edge].clamp_min(1e-300)) - 1
+    left, right = sine(Q, U[:, some]), sine(rows, Vh[some].mT)
+    return {"energy": energy - 1, "angle": max(left, right), "gap": gap}
+
+
+def sine(found: Tensor, best: Tensor) -> float:
+    """Of the largest angle between the spans of orthonormal columns."""
+    return float(torch.linalg.matrix_norm(found - best @ (best.mT @ found), 2))
 
 
 def accuracy(
@@ -140,17 +154,21 @@ def accuracy(
         mean = task.gradients[name].mean.double()
         N = torch.linalg.solve_triangular(G, mean.mT, upper=False)  # (Ḡ G⁻ᵀ)ᵀ
         A, _, _ = steepest_rows(mean, C, rank=rank, damping=DAMPING)
-        row = {"task": compared(N, G.mT @ A.mT, rank)}
+        dense = torch.linalg.svd(N, full_matrices=False)
+        row = {"shape": list(mean.shape), "task": compared(N, dense, G.mT @ A.mT, "largest")}
         W = linear_weight(model.get_submodule(name)).detach()
         M = P.mT @ W.double() @ G
+        dense = torch.linalg.svd(M, full_matrices=False)
         for which in ("largest", "smallest"):
             found = co_svd(
                 W, C, rank=rank, which=which, damping=DAMPING, output_covariance=D, power=0.5
             )
-            row[which] = compared(M, P.mT @ found.U, rank, which)
+            row[which] = compared(M, dense, P.mT @ found.U, which)
         rows[name] = row
+        shown = (f"{kind} {row[kind]['energy']:.1e} {row[kind]['angle']:.1e}" for kind in KINDS)
+        print(f"{name}: {', '.join(shown)}", file=sys.stderr, flush=True)
     worst: dict[str, Any] = {}
-    for kind in ("task", "largest", "smallest"):
+    for kind in KINDS:
         gapped = [row[kind]["angle"] for row in rows.values() if row[kind]["gap"] >= LEAST_GAP]
         worst[kind] = {
             "energy": max(abs(row[kind]["energy"]) for row in rows.values()),
@@ -161,52 +179,112 @@ def accuracy(
     return {"rank": rank, "worst": worst, "layers": rows}
 
 
-def changes(model: Any, names: list[str], size: float, seed: int) -> Iterator[dict[str, Tensor]]:
-    """One change of each layer that is named, random of rank 1, of one relative size."""
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        W = linear_weight(model.get_submodule(name)).detach()
-        change = torch.outer(*(torch.randn(n, generator=generator) for n in W.shape))
-        yield {name: change * (size * W.norm() / change.norm())}
+Change = dict[str, tuple[Tensor, Tensor]]  # of each layer that is changed B (out, r) and A (r, in)
+
+
+def changes(model: Any, names: list[str], count: int) -> list[Change]:
+    """Random changes of one relative size; see the head of this file."""
+    generator = torch.Generator().manual_seed(0)
+    made: list[Change] = []
+    for _ in range(count):
+        shares = torch.rand(2, generator=generator).tolist()
+        layers, rank = (
+            round(most**share) for most, share in zip((len(names), 64), shares, strict=True)
+        )
+        change: Change = {}
+        for index in torch.randperm(len(names), generator=generator)[:layers].tolist():
+            W = linear_weight(model.get_submodule(names[index])).detach()
+            B = torch.randn(len(W), rank, generator=generator)
+            A = torch.randn(rank, W.shape[1], generator=generator)
+            size = SIZE * (len(names) / layers) ** 0.5 * W.norm() / (B @ A).norm()
+            change[names[index]] = B * size, A
+        made.append(change)
+    return made
+
+
+def estimates(keep: CovarianceSet, change: Change) -> tuple[float, float]:
+    """½ Σ tr(D ΔW C ΔWᵀ), and the same without D."""
+    with_d = without = 0.0
+    for name, (B, A) in change.items():
+        inner = A @ keep[name].matrix @ A.mT
+        with_d += 0.5 * float(((B.mT @ keep.gradients[name].matrix @ B) * inner).sum())
+        without += 0.5 * float(((B.mT @ B) * inner).sum())
+    return with_d, without
 
 
 @torch.no_grad()
-def divergence(model: Any, keep: CovarianceSet, batch: Any, count: int) -> dict[str, Any]:
-    ids, result = batch["input_ids"], {}
-    base = log_softmax(model(input_ids=ids).logits, -1)
+def measured(model: Any, batches: list[Any], changed: list[Change]) -> Tensor:
+    """The mean KL divergence from the base over the vocabulary, (sequences, changes)."""
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        base = log_softmax(model(input_ids=ids).logits, -1)
+        for change in changed:
+            weights = {name: linear_weight(model.get_submodule(name)) for name in change}
+            before = {name: weight.clone() for name, weight in weights.items()}
+            for name, (B, A) in change.items():
+                weights[name].addmm_(B, A)
+            now = log_softmax(model(input_ids=ids).logits, -1)
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+            found.append((base.exp() * (base - now)).sum(-1).double().mean(-1))
+    return torch.cat(found).view(len(batches), len(changed), -1).mT.flatten(0, 1)
 
-    def measured(change: dict[str, Tensor]) -> tuple[float, float, float]:
-        for name, delta in change.items():
-            linear_weight(model.get_submodule(name)).add_(delta)
-        now = log_softmax(model(input_ids=ids).logits, -1)
-        for name, delta in change.items():
-            linear_weight(model.get_submodule(name)).sub_(delta)
-        with_d = without = 0.0
-        for name, delta in change.items():
-            image = (delta @ keep[name].matrix) @ delta.mT
-            with_d += 0.5 * float((keep.gradients[name].matrix * image).sum())
-            without += 0.5 * float(image.trace())
-        return float((base.exp() * (base - now)).sum(-1).mean()), with_d, without
 
-    names = list(keep)
-    picked = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:count]
-    for kind, size in (("one layer", 0.1), ("all layers", 0.003)):
-        found = []
-        for number in range(count):
-            of = [names[int(picked[number])]] if kind == "one layer" else names
-            change = {k: v for each in changes(model, of, size, number) for k, v in each.items()}
-            found.append(measured(change))
-        kl, with_d, without = (torch.tensor(column) for column in zip(*found, strict=True))
-        result[kind] = {
-            "size": size,
-            "with D": correlation(kl, with_d),
-            "without": correlation(kl, without),
-            "median of KL over estimate": float((kl / with_d).median()),
-            "kl": kl.tolist(),
-            "estimate": with_d.tolist(),
-        }
-        shown = {key: value for key, value in result[kind].items() if not isinstance(value, list)}
-        print(f"{kind}: {shown}", flush=True)
+def gathered(
+    model: Any, batches: list[Any], changed: list[Change]
+) -> tuple[CovarianceSet, dict[str, Tensor]]:
+    """D and C of sampled labels; and by the same labels what the estimate approximates: the mean of
+    ½ s², s being the first-order change of the loss, whose parts are squared apart or together."""
+    total = {kind: torch.zeros(len(changed), dtype=torch.float64) for kind in FISHER}
+    together: list[Any] = [0.0] * len(changed)
+
+    def watch(name: str, module: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(partial(add, name, args[0].detach()))
+
+    @torch.no_grad()
+    def add(name: str, x: Tensor, g: Tensor) -> None:
+        for number, change in enumerate(changed):
+            if name in change:
+                B, A = change[name]
+                s = ((g @ B) * (x @ A.mT)).sum(-1).double()  # (batch, seq)
+                total["tokens and layers apart"][number] += 0.5 * s.square().sum()
+                total["layers apart"][number] += 0.5 * s.sum(-1).square().sum()
+                together[number] = together[number] + s.sum(-1)
+
+    def read() -> Iterator[Any]:
+        for batch in batches:
+            yield batch  # and is asked for the next one when this one has been run
+            for number, s in enumerate(together):
+                total["all together"][number] += 0.5 * s.square().sum()
+                together[number] = 0.0
+
+    names = {name for change in changed for name in change}
+    hooks = [model.get_submodule(n).register_forward_hook(partial(watch, n)) for n in names]
+    keep = calibrate(model, read(), sides="both", labels="sampled", progress=False)
+    for hook in hooks:
+        hook.remove()
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return keep, {kind: values / tokens for kind, values in total.items()}
+
+
+def divergence(model: Any, kept: list[Any], other: list[Any], count: int) -> dict[str, Any]:
+    changed = changes(model, list(target_linears(model)), count)
+    keep, rows = gathered(model, kept, changed)
+    estimated = torch.tensor([estimates(keep, change) for change in changed])
+    rows = {"½ tr(D ΔW C ΔWᵀ)": estimated[:, 0], "without D": estimated[:, 1]} | rows
+    one_by_one = measured(model, other, changed)
+    half, kl = len(one_by_one) // 2, one_by_one.mean(0)
+    result: dict[str, Any] = {
+        "changes": [[len(each), len(next(iter(each.values()))[1])] for each in changed],
+        "correlation": {name: correlation(values, kl) for name, values in rows.items()},
+        "halves of the text": correlation(one_by_one[:half].mean(0), one_by_one[half:].mean(0)),
+        "median of KL over estimate": float((kl / estimated[:, 0]).median()),
+        "kl": one_by_one.tolist(),
+        "estimates": {name: values.tolist() for name, values in rows.items()},
+    }
+    for key in ("correlation", "halves of the text", "median of KL over estimate"):
+        print(f"{key}: {result[key]}", flush=True)
     return result
 
 
@@ -222,9 +300,10 @@ def main() -> None:
     parser.add_argument("task", type=Path)
     parser.add_argument("knowledge", type=Path)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=16, help="of 256 tokens each")
+    parser.add_argument("--samples", type=int, default=8, help="of 256 tokens each")
     parser.add_argument("--every", type=int, default=1, help="layers apart, of accuracy")
     parser.add_argument("--changes", type=int, default=30)
+    parser.add_argument("--measured", type=int, default=4, help="sequences, of the KL")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="time,divergence,accuracy")
     parser.add_argument("--json", type=Path)
@@ -236,13 +315,12 @@ def main() -> None:
     knowledge = text(arguments, "knowledge", arguments.samples, 0)
     if "time" in steps:
         result["time"] = times(model, knowledge, arguments.rounds)
-    options: dict[str, Any] = {"sides": "both", "progress": False}
-    if steps != ["time"]:
-        keep = calibrate(model, knowledge, labels="sampled", **options)
     if "divergence" in steps:
-        other = text(arguments, "knowledge", 2, 1)[0]
-        result["divergence"] = divergence(model, keep, other, arguments.changes)
+        other = text(arguments, "knowledge", arguments.measured, 1)
+        result["divergence"] = divergence(model, knowledge, other, arguments.changes)
     if "accuracy" in steps:
+        options: dict[str, Any] = {"sides": "both", "progress": False}
+        keep = calibrate(model, knowledge, labels="sampled", **options)
         task = calibrate(model, text(arguments, "task", arguments.samples, 0), **options)
         with torch.no_grad():
             result["accuracy"] = accuracy(model, task, keep, arguments.rank, arguments.every)

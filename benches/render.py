@@ -67,6 +67,8 @@ TABLES: dict[str, Table] = {
     "finetune": Table(finetuning_table, ("finetune-cpu/finetune",)),
     "forms": Table(forms_table, ("adapter-forms/finetune",)),
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
+    "gradients": Table(tables.gradients, ("cpu-gradients",)),
+    "divergence": Table(tables.divergences, ("cpu-divergence",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),

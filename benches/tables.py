@@ -380,6 +380,44 @@ def first_steps(results: Results) -> str:
     return markdown(header, rows, text=2) + notes(measured_on(results))
 
 
+def gradients(results: Results) -> str:
+    """What starts from gradients hold, against dense SVDs."""
+    names = {
+        "task": "task start",
+        "largest": "two-sided, largest",
+        "smallest": "two-sided, smallest",
+    }
+    accuracy = results["accuracy"]
+    rows = [
+        [
+            names[kind],
+            f"{len(accuracy['layers'])}",
+            f"{worst['energy']:.1e}",
+            f"{worst['gapped']}",
+            f"{worst['angle']:.1e}",
+        ]
+        for kind, worst in accuracy["worst"].items()
+    ]
+    header = ("", "layers", "energy, worst error", "with a gap of 1 %", "angle, worst")
+    about = f"r = {accuracy['rank']}, {results['tokens']} tokens of each text."
+    return markdown(header, rows) + notes(about, measured_on(results))
+
+
+def divergences(results: Results) -> str:
+    """How well estimates of the KL order changes."""
+    found = results["divergence"]
+    rows = [[name, f"{value:.2f}"] for name, value in found["correlation"].items()]
+    rows.append(
+        ["KL of one half of the text with that of the other", f"{found['halves of the text']:.2f}"]
+    )
+    about = (
+        f"{len(found['changes'])} changes; the median of the KL over the first estimate is "
+        f"{found['median of KL over estimate']:.2f}."
+    )
+    header = ("", "rank correlation with the KL")
+    return markdown(header, rows) + notes(about, measured_on(results))
+
+
 def adapter_costs(results: Results) -> str:
     """A training step of each form, against the LoRA that trains as many parameters."""
     (reference,) = (row for row in results["rows"] if row["form"] == "LoRA, rank 2r")

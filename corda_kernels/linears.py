@@ -23,6 +23,10 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
+class AdaptedLayer(nn.Module):
+    """A layer that carries an adapter of this package."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one matrix: nn.Linear, also packed, or transformers' Conv1D.
 

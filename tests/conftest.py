@@ -153,6 +153,17 @@ def adapt() -> Callable[..., nn.Module]:
     return attach
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with empty charts: those take seconds, and tests/report/test_page.py looks at them."""
+    pytest.importorskip("matplotlib")
+    from markupsafe import Markup
+
+    from corda_kernels.report import figures
+
+    monkeypatch.setattr(figures, "_draw", lambda title, *_: (title, Markup("<svg></svg>")))
+
+
 @pytest.fixture(scope="session")
 def logits() -> Callable[[nn.Module], Tensor]:
     """Computes a model's logits on text that never changes."""

@@ -105,7 +105,7 @@ def test_nothing_of_a_block_is_left_when_the_next_one_runs(
     import gc
     import weakref
 
-    from corda_kernels.calibration.blocks import KeptText
+    from corda_kernels.calibration.kept_text import KeptText
 
     model, _ = calibrated(num_hidden_layers=3)
     made: list[weakref.ref[CovarianceSet]] = []

@@ -10,7 +10,7 @@ from torch.nn import functional
 from corda_kernels.adapter.factors import AdapterFactors, check_factors
 from corda_kernels.arguments import instance_of
 from corda_kernels.errors import AdapterError, TargetError
-from corda_kernels.linears import is_linear, linear_shape
+from corda_kernels.linears import AdaptedLayer, is_linear, linear_shape
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return functional.linear(functional.linear(x.to(A.dtype), A), B)
 
 
-class CordaLinear(nn.Module):
+class CordaLinear(AdaptedLayer):
     """A frozen linear layer plus a trainable low-rank part, y = base(x) + s·B A x.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ def write_groups(
     format_: str,
     groups: Iterable[Group],
     header: Mapping[str, Any],
-    gradients: Mapping[str, Gradient] | None = None,
+    gradients: Sequence[tuple[str, Gradient]] = (),
 ) -> None:
     """Writes covariances, each with the modules that share it, as a checked file.
 
     Only the lower triangle of a symmetric matrix is read. `header` gets a record of the groups, and
-    of the gradients where there are some.
+    of the gradients, which come with their layers' names, where there are some.
 
     Raises:
         OutputError: the file cannot be written.
@@ -52,10 +52,10 @@ def write_groups(
         tensors[f"{index}.outlier_count"] = covariance.outlier_count.cpu()
         numbers = {name: getattr(covariance, name) for name in _NUMBERS}
         records.append({"modules": names, "channels": len(covariance.matrix), **numbers})
-    for index, gradient in enumerate((gradients or {}).values()):
+    for index, (_, gradient) in enumerate(gradients):
         tensors[f"{GRADIENT}.{index}.matrix"] = pack_symmetric(gradient.matrix).cpu()
         tensors[f"{GRADIENT}.{index}.mean"] = gradient.mean.cpu().contiguous()
-    noted = {"gradients": list(gradients)} if gradients else {}
+    noted = {"gradients": [name for name, _ in gradients]} if gradients else {}
     write_checked(path, format_, {"groups": records, **noted, **header}, tensors)
 
 
@@ -64,7 +64,7 @@ def read_groups(
     schema: Mapping[str, fields.Check],
     device: str | torch.device,
     **file: Any,
-) -> tuple[dict[str, Any], list[Group], dict[str, Gradient]]:
+) -> tuple[dict[str, Any], list[Group], list[tuple[str, Gradient]]]:
     """Reads what `write_groups` wrote: the header, the groups and the gradients.
 
     Args:
@@ -88,10 +88,10 @@ def read_groups(
             fields.check_fields(record, _GROUP_FIELDS, f"group {index}")
             groups.append((_covariance(record, f"{index}", tensors, device), record["modules"]))
         channels = {name: len(part.matrix) for part, names in groups for name in names}
-        gradients = {
-            name: _gradient(name, f"{GRADIENT}.{index}", tensors, channels).to(device)
+        gradients = [
+            (name, _gradient(name, f"{GRADIENT}.{index}", tensors, channels).to(device))
             for index, name in enumerate(header.get("gradients", ()))
-        }
+        ]
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
     except ConfigError:  # about the device

@@ -178,7 +178,7 @@ class CovarianceSet(Mapping[str, Covariance]):
             "normalize": self.normalize,
             "provenance": self.provenance,
         }
-        write_groups(path, _FILE["format_"], self.groups(), header, self.gradients)
+        write_groups(path, _FILE["format_"], self.groups(), header, [*self.gradients.items()])
 
     @classmethod
     def load(
@@ -198,7 +198,7 @@ class CovarianceSet(Mapping[str, Covariance]):
         covariances = {name: covariance for covariance, members in groups for name in members}
         about = {name: header[name] for name in ("normalize", "left_out", "provenance")}
         covariances = {name: covariances[name] for name in header["order"]}
-        return cls(covariances, gradients=gradients, **about)
+        return cls(covariances, gradients=dict(gradients), **about)
 
 
 def save_pieces(
@@ -221,6 +221,7 @@ def save_pieces(
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     whole: dict[str, Any] = {"groups": [], "order": [], "left_out": {}}
+    read: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
     notes: list[dict[str, Any]] = []
     with temporary_folder(path) as folder:
         # No enumerate: it would hold a piece while the next one is made.
@@ -229,18 +230,22 @@ def save_pieces(
             piece.save(folder / str(number))
             notes.append(piece.provenance)
             del piece
-            header, mapped = read_checked(folder / str(number), mapped=True, **_FILE)
-            first = len(whole["groups"])
-            for name, tensor in mapped.items():
-                index, _, part = name.partition(".")
-                if index != GRADIENT:  # a piece that has some is the only one
-                    tensors[f"{first + int(index)}.{part}"] = tensor
-            whole["groups"] += header["groups"]
-            whole["order"] += header["order"]
-            whole["left_out"] |= header["left_out"]
-            whole["normalize"] = header["normalize"]
+            read.append(read_checked(folder / str(number), mapped=True, **_FILE))
         if len(notes) == 1:
             with atomic_path(path) as temporary:
                 os.replace(folder / "0", temporary)
             return
+        if "gradients" in read[0][0]:  # which come from the last block to the first
+            read.reverse()
+            whole["gradients"] = []
+        for header, mapped in read:
+            first = {"": len(whole["groups"]), GRADIENT: len(whole.get("gradients", ()))}
+            for name, tensor in mapped.items():
+                *kind, index, part = name.split(".")
+                number = first["".join(kind)] + int(index)
+                tensors[".".join([*kind, str(number), part])] = tensor
+            for key in whole.keys() & {"groups", "order", "gradients"}:
+                whole[key] += header[key]
+            whole["left_out"] |= header["left_out"]
+            whole["normalize"] = header["normalize"]
         write_checked(path, _FILE["format_"], whole | {"provenance": provenance(notes)}, tensors)

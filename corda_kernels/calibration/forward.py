@@ -21,6 +21,7 @@ from corda_kernels.calibration.batches import (
     unpadded,
 )
 from corda_kernels.calibration.gradients import (
+    LABELS,
     Labels,
     Sides,
     backward_pass,
@@ -98,12 +99,15 @@ class Forward:
         """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
         return is_text(batch) and not structure.is_encoder_decoder(self.model)
 
-    def __call__(self, inputs: Mapping[str, Any], batches: Sequence[int] = (0,)) -> None:
+    def __call__(
+        self, inputs: Mapping[str, Any], batches: Sequence[int] = (0,), *, follow: bool = True
+    ) -> None:
         """Runs the model, or its part that has the targets where that takes all that is given.
 
         Args:
             inputs: what `together` gave, without a `token_mask`.
             batches: numbers of the batches that the rows come from.
+            follow: whether a backward pass follows where gradients are taken.
 
         Raises:
             BatchError: the model's forward refuses what it is given.
@@ -125,10 +129,12 @@ class Forward:
             return value.to(self.device, dtype if value.is_floating_point() else None)
 
         moved = tree_map_only(Tensor, there, given)
-        if self.sides == "both":
-            backward_pass(self.model, moved, self.labels, batches, self.device)
-            return
         try:
+            if self.sides == "both" and follow:
+                runner = self.model
+                backward_pass(runner, moved, self.labels, batches, self.device)
+                return
+            moved.pop(LABELS, None)
             runner(**moved)
         except (TypeError, ValueError) as error:
             if isinstance(error, CordaError):
@@ -153,8 +159,8 @@ class Forward:
             remedy = "give sequences of such a length, as packing does, since its padding counts"
             raise BatchError(batch, f"{says} {most} by itself: {remedy}")
         if self._trained is not None and length > self._trained:
-            says = f"batch {batch} has {length} tokens, but the model's max_position_embeddings is"
-            remedy = "lower --seq-len to that, since it was not trained on longer text"
+            says = f"a batch has {length} tokens, but the model's max_position_embeddings is"
+            remedy = "use sequences of that length (--seq-len): it was not trained on longer text"
             warn(f"{says} {self._trained}: {remedy}", CordaWarning)
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.

@@ -8,7 +8,7 @@ of the token losses, so that no normalisation of a trainer's is in g.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -113,7 +113,7 @@ def backward_pass(
             rows = Counter(batches)  # those of a batch follow each other
             parts = logits.detach().split(list(rows.values()))
             drawn = [
-                _drawn(part, torch.Generator(device).manual_seed(batch))
+                _drawn(part, torch.Generator(device).manual_seed(_seed(batch, part.shape[1])))
                 for batch, part in zip(rows, parts, strict=True)
             ]
             following = torch.where(counted.bool(), torch.cat(drawn), _IGNORED)
@@ -121,6 +121,11 @@ def backward_pass(
             logits.flatten(0, 1), following.flatten(), ignore_index=_IGNORED, reduction="sum"
         )
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _seed(batch: int, length: int) -> int:
+    """A seed of its own for the sequences of each length in a batch, which run at other times."""
+    return batch << 32 | length
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -143,10 +148,9 @@ class GradientCapture(InputCapture):
 
     def __enter__(self) -> GradientCapture:
         super().__enter__()
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._hooks.callback(parameter.requires_grad_, True)
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
+        self._hooks.callback(self._train, trained)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         self._hooks.enter_context(embeddings.register_forward_hook(_followed))
         for name, module in self.modules.items():
@@ -154,6 +158,10 @@ class GradientCapture(InputCapture):
                 hook = partial(self._watch, name)
                 self._hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         return self
+
+    def _train(self, names: Iterable[str]) -> None:
+        for name in names:  # of which one that is offloaded is another object by now
+            self.model.get_parameter(name).requires_grad_(True)
 
     def _watch(
         self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor

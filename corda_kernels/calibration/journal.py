@@ -31,7 +31,7 @@ from corda_kernels.calibration.covariance_file import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.experts import reader_shape, reader_weight
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
-from corda_kernels.fields import Check, is_names, is_object, is_text, is_whole
+from corda_kernels.fields import Check, is_object, is_text, is_whole
 
 FORMAT = "corda_kernels.calibration/1"
 _FILE: Any = {
@@ -47,7 +47,8 @@ _FIELDS: dict[str, Check] = {
     "batches": lambda value: is_whole(value, 1),
     "text": is_text,
     "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
-    "gradients?": is_names,
+    "gradients?": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "gradient_parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
 }
 
 # What follows the path in a file's name: the part or the decoder block, then the rank.
@@ -226,16 +227,17 @@ class Journal:
             block: the decoder block that the captures are of.
         """
         sums = [capture.sums() for capture in captures]
+        gradients = [[*(capture.gradients or {}).items()] for capture in captures]
         header = {
             "fingerprint": self._fingerprint,
             "batches": batches,
             "text": text,
             "parts": [len(groups) for groups in sums],
+            "gradient_parts": [len(part) for part in gradients],
         }
         try:
-            # Parts and blocks have no gradients: one capture has all there are.
-            gradients = captures[0].gradients
-            write_groups(self.file(block), FORMAT, itertools.chain(*sums), header, gradients)
+            chained = list(itertools.chain(*gradients))
+            write_groups(self.file(block), FORMAT, itertools.chain(*sums), header, chained)
         except OutputError as error:
             says = f"this run goes on, but its progress could not be kept: {error}"
             warn(f"{says}; it can be resumed from the checkpoint before", CordaWarning)
@@ -259,11 +261,20 @@ class Journal:
         differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
             raise foreign(file, *differing)
+        for name, gradient in gradients:
+            if name not in modules or gradient.mean.shape != reader_shape(modules[name]):
+                says = f"{file} holds sums that do not fit layer {name}"
+                raise CheckpointError(f"{says}: {_FILE['remedy']}")
         counts = header["parts"]
-        if len(counts) != len(captures) or sum(counts) != len(groups):
+        of_parts = header["gradient_parts"]
+        wrong = sum(counts) != len(groups) or sum(of_parts) != len(gradients)
+        if wrong or not len(counts) == len(of_parts) == len(captures):
             raise foreign(file, "stability")
-        for capture, count in zip(captures, counts, strict=True):
+        for capture, count, some in zip(captures, counts, of_parts, strict=True):
             own, groups = groups[:count], groups[count:]
+            if capture.gradients is not None:
+                capture.gradients = dict(gradients[:some])
+            gradients = gradients[some:]
             left = {name: reader_shape(module)[1] for name, module in modules.items()}
             for part, names in own:
                 for name in names:
@@ -271,11 +282,6 @@ class Journal:
                         says = f"{file} holds sums that do not fit layer {name}"
                         raise CheckpointError(f"{says}: {_FILE['remedy']}")
             capture.restore(own)
-        for name, gradient in gradients.items():
-            if gradient.mean.shape != reader_shape(modules[name]):
-                says = f"{file} holds sums that do not fit layer {name}"
-                raise CheckpointError(f"{says}: {_FILE['remedy']}")
-        captures[0].gradients = gradients or captures[0].gradients
         return header["batches"], header["text"]
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from corda_kernels.calibration.blocks import hidden_states
 from corda_kernels.calibration.experts import ExpertInput, Experts, reader_shape
 from corda_kernels.calibration.forward import evaluating
+from corda_kernels.calibration.gradients import Sides
+from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
@@ -49,6 +50,7 @@ class CalibrationNeeds:
             inputs of fused experts.
         block_bytes: size of all covariances of each decoder block, by name; None where the model
             cannot run block by block.
+        block_gradient_bytes: size of D and Ḡ of each block's layers, by name.
         obstacle: why it cannot; empty where it can.
         weight_bytes: size of the model.
         block_weight_bytes: size of the largest decoder block; 0 where there are none.
@@ -64,6 +66,7 @@ class CalibrationNeeds:
 
     groups: list[tuple[int, list[str]]]
     block_bytes: dict[str, int] | None
+    block_gradient_bytes: dict[str, int]
     obstacle: str
     weight_bytes: int
     block_weight_bytes: int
@@ -78,6 +81,15 @@ class CalibrationNeeds:
     def covariance_bytes(self) -> int:
         """Size of all covariances together, in float32."""
         return sum(4 * channels**2 for channels, _ in self.groups)
+
+    def largest_block(self, sides: Sides = "inputs") -> tuple[int, int]:
+        """Sizes of the covariances and of the gradients, where there are some, of the block in
+        which both together are largest; 0 where the model cannot run block by block."""
+        both = [
+            (size, self.block_gradient_bytes[name] if sides == "both" else 0)
+            for name, size in (self.block_bytes or {}).items()
+        ]
+        return max(both, key=sum, default=(0, 0))
 
 
 def calibration_needs(
@@ -133,15 +145,17 @@ def calibration_needs(
             share = active / reader.parameter.experts
         products += share * channels * (channels + 1)
     blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
-    shapes = list(map(linear_shape, run.linears.values()))
-    shapes += [
-        (each.outputs, each.inputs)
-        for each in target_layers(model, targets, experts=experts is not None)[1].values()
-        for _ in range(active)
-    ]
+    layers, fused = target_layers(model, targets, experts=experts is not None)
+    shapes = list(map(linear_shape, layers.values()))
+    shapes += [(each.outputs, each.inputs) for each in fused.values() for _ in range(active)]
+    gradients = gradient_sizes(model, targets, experts)
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
+        {
+            block: sum(size for name, size in gradients.items() if name.startswith(f"{block}."))
+            for block in sizes
+        },
         obstacle,
         weight_bytes(model),
         max(blocks, default=0),
@@ -149,7 +163,7 @@ def calibration_needs(
         flops,
         round(products),
         run.forward.positions,
-        gradient_bytes(model, targets, experts),
+        sum(gradients.values()),
         sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
     )
 
@@ -159,22 +173,26 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def gradient_bytes(
+def gradient_sizes(
     model: nn.Module, targets: Targets = None, experts: Experts | None = None
-) -> int:
-    """Size of D (out, out) and Ḡ (out, in) of all target layers and experts, in float32."""
+) -> dict[str, int]:
+    """Bytes of D (out, out) and Ḡ (out, in), in float32, of each target layer, and of all experts
+    of each parameter."""
     layers, fused = target_layers(model, targets, experts=experts is not None)
-    shapes = [(1, *linear_shape(layer)) for layer in layers.values()]
-    shapes += [(each.experts, each.outputs, each.inputs) for each in fused.values()]
-    return sum(4 * count * out * (out + channels) for count, out, channels in shapes)
+    shapes = {name: (1, *linear_shape(layer)) for name, layer in layers.items()}
+    shapes |= {name: (each.experts, each.outputs, each.inputs) for name, each in fused.items()}
+    return {
+        name: 4 * count * out * (out + channels) for name, (count, out, channels) in shapes.items()
+    }
 
 
 def covariance_bytes(
     model: nn.Module,
     targets: Targets = None,
     experts: Experts | None = None,
+    sides: Sides = "inputs",
 ) -> tuple[int, int]:
-    """Sizes of the target layers' covariances, in float32, by a run over a few tokens.
+    """Sizes of the target layers' covariances, and gradients, in float32, by a run over few tokens.
 
     Returns:
         Of all together, and of those of the largest decoder block, 0 in a model that cannot run
@@ -183,7 +201,8 @@ def covariance_bytes(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftOutWarning)  # the calibration will say so
         needs = calibration_needs(model, targets, experts, seq_len=0)
-    return needs.covariance_bytes, max((needs.block_bytes or {"": 0}).values())
+    gradients = needs.gradient_bytes if sides == "both" else 0
+    return needs.covariance_bytes + gradients, sum(needs.largest_block(sides))
 
 
 def _tried(

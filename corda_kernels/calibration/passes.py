@@ -43,7 +43,8 @@ def calibrate(
     The model runs in eval mode, on text without its output head; its hooks, modes and weights are
     as before afterwards, whatever happens. Layers that read the same tensor share one covariance.
     Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
-    smaller batches, in the end with sums on the host, and warns.
+    smaller batches, in the end with sums on the host, and warns; what runs the model by itself is
+    not started again.
 
     Sequences of equal length of consecutive batches run together, which changes no sum: some 8,192
     tokens on a device with memory of its own, 2,048 on a CPU and with gradients. Each batch runs by
@@ -54,7 +55,7 @@ def calibrate(
         model: a transformers model, or any other module.
         batches: what the model takes: token ids (batch, seq), or mappings of its forward's
             arguments, such as `input_ids`, `attention_mask`, `pixel_values` or `labels`. Padding
-            never counts: where it is, masks say, and labels of -100 of a decoder's sequence. Where
+            never counts: masks tell where it is, and in a decoder's sequence labels of -100. Where
             text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
             model reads the tokens with a zero, and they do not count either.
             Alternatively a function without arguments that runs the model, as it likes.
@@ -136,6 +137,11 @@ def calibrate(
 
 def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> CovarianceSet:
     """The covariances of what `run_model` lets the model read."""
+    if run.sides == "both":
+        raise ConfigError(
+            'sides="both" follows the losses of batches, which a function that runs the model does '
+            'not show: give batches, or take sides="inputs"'
+        )
     if run.distributed or run.checkpoint is not None:
         raise ConfigError(
             "a function that runs the model can be neither shared out over ranks nor resumed: give "

@@ -32,6 +32,7 @@ from corda_kernels.errors import (
     warn,
 )
 from corda_kernels.kernels import check_threshold
+from corda_kernels.linears import AdaptedLayer
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
 from corda_kernels.targets import target_layers, unreached_weights
@@ -113,6 +114,10 @@ class CalibrationRun:
         if getattr(model, "peft_config", None):
             remedy = "calibrate the base model (model.unload() takes the adapter off)"
             raise CalibrationError(f"the model carries a PEFT adapter already: {remedy}")
+        for name, module in model.named_modules():
+            if isinstance(module, AdaptedLayer):
+                says = f"layer {name} carries an adapter already ({type(module).__name__})"
+                raise CalibrationError(f"{says}: calibrate the base model, loaded anew")
         every = self.targets in (None, "all-linear")
         left_out = unreached_weights(model, self.targets) if every else {}
         self.left_out = {name: left_out[name] for name in left_out if name not in fused}
@@ -270,8 +275,9 @@ class CalibrationRun:
             return f"at most {self.max_rows} sequence(s) at a time"
         if not summing or self.on_host or not has_own_memory(self.device):
             raise CalibrationError(
-                "memory does not suffice for a single sequence: use shorter ones (--seq-len), go "
-                "block by block (--memory-limit), or run on the CPU (--device cpu)"
+                "memory does not suffice for a single sequence, or a batch of more than text: use "
+                "shorter ones (--seq-len) or smaller batches, go block by block (--memory-limit), "
+                "or run on the CPU (--device cpu)"
             ) from error
         # Then activations may have had room enough: as many sequences as at first.
         self.on_host, self.max_rows = True, None

@@ -72,8 +72,8 @@ def calibrate(
         expert_inputs,
         reader_shape,
     )
-    from corda_kernels.calibration.needs import gradient_bytes
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
+    from corda_kernels.linears import linear_shape
     from corda_kernels.targets import target_layers
 
     first, text = options.first_rank(), options.text_provenance(context.params)
@@ -109,7 +109,8 @@ def calibrate(
         }
         needed = sum(2 * width * (width + 1) for _, width in widths)
         if sides == "both":
-            needed += gradient_bytes(network, targets) // 2
+            shapes = map(linear_shape, modules.values())
+            needed += sum(2 * out * (out + 1) + 4 * out * channels for out, channels in shapes)
         outputs.check_output(out, needed_bytes=needed)
     layers = own = groups = 0
     notes: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from typer import Argument, Context, Option
 from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +127,8 @@ def init(
     source: CovarianceSet | list[dict[str, Tensor]]
     kept: CovarianceSet | list[dict[str, Tensor]] | None = None
     of_keep = {"data": keep, "field": keep_field, "template": keep_template, "candidates": 1}
+    if keep_field or keep_template:  # and no conversations, whatever the task's text is
+        of_keep |= {"chat_template": False, "answers_only": False}
     if data is None:
         source = _covariances(cov, mix)
     else:
@@ -136,7 +139,11 @@ def init(
         kept = _covariances(keep, None)
     elif keep is not None:
         tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
-        kept = options.text_batches(given | of_keep, tokenizer)
+        try:
+            kept = options.text_batches(given | of_keep, tokenizer)
+        except DataError as error:
+            says = re.sub(r"--(field|template)", r"--keep-\1", str(error))
+            raise DataError(says) from error
     trusted = trust_remote_code
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     # In float32; with a residual the initial factors too.

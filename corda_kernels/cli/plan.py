@@ -49,11 +49,15 @@ def plan(
     if both:
         one_pass["gradients"] = sets * needs.gradient_bytes
     ways = {ONE_PASS: one_pass | {"hidden states": 0}}
-    if needs.block_bytes is not None and not both:
-        largest, hidden = sets * max(needs.block_bytes.values()), tokens * needs.hidden_bytes
+    if needs.block_bytes is not None:
+        covariances, gradients = (sets * size for size in needs.largest_block(sides))
+        hidden = tokens * needs.hidden_bytes
+        if both:  # the input of every block stays
+            hidden *= len(needs.block_bytes) + 1
         kept = {BY_BLOCK: needs.weight_bytes, OFFLOADED: needs.block_weight_bytes}
         for way, weights in kept.items():
-            ways[way] = {"weights": weights, "covariances": largest, "hidden states": hidden}
+            ways[way] = {"weights": weights, "covariances": covariances, "hidden states": hidden}
+            ways[way] |= {"gradients": gradients} if both else {}
         if limit is None:
             del ways[OFFLOADED]
     columns = list(dict.fromkeys([*ways, BY_BLOCK]))
@@ -63,10 +67,13 @@ def plan(
     ]
     totals = (format_bytes(sum(ways[way].values())) if way in ways else "-" for way in columns)
     rows.append(("together", *totals))
-    rows.append(("forward passes", *len(columns) * ("1 and back" if both else "1",)))
-    work = {"forward": needs.forward_flops, "covariances": needs.covariance_flops}
+    passes = [2 if both and way != ONE_PASS else 1 for way in columns]
+    rows.append(("forward passes", *(f"{n} and back" if both else f"{n}" for n in passes)))
+    work: dict[str, float] = {"covariances": needs.covariance_flops}
     if both:
         work |= {"backward": needs.forward_flops, "gradients": needs.gradient_flops}
+    forward = (f"{needs.forward_flops * tokens * n:.1e}" for n in passes)
+    rows.append(("FLOPs: forward", *forward))
     for what, flops in work.items():
         rows.append((f"FLOPs: {what}", *len(columns) * (f"{flops * tokens:.1e}",)))
     halves = ", with covariances of both halves and their mean (--no-stability needs a third)"
@@ -80,8 +87,7 @@ def plan(
             f"--seq-len to {needs.positions}"
         )
     if BY_BLOCK not in ways:
-        obstacle = "gradients take one pass through the whole model" if both else needs.obstacle
-        notes.append(f"block by block: not possible, since {obstacle}")
+        notes.append(f"block by block: not possible, since {needs.obstacle}")
     if limit is not None:
         notes += _fitting(ways, limit, stability)
     elif BY_BLOCK in ways:

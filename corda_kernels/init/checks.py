@@ -19,7 +19,7 @@ from corda_kernels.adapter import (
 from corda_kernels.adapter.record import exact_targets
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
-from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import (
     ConfigError,
     CovarianceError,
@@ -225,9 +225,9 @@ def check_given(
 
 def check_memory(
     model: nn.Module, layers: AdaptedLayers, config: CordaConfig, texts: Collection[str]
-) -> None:
-    """Refuses a memory limit into which the covariances of a text to keep do not fit, beside those
-    of the other text. Without one the calibration itself looks at the limit.
+) -> int | None:
+    """What a memory limit leaves for the text that an adapter is made of, beside all covariances of
+    a text to keep.
 
     Args:
         model: the model.
@@ -236,19 +236,22 @@ def check_memory(
         texts: which of "data" and "keep" is a text.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit, even where the other text goes block by block.
     """
-    if config.memory_limit is None or "keep" not in texts:
-        return
-    names = exact_targets(layers.names)
-    needed = len(texts) * covariance_bytes(model, names, config.experts)[0]
+    limit, names = config.memory_limit, exact_targets(layers.names)
+    if limit is None or "keep" not in texts:
+        return limit
+    needed = kept = covariance_bytes(model, names, config.experts)[0]
     if "data" in texts:
-        needed += gradient_bytes(model, names, config.experts)
-    if needed > config.memory_limit:
+        whole, block = covariance_bytes(model, names, config.experts, config.sides)
+        needed += block or whole
+    if needed > limit:
         raise ConfigError(
             "the covariances of the text to keep are held beside what else is calibrated: raise "
-            f"the memory limit to {needed} bytes, or choose fewer targets"
+            f"the memory limit to {needed} bytes, choose fewer targets, or calibrate that text by "
+            "itself and give its covariances"
         )
+    return limit - kept
 
 
 def _check_covered(what: str, modules: Mapping[str, nn.Module], covariances: CovarianceSet) -> None:

@@ -59,7 +59,7 @@ class CalibrationPlan:
             the mean of both halves', each drawn towards the half's own mean.
         memory_limit: in bytes; if the covariances take more, the model runs block by block. Counted
             are three sets with `stability`, two with candidates, else one. None for no limit.
-        sides: see `calibrate`; "both" takes one pass, and no candidates.
+        sides: see `calibrate`; not "both" with candidates.
         labels: see `calibrate`; None for "given".
         distributed: see `calibrate`; the ranks share the judging too.
         progress: whether to show progress bars.
@@ -171,8 +171,8 @@ class CordaConfig(CalibrationPlan):
             decomposing two halves of them as well, which takes about as long again; not with
             several candidates.
         memory_limit: of the covariances, in bytes; if all of them take more, the model is
-            calibrated and decomposed block by block; a budget or gradients are then refused. Those
-            of a text to keep count too. None for no limit.
+            calibrated and decomposed block by block; a budget is then refused. Gradients count too,
+            and all covariances of a text to keep. None for no limit.
         sides: "both" weights the outputs too: components of D^½ W C^½ in place of W C, where
             D = E[g gᵀ] of the gradients at the layer's outputs. Mode "task" takes gradients anyway.
         labels: of the losses whose gradients those are, see `calibrate`; None for "sampled", and in

@@ -16,7 +16,7 @@ from corda_kernels.calibration import CalibrationCheckpoint, CovarianceSet, cali
 from corda_kernels.calibration.batches import Batch, token_count
 from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.distributed import Ranks, text_given
-from corda_kernels.calibration.needs import covariance_bytes, gradient_bytes
+from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.calibration.run import refuse_unseen, unseen
 from corda_kernels.calibration.shrinkage import warn_unseen_experts
 from corda_kernels.errors import (
@@ -56,7 +56,8 @@ def covariance_stages(
         clock: takes the time of the stages "calibration", "stability" and "selection".
 
     Yields:
-        The covariances of all layers, or of each block in turn. Without candidates
+        The covariances of all layers, or of each block in turn, from the last one where gradients
+        are taken. Without candidates
         `provenance["stability"]` tells how well both halves agree (see `Stability`), or is None
         where that was not asked for or there is but one batch.
 
@@ -89,14 +90,15 @@ def covariance_stages(
         "on_unseen": "skip" if parts > 1 else "error",
         "distributed": plan.distributed,
         "progress": plan.progress,
+        "sides": plan.sides,
+        "labels": plan.labels,
     }
     if not _in_blocks(model, plan, parts):
         kept = [None] * parts if checkpoint is None else checkpoint.parts(parts)
 
         def made(part: int) -> CovarianceSet:
             with clock.stage("calibration"), _part_of(batches, part, parts) as of_part:
-                given: Any = {"sides": plan.sides, "labels": plan.labels}
-                return calibrate(model, of_part, checkpoint=kept[part], **given, **options)
+                return calibrate(model, of_part, checkpoint=kept[part], **options)
 
         yield _united(model, [partial(made, part) for part in range(parts)], plan, domain, clock)
         return
@@ -132,16 +134,10 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if limit is None:
         return False
     sets = min(parts, 2) if plan.candidates > 1 else 2 * parts - 1
-    needed, largest = (sets * size for size in covariance_bytes(model, plan.targets, plan.experts))
-    if plan.sides == "both":
-        needed += sets * gradient_bytes(model, plan.targets, plan.experts)
+    sizes = covariance_bytes(model, plan.targets, plan.experts, plan.sides)
+    needed, largest = (sets * size for size in sizes)
     if needed <= limit:
         return False
-    if plan.sides == "both":
-        raise ConfigError(
-            "gradients are taken in one pass through the whole model, not block by block: raise "
-            f"the memory limit to {needed} bytes, or choose fewer targets"
-        )
     if plan.all_at_once:
         raise ConfigError(
             "a budget is shared out by the spectra of all layers, which block by block are not at "
@@ -150,8 +146,8 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
     if largest > limit:
         less = ", or judge no stability, which takes a third of it" if sets == 3 else ""
         raise ConfigError(
-            f"the covariances of one decoder block take {largest} bytes where the memory limit "
-            f"is {limit}: raise it to that{less}"
+            f"the covariances {'and gradients ' if plan.sides == 'both' else ''}of one decoder "
+            f"block take {largest} bytes where the memory limit is {limit}: raise it to that{less}"
         )
     return True
 

@@ -154,7 +154,7 @@ def _adapter(
         },
     )
     check_given(layers, config, given)
-    check_memory(model, layers, config, samples.keys() - given.keys())
+    limit = check_memory(model, layers, config, samples.keys() - given.keys())
     clock = Stopwatch(devices(model))
     kept = given.get("keep")
     if keep is not None and not isinstance(keep, CovarianceSet):
@@ -169,9 +169,9 @@ def _adapter(
     if isinstance(data, CovarianceSet):
         stages = (data,)
     else:
-        exact = config
+        exact = replace(config, memory_limit=limit)
         if layers.left_out or config.exclude_modules:  # `targets` would select these as well
-            exact = replace(config, targets=exact_targets(layers.names))
+            exact = replace(exact, targets=exact_targets(layers.names))
         stages = covariance_stages(model, data, exact, domain=domain, clock=clock)
     making = _Making(layers, config, kept, clock)
     for covariances in stages:
@@ -209,7 +209,13 @@ class _Making:
     def add(self, covariances: CovarianceSet) -> None:
         """Makes the adapters of those layers that these covariances are of."""
         config, experts, kept = self.config, self.layers.experts, self.kept
-        self.inputs += united_inputs(covariances if kept is None else kept, experts)
+        if kept is None:
+            inputs = united_inputs(covariances, experts)
+            # Gradients come from the last block to the first.
+            backwards = config.sides == "both"
+            self.inputs = [*inputs, *self.inputs] if backwards else [*self.inputs, *inputs]
+        elif not self.inputs:
+            self.inputs = united_inputs(kept, experts)
         self.provenances.append(covariances.provenance)
         covariances = expert_covariances(covariances, experts)
         if kept is not None:
@@ -254,6 +260,7 @@ class _Making:
             warn_rank_deficient(layers.names, self.inputs, config.damping)
         united, notes = united_experts(layers.experts, self.made, self.notes)
         made = {name: united[name] for name in layers.names if name in united}
+        notes = {name: notes[name] for name in layers.names if name in notes}
         calibration = united_provenance(self.provenances)
         stability = calibration.pop("stability", None)
         if self.kept is not None:

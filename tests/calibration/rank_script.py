@@ -31,6 +31,7 @@ from corda_kernels import (
 from corda_kernels.adapter import write_adapter
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.blocks import calibrate_block_parts
+from corda_kernels.calibration.covariance_set import save_pieces
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import CordaError, DistributedError
 from corda_kernels.init import (
@@ -194,6 +195,8 @@ def main(what: str, folder: Path, out: Path) -> None:
         calibrate(mixture(), batches, **ROUTED, **OPTIONS).save(out / f"routed-{rank}")
         both = calibrate(model, batches, sides="both", labels="sampled", **OPTIONS)
         both.save(out / f"both-{rank}")
+        pieces = calibrate_blocks(model, batches, sides="both", labels="sampled", **OPTIONS)
+        save_pieces(pieces, out / f"both-blocks-{rank}", lambda notes: notes[0])
         task = CordaConfig("task", rank=4, **OPTIONS)
         write_adapter(corda_adapter(model, batches, task, keep=batches[1:]), out / f"task-{rank}")
         config = CordaConfig("kpm", rank=4, stability=True, progress=False, distributed=True)

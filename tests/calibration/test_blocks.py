@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
-from corda_kernels.calibration import blocks as blocks_module
+from corda_kernels.calibration import kept_text as kept_text_module
 from corda_kernels.calibration import run as run_module
-from corda_kernels.calibration.blocks import KeptText, alike, calibrate_block_parts
+from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.kept_text import KeptText, alike
 from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import (
     CalibrationError,
@@ -258,7 +259,7 @@ class Cramped:
 
 def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the CPU for a device."""
-    for module in (blocks_module, run_module):
+    for module in (kept_text_module, run_module):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
 
 
@@ -376,7 +377,7 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do(
     Cramped(model.model.layers[1], rows=0)
     with (
         pytest.warns(OutOfMemoryWarning, match="block 1 again with covariances that the CPU sums"),
-        pytest.raises(CalibrationError, match=r"for a single sequence: .*--device cpu"),
+        pytest.raises(CalibrationError, match=r"for a single sequence, .*--device cpu"),
     ):
         stream(model, [torch.randint(3, 64, (1, 5))])
     with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):

@@ -16,6 +16,7 @@ from corda_kernels.calibration import run as run_module
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CalibrationError,
+    ConfigError,
     CordaWarning,
     NonFiniteActivationError,
     OutOfMemoryWarning,
@@ -163,6 +164,22 @@ def test_a_model_that_carries_an_adapter_is_refused(tiny_model: ModelMaker) -> N
         run(model, [random_ids(2, 5)])
 
 
+def test_a_model_with_layers_of_ours_is_refused(
+    calibrated: Callable[..., Any], adapt: Callable[..., nn.Module]
+) -> None:
+    model = adapt(calibrated(), use_peft=False)
+    with pytest.raises(CalibrationError, match="q_proj carries an adapter already"):
+        run(model, [random_ids(2, 5)])
+
+
+def test_a_function_that_runs_the_model_shows_no_losses(tiny_model: ModelMaker) -> None:
+    def run_model() -> None:
+        raise AssertionError("refused before the work")
+
+    with pytest.raises(ConfigError, match="give batches"):
+        calibrate(tiny_model("llama"), run_model, sides="both", progress=False)
+
+
 class Cramped(nn.Module):
     """A model that has memory for so many sequences at a time."""
 
@@ -199,7 +216,7 @@ def test_out_of_memory_starts_again_with_smaller_batches() -> None:
 def test_out_of_memory_for_a_single_sequence_says_what_to_do() -> None:
     with (
         pytest.warns(OutOfMemoryWarning, match="at most 1 sequence"),
-        pytest.raises(CalibrationError, match=r"for a single sequence: .*--memory-limit"),
+        pytest.raises(CalibrationError, match=r"for a single sequence, .*--memory-limit"),
     ):
         run(Cramped(rows=0), [random_ids(2, 5)])
     with pytest.raises(CalibrationError, match="a list of batches, which can be started again"):

@@ -132,6 +132,16 @@ def test_sampled_labels_are_the_models_own_and_give_the_fisher_matrix(
     assert torch.equal(again.gradients["lm_head"].matrix, D)
 
 
+def test_sequences_of_two_lengths_draw_their_own_labels() -> None:
+    from corda_kernels.calibration.gradients import _drawn, _seed
+
+    logits = torch.zeros(1, 40, 50)
+    first, second = (
+        _drawn(logits, torch.Generator().manual_seed(_seed(3, length))) for length in (40, 41)
+    )
+    assert (first == second).float().mean() < 0.3
+
+
 def test_sampled_labels_stay_where_labels_are(tiny_model: ModelMaker) -> None:
     model = tiny_model("llama", initializer_range=0.1).double()
     ids = torch.randint(3, 64, (2, 9))

@@ -56,6 +56,7 @@ def test_a_demo_that_was_stopped_while_unpacking_unpacks_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_charts")
 def test_the_demo_runs_through_on_any_model(
     invoke: Callable[..., str], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from corda_kernels import CovarianceSet
 from corda_kernels.adapter import read_adapter
-from corda_kernels.errors import ConfigError
+from corda_kernels.calibration.needs import covariance_bytes
+from corda_kernels.cli import options
+from corda_kernels.errors import ConfigError, DataError
 
 TASK = ("--template", "{question} {answer[0]}", *SMALL)
 
@@ -73,6 +76,26 @@ def test_both_halves_of_gradients_make_up_the_whole(
         assert error < 1e-5, name
 
 
+def test_a_file_written_block_by_block_is_that_of_one_pass(
+    place: Path, invoke: Callable[..., str], tmp_path: Path
+) -> None:
+    options = ("--data", place / "text.txt", *SMALL, "--batch-size", 2, "--sides", "both")
+    network = AutoModelForCausalLM.from_pretrained(place / "model")
+    files = [tmp_path / name for name in ("whole", "blocks")]
+    limit = 3 * covariance_bytes(network, sides="both")[1]  # of two halves and their mean
+    for file, more in zip(files, ((), ("--memory-limit", limit)), strict=True):
+        invoke("calibrate", place / "model", file, *options, *more)
+    whole, blocks = map(CovarianceSet.load, files)
+    assert list(blocks) == list(whole)
+    assert list(blocks.gradients) == list(whole.gradients)
+    for name, gradient in whole.gradients.items():
+        for part in ("matrix", "mean"):
+            ours, theirs = getattr(blocks.gradients[name], part), getattr(gradient, part)
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
+        error = (blocks[name].matrix - whole[name].matrix).norm()
+        assert error < 1e-5 * whole[name].matrix.norm(), name
+
+
 def test_a_plan_counts_gradients(place: Path, invoke: Callable[..., str]) -> None:
     config = json.loads((place / "model" / "config.json").read_text())
     d, inner, kv = config["hidden_size"], config["intermediate_size"], 16
@@ -81,7 +104,11 @@ def test_a_plan_counts_gradients(place: Path, invoke: Callable[..., str]) -> Non
     told = invoke("plan", place / "model", "--seq-len", 32, "--no-stability", "--sides", "both")
     (line,) = [line for line in told.splitlines() if line.startswith("gradients")]
     assert line.split()[1] == f"{size / 1024:.1f}"
-    assert "gradients take one pass through the whole model" in told
+    assert line.split()[3] == f"{size / 2 / 1024:.1f}"  # of one of two blocks
+    hidden = 256 * 32 * 4 * d * 3 / 2**20
+    (line,) = [line for line in told.splitlines() if line.startswith("hidden states")]
+    assert line.split()[-2] == f"{hidden:.1f}"
+    assert "2 and back" in told
 
 
 def test_what_does_not_go_together_is_refused(
@@ -96,4 +123,28 @@ def test_what_does_not_go_together_is_refused(
     ):
         with pytest.raises(ConfigError, match=says):
             invoke(*init, *more)
+    with pytest.raises(DataError, match=r"no field 'text': .* --keep-field or --keep-templ"):
+        invoke(*init, "--mode", "task", "--keep", place / "rows.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_of_conversations_keeps_a_text_of_fields(
+    place: Path, invoke: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Any] = []
+
+    def noted(given: Any, tokenizer: Any) -> list[Any]:
+        read.append({name: given[name] for name in ("template", "chat_template", "answers_only")})
+        if len(read) == 2:
+            raise DataError("enough")
+        return []
+
+    monkeypatch.setattr(options, "text_batches", noted)
+    task = ("--data", place / "rows.jsonl", "--chat-template", "--answers-only")
+    keep = ("--keep", place / "rows.jsonl", "--keep-template", "{question}")
+    with pytest.raises(DataError, match="enough"):
+        invoke("init", place / "model", tmp_path / "out", "--mode", "task", *task, *keep)
+    assert read == [
+        {"template": None, "chat_template": True, "answers_only": True},
+        {"template": "{question}", "chat_template": False, "answers_only": False},
+    ]

@@ -30,13 +30,13 @@ QUIET: dict[str, Any] = {"progress": False}
 def model(tiny_model: Callable[..., nn.Module]) -> nn.Module:
     """With more experts than a short text reaches."""
     torch.manual_seed(0)
-    return tiny_model("qwen3_moe", num_experts=24, initializer_range=0.2)
+    return tiny_model("qwen3_moe", num_experts=12, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 64, (2, 9), generator=generator) for _ in range(3)]
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(3, 64, (1, 9), generator=generator) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_the_experts_of_a_parameter_keep_one_candidate_by_the_sum_of_their_score
         for each in names:
             assert whole[each] is candidates[winners[name]][each]
             assert torch.equal(chosen[each].matrix, whole[each].matrix)
+    assert min(winners.values()) < max(winners.values())
     unseen = [{n for n in part if not part[n].tokens} for part in candidates]
     assert len({frozenset(names) for names in unseen}) == 3
     for name in linears:

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from corda_kernels.cli import app
 from corda_kernels.errors import ConfigError, CordaError, MissingExtraError, OutputError
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 @pytest.fixture
 def inspect() -> Callable[..., str]:
@@ -29,7 +31,6 @@ def inspect() -> Callable[..., str]:
     return run
 
 
-@pytest.mark.slow
 def test_an_adapter_with_its_covariances_and_model_shows_everything(
     inspect: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
@@ -45,7 +46,6 @@ def test_an_adapter_with_its_covariances_and_model_shows_everything(
     assert "is recorded" not in text
 
 
-@pytest.mark.slow
 def test_a_covariance_file_has_a_page_too(
     inspect: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_what_cannot_be_written_or_drawn_is_told_before_the_work(
         ("spectrum", {"total": 3, "index": [0, 7], "value": [1, 0]}),
         ("spectrum", {"total": 3, "index": [1, 0], "value": [1, 0]}),
         ("spectrum", {"total": 3, "index": [0], "value": [float("inf")]}),
-        pytest.param("spectrum", None, marks=pytest.mark.slow),
+        ("spectrum", None),
         ("shape", [1]),
     ],
 )
