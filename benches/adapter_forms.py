@@ -37,7 +37,7 @@ from corda_kernels.bench.timing import environment, measure
 from corda_kernels.files import write_json
 from corda_kernels.linears import linear_shape
 from corda_kernels.memory import peak_bytes
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 PROFILE = PROFILES["forms"]
 # Small, so that what is of second order is; not so small that the pair's own rounding shows.

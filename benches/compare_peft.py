@@ -27,9 +27,9 @@ from corda_kernels import load_model, load_tokenizer, token_batches
 from corda_kernels.bench.timing import environment
 from corda_kernels.files import write_json
 from corda_kernels.linears import linear_weight
-from corda_kernels.models import target_linears
 from corda_kernels.peft_corda import preprocess_corda
-from corda_kernels.text import help_topics
+from corda_kernels.sources import help_topics
+from corda_kernels.targets import target_linears
 
 DAMPING = 0.01
 

@@ -41,7 +41,7 @@ from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.files import write_json
 from corda_kernels.linalg import steepest_rows
 from corda_kernels.linears import linear_weight
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 from corda_kernels.text import token_batches
 
 TEMPLATES = {
@@ -98,7 +98,7 @@ def product_seconds(model: Any, tokens: int) -> float:
     """CPU seconds of the products that one batch adds to C, D and Ḡ, alone."""
     from corda_kernels.kernels import syrk_
     from corda_kernels.linears import linear_shape
-    from corda_kernels.models import target_linears
+    from corda_kernels.targets import target_linears
 
     shapes = [linear_shape(module) for module in target_linears(model).values()]
     x = {size: torch.randn(tokens, size) for shape in shapes for size in shape}

@@ -35,8 +35,10 @@ from corda_kernels.errors import RankDeficientWarning
 from corda_kernels.files import write_json
 from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.memory import forget_peak, free_bytes, peak_bytes, used_bytes
-from corda_kernels.models import decoder, parse_dtype, target_linears
+from corda_kernels.models import parse_dtype
 from corda_kernels.outputs import check_output, format_bytes
+from corda_kernels.structure import decoder
+from corda_kernels.targets import target_linears
 
 # LLaMA-2-7B's widths, as multiples of its hidden size of 4096.
 _HEADS = 32

@@ -33,9 +33,11 @@ from corda_kernels.cli.options import torch_device
 from corda_kernels.errors import ConfigError, CordaError
 from corda_kernels.files import write_json
 from corda_kernels.memory import forget_peak, peak_bytes
-from corda_kernels.models import decoder, load_model, load_tokenizer
+from corda_kernels.models import load_model, load_tokenizer
 from corda_kernels.outputs import check_output
-from corda_kernels.text import help_topics, token_batches
+from corda_kernels.sources import help_topics
+from corda_kernels.structure import decoder
+from corda_kernels.text import token_batches
 
 CONTESTANTS = tuple(METHODS)
 

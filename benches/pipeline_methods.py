@@ -69,7 +69,7 @@ class Subject:
 def _lora(subject: Subject, initialisation: str, **options: Any) -> Any:
     from peft import LoraConfig
 
-    from corda_kernels.models import target_linears
+    from corda_kernels.targets import target_linears
 
     return LoraConfig(
         r=subject.task.rank,

@@ -36,11 +36,11 @@ from corda_kernels import (
     token_batches,
 )
 from corda_kernels.bench.timing import environment
+from corda_kernels.documents import decode_escapes
 from corda_kernels.files import write_json
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra, uniform_budget
-from corda_kernels.text import decode_escapes
 
 CANDIDATES, SAMPLES, LENGTH = 5, 4, 512
 RANK = 32

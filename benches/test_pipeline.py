@@ -26,7 +26,7 @@ from corda_kernels.bench.svd_cases import (
 )
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 Mode = Literal["ipm", "kpm"]
 # Of every layer B and A, whose product is the adapter's start.

@@ -92,6 +92,11 @@ def maybe(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
+def list_of(check: Check) -> Check:
+    """A check for a list of what `check` accepts."""
+    return lambda value: isinstance(value, list | tuple) and all(map(check, value))
+
+
 def whole(least: int) -> Check:
     """`is_whole` with this bound."""
     return lambda value: is_whole(value, least)

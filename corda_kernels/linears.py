@@ -30,8 +30,9 @@ class AdaptedLayer(nn.Module):
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one matrix: nn.Linear, also packed, or transformers' Conv1D.
 
-    A subclass with a plain weight and another forward, such as a router, is none; nor is that of
-    nn.MultiheadAttention, which takes the weight and never calls it.
+    A subclass with a plain weight and another forward, such as a router, is none, but for Falcon's,
+    which adds the bias by itself; nor is that of nn.MultiheadAttention, which takes the weight and
+    never calls it.
     """
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
     from transformers.pytorch_utils import Conv1D
@@ -40,6 +41,7 @@ def is_linear(module: nn.Module) -> bool:
     if unlike or type(module) is NonDynamicallyQuantizableLinear:
         return False
     own = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    own = own or type(module).__name__ == "FalconLinear"
     return own or is_quantised(module) or not _is_plain(getattr(module, "weight", None))
 
 

@@ -38,7 +38,8 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.init import corda_adapter
-from corda_kernels.models import target_linears, task_type
+from corda_kernels.structure import task_type
+from corda_kernels.targets import target_linears
 
 Batch = dict[str, Any]
 Case = tuple[nn.Module, Batch, Callable[[str], Tensor | None], str | None]
@@ -245,19 +246,12 @@ ADAPTED = [
     vit_classifier,
     clip,
     t5,
-]
-ADAPTED += [whisper, llava, qwen_vl]
-CASES = [
-    *ADAPTED,
-    distilbert_classifier,
-    siglip,
-    bert_tagger,
-    llama_packed,
-    llama_base,
     bart,
-    bart_masked,
-    bart_alone,
+    whisper,
+    llava,
+    qwen_vl,
 ]
+CASES = [*ADAPTED, siglip, bert_tagger, llama_packed, llama_base, bart_masked, bart_alone]
 
 
 def made(case: Callable[[], Case]) -> Case:

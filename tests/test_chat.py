@@ -12,8 +12,8 @@ from byte_tokenizer import byte_tokenizer
 from torch import nn
 
 from corda_kernels import calibrate, token_batches
+from corda_kernels.documents import read_texts
 from corda_kernels.errors import ConfigError, DataError, DataWarning
-from corda_kernels.text import read_texts
 
 USER, ASSISTANT = "user", "assistant"
 CONVERSATIONS = [

@@ -16,7 +16,7 @@ from corda_kernels.calibration import Covariance
 from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import measured_input, sampled_spectrum
 from corda_kernels.linalg import singular_values
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
 

@@ -12,21 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import dynamic_module_utils
+from transformers import AutoModelForCausalLM, Mamba2Config, dynamic_module_utils
 
 from corda_kernels.errors import CordaWarning, ModelError, OutputError, TargetError
 from corda_kernels.linears import is_linear, linear_weight
-from corda_kernels.models import (
-    check_unwrapped,
-    decoder,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    output_head,
-    save_model,
-    target_linears,
-    unreached_weights,
-)
+from corda_kernels.models import load_model, load_skeleton, load_tokenizer, save_model
+from corda_kernels.structure import check_unwrapped, decoder, output_head
+from corda_kernels.targets import target_linears, unreached_weights
 
 ModelMaker = Callable[..., nn.Module]
 
@@ -446,6 +438,18 @@ def test_fused_experts_come_first_among_the_weights_out_of_reach(
     ranks = [model.get_parameter(name).ndim for name in reasons]
     assert ranks == [3, 3, 3, 3, 2, 2]
     assert all("4 experts fused" in reason for reason in list(reasons.values())[:4])
+
+
+def test_weights_that_a_state_space_mixers_kernels_take_are_no_targets_unless_named() -> None:
+    config = Mamba2Config(
+        hidden_size=32, num_heads=8, head_dim=8, n_groups=1, num_hidden_layers=1, vocab_size=60
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    taken = "backbone.layers.0.mixer.out_proj"
+    assert list(target_linears(model)) == ["backbone.layers.0.mixer.in_proj"]
+    assert "past an adapter" in unreached_weights(model)[f"{taken}.weight"]
+    assert list(target_linears(model, ["out_proj"])) == [taken]
 
 
 CODE = """

@@ -36,9 +36,9 @@ from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.errors import AdapterError, CordaWarning, TargetError
 from corda_kernels.init import check_targets, layers
 from corda_kernels.linears import is_packed, is_quantised, linear_shape, linear_weight
-from corda_kernels.models import target_linears
 from corda_kernels.peft_corda import preprocess_corda
 from corda_kernels.planning import subspace_stability
+from corda_kernels.targets import target_linears
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ from byte_tokenizer import all_tokens, byte_tokenizer, write, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corda_kernels.documents import decode_escapes, read_texts
 from corda_kernels.errors import ConfigError, DataError
-from corda_kernels.text import decode_escapes, read_texts, token_batches
+from corda_kernels.text import token_batches
 
 CHATML = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from byte_tokenizer import all_tokens, byte_tokenizer
 
+from corda_kernels.documents import read_texts
 from corda_kernels.errors import DataError, MissingExtraError
-from corda_kernels.text import read_texts, token_batches
+from corda_kernels.text import token_batches
 
 RECORDS = [{"question": f"who, {n}?\n", "answer": f'"é{n}"'} for n in range(9)]
 TEXTS = [f"{each['question']}{each['answer']}" for each in RECORDS]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from byte_tokenizer import QUESTIONS, all_tokens, byte_tokenizer, write, write_records
 
+from corda_kernels.documents import read_texts
 from corda_kernels.errors import ConfigError, CordaWarning, DataError
-from corda_kernels.text import fitting_batch_size, read_texts, token_batches
+from corda_kernels.text import fitting_batch_size, token_batches
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corda_kernels.documents import read_texts
 from corda_kernels.errors import DataError
 from corda_kernels.outputs import atomic_path
-from corda_kernels.text import read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

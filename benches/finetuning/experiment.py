@@ -32,7 +32,7 @@ from corda_kernels.bench.timing import environment
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.files import write_json
 from corda_kernels.init import CalibrationPlan, covariance_stages
-from corda_kernels.text import help_topics
+from corda_kernels.sources import help_topics
 
 from .claims import claim
 from .comparison import best

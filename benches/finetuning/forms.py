@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, co_svd_layers
 from corda_kernels.linears import linear_weight
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 Form = Literal["published", "pair", "plain"]
 Mode = Literal["kpm", "ipm"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.models import decoder, input_device
+from corda_kernels.structure import decoder, input_device
 
 from .data import Batch
 

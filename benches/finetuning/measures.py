@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.models import decoder, input_device
+from corda_kernels.structure import decoder, input_device
 
 from .data import Item, collate, spaced
 from .likelihood import answer_nll, mean_by_row, without_wrapper

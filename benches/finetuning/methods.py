@@ -14,7 +14,7 @@ from corda_kernels import CordaConfig, CovarianceSet, adapter_factors, init_cord
 from corda_kernels.adapter import task_factors
 from corda_kernels.linalg import CoSVD
 from corda_kernels.linears import linear_weight
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 from .forms import Form, Mode, attach, components
 

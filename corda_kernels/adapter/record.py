@@ -19,7 +19,7 @@ from corda_kernels.errors import AdapterError
 from corda_kernels.experts import ExpertParameter
 from corda_kernels.files import digest
 from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
-from corda_kernels.models import task_type
+from corda_kernels.structure import task_type
 
 FORMAT = "corda_kernels.adapter/4"
 # What an adapter beside a residual fits is no model that could be loaded: this goes before the

@@ -15,7 +15,7 @@ from torch import Tensor
 from corda_kernels.bench.timing import Timing, measure
 from corda_kernels.calibration import calibrate
 from corda_kernels.kernels import available_backends, symmetrize_, syrk_, use_backend
-from corda_kernels.models import decoder
+from corda_kernels.structure import decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,8 +26,8 @@ from corda_kernels.calibration.journal import foreign
 from corda_kernels.calibration.kept_text import KeptText, unsuitable
 from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import CalibrationError
-from corda_kernels.models import decoder_blocks, is_encoder_decoder
 from corda_kernels.progress import progress_bar
+from corda_kernels.structure import decoder_blocks, is_encoder_decoder
 
 
 @torch.no_grad()
@@ -165,7 +165,8 @@ def _by_block(run: CalibrationRun, blocks: dict[str, nn.Module]) -> list[dict[st
     ]
     outside = run.readers.keys() - {name for readers in chosen for name in readers}
     if outside:
-        raise unsuitable(f"{min(outside)} lies outside of its blocks")
+        remedy = "leave that out of the targets, or calibrate it in one pass"
+        raise unsuitable(f"{min(outside)} lies outside of its blocks", remedy)
     shared = [id(module) for block in blocks.values() for module in block.modules()]
     if len(set(shared)) < len(shared):
         raise unsuitable("its blocks share layers")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from corda_kernels import models
+from corda_kernels import structure
 from corda_kernels.calibration.batches import (
     Batch,
     Piece,
@@ -52,12 +52,13 @@ class Forward:
     def __post_init__(self) -> None:
         """Looks at the model."""
         model = self.model
-        base = models.decoder(model)
+        base = structure.decoder(model)
         self._base = base if set(self.targets) <= set(base.modules()) else model
-        self.device = models.input_device(model)
-        self.positions = models.position_count(model)
-        self._vocabulary = models.vocabulary_size(model)
-        self._trained = models.trained_positions(model)
+        self.device = structure.input_device(model)
+        self.positions = structure.position_count(model)
+        self._vocabulary = structure.vocabulary_size(model)
+        self._trained = structure.trained_positions(model)
+        self._multiple = structure.padding_multiple(model)
 
     def pieces(self, batch: Batch, index: int, span: tuple[int, int]) -> Iterator[Piece]:
         """Takes a batch apart: text into sequences without padding, see `unpadded`; anything else
@@ -75,7 +76,7 @@ class Forward:
         """
         padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         inputs, text = inputs_of(batch), self._is_text(batch)
-        taken = models.arguments(self.model)
+        taken = structure.arguments(self.model)
         of_text = {"attention_mask", "token_mask"} if text else set()
         others = inputs.keys() - taken.keys() - of_text - {"labels"}
         if taken and others:
@@ -91,12 +92,12 @@ class Forward:
         parts = unpadded(batch, index, pad_token_id=padding) if text else [inputs]
         for part in parts:
             self._check_ids(part.get("input_ids"), text, index)
-            check_labels(part, models.output_head(self.model), index)
+            check_labels(part, structure.output_head(self.model), index)
             yield Piece(index, span, part, text)
 
     def _is_text(self, batch: Batch) -> bool:
         """Whether a batch can be taken apart: the sequences of an encoder–decoder come in pairs."""
-        return is_text(batch) and not models.is_encoder_decoder(self.model)
+        return is_text(batch) and not structure.is_encoder_decoder(self.model)
 
     def __call__(
         self, inputs: Mapping[str, Any], batches: Sequence[int] = (0,), *, follow: bool = True
@@ -113,11 +114,11 @@ class Forward:
         """
         text = self._is_text(inputs)
         runner, given = self.model, dict(inputs)
-        if not models.is_encoder_decoder(self.model):
+        if not structure.is_encoder_decoder(self.model):
             given.pop("labels", None)  # the loss needs no computing
-            if text or given.keys() <= models.arguments(self._base).keys():
+            if text or given.keys() <= structure.arguments(self._base).keys():
                 runner = self._base
-        taken = models.arguments(runner)
+        taken = structure.arguments(runner)
         if taken and "labels" not in taken:
             given.pop("labels", None)
         if "use_cache" in taken:
@@ -140,7 +141,7 @@ class Forward:
                 raise
             kind, names = type(runner).__name__, ", ".join(inputs)
             says = f"cannot be run by {kind}, which was given {names} ({error})"
-            pairs = models.is_encoder_decoder(runner)
+            pairs = structure.is_encoder_decoder(runner)
             missing = ", such as labels or decoder_input_ids" if pairs else ""
             raise BatchError(batches[0], f"{says}: give all that it needs{missing}") from error
 
@@ -152,6 +153,11 @@ class Forward:
         if self.positions is not None and length > self.positions:
             says = f"has sequences of {length} tokens, but the model has {self.positions} positions"
             raise BatchError(batch, f"{says}: lower --seq-len to {self.positions}, or cut them")
+        if ids.shape[-1] % self._multiple:
+            kind, most = type(self.model).__name__, self._multiple
+            says = f"has sequences of {ids.shape[-1]} tokens, which {kind} pads to multiples of"
+            remedy = "give sequences of such a length, as packing does, since its padding counts"
+            raise BatchError(batch, f"{says} {most} by itself: {remedy}")
         if self._trained is not None and length > self._trained:
             says = f"a batch has {length} tokens, but the model's max_position_embeddings is"
             remedy = "use sequences of that length (--seq-len): it was not trained on longer text"

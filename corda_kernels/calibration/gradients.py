@@ -24,7 +24,7 @@ from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
 from corda_kernels.kernels import symmetrize_, syrk_
-from corda_kernels.models import output_head
+from corda_kernels.structure import output_head
 
 Sides = Literal["inputs", "both"]
 Labels = Literal["given", "sampled"]

@@ -69,7 +69,13 @@ class KeptText:
                         raise unsuitable("text beside other inputs is padded")
                     counted = inputs.pop("token_mask", None)
                     recorder.current = Sequences(index, span, inputs, counted)
-                    run.forward(inputs, rows, follow=False)
+                    try:
+                        run.forward(inputs, rows, follow=False)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except RuntimeError as error:
+                        says = "its blocks change the shape of what they read"
+                        raise unsuitable(says) from error
                     if len(recorder.current.calls) != len(self.blocks):
                         raise unsuitable("not all of its blocks ran")
                     self.sequences.append(recorder.current)
@@ -236,21 +242,19 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block returned: a tensor, or a tuple that has nothing else."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple):
-        first, *others = output
-        if isinstance(first, Tensor) and not any(isinstance(other, Tensor) for other in others):
-            return first
-    raise unsuitable("its blocks return more than hidden states")
+    """The hidden states in what a block returned: a tensor, or a tuple's first entry."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor):
+        return first
+    raise unsuitable("its blocks do not return hidden states first")
 
 
-def unsuitable(reason: str) -> CalibrationError:
+def unsuitable(
+    reason: str, remedy: str = "calibrate it in one pass, without a memory limit"
+) -> CalibrationError:
     """The error for a model that does more than run its blocks in order."""
     return CalibrationError(
-        f"the model cannot be calibrated block by block, because {reason}: calibrate it in one "
-        "pass, without a memory limit"
+        f"the model cannot be calibrated block by block, because {reason}: {remedy}"
     )
 
 
@@ -306,7 +310,8 @@ class Recorder:
                 output = original(hidden.clone(), *others, **kwargs)
                 hidden_states(output)
                 self._asked = True
-                self._rest = output[1:] if isinstance(output, tuple) else None
+                if isinstance(output, tuple):  # such as attention weights, which no block may read
+                    self._rest = tree_map_only(Tensor, _unread, output[1:])
             return self._returned(hidden)
 
         return forward
@@ -319,9 +324,18 @@ class Recorder:
 
         Masks and rotary embeddings are the same for all blocks and for all texts of one length.
         """
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise unsuitable("its blocks read more of each other than hidden states")
         known = self._seen.setdefault((value.shape, value.dtype, value.device), deque(maxlen=8))
         for tensor in known:
             if tensor is value or torch.equal(tensor, value):
                 return tensor
         known.append(value)
         return value
+
+
+def _unread(value: Tensor) -> Tensor:
+    """Stands for a tensor that nothing may be made of: NaN shows where something is."""
+    if not value.is_floating_point():
+        raise unsuitable("its blocks return whole numbers beside hidden states")
+    return torch.full_like(value, torch.nan)

@@ -24,9 +24,11 @@ from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
 from corda_kernels.experts import is_decorated
 from corda_kernels.linears import linear_shape
-from corda_kernels.models import arguments, decoder_blocks, is_encoder_decoder, target_layers
+from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
+from corda_kernels.targets import target_layers
 
-_TRIED_TOKENS = 2
+# No usual number of labels, to which a mask of another shape might be stretched.
+_TRIED_TOKENS = 7
 
 # Attention masks for a number of tokens: a finished one, one of ones, or none. To make a mask for a
 # model without weights, transformers would look at values, which there are none of. Most models
@@ -114,7 +116,7 @@ def calibration_needs(
         kind = type(model).__name__
         raise ModelError(
             f"what calibrating {kind} needs is known for token ids alone, and it takes "
-            f"{', '.join(taken)}: calibrate it in one pass, without a memory limit"
+            f"{next(iter(taken))}: calibrate it in one pass, without a memory limit"
         )
     run = CalibrationRun(model, targets, experts)
     length = min(seq_len, run.forward.positions or seq_len)
@@ -128,7 +130,7 @@ def calibration_needs(
     except ModelError:
         obstacle = "the model has no list of decoder blocks"
     except CalibrationError:
-        obstacle = obstacle or "the model's blocks return more than hidden states"
+        obstacle = obstacle or "the model's blocks do not return hidden states first"
     for channels, names in groups:
         block = next((block for block in sizes if names[0].startswith(f"{block}.")), None)
         if block is None:
@@ -190,7 +192,7 @@ def covariance_bytes(
     experts: Experts | None = None,
     sides: Sides = "inputs",
 ) -> tuple[int, int]:
-    """Sizes of the target layers' covariances, and gradients, in float32, by a run over two tokens.
+    """Sizes of the target layers' covariances, and gradients, in float32, by a run over few tokens.
 
     Returns:
         Of all together, and of those of the largest decoder block, 0 in a model that cannot run
@@ -221,6 +223,9 @@ def _tried(
         ModelError: it runs with none of the masks that a model without weights is tried with.
     """
     layers = {module: name for name, module in run.linears.items()}
+    for name, reader in run.readers.items():
+        if isinstance(reader, ExpertInput) and reader.expert is None:
+            layers[reader.parameter.module] = name
     blocks: Collection[nn.Module] = ()
     with contextlib.suppress(ModelError):
         blocks = decoder_blocks(run.model).values()
@@ -256,8 +261,7 @@ def _tried(
             reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
         else:
             seen = {name for names in readers.values() for name in names}
-            groups = [*readers.values(), *([name] for name in run.linears if name not in seen)]
-            groups += [[name] for name in run.readers if name not in run.linears]
+            groups = [*readers.values(), *([name] for name in run.readers if name not in seen)]
             channels = [reader_shape(run.readers[names[0]])[1] for names in groups]
             flops = counter.get_total_flops() / max(length, 1)
             return list(zip(channels, groups, strict=True)), outputs, active[-1], flops

@@ -59,7 +59,7 @@ def calibrate(
             text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
             model reads the tokens with a zero, and they do not count either.
             Alternatively a function without arguments that runs the model, as it likes.
-        targets: see `corda_kernels.models.target_layers`.
+        targets: see `corda_kernels.targets.target_layers`.
         experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
             layer of the hidden states that they read, under the name of the parameter
             ("model.layers.0.mlp.experts.gate_up_proj"), and one an expert of what its down

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from corda_kernels import models
 from corda_kernels.arguments import flag, instance_of, one_of
 from corda_kernels.calibration.batches import Batch, Piece, TextSum, together, token_count
 from corda_kernels.calibration.capture import InputCapture
@@ -36,6 +35,7 @@ from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import AdaptedLayer
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
+from corda_kernels.targets import target_layers, unreached_weights
 from corda_kernels.versions import library_versions
 
 Normalize = Literal["tokens", "peft"]
@@ -105,9 +105,7 @@ class CalibrationRun:
         model = self.model
         self.ranks = Ranks.of(self.distributed)
         self.shown = self.progress and self.ranks.rank == 0
-        self.linears, fused = models.target_layers(
-            model, self.targets, experts=self.experts is not None
-        )
+        self.linears, fused = target_layers(model, self.targets, experts=self.experts is not None)
         self.experts_modules = {parameter.module for parameter in fused.values()}
         self.readers: dict[str, Reader] = {
             **self.linears,
@@ -121,7 +119,7 @@ class CalibrationRun:
                 says = f"layer {name} carries an adapter already ({type(module).__name__})"
                 raise CalibrationError(f"{says}: calibrate the base model, loaded anew")
         every = self.targets in (None, "all-linear")
-        left_out = models.unreached_weights(model, self.targets) if every else {}
+        left_out = unreached_weights(model, self.targets) if every else {}
         self.left_out = {name: left_out[name] for name in left_out if name not in fused}
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))

@@ -74,6 +74,7 @@ def calibrate(
     )
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
     from corda_kernels.linears import linear_shape
+    from corda_kernels.targets import target_layers
 
     first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
@@ -100,7 +101,7 @@ def calibrate(
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     if first:
         # Layers of one parent and width mostly share an input: a lower bound of what is written.
-        modules, fused = models.target_layers(network, targets, experts=experts is not None)
+        modules, fused = target_layers(network, targets, experts=experts is not None)
         readers: dict[str, Reader] = {**modules, **expert_inputs(fused, experts or "shared")}
         widths = {
             (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])

@@ -52,7 +52,7 @@ def demo(
 
     The text is Python's own help topics, or --data FILE. Takes a few minutes.
     """
-    from corda_kernels import init, models, text
+    from corda_kernels import init, models, sources, text
     from corda_kernels.calibration import CovarianceSet
 
     source, base, started = _gguf_file(), out / "base", time.perf_counter()
@@ -63,7 +63,7 @@ def demo(
         echo("1. unpacking SmolLM2-135M into a plain folder")
         models.save_model(options.load(str(source), None, "cpu"), base, source=source)
     batches = text.token_batches(
-        data or text.help_topics(out / "python-help.txt"),
+        data or sources.help_topics(out / "python-help.txt"),
         models.load_tokenizer(base),
         samples=4 + samples + 2 * steps,
         seq_len=seq_len,
@@ -176,7 +176,7 @@ def _write_pages(out: Path, model: nn.Module, covariances: CovarianceSet) -> Non
     """A page for the adapter of each mode, with whole spectra of C and W·C."""
     from corda_kernels import report
     from corda_kernels.adapter import read_adapter
-    from corda_kernels.models import target_linears
+    from corda_kernels.targets import target_linears
 
     inputs, layers = report.measure_inputs(covariances), target_linears(model)
     spectra = report.measure_spectra(layers, covariances, damping=report.DAMPING)

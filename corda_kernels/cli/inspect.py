@@ -31,10 +31,10 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
-    from corda_kernels import models
     from corda_kernels import report as reports
     from corda_kernels.adapter import folder
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.targets import target_linears
 
     if html is None and (cov or model):
         raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
@@ -65,7 +65,7 @@ def inspect(
         inputs, spectra = inputs or reports.measure_inputs(covariances), None
         if model is not None:
             base = options.load(model, None, "auto", trust_remote_code=trust_remote_code)
-            layers = models.target_linears(base)
+            layers = target_linears(base)
             spectra = reports.measure_spectra(layers, covariances, damping=report.damping)
         report = reports.with_covariances(report, inputs, spectra)
     reports.write_page(report, html)

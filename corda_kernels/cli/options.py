@@ -158,7 +158,8 @@ def text_batches(
     given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Tensor]]:
     """Token batches of the text that a command's options describe, `samples` for each candidate."""
-    from corda_kernels.text import decode_escapes, fitting_batch_size, token_batches
+    from corda_kernels.documents import decode_escapes
+    from corda_kernels.text import fitting_batch_size, token_batches
 
     kind = resolve_device(given["device"]).partition(":")[0]
     if given["data"] == "-" and under_torchrun():

@@ -33,12 +33,6 @@ from corda_kernels.experts import ExpertParameter
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.experts import active_experts, check_experts, layer_shapes
 from corda_kernels.linears import check_writable, is_linear, is_quantised, linear_shape
-from corda_kernels.models import (
-    check_unshared,
-    check_unwrapped,
-    classification_heads,
-    target_layers,
-)
 from corda_kernels.planning.ranks import (
     Shape,
     check_guaranteed,
@@ -46,6 +40,8 @@ from corda_kernels.planning.ranks import (
     parse_budget,
     uniform_budget,
 )
+from corda_kernels.structure import check_unwrapped, classification_heads
+from corda_kernels.targets import check_unshared, target_layers
 
 
 @dataclass(frozen=True, eq=False)

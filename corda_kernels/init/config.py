@@ -13,10 +13,10 @@ from corda_kernels.calibration.gradients import Labels, Sides
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End
 from corda_kernels.linalg.operand import check_damping
-from corda_kernels.models import check_selection
 from corda_kernels.planning.ranks import check_bounds, parse_budget
 from corda_kernels.planning.scores import CONDITIONS, Condition
 from corda_kernels.planning.selection import METHODS, Method
+from corda_kernels.targets import check_selection
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
@@ -156,7 +156,7 @@ class CordaConfig(CalibrationPlan):
             published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
-        targets: the layers; see `corda_kernels.models.target_layers`.
+        targets: the layers; see `corda_kernels.targets.target_layers`.
         experts: see `calibrate`; gradients take "each". Fused experts that `targets` selects are
             adapted too. The rank of each is `rank` over the number of experts that a token is sent
             to, at least 1.

@@ -28,10 +28,10 @@ from corda_kernels.errors import (
 )
 from corda_kernels.init.config import CalibrationPlan
 from corda_kernels.linears import weights_at_hand
-from corda_kernels.models import devices
 from corda_kernels.planning import LayerStability, Selection, select_covariance, subspace_stability
 from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.planning.stability import AGREEMENT
+from corda_kernels.structure import devices
 from corda_kernels.usage import Stopwatch
 
 DOMAIN = "the given batches"

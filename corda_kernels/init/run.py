@@ -31,10 +31,11 @@ from corda_kernels.init.layers import MadeLayer, made_layers
 from corda_kernels.init.measured import measured_layer
 from corda_kernels.linears import unpack
 from corda_kernels.memory import cuda_peak_bytes, peak_bytes
-from corda_kernels.models import devices, unreached_weights
 from corda_kernels.planning import Stability, allocate_ranks, layer_spectra
 from corda_kernels.planning.ranks import Shape, component_size, components
 from corda_kernels.planning.scores import SCORING_DAMPING, LayerSpectrum
+from corda_kernels.structure import devices
+from corda_kernels.targets import unreached_weights
 from corda_kernels.usage import Stopwatch
 from corda_kernels.versions import library_versions
 

@@ -17,7 +17,7 @@ from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning, PaddingWarning, warn
 from corda_kernels.memory import has_own_memory
-from corda_kernels.models import input_device
+from corda_kernels.structure import input_device
 
 
 @dataclass(frozen=True, eq=False)

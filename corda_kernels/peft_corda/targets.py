@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corda_kernels.adapter import not_selectable
 from corda_kernels.errors import RankError, TargetError
 from corda_kernels.linears import is_quantised, linear_layers, linear_weight
-from corda_kernels.models import check_unshared, no_match
+from corda_kernels.targets import check_unshared, no_match
 
 # What PEFT's corda_init accepts.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

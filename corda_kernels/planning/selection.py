@@ -29,6 +29,7 @@ from corda_kernels.fields import (
     is_number,
     is_text,
     is_whole,
+    list_of,
     number,
 )
 from corda_kernels.outputs import check_output
@@ -39,7 +40,6 @@ from corda_kernels.planning.scores import (
     check_condition,
     layer_spectra,
 )
-from corda_kernels.planning.stability import list_of
 
 Method = Literal["argmin", "pool"]
 

@@ -19,17 +19,11 @@ from torch import Tensor, nn
 from corda_kernels.arguments import instance_of, one_of, whole_number
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.fields import Check, Schema, check_fields, is_number, is_whole, maybe, whole
+from corda_kernels.fields import Schema, check_fields, is_number, is_whole, list_of, maybe, whole
 from corda_kernels.linalg import CoSVD, End, co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.linears import LinearWeights, linear_shape
 from corda_kernels.progress import progress_bar
-
-
-def list_of(check: Check) -> Check:
-    """A check for a list of what `check` accepts."""
-    return lambda value: isinstance(value, list | tuple) and all(map(check, value))
-
 
 # The attribute of `LayerStability` that has the agreement at an end.
 AGREEMENT: dict[End, str] = {"largest": "top", "smallest": "bottom"}

@@ -27,7 +27,7 @@ from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 WIDTH = 12

@@ -12,7 +12,7 @@ from torch import nn
 from corda_kernels.adapter import AdapterRecord, describe_base
 from corda_kernels.adapter.record import FORMAT, LayerNote, base_difference, check_base
 from corda_kernels.errors import AdapterError
-from corda_kernels.models import target_linears
+from corda_kernels.targets import target_linears
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]
 KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}

@@ -25,7 +25,7 @@ from corda_kernels.calibration.experts import expert_inputs
 from corda_kernels.errors import CalibrationError, CordaWarning, TargetError
 from corda_kernels.experts import ExpertParameter, expert_parameters
 from corda_kernels.init import CalibrationPlan, covariance_stages
-from corda_kernels.models import target_layers
+from corda_kernels.targets import target_layers
 
 E = 4
 SIZES: dict[str, Any] = {

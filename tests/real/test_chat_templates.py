@@ -9,7 +9,7 @@ from test_chat import CONVERSATIONS, records
 from transformers import PreTrainedTokenizerBase
 
 from corda_kernels import load_tokenizer, token_batches
-from corda_kernels.text import read_texts
+from corda_kernels.documents import read_texts
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

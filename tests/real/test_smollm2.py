@@ -23,9 +23,9 @@ from corda_kernels import (
     token_batches,
 )
 from corda_kernels.errors import CordaWarning
-from corda_kernels.models import target_linears
 from corda_kernels.planning import layer_spectra, uniform_budget
 from corda_kernels.planning.scores import CONDITIONS
+from corda_kernels.targets import target_linears
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -17,7 +17,6 @@ from corda_kernels import CordaConfig, CovarianceSet
 from corda_kernels.adapter import read_adapter, write_adapter
 from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import sampled_spectrum
-from corda_kernels.models import target_linears
 from corda_kernels.planning import Selection, Stability
 from corda_kernels.planning.stability import LayerStability
 from corda_kernels.report import (
@@ -31,6 +30,7 @@ from corda_kernels.report import (
     with_covariances,
 )
 from corda_kernels.report.content import Input, Layer
+from corda_kernels.targets import target_linears
 
 pytest.importorskip("matplotlib", reason="the report's figures need matplotlib")
 
