@@ -53,7 +53,10 @@ class Forward:
         """Looks at the model."""
         model = self.model
         base = structure.decoder(model)
-        self._base = base if set(self.targets) <= set(base.modules()) else model
+        # Logits are large. Other heads cost little, and their models may prepare what the base
+        # gets, as Longformer's for classification do with its global attention.
+        spared = structure.output_head(model) is not None
+        self._base = base if spared and set(self.targets) <= set(base.modules()) else model
         self.device = structure.input_device(model)
         self.positions = structure.position_count(model)
         self._vocabulary = structure.vocabulary_size(model)
