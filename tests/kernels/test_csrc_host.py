@@ -22,6 +22,7 @@ from corda_kernels.kernels import cuda, reference
 from corda_kernels.kernels.cuda import batched_svd, jacobi_svd
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.skipif(platform.system() != "Linux", reason="needs Linux for its fibers"),
 ]
