@@ -14,8 +14,9 @@ from corda_kernels.linears import is_linear, linear_layers
 from corda_kernels.structure import classification_heads, decoder, language_model, output_head
 
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Of a state-space mixer, such as Mamba's, the layers that its kernels for training never call.
-_TAKEN_BARE = ("x_proj", "dt_proj", "out_proj")
+# Linear layers that are never called, by what they are part of: its own code takes their weights.
+_MIXER = ("x_proj", "dt_proj", "out_proj")  # of state-space mixers, by kernels for training
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def target_linears(
@@ -52,11 +53,11 @@ def target_layers(
     Args:
         model: a transformers model, or any module with linear layers.
         targets: "all-linear" for every linear layer except the output and classification heads,
-            layers tied to an embedding, and those of a state-space mixer whose weights its kernels
-            take past any adapter; None for the same, of a vision–language model those of its
-            language model; a list of names of modules and expert parameters, or of their endings
-            (`["q_proj", "experts.down_proj"]`); or a regular expression that the whole name must
-            match.
+            layers tied to an embedding, and those whose weights other code takes past any adapter
+            (in state-space mixers and in WavLM's attention); None for the same, of a
+            vision–language model those of its language model; a list of names of modules and expert
+            parameters, or of their endings (`["q_proj", "experts.down_proj"]`); or a regular
+            expression that the whole name must match.
         exclude: names, endings or a regular expression of layers to leave out.
         experts: whether fused experts are asked for, which makes "all-linear" all of them as well.
 
@@ -177,15 +178,17 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _taken_bare(model: nn.Module) -> list[str]:
-    """The linear layers of state-space mixers that are not called, at least in training on a GPU:
-    kernels take their weights."""
-    return [
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if hasattr(module, "A_log") and hasattr(module, "D")
-        for part in _TAKEN_BARE
-        if is_linear(getattr(module, part, module))
-    ]
+    """The linear layers that are not called, at least in training on a GPU: other code takes their
+    weights, as Mamba's kernels do, and torch's function for multi-head attention."""
+    found = []
+    for name, module in model.named_modules():
+        parts: tuple[str, ...] = ()
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            parts = _MIXER
+        elif isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "WavLMAttention":
+            parts = _ATTENTION
+        found += [f"{name}.{part}" for part in parts if is_linear(getattr(module, part, module))]
+    return found
 
 
 def unreached_weights(
@@ -194,12 +197,12 @@ def unreached_weights(
     """Matrices that "all-linear" leaves without an adapter, by name with the reason.
 
     Such are the experts of Mixtral or Qwen-MoE in transformers 5, one 3-D parameter for all experts
-    of a layer, which come first, their routers, and the weights that a state-space mixer's kernels
-    take past an adapter. Embeddings, convolutions and the output head
-    are left out on purpose and not listed. With `targets` None it is about the language model of a
+    of a layer, which come first, their routers, and the weights that other code takes past an
+    adapter, as kernels of a state-space mixer do. Embeddings, convolutions and the output head are
+    left out on purpose and not listed. With `targets` None it is about the language model of a
     vision–language model alone.
     """
-    why = "kernels of its state-space mixer take this weight past an adapter; targets may name it"
+    why = "other code than its own takes this weight past an adapter; targets may name it"
     found: dict[str, tuple[int, str]] = {f"{name}.weight": (2, why) for name in _taken_bare(model)}
     inside = set(decoder(model if targets else language_model(model)).modules())
     for prefix, module in model.named_modules():

@@ -30,7 +30,6 @@ REFUSALS = {
     "f": "does not run without its weights",
     "g": "no linear layer matches targets 'all-linear'",
     "h": "by itself: give sequences of such a length",
-    "i": "never received a token",
 }
 ADAPTER, BLOCKS, PLAN = "adapter", "blocks", "plan"
 
@@ -473,7 +472,7 @@ FAMILIES: list[Family] = [
         {"image_token_id": 59}, CROSSING),
     # Speech.
     *map(speech, ["wav2vec2", "hubert"]),
-    Family("wavlm", TRANSCRIBER, waves, WAVE, {ADAPTER: "i", BLOCKS: "b", PLAN: "e"}),
+    Family("wavlm", TRANSCRIBER, waves, WAVE, {BLOCKS: "b", PLAN: "e"}),
     Family("audio-spectrogram-transformer", "AutoModelForAudioClassification",
         lambda: {"input_values": torch.randn(3, 16, 8)}, IMAGE | {"patch_size": 4}
         | {"max_length": 16, "num_mel_bins": 8, "frequency_stride": 4, "time_stride": 4}, NO_IDS),
