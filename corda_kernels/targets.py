@@ -95,7 +95,7 @@ def target_layers(
         chosen = {
             name
             for name, module in linears.items()
-            if module in inside and id(module.weight) not in tables
+            if module in inside and id(getattr(module, "weight", None)) not in tables
         }
         if experts:
             chosen |= {name for name, each in fused.items() if each.module in inside}

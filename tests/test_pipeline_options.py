@@ -22,7 +22,7 @@ Logits = Callable[[nn.Module], Tensor]
 
 # Options of LoraConfig that are no options here, a value of each, and the reason that is given.
 REFUSED: dict[str, tuple[Any, str]] = {
-    "r": (8, "rank is the number of components, and the LoRA has twice that rank"),
+    "r": (8, "rank is the number of components, from which the LoRA's rank follows"),
     "lora_alpha": (16, "hold sets the scaling"),
     "alpha_pattern": ({"q_proj": 2}, "hold sets the scaling"),
     "rank_pattern": ({"q_proj": 2}, "a budget shares ranks out"),

@@ -53,10 +53,10 @@ class Forward:
         """Looks at the model."""
         model = self.model
         base = structure.decoder(model)
-        # Logits are large. Other heads cost little, and their models may prepare what the base
-        # gets, as Longformer's for classification do with its global attention.
-        spared = structure.output_head(model) is not None
-        self._base = base if spared and set(self.targets) <= set(base.modules()) else model
+        # Models with a head of Longformer's choose the tokens of global attention for their base.
+        prepared = "global_attention_mask" in structure.arguments(base)
+        inside = set(self.targets) <= set(base.modules())
+        self._base = base if inside and not prepared else model
         self.device = structure.input_device(model)
         self.positions = structure.position_count(model)
         self._vocabulary = structure.vocabulary_size(model)

@@ -125,7 +125,7 @@ def backward_pass(
 
 def _seed(batch: int, length: int) -> int:
     """A seed of its own for the sequences of each length in a batch, which run at other times."""
-    return batch << 32 | length
+    return (batch * 0x9E3779B1 + length) % 2**32  # of a seed a CPU takes 32 bits
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -233,9 +233,9 @@ def test_a_two_sided_decomposition_gives_the_directions_of_its_oblique_projectio
 @pytest.mark.parametrize("hold", [0, 0.0, -1, float("nan"), float("inf"), True, "x", None])
 def test_a_hold_that_is_no_positive_number_is_refused(hold: Any) -> None:
     W, _, found = layer("well_conditioned", (40, 64), "largest")
-    with pytest.raises(ConfigError, match="hold must be positive and finite, such as 1 or 8, got"):
+    with pytest.raises(ConfigError, match="hold must be positive and finite, such as 1 or 16, got"):
         adapter_factors(W, found, hold=hold)
-    with pytest.raises(ConfigError, match="hold must be positive and finite, such as 1 or 8, got"):
+    with pytest.raises(ConfigError, match="hold must be positive and finite, such as 1 or 16, got"):
         CordaConfig("ipm", hold=hold)
 
 

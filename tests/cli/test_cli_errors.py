@@ -51,7 +51,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "hold": (
         (*INIT, *TEXT, "--hold", 0),
-        "hold must be positive and finite, such as 1 or 8, got 0",
+        "hold must be positive and finite, such as 1 or 16, got 0",
     ),
     "hold of the published form": (
         (*INIT, *TEXT, "--residual", "weight", "--hold", 8),
