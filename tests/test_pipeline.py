@@ -56,6 +56,7 @@ MODELS = [
 FORMS: list[dict[str, Any]] = [{}, {"hold": 8}, {"residual": "weight"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mode", "form", "use_peft"),
     pairs(MODELS, ["kpm", "ipm"], FORMS, [True, False]),

@@ -12,6 +12,8 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import ConfigError, OutOfMemoryWarning
 from corda_kernels.init import corda_adapter
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 OUTPUT = "model.layers.0.self_attn.o_proj"
 

@@ -40,6 +40,8 @@ from corda_kernels.init import covariances as covariances_of_text
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
 Logits = Callable[[nn.Module], Tensor]
@@ -100,7 +102,6 @@ def test_the_ranks_are_those_of_the_damped_layers(
         assert record.layers[name].rank * rows == layer.trained.rank
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [True, False])
 @pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -21,7 +21,7 @@ from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.init import corda_adapter, init_corda
 from corda_kernels.linears import linear_weight
 
-pytestmark = pytest.mark.filterwarnings(NO_BASE)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(NO_BASE)]
 
 
 def perturbed(calibrated: Calibrated) -> nn.Module:

@@ -44,6 +44,7 @@ from corda_kernels.targets import target_linears
 from corda_kernels.training import drift_penalty
 
 pytestmark = [
+    pytest.mark.slow,
     # It looks for the names of parameters among those of modules.
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),

@@ -19,6 +19,7 @@ from corda_kernels.adapter import LayerAdapter, LoraExport, adapter_of, live_ada
 from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning"),
     # PEFT looks for the base to see whether its embeddings have another size.
     pytest.mark.filterwarnings("ignore:Could not find a config file in residual of:UserWarning"),

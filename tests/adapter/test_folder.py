@@ -42,6 +42,7 @@ from corda_kernels.init import corda_adapter
 pytestmark = pytest.mark.filterwarnings(NO_BASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "options", "trained", "saves_peft", "loads_peft"),
     [

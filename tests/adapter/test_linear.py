@@ -145,6 +145,7 @@ def test_training_is_the_same_with_and_without_peft(
         torch.testing.assert_close(layer.B, stock[name].B, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @all_options
 def test_a_model_without_peft_is_saved_exported_and_merged(
     calibrated: Calibrated,

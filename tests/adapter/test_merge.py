@@ -18,6 +18,7 @@ from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning"),
     # PEFT looks for the base to see whether its embeddings have another size.
     pytest.mark.filterwarnings("ignore:Could not find a config file in residual of:UserWarning"),

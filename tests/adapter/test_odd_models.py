@@ -29,6 +29,8 @@ from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.targets import target_linears
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 WIDTH = 12
 

@@ -20,9 +20,10 @@ Logits = Callable[[nn.Module], Tensor]
 
 BUDGET = {"budget": "r=4", "max_rank": 6}
 # PEFT looks for the base to see whether its embeddings have another size.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Could not find a config file in residual of:UserWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Could not find a config file in residual of:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("hold", [1, 8])
@@ -248,7 +249,6 @@ def losses(run: Any) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

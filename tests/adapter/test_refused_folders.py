@@ -20,7 +20,7 @@ from corda_kernels import export_lora, load_for_training
 from corda_kernels.adapter import read_adapter
 from corda_kernels.errors import AdapterError
 
-pytestmark = pytest.mark.filterwarnings(NO_BASE)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(NO_BASE)]
 
 
 def edit(folder: Path, change: Callable[[Any], object], file: str = "corda.json") -> None:

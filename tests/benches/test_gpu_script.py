@@ -85,6 +85,7 @@ def test_no_part_may_take_longer_than_nine_minutes_leave() -> None:
     assert all(limit <= 540 for limit in limits)
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_stopped(stub: Path, tmp_path: Path) -> None:
     (stub / "python3").write_text("#!/bin/sh\nexec sleep 60\n")
     short = tmp_path / "benches" / "gpu.sh"

@@ -19,6 +19,8 @@ from corda_kernels.calibration.blocks import calibrate_block_parts
 from corda_kernels.calibration.covariance import Gradient
 from corda_kernels.errors import CalibrationError, OutOfMemoryWarning
 
+pytestmark = pytest.mark.slow
+
 ModelMaker = Callable[..., nn.Module]
 BOTH: dict[str, Any] = {"sides": "both", "progress": False}
 

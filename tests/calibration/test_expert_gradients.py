@@ -20,6 +20,7 @@ from corda_kernels.errors import ConfigError
 from corda_kernels.experts import expert_parameters
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning"),
     pytest.mark.filterwarnings("ignore:no token was routed"),
 ]

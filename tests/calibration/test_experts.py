@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers_block_type": ["attention", "moe"], "moe_shared_expert_intermediate_size": 24},
 }
 QUIET = pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
-pytestmark = QUIET
+pytestmark = [pytest.mark.slow, QUIET]
 
 
 def made(kind: str, **changes: Any) -> nn.Module:

@@ -20,6 +20,8 @@ from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.journal import Journal
 from corda_kernels.errors import CheckpointError, CordaWarning
 
+pytestmark = pytest.mark.slow
+
 ModelMaker = Callable[..., nn.Module]
 
 

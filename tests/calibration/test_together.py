@@ -26,6 +26,8 @@ from corda_kernels.errors import (
     OutOfMemoryWarning,
 )
 
+pytestmark = pytest.mark.slow
+
 ModelMaker = Callable[..., nn.Module]
 
 

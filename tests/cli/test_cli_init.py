@@ -115,6 +115,7 @@ def lines_by_layer(shown: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in shown.splitlines() if line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["argmin", "pool"])
 def test_candidates_and_a_budget_show_in_what_is_printed(
     invoke: Callable[..., str], place: Path, tmp_path: Path, selection: str

@@ -14,6 +14,8 @@ from corda_kernels import CovarianceSet
 from corda_kernels.adapter import read_adapter
 from corda_kernels.report import adapter_report
 
+pytestmark = pytest.mark.slow
+
 
 def test_calibrate_then_inspect_then_init(
     invoke: Callable[..., str], place: Path, tmp_path: Path

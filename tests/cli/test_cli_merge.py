@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from corda_kernels import load_for_training
 from corda_kernels.adapter import read_adapter
 
+pytestmark = pytest.mark.slow
+
 Logits = Callable[[nn.Module], Tensor]
 
 

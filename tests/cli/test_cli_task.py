@@ -20,6 +20,8 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.cli import options
 from corda_kernels.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 TASK = ("--template", "{question} {answer[0]}", *SMALL)
 
 

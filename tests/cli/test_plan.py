@@ -48,6 +48,7 @@ def shown(*arguments: object) -> dict[str, list[str]]:
     return {first: cells for first, *cells in rows}
 
 
+@pytest.mark.slow
 def test_a_7b_model_is_planned_without_its_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     tripled = shown(tmp_path, "--stability")  # 256 sequences of 2,048 tokens

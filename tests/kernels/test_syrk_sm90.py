@@ -157,6 +157,7 @@ def check(found: tuple[Tensor, Tensor, Tensor], x: Tensor, threshold: float = 1.
     assert torch.equal(count, expected[1])
 
 
+@pytest.mark.slow
 @pairwise(
     n=[1, 63, 64, 65, 200, 330, 640],
     d=[8, 33, 64, 136, 256, 300, 521],

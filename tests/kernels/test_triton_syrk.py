@@ -24,9 +24,12 @@ import triton.language as tl
 
 from corda_kernels.kernels import shares, triton_syrk
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a GPU the kernels run there: see tests/gpu"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="with a GPU the kernels run there: see tests/gpu"
+    ),
+]
 
 GUARD = 7.0  # outside C, where nothing may be written
 
@@ -61,7 +64,6 @@ def test_the_interpreter_is_a_backend() -> None:
     assert available_backends()["triton"] is None
 
 
-@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 300),

@@ -132,6 +132,7 @@ def quietly(*args: Any, **options: Any) -> CoSVD:
         return co_svd(*args, **options)
 
 
+@pytest.mark.slow
 @pairwise(name=list(PROBLEMS), way=list(itertools.product(ENDS, METHODS)), shape=list(SHAPES))
 def test_keeps_the_directions_that_a_plain_svd_keeps(
     name: str, way: tuple[str, str], shape: str
@@ -162,6 +163,7 @@ def test_keeps_the_directions_that_a_plain_svd_keeps(
         assert difference(found.U, U_ref[:, kept], W) <= 1e3 * EPS * first / gap + stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["square", "tall"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_solving_with_the_factors_leads_to_the_same_directions(
@@ -292,6 +294,7 @@ def test_no_damping_is_a_damping_of_zero() -> None:
     assert float(none.damping) == float(zero.damping) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -107,6 +107,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(problems())
 def test_one_sort_is_the_literal_loop(problem: dict[str, Any]) -> None:
@@ -170,6 +171,7 @@ def test_nothing_and_everything(mode: str) -> None:
     assert allocate_ranks({}, {}, {}, budget=5, mode=mode) == {}  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(problems(), st.integers(0, 3), st.integers(1, 8), st.integers(1, 3))
 def test_bounds_keep_the_budget_and_never_take_rank_away(

@@ -15,6 +15,8 @@ from corda_kernels.errors import ConfigError, CovarianceError, DecompositionErro
 from corda_kernels.linears import linear_weight
 from corda_kernels.planning import Selection, compactness, select_covariance
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 4
 
 

@@ -31,6 +31,7 @@ def inspect() -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_an_adapter_with_its_covariances_and_model_shows_everything(
     inspect: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_what_cannot_be_written_or_drawn_is_told_before_the_work(
         inspect(run / "missing", "--html", tmp_path / "page.html")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "value"),
     [

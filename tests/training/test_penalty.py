@@ -218,6 +218,7 @@ def test_compactness_bounds_the_nuclear_norm(
     assert penalty().item() >= norm
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_gradients_are_those_of_the_value(
@@ -248,6 +249,7 @@ def test_only_the_adapter_gets_gradients(
     assert not any(covariance.matrix.requires_grad for covariance in start[1].values())
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_penalty_in_the_loss_holds_its_quantity_down(
     calibrated: Calibrated, adapt: Make, kind: Any, form: Any

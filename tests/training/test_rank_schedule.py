@@ -16,6 +16,8 @@ from corda_kernels import CovarianceSet, RankSchedule, save_adapter
 from corda_kernels.adapter import LayerAdapter, live_adapter
 from corda_kernels.errors import AdapterError, ConfigError
 
+pytestmark = pytest.mark.slow
+
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Make = Callable[..., nn.Module]
 
