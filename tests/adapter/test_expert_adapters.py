@@ -140,6 +140,17 @@ def trained(model: nn.Module, rate: float = 0.05) -> Tensor:
     return logits(model)
 
 
+def trained_and_served(model: nn.Module, plain: nn.Module, before: Tensor, folder: Path) -> Tensor:
+    """The logits after training, which stock PEFT and a merged model have too."""
+    after = trained(model)
+    assert (after - before).norm() > 0.05 * before.norm()
+    save_adapter(model, folder)
+    stock = PeftModel.from_pretrained(copy.deepcopy(plain), folder)
+    torch.testing.assert_close(logits(stock), after, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merge(stock)), after, rtol=1e-5, atol=1e-5)
+    return after
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_experts_start_at_the_base_and_go_the_whole_way(architecture: str, tmp_path: Path) -> None:
     base = tiny(architecture)
@@ -153,12 +164,7 @@ def test_experts_start_at_the_base_and_go_the_whole_way(architecture: str, tmp_p
     assert model.corda_record.layers.keys() == linears.keys() | parameters.keys()
     assert {model.corda_record.layers[name].rank for name in parameters} == {2}
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
-    after = trained(model)
-    assert (after - before).norm() > 0.05 * before.norm()
-    save_adapter(model, tmp_path / "adapter")
-    stock = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter")
-    torch.testing.assert_close(logits(stock), after, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(merge(stock)), after, rtol=1e-5, atol=1e-5)
+    after = trained_and_served(model, plain, before, tmp_path / "adapter")
     by_hand = copy.deepcopy(plain)
     layers = expert_parameters(by_hand)
     for name, layer in read_adapter(tmp_path / "adapter").layers.items():
@@ -386,12 +392,7 @@ def test_a_task_start_is_each_experts_own(architecture: str, tmp_path: Path) -> 
             assert not B.any()
             signs = (A * rows).sum(1, keepdim=True).sign()
             assert (signs * A - rows).norm() < 1e-4 * rows.norm(), each
-    after = trained(model)
-    assert (after - before).norm() > 0.05 * before.norm()
-    save_adapter(model, tmp_path / "adapter")
-    stock = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter")
-    torch.testing.assert_close(logits(stock), after, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(merge(stock)), after, rtol=1e-5, atol=1e-5)
+    trained_and_served(model, plain, before, tmp_path / "adapter")
 
 
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
