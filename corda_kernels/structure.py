@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -184,6 +184,32 @@ def _part(owner: object, find: str) -> object:
         return method() if callable(method) else None
     except NotImplementedError:  # as of two embeddings, which CLIP has
         return None
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP2 has sharded over ranks, by its class's name as above."""
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model over ranks, all of which have to run together.
+
+    Raises:
+        ModelError: it is sharded in another way.
+    """
+    found = bool(fsdp_modules(model))
+    for name, parameter in model.named_parameters():
+        placements = getattr(parameter, "placements", ())
+        if len(placements) and (not found or sum(not p.is_replicate() for p in placements) > 1):
+            raise ModelError(
+                f"{name} is sharded by other means than FSDP2 alone, such as tensor parallelism, "
+                "where no rank sees whole inputs: load the model without a tp_plan"
+            )
+    return found
 
 
 def check_unwrapped(model: nn.Module) -> None:
