@@ -23,6 +23,7 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
+from corda_kernels.calibration.gradients import GradientCapture
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
 from corda_kernels.files import digest
@@ -171,12 +172,11 @@ class Ranks:
                     "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
-        if capture.gradients is not None:
-            found = capture.gradients
-            modules = {name: capture.modules[name] for names in together.values() for name in names}
+        if isinstance(capture, GradientCapture):
             capture.gradients = {
-                name: _added_gradient(found.get(name), module, device)
-                for name, module in modules.items()
+                name: _added_gradient(capture.gradients.get(name), capture.modules[name], device)
+                for names in together.values()
+                for name in names
             }
 
 

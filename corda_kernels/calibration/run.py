@@ -14,11 +14,7 @@ from corda_kernels.calibration.batches import Batch, Piece, TextSum, together, t
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
-from corda_kernels.calibration.experts import (
-    Experts,
-    Reader,
-    expert_inputs,
-)
+from corda_kernels.calibration.experts import Experts, Reader, expert_inputs
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal
