@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -201,13 +201,8 @@ class InputCapture:
                 "between: calibrate each of them in a run of its own, and merge"
             )
         sums.pending = None
-        apart = replace(
-            sums,
-            modules=pending.modules,
-            matrix=sums.matrix.clone(),
-            absmax=sums.absmax.clone(),
-            outlier_count=sums.outlier_count.clone(),
-        )
+        copies = (sums.matrix.clone(), sums.absmax.clone(), sums.outlier_count.clone())
+        apart = _Sums(pending.modules, *copies, sums.tokens, sums.calls)
         sums.modules = [name for name in sums.modules if name not in pending.modules]
         self._sums.update(dict.fromkeys(apart.modules, apart))
         self._add(apart, pending.tensor, pending.kept)
@@ -347,9 +342,9 @@ class InputCapture:
         self.check()
         found: list[Group] = []
         for sums in self._distinct():
-            statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)
-            covariance = Covariance(sums.matrix, sums.tokens, sums.calls, *statistics)
-            found.append((covariance, sums.modules))
+            numbers = (sums.tokens, sums.calls, sums.absmax, sums.outlier_count)
+            part = Covariance(sums.matrix, *numbers, self.outlier_threshold)
+            found.append((part, sums.modules))
         return found
 
     def restore(self, groups: list[Group]) -> None:

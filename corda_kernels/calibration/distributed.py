@@ -116,11 +116,11 @@ class Ranks:
         """
         if self.size == 1:
             return
-        mine: dict[str, object] = {}
-        for name, version in library_versions().items():
-            mine[f"version of {name}"] = version
-        for name, value in given().items():
-            mine[name] = value if isinstance(value, Tensor) else str(value)
+        versions = {f"version of {name}": text for name, text in library_versions().items()}
+        mine = {
+            name: value if isinstance(value, Tensor) else str(value)
+            for name, value in {**versions, **given()}.items()
+        }
         every = self.gather(mine, step)
         names = dict.fromkeys(name for each in every for name in each)
         found = {name: _difference([each.get(name) for each in every]) for name in names}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from corda_kernels.arguments import holds_numbers
-from corda_kernels.calibration.batches import Batch, check_tokens
+from corda_kernels.calibration.batches import Batch, check_tokens, inputs_of
 from corda_kernels.calibration.capture import Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.calibration.shrinkage import shrunk_gradients
@@ -55,16 +55,15 @@ def with_labels(batch: Batch, index: int) -> Batch:
     Raises:
         BatchError: the labels are no whole numbers of the shape of the token ids.
     """
-    labels: Any = batch.get("labels") if isinstance(batch, Mapping) else None
+    inputs = inputs_of(batch)
+    labels, ids = inputs.get("labels"), inputs.get("input_ids")
     if labels is None:
         return batch
-    assert isinstance(batch, Mapping)
-    ids: Any = batch.get("input_ids")
     whole = isinstance(labels, Tensor) and holds_numbers(labels) and labels.dtype == torch.int64
     if isinstance(ids, Tensor) and (not whole or labels.shape != ids.shape):
         says = f"has labels that are no int64 tensor of the shape of its input_ids, {ids.shape}"
         raise BatchError(index, f"{says}: give token ids, or -100 for tokens without a loss")
-    return {**batch, LABELS: labels}
+    return {**inputs, LABELS: labels}
 
 
 def check_labels(inputs: Mapping[str, Any], head: nn.Module | None, index: int) -> None:
