@@ -25,7 +25,7 @@ from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
 from corda_kernels.calibration.gradients import GradientCapture
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
+from corda_kernels.errors import CalibrationError, ConfigError, DistributedError, first_line
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 from corda_kernels.versions import library_versions
@@ -257,8 +257,7 @@ def _peers_needed() -> Iterator[None]:
     except torch.OutOfMemoryError:  # this rank's own, though a RuntimeError too
         raise
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        says = f"another rank has ended or cannot be reached ({reason})"
+        says = f"another rank has ended or cannot be reached ({first_line(error)})"
         raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 

@@ -21,7 +21,7 @@ from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.gradients import Sides
 from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
-from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
+from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError, first_line
 from corda_kernels.experts import is_decorated
 from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
 
@@ -243,7 +243,7 @@ def _tried(
         except Exception as error:  # a model's own code: it may raise anything
             if not skeleton:
                 raise
-            reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = reason or first_line(error)
         else:
             seen = {name for names in readers.values() for name in names}
             groups = [*readers.values(), *([name] for name in run.readers if name not in seen)]
