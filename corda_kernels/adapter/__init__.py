@@ -1,5 +1,11 @@
 """U, Σ and W → a LoRA; adapted models, their folders and the ways out of them."""
 
+from corda_kernels.adapter.attaching import (
+    attach,
+    check_at_hand,
+    load_for_training,
+    subtract_initial,
+)
 from corda_kernels.adapter.card import model_card
 from corda_kernels.adapter.experts import not_selectable, oriented, rewritten_layers
 from corda_kernels.adapter.export import LoraExport, export_lora, merge
@@ -19,14 +25,10 @@ from corda_kernels.adapter.linear import CordaLinear
 from corda_kernels.adapter.model import (
     LiveAdapter,
     adapter_of,
-    attach,
-    check_at_hand,
     has_adapter,
     live_adapter,
-    load_for_training,
     residual_marker,
     save_adapter,
-    subtract_initial,
 )
 from corda_kernels.adapter.published import published_factors, residual
 from corda_kernels.adapter.record import Adapter, AdapterRecord, describe_base
