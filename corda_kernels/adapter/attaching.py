@@ -135,7 +135,7 @@ def attach(
         else:
             wrapped = base_model.requires_grad_(False)
             for name, layer in adapter.layers.items():
-                linear = CordaLinear(base_model.get_submodule(name), layer.trained, copy=copy)
+                linear = CordaLinear(base_model.get_submodule(name), layer, copy=copy)
                 base_model.set_submodule(name, linear)
     return _carrying(wrapped, adapter.record, adapter.initial)
 
@@ -154,7 +154,7 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
     for name, layer in adapter.layers.items():
         lora = loras[name]
         device = next(lora.get_base_layer().parameters()).device
-        A, B = peft_layout(layer.trained)
+        A, B = peft_layout(layer)
         # In the adapter's own dtype, for PEFT gives adapters of a float64 base its dtype.
         lora.lora_A[TRAINED].weight = nn.Parameter(A.to(device, copy=copy))
         lora.lora_B[TRAINED].weight = nn.Parameter(B.to(device, copy=copy))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -75,7 +75,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
     modules: dict[str, nn.Module] = {}
     for name, module in _adapted(base).items():
         if isinstance(module, CordaLinear):
-            own = AdapterFactors(module.A, module.B, module.scaling)
+            own = LayerAdapter(module.A, module.B, module.scaling)
         elif active and isinstance(module, LoraLayer) and active in module.lora_A:
             own = _factors(name, module, active)
             if own.A.ndim == 3 and not variants:
@@ -90,7 +90,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
                 )
         else:
             continue
-        layers[name], modules[name] = LayerAdapter(own, initial.get(name)), module
+        layers[name], modules[name] = replace(own, initial=initial.get(name)), module
     if not layers:
         raise AdapterError(
             "the model carries no adapter of linear layers: attach one with init_corda or "
@@ -114,17 +114,17 @@ def _active_config(model: PeftModel) -> LoraConfig:
     return configs[names[0]]
 
 
-def _factors(name: str, module: Any, active: str) -> AdapterFactors:
+def _factors(name: str, module: Any, active: str) -> LayerAdapter:
     """A and B of one of PEFT's layers, the parameters themselves."""
     A, B = module.lora_A[active].weight, module.lora_B[active].weight
     if isinstance(module, ParamWrapper) and module.get_param().ndim == 3:
-        return by_expert(A, B, module.r[active], module.scaling[active])
-    if A.ndim != 2 or len(A) != module.r[active]:
+        A, B = by_expert(A, B, module.r[active])
+    elif A.ndim != 2 or len(A) != module.r[active]:
         raise AdapterError(
             f"adapter {active!r} adapts {name}, which is no linear layer but a convolution: only "
             "LoRAs of linear layers are read"
         )
-    return AdapterFactors(A, B, module.scaling[active])
+    return LayerAdapter(A, B, module.scaling[active])
 
 
 def check_start(start: Any, adapter: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, oriented
+from corda_kernels.adapter.experts import oriented
+from corda_kernels.adapter.factors import LayerAdapter
 from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_names
@@ -130,7 +131,7 @@ def united_experts(
 
 def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
     """One layer of all experts."""
-    factors = AdapterFactors(
+    adapter = LayerAdapter(
         torch.stack([part.adapter.A for part in parts]),
         torch.stack([part.adapter.B for part in parts]),
         parts[0].adapter.scaling,
@@ -143,7 +144,7 @@ def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
         sigma_min=min(each.sigma_min for each in notes),
         residual=max(each.residual for each in notes),
     )
-    return MadeLayer(LayerAdapter(oriented(parameter, factors)), note, {})
+    return MadeLayer(oriented(parameter, adapter), note, {})
 
 
 def _united_note(notes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -347,13 +347,12 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
         A, B = (p[active].weight.detach().float() for p in (lora.lora_A, lora.lora_B))
         root = (S / scaling).sqrt()
         A0, B0 = (eigens[name].V_WC * root).mT.contiguous(), eigens[name].U_WC * root
-        layers[name] = adapter.LayerAdapter(
-            adapter.AdapterFactors(A, B, scaling), adapter.AdapterFactors(A0, B0, scaling)
-        )
+        initial = adapter.AdapterFactors(A0, B0, scaling)
+        layers[name] = adapter.LayerAdapter(A, B, scaling, initial)
         entries[name] = LayerNote.of(S)
     record = adapter.AdapterRecord(
         mode=notes["corda_method"],
-        rank=max(layer.trained.rank for layer in layers.values()),
+        rank=max(layer.rank for layer in layers.values()),
         hold=None,
         residual="weight",
         damping=notes["damping"],

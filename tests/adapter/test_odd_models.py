@@ -270,7 +270,7 @@ def test_training_leaves_the_plain_adapter_as_it_is(
     adapter = corda_adapter(base, found, config(residual=residual))
 
     def factors(layer: LayerAdapter) -> list[Tensor]:
-        parts = [layer.trained, layer.initial] if layer.initial else [layer.trained]
+        parts = [layer, layer.initial] if layer.initial else [layer]
         return [factor for part in parts for factor in (part.A, part.B)]
 
     before = {
