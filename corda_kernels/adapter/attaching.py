@@ -200,11 +200,10 @@ def _on_base(
         TargetError: a part of a quantised weight would have to be taken out.
     """
     base = "its base" if made is None else made.base_name
-    linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
-    parameters = expert_parameters(base_model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {name: linear_shape(linears[name]) for name in layers if name in linears}
-    shapes |= {name: expert_shape(parameters[name]) for name in layers if name in parameters}
+    linears = {n: m for n, m in base_model.named_modules() if n in layers and is_linear(m)}
+    experts = {n: p for n, p in expert_parameters(base_model).items() if n in layers}
+    shapes: dict[str, tuple[int, ...]] = {n: linear_shape(m) for n, m in linears.items()}
+    shapes |= {n: expert_shape(p) for n, p in experts.items()}
     for name, layer in layers.items():
         found = shapes.get(name, "no linear layer")
         expected = *layer.B.shape[:-1], layer.A.shape[-1]
@@ -213,10 +212,7 @@ def _on_base(
                 f"{name} of this model is {found}, but the adapter is for {expected}: load {base} "
                 "without another adapter"
             )
-    modules = record.sampled(
-        {name: linears[name] for name in layers if name in linears},
-        {name: parameters[name] for name in layers if name in parameters},
-    )
+    modules = record.sampled(linears, experts)
     check_at_hand(modules)
     unpack(modules)
     marker, initial = residual_marker(base_model), initial_factors(layers)
@@ -232,8 +228,8 @@ def _on_base(
     _check_subtractable({name: modules[name] for name in lost})
     with _unwrapped_on_error(base_model):
         yield
-    if lost:
-        _subtract(base_model, {name: modules[name] for name in lost}, lost)
+        if lost:
+            _subtract(base_model, modules, lost)
 
 
 @contextmanager
@@ -292,10 +288,15 @@ def _check_subtractable(modules: Mapping[str, nn.Module]) -> None:
 def _subtract(
     model: nn.Module, modules: Mapping[str, nn.Module], initial: dict[str, AdapterFactors]
 ) -> None:
-    """As `subtract_initial`, of layers that may be wrapped by now."""
-    for name, factors in initial.items():
-        weight = linear_weight(modules[name])
-        weight.copy_(residual(weight, factors))
+    """As `subtract_initial`, of layers that may be wrapped by now: of all of them, or of none where
+    a device's memory runs out."""
+    weights = {name: linear_weight(modules[name]) for name in initial}
+    by_size = sorted(weights, key=lambda name: weights[name].numel())
+    # The largest of each device, before any weight changes: it takes the most memory of all.
+    for name in {weights[name].device: name for name in by_size}.values():
+        residual(weights[name], initial[name])
+    for name, weight in weights.items():
+        weight.copy_(residual(weight, initial[name]))
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.corda_residual = record.initial_checksum(initial)

@@ -19,7 +19,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import adapter, fields
-from corda_kernels.adapter.record import BASE_FIELDS, LayerNote, base_difference, target_modules
+from corda_kernels.adapter.record import (
+    BASE_FIELDS,
+    LayerNote,
+    base_difference,
+    describe_base,
+    target_modules,
+)
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
@@ -143,7 +149,7 @@ def _write(
         "format": _FORMAT,
         "sha256": checksum,
         "layers": list(modules),
-        "base": adapter.describe_base(model, modules),
+        "base": describe_base(model, modules),
     }
     write_json(notes_path(path), notes | dict(facts))
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, LiveAdapter, live_adapter
+from corda_kernels.adapter import AdapterFactors, LayerAdapter, live_adapter
 from corda_kernels.adapter.linear import base_layer
+from corda_kernels.adapter.model import LiveAdapter
 from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.gradients import Sides

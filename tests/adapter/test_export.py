@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corda_kernels import export_lora, load_for_training, save_adapter
-from corda_kernels.adapter import LayerAdapter, LoraExport, adapter_of, live_adapter
+from corda_kernels.adapter import LayerAdapter, adapter_of, live_adapter
+from corda_kernels.adapter.export import LoraExport
 from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
 
 pytestmark = [

@@ -12,7 +12,9 @@ from adapter_files import BUDGET, Calibrated, Logits, Make
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import CordaConfig, export_lora, load_for_training, merge, save_adapter
-from corda_kernels.adapter import adapter_of, residual_marker, subtract_initial
+from corda_kernels.adapter import adapter_of
+from corda_kernels.adapter.attaching import subtract_initial
+from corda_kernels.adapter.model import residual_marker
 from corda_kernels.errors import AdapterError
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
