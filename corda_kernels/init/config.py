@@ -20,23 +20,19 @@ from corda_kernels.targets import check_selection
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
-    "r": "rank is the number of components, from which the LoRA's rank follows",
-    **dict.fromkeys(("lora_alpha", "alpha_pattern"), "hold sets the scaling"),
-    "rank_pattern": "a budget shares ranks out",
-    "target_modules": "targets names the layers",
+    **dict.fromkeys(("r", "rank_pattern"), "the LoRA's ranks follow from rank, or from a budget"),
+    **dict.fromkeys(("lora_alpha", "alpha_pattern", "use_rslora"), "hold sets the scaling"),
     **dict.fromkeys(
-        ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
+        ("target_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+        "targets and experts choose the layers",
     ),
-    "target_parameters": "experts chooses those of fused experts",
-    "init_lora_weights": "the start is what this package makes",
-    "use_rslora": "the scaling is 1/hold at any rank",
+    **dict.fromkeys(
+        ("init_lora_weights", "loftq_config", "eva_config", "corda_config"),
+        "the start is what this package makes",
+    ),
     **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
     "trainable_token_indices": "name the embeddings in modules_to_save",
-    "loftq_config": "it starts the adapter from the error of quantisation",
-    "eva_config": "it starts the adapter in another way",
-    "corda_config": "it is PEFT's own way, see corda_kernels.peft_corda",
-    "layer_replication": "replicated layers share one weight",
-    "use_qalora": "it pools the inputs that the covariances are of",
+    **dict.fromkeys(("layer_replication", "use_qalora"), "it changes what a layer's inputs are"),
 }
 
 

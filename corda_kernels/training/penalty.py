@@ -25,35 +25,6 @@ from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
 
 
-def drift_penalty(
-    model: nn.Module, covariances: CovarianceSet, *, sides: Sides = "inputs"
-) -> Tensor:
-    """The present value of `DriftPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `DriftPenalty`.
-        covariances: see `DriftPenalty`.
-        sides: see `DriftPenalty`.
-
-    Raises:
-        CordaError: see `DriftPenalty`.
-    """
-    return DriftPenalty(model, covariances, sides=sides)()
-
-
-def compactness_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
-    """The present value of `CompactnessPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `CompactnessPenalty`.
-        covariances: see `CompactnessPenalty`.
-
-    Raises:
-        CordaError: see `CompactnessPenalty`.
-    """
-    return CompactnessPenalty(model, covariances)()
-
-
 @dataclass(frozen=True, eq=False)
 class _SharedInput:
     """One covariance and the adapted layers that read this input, by name.

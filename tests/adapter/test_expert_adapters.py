@@ -41,7 +41,7 @@ from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.linears import linear_shape
 from corda_kernels.report import adapter_report
 from corda_kernels.targets import target_linears
-from corda_kernels.training import drift_penalty
+from corda_kernels.training import DriftPenalty
 
 pytestmark = [
     pytest.mark.slow,
@@ -305,7 +305,7 @@ def test_what_cannot_be_done_with_experts_is_refused(
             init_corda(base, found, config())
     model = init_corda(base, found, config())
     with pytest.raises(AdapterError, match="parameter of fused experts"):
-        drift_penalty(model, found)
+        DriftPenalty(model, found)()
 
 
 def batches() -> list[Tensor]:
