@@ -333,8 +333,8 @@ def lora_layers(lora: Lora) -> dict[str, LayerAdapter]:
         fit = matrices and len(A) == B.shape[1] and fields.is_positive(scaling)
         if not fit or (len(A) % rank if parameter else len(A) != rank):
             raise AdapterError(
-                f"{lora.folder} lacks a factor of layer {name}, or its A and B differ in dtype or "
-                f"do not fit rank {rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"
+                f"{lora.folder} lacks a factor of layer {name}, or its A and B do not fit each "
+                f"other, rank {rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"
             )
         if parameter:
             A, B = by_expert(A, B, int(rank))

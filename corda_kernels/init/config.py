@@ -211,7 +211,23 @@ class CordaConfig(CalibrationPlan):
             object.__setattr__(self, "labels", "sampled")
         super().__post_init__()
         flag("freeze_a", self.freeze_a)
-        self._check_gradients()
+        if self.mode == "task":
+            if self.labels == "sampled" or self.hold != 1 or self.residual is not None:
+                raise ConfigError(
+                    'mode "task" is a plain LoRA at the scale of LoRA\'s own, from the gradient of the '
+                    "task's own labels (that of sampled ones is 0 but for noise): leave labels at "
+                    '"given", hold at 1 and residual at None'
+                )
+        elif self.freeze_a:
+            raise ConfigError(
+                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
+                'trained: freeze_a is of mode "task"'
+            )
+        if self.sides == "both" and (self.stability or self.budget is not None):
+            raise ConfigError(
+                'stability and budgets are of the spectra of W·C, which neither mode "task" nor '
+                'sides="both" decomposes: leave stability off, and give a rank instead of a budget'
+            )
         one_of("residual", self.residual, (None, "weight"))
         one_of("method", self.method, ("auto", "exact", "randomized"))
         flag("use_dora", self.use_dora)
@@ -235,35 +251,6 @@ class CordaConfig(CalibrationPlan):
                 'residual="weight" is the published form: it has a scale of its own (no hold), is '
                 "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
                 "these"
-            )
-
-    def _check_gradients(self) -> None:
-        """Refuses options that do not go with mode "task", or with gradients."""
-        if self.mode == "task":
-            if self.labels == "sampled":
-                raise ConfigError(
-                    'mode "task" follows the gradient of the task\'s own labels; that of sampled '
-                    'ones is 0 but for noise: leave labels at "given"'
-                )
-            if self.hold != 1 or self.residual is not None:
-                raise ConfigError(
-                    'mode "task" is a plain LoRA at the scale of LoRA\'s own: leave hold at 1 and '
-                    "residual at None"
-                )
-        elif self.freeze_a:
-            raise ConfigError(
-                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
-                'trained: freeze_a is of mode "task"'
-            )
-        if self.sides == "both" and self.stability:
-            raise ConfigError(
-                'the stability is that of components of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: leave it off'
-            )
-        if self.sides == "both" and self.budget is not None:
-            raise ConfigError(
-                'a budget is shared out by the spectra of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: give a rank instead'
             )
 
     @property

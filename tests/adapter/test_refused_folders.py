@@ -110,7 +110,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config of another rank": (
         lambda f: edit(f, lambda v: v.update(r=16), CONFIG),
-        f"layer .*, or its A and B .* do not fit rank 16 and scaling 0.5 of {CONFIG}: files",
+        f"A and B do not fit each other, rank 16 and scaling 0.5 of {CONFIG}: files of diff",
     ),
     "layer without A": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop(key("A"))),
@@ -122,7 +122,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "layer of two dtypes": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): t[key("A")].half()})),
-        f"layer {FIRST}, or its A and B differ in dtype .*: files of different",
+        f"layer {FIRST}, or its A and B do not fit each other",
     ),
     "no layers": (
         lambda f: save_file({}, f / WEIGHTS),
