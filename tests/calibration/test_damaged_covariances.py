@@ -158,5 +158,5 @@ def test_a_field_of_a_selection(files: Path) -> None:
             found = Selection.from_json(parse_json(text))
         except (ValueError, CordaError):
             continue
-        assert path.startswith(("scores", "tokens", "domains")), (path, text)
+        assert path.startswith(("scores", "tokens", "domains", "damping")), (path, text)
         assert found.groups == expected.groups
