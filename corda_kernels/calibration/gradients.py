@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from corda_kernels.arguments import holds_numbers
 from corda_kernels.calibration.batches import Batch, check_tokens, inputs_of
-from corda_kernels.calibration.capture import Error, InputCapture
+from corda_kernels.calibration.capture import HOST, Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
@@ -33,7 +33,6 @@ Labels = Literal["given", "sampled"]
 _IGNORED = -100
 # Labels go under this name with the tokens through `unpadded`, which drops "labels".
 LABELS = "corda_labels"
-_HOST = torch.device("cpu")
 
 
 def check_model(model: nn.Module) -> None:
@@ -176,7 +175,7 @@ class GradientCapture(InputCapture):
         """Adds up the gradient at a layer's output when the backward pass comes to it."""
         x = x.detach()
         if name not in self.gradients:
-            out, device = output.shape[-1], _HOST if self.on_host else x.device
+            out, device = output.shape[-1], HOST if self.on_host else x.device
             dtype = torch.promote_types(x.dtype, torch.float32)
             zeros = partial(torch.zeros, dtype=dtype, device=device)
             self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
@@ -193,7 +192,7 @@ class GradientCapture(InputCapture):
                 f"the input of layer {name} is changed in place after the layer has read it, so "
                 "that its gradient cannot be taken: leave the layer out of the targets"
             )
-        device = _HOST if self.on_host else gradient.device
+        device = HOST if self.on_host else gradient.device
         # A checkpoint may have left the sums on another device.
         sums = self.gradients[name] = self.gradients[name].to(device)
         g = gradient.reshape(-1, gradient.shape[-1]).to(device)
