@@ -210,7 +210,7 @@ def same_components() -> Callable[..., bool]:
         if found.initial is not None and expected.initial is not None:
             part = expected.initial.product()
             return bool((found.initial.product() - part).norm() <= allowed * part.norm())
-        rank = expected.trained.rank // 2
+        rank = expected.rank // 2
         return all(
             bool((projector(a) - projector(b)).norm() <= allowed * rank**0.5)
             for a, b in (

@@ -55,7 +55,8 @@ from wrong_arguments import (
 
 import corda_kernels as ck
 from corda_kernels import kernels
-from corda_kernels.adapter import AdapterFactors, published_factors, residual
+from corda_kernels.adapter import AdapterFactors, published_factors
+from corda_kernels.adapter.published import residual
 from corda_kernels.arguments import shown
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.errors import CordaError

@@ -59,7 +59,7 @@ def parameters(model: nn.Module) -> int:
 def components(adapter: Any) -> dict[str, int]:
     """How many components each layer has: half the rows of its LoRA, or all of a published A."""
     return {
-        name: layer.trained.rank // (2 if layer.initial is None else 1)
+        name: layer.rank // (2 if layer.initial is None else 1)
         for name, layer in adapter.layers.items()
     }
 
@@ -99,7 +99,7 @@ def test_the_ranks_are_those_of_the_damped_layers(
     assert record.allocation["spent"] == spent <= record.allocation["budget"] == budget
     assert budget - spent < rows * 80  # the widest layer's component
     for name, layer in adapter.layers.items():
-        assert record.layers[name].rank * rows == layer.trained.rank
+        assert record.layers[name].rank * rows == layer.rank
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -162,7 +162,7 @@ def test_stock_peft_reads_rank_and_alpha_by_layer(
             assert not hasattr(module, "lora_A")
             continue
         layer = adapter.layers[name]
-        assert module.r["default"] == layer.trained.rank
+        assert module.r["default"] == layer.rank
         assert module.scaling["default"] == layer.scaling == 1 / 8
         assert torch.equal(module.lora_A["default"].weight, layer.A)
 

@@ -17,6 +17,7 @@ from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear, base_layer
 from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
+from corda_kernels.adapter.published import residual
 from corda_kernels.adapter.record import factor_tensors, lora_config, sizes
 from corda_kernels.arguments import instance_of, whole_number
 from corda_kernels.errors import (
@@ -192,8 +193,8 @@ def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float
 def merge(model: nn.Module) -> nn.Module:
     """Folds the adapter into the weights and takes it off; the model is plain again.
 
-    Without PEFT each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and
-    rounded once. A PeftModel is merged by its own `merge_and_unload`.
+    Without PEFT each weight becomes W + s·B A, summed in float64 and rounded once. A PeftModel is
+    merged by its own `merge_and_unload`.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
@@ -232,9 +233,7 @@ def merge(model: nn.Module) -> nn.Module:
         for name, layer in wrapped.items():
             model.set_submodule(name, bases[name])
             weight = linear_weight(bases[name])
-            change = AdapterFactors(layer.A, layer.B, layer.scaling).product()
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(weight.to(wide) + change.to(weight.device))
+            weight.copy_(residual(weight, AdapterFactors(layer.A, layer.B, -layer.scaling)))
     if residual_marker(base) is not None:
         del base.config.corda_residual
     for note in ("corda_record", "corda_initial", "corda_config"):

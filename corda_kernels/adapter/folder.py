@@ -87,10 +87,9 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
                 f"an adapter with {option} is more than its factors: attach it (init_corda), and "
                 "save the model with save_adapter or save_pretrained"
             )
-    trained = {name: layer.trained for name, layer in adapter.layers.items()}
     with staged_adapter(path, adapter.record, adapter.initial) as folder:
         config = lora_config(adapter).to_dict() | {"inference_mode": True}
-        write_lora(folder, config, factor_tensors(trained))
+        write_lora(folder, config, factor_tensors(adapter.layers))
 
 
 @contextmanager
@@ -311,7 +310,7 @@ def check_finite(layer: str, *weights: Tensor) -> None:
         )
 
 
-def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
+def lora_layers(lora: Lora) -> dict[str, LayerAdapter]:
     """A, B and scaling of each linear layer and expert parameter.
 
     Raises:
@@ -330,21 +329,16 @@ def lora_layers(lora: Lora) -> dict[str, AdapterFactors]:
         key = peft_key(name, targets)
         rank = rank_of(key)
         scaling = alpha_of(key) / (rank**0.5 if config.get("use_rslora") else rank)
-        if A.numel() and B.numel() and A.dtype != B.dtype:
-            raise AdapterError(
-                f"{lora.folder} has A of layer {name} in {A.dtype} and B in {B.dtype}: {_MIXED}"
-            )
-        matrices = A.ndim == B.ndim == 2 and A.numel() and B.numel()
+        matrices = A.ndim == B.ndim == 2 and A.numel() and B.numel() and A.dtype == B.dtype
         fit = matrices and len(A) == B.shape[1] and fields.is_positive(scaling)
-        if fit and parameter and len(A) % rank == 0:
-            layers[name] = by_expert(A, B, int(rank), scaling)
-            continue
-        if not (fit and len(A) == rank):
+        if not fit or (len(A) % rank if parameter else len(A) != rank):
             raise AdapterError(
-                f"{lora.folder} lacks a factor of layer {name}, or its A and B do not fit rank "
-                f"{rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"
+                f"{lora.folder} lacks a factor of layer {name}, or its A and B do not fit each "
+                f"other, rank {rank} and scaling {scaling:g} of {CONFIG_FILE}: {_MIXED}"
             )
-        layers[name] = AdapterFactors(A, B, scaling)
+        if parameter:
+            A, B = by_expert(A, B, int(rank))
+        layers[name] = LayerAdapter(A, B, scaling)
     if not layers:
         raise AdapterError(f"{lora.folder} holds no factors of linear layers: {_MIXED}")
     return layers
@@ -383,7 +377,7 @@ def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str,
     if not beside:
         if file.is_file():
             raise AdapterError(f"{file} is left over from another adapter: delete it")
-        return {name: LayerAdapter(factors) for name, factors in trained.items()}
+        return trained
     missing = f"it holds the part of the base that its adapter has taken over; {_FRESH}"
     taken = replace(lora, tensors=_read_tensors(file, lora.config, missing))
     check_only_factors(taken.tensors, f"{file} was altered; {_FRESH}")
@@ -393,7 +387,7 @@ def layer_adapters(lora: Lora, record: AdapterRecord | None = None) -> dict[str,
         for parts in (initial, trained)
     )
     _check_same(start, now, f"{file} and {WEIGHTS_FILE}")
-    return {name: LayerAdapter(factors, initial[name]) for name, factors in trained.items()}
+    return {name: replace(layer, initial=initial[name]) for name, layer in trained.items()}
 
 
 def _check_same(one: Mapping[str, Any], other: Mapping[str, Any], files: str) -> None:

@@ -55,6 +55,7 @@ def write_groups(
     for index, (_, gradient) in enumerate(gradients):
         tensors[f"{GRADIENT}.{index}.matrix"] = pack_symmetric(gradient.matrix).cpu()
         tensors[f"{GRADIENT}.{index}.mean"] = gradient.mean.cpu().contiguous()
+        tensors[f"{GRADIENT}.{index}.fisher_trace"] = gradient.fisher_trace.cpu().clone()
     noted = {"gradients": [name for name, _ in gradients]} if gradients else {}
     write_checked(path, format_, {"groups": records, **noted, **header}, tensors)
 
@@ -111,7 +112,8 @@ def _gradient(
     d = 0 if mean is None else mean.shape[:1].numel()
     mean = _taken(tensors, f"{prefix}.mean", what, (d, channels.get(name, 0)), *_FLOATS)
     packed = _taken(tensors, f"{prefix}.matrix", what, (d * (d + 1) // 2,), mean.dtype)
-    return Gradient(unpack_symmetric(packed, d), mean)
+    trace = _taken(tensors, f"{prefix}.fisher_trace", what, (), mean.dtype)
+    return Gradient(unpack_symmetric(packed, d), mean, trace)
 
 
 def _covariance(

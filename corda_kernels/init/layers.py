@@ -11,13 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import (
-    AdapterFactors,
-    LayerAdapter,
-    adapter_factors,
-    published_factors,
-    task_factors,
-)
+from corda_kernels.adapter.factors import LayerAdapter, adapter_factors, task_factors
+from corda_kernels.adapter.published import published_factors
 from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
@@ -142,10 +137,9 @@ def _decomposed(
             else:
                 found = published_factors(of[name], part)
             A, B = found.A.float().contiguous(), found.B.float().contiguous()
-            factors = AdapterFactors(A, B, found.scaling)
-            adapter = LayerAdapter(factors)
+            adapter = LayerAdapter(A, B, found.scaling)
             if config.residual is not None:  # what is trained are tensors of their own
-                adapter = LayerAdapter(factors.to(torch.float32, copy=True), factors)
+                adapter = replace(adapter, A=A.clone(), B=B.clone(), initial=adapter)
             del left[name]
             yield name, MadeLayer(adapter, note, spectrum)
 
@@ -213,7 +207,8 @@ def _task_starts(
                 seed=config.seed,
             )
         note = LayerNote.of(S, covariances[name].tokens, residual)
-        adapter = LayerAdapter(task_factors(rows, len(gradient)).to(torch.float32))
+        found = task_factors(rows, len(gradient)).to(torch.float32)
+        adapter = LayerAdapter(found.A, found.B)
         return name, MadeLayer(adapter, note, {})
 
     return map_layers(start, weights, [*map(is_small, weights.values())])

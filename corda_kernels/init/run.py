@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from corda_kernels.adapter import Adapter, AdapterRecord, attach, check_at_hand, describe_base
-from corda_kernels.adapter.record import exact_targets
+from corda_kernels.adapter import Adapter, AdapterRecord, attach
+from corda_kernels.adapter.attaching import check_at_hand
+from corda_kernels.adapter.record import describe_base, exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch

@@ -10,13 +10,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from corda_kernels import load_for_training, save_adapter
-from corda_kernels.adapter import (
-    CordaLinear,
-    adapter_of,
-    has_adapter,
-    live_adapter,
-    residual_marker,
-)
+from corda_kernels.adapter import CordaLinear, adapter_of, live_adapter
+from corda_kernels.adapter.model import has_adapter, residual_marker
 from corda_kernels.errors import AdapterError
 
 Calibrated = Callable[..., tuple[nn.Module, Any]]

@@ -58,7 +58,7 @@ def test_under_a_budget_patterns_keep_one_scaling_everywhere(
 ) -> None:
     model = adapt(calibrated(), hold=hold, **BUDGET)
     layers = adapter_of(model).layers
-    ranks = {name: layer.trained.rank for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     assert len(set(ranks.values())) > 1
     assert ranks == {name: 2 * entry.rank for name, entry in model.corda_record.layers.items()}
     for name, rank in ranks.items():

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from corda_kernels.adapter import AdapterRecord, describe_base
-from corda_kernels.adapter.record import FORMAT, LayerNote, base_difference, check_base
+from corda_kernels.adapter import AdapterRecord
+from corda_kernels.adapter.record import (
+    FORMAT,
+    LayerNote,
+    base_difference,
+    check_base,
+    describe_base,
+)
 from corda_kernels.errors import AdapterError
 from corda_kernels.targets import target_linears
 

@@ -211,7 +211,7 @@ def test_a_world_size_that_is_no_number_is_one_line(
         filled = [str(a).format(place=place, tmp=tmp_path) for a in arguments]
         status, out, lines = command(*filled, "--data", place / "text.txt")
         assert (status, out, len(lines)) == (2, "", 1), lines
-        assert lines[0].startswith("error: the environment's WORLD_SIZE, a number of ranks, is 'tw")
+        assert lines[0].startswith("rank 0: error: the ranks cannot be joined")
     assert not list(tmp_path.iterdir())
 
 

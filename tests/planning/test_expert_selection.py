@@ -113,5 +113,5 @@ def test_an_adapter_takes_candidates_with_experts_block_by_block_too(
     found = Selection.from_json(blocks.record.calibration["selection"])
     assert found.scores == report(selected).scores
     for name, layer in once.layers.items():
-        assert torch.equal(layer.trained.A, blocks.layers[name].trained.A), name
-        assert torch.equal(layer.trained.B, blocks.layers[name].trained.B), name
+        assert torch.equal(layer.A, blocks.layers[name].A), name
+        assert torch.equal(layer.B, blocks.layers[name].B), name
