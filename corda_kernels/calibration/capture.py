@@ -325,11 +325,6 @@ class InputCapture:
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())
 
-    def unseen(self) -> list[str]:
-        """Names of the modules that were never called with at least one token."""
-        seen = {name for name, sums in self._sums.items() if sums.tokens}
-        return [name for name in self.modules if name not in seen]
-
     def sums(self) -> list[Group]:
         """The sums so far, not divided by anything, each with the modules that share it.
 
@@ -356,10 +351,10 @@ class InputCapture:
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
-        seen = self.modules.keys() - self.unseen()
         finished: dict[str, Covariance] = {}
         for covariance, names in self.sums():
             count = covariance.tokens if self.normalize == "tokens" else covariance.calls
             symmetrize_(covariance.matrix).div_(max(count, 1))
-            finished.update(dict.fromkeys(names, covariance))
-        return {name: finished[name] for name in self.modules if name in seen}
+            if covariance.tokens:
+                finished.update(dict.fromkeys(names, covariance))
+        return {name: finished[name] for name in self.modules if name in finished}
