@@ -123,7 +123,13 @@ def co_svd_layers(
 def map_layers(
     function: Callable[[Item], Result], items: Iterable[Item], small: Sequence[bool]
 ) -> Iterator[Result]:
-    """`function` of every item: first of the small ones, side by side with one thread each."""
+    """`function` of every item: first of the small ones, side by side with one thread each.
+
+    Args:
+        function: see `parallel_map`.
+        items: what to take.
+        small: of each item whether it `is_small`.
+    """
     parts: dict[bool, list[Item]] = {True: [], False: []}
     for item, is_small in zip(items, small, strict=True):
         parts[is_small].append(item)
