@@ -31,7 +31,9 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
-from corda_kernels.report import adapter_report, html_page, layer_table
+from corda_kernels.report.content import adapter_report
+from corda_kernels.report.page import html_page
+from corda_kernels.report.table import layer_table
 
 ModelMaker = Callable[..., nn.Module]
 RANK = 4

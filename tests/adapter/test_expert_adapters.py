@@ -39,7 +39,7 @@ from corda_kernels.errors import (
 from corda_kernels.experts import expert_parameters
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.linears import linear_shape
-from corda_kernels.report import adapter_report
+from corda_kernels.report.content import adapter_report
 from corda_kernels.targets import target_linears
 from corda_kernels.training import DriftPenalty
 

@@ -13,7 +13,8 @@ from corda_kernels import CovarianceSet
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.linalg import singular_values
-from corda_kernels.report import measure, measure_inputs, measure_spectra
+from corda_kernels.report import measure
+from corda_kernels.report.measure import measure_inputs, measure_spectra
 from corda_kernels.targets import target_linears
 
 Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
