@@ -32,14 +32,8 @@ else:
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-_SIZES = {
+_SIZES = DECODER | {
     "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
