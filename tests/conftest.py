@@ -15,6 +15,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from families import DECODER
 from hypothesis import settings
 from torch import Tensor, nn
 
