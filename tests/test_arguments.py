@@ -378,7 +378,7 @@ CASES: dict[str, Case] = (
         ),
         "syrk_": Case(
             kernels.syrk_,
-            lambda w: {"c": torch.zeros(5, 5), "x": W, "row_mask": torch.ones(6, dtype=torch.bool)},
+            lambda w: {"c": torch.zeros(5, 5), "x": W},
             {
                 "c": [
                     *TENSORS[:-1],
@@ -390,12 +390,6 @@ CASES: dict[str, Case] = (
                 "absmax": ["text", *odd_tensors(torch.zeros(5))[5:]],
                 "outlier_count": [*odd_tensors(torch.zeros(5))[5:6], torch.zeros(5)],
                 "outlier_threshold": REAL,
-                "row_mask": [
-                    "text",
-                    torch.ones(6),
-                    torch.ones(6, device="meta"),
-                    torch.ones(5).bool(),
-                ],
                 "precision": [*CHOICES, None],
                 "deterministic": FLAGS,
             },

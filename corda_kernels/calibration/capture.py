@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,7 @@ class InputCapture:
         masks: which rows count; None for all.
         row_mask: (batch, seq) bool, the tokens that count in the present pass, in place of `masks`;
             None for what these say. It may change between passes only, see `begin_rows`.
-        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them; else None.
+        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them.
     """
 
     modules: Mapping[str, Reader]
@@ -105,7 +105,7 @@ class InputCapture:
     on_host: bool = False
     masks: RowMasks | None = None
     row_mask: Tensor | None = field(default=None, init=False)
-    gradients: dict[str, Gradient] | None = field(default=None, init=False)
+    gradients: dict[str, Gradient] = field(default_factory=dict, init=False)
     _counted: Tensor = field(init=False)  # numbers of the rows that `row_mask` keeps
     _looks: list[_Look] = field(default_factory=list, init=False)  # of the last pass
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
@@ -141,35 +141,31 @@ class InputCapture:
             raise CalibrationError(says)
         # Sums made under the caller's inference mode could not be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self._read(name, x)
+            self._read(name, x, self._kept(name, x))
 
     def _read_routed(
         self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
     ) -> None:
         """Reads what the router made of a pass, see `Read`."""
-        masks = self.row_mask, self.masks
         kept = self._routed_kept(rows)
-        if kept is not None:
-            x = x[kept]
-            self.row_mask = self.masks = None
-        try:
-            self._read(name, x)
-        finally:
-            self.row_mask, self.masks = masks
+        if kept is None:
+            self._read(name, x, self._kept(name, x))
+        else:
+            self._read(name, x[kept], None)
 
     def _routed_kept(self, rows: Tensor | None) -> Tensor | None:
         """Of rows of a pass, by their numbers, those that count; None for all."""
         mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
         return None if mask is None or rows is None else mask.flatten().to(rows.device)[rows]
 
-    def _read(self, name: str, x: Tensor) -> None:
+    def _read(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         sums = self._sums.get(name)
         if sums is None:
-            self._join_or_found(name, x)
+            self._join_or_found(name, x, kept)
         elif len(sums.modules) == 1:
-            self._add(sums, x, self._kept(name, x))
+            self._add(sums, x, kept)
         elif sums.pending is None:
-            sums.pending = _Sighting(x, _version(x), [name], self._kept(name, x))
+            sums.pending = _Sighting(x, _version(x), [name], kept)
             if x.is_inference():
                 self._split(sums)
         elif sums.pending.matches(x) and name not in sums.pending.modules:
@@ -179,9 +175,9 @@ class InputCapture:
                 sums.pending = None
         else:
             self._split(sums)
-            self._read(name, x)
+            self._read(name, x, kept)
 
-    def _join_or_found(self, name: str, x: Tensor) -> None:
+    def _join_or_found(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         for first, sums in self._forming:
             if first.matches(x) and sums.calls == 1 and sums.pending is None:
                 sums.modules.append(name)
@@ -193,7 +189,7 @@ class InputCapture:
         statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
         sums = self._sums[name] = _Sums([name], matrix, *statistics)
         self._forming.append((_Sighting(x, _version(x), [name]), sums))
-        self._add(sums, x, self._kept(name, x))
+        self._add(sums, x, kept)
 
     def _split(self, sums: _Sums) -> None:
         """Gives the modules that read the pending tensor sums of their own and adds it there."""
@@ -205,13 +201,8 @@ class InputCapture:
                 "between: calibrate each of them in a run of its own, and merge"
             )
         sums.pending = None
-        apart = replace(
-            sums,
-            modules=pending.modules,
-            matrix=sums.matrix.clone(),
-            absmax=sums.absmax.clone(),
-            outlier_count=sums.outlier_count.clone(),
-        )
+        copies = (sums.matrix.clone(), sums.absmax.clone(), sums.outlier_count.clone())
+        apart = _Sums(pending.modules, *copies, sums.tokens, sums.calls)
         sums.modules = [name for name in sums.modules if name not in pending.modules]
         self._sums.update(dict.fromkeys(apart.modules, apart))
         self._add(apart, pending.tensor, pending.kept)
@@ -351,9 +342,9 @@ class InputCapture:
         self.check()
         found: list[Group] = []
         for sums in self._distinct():
-            statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)
-            covariance = Covariance(sums.matrix, sums.tokens, sums.calls, *statistics)
-            found.append((covariance, sums.modules))
+            numbers = (sums.tokens, sums.calls, sums.absmax, sums.outlier_count)
+            part = Covariance(sums.matrix, *numbers, self.outlier_threshold)
+            found.append((part, sums.modules))
         return found
 
     def restore(self, groups: list[Group]) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from corda_kernels.calibration.batches import Batch, TextSum
 from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.experts import Reader, one_by_one
+from corda_kernels.calibration.experts import Reader, one_by_one, replaced_forward
 from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import CalibrationError, PaddingWarning
@@ -283,11 +283,7 @@ class Recorder:
         with contextlib.ExitStack() as restored:
             for index, block in enumerate(self.blocks):
                 stand_in = self._stand_in(index, block.forward)
-                if "forward" in vars(block):
-                    restored.callback(vars(block).update, forward=block.forward)
-                else:
-                    restored.callback(vars(block).pop, "forward")
-                vars(block)["forward"] = stand_in
+                restored.enter_context(replaced_forward(block, stand_in))
             yield
 
     def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:

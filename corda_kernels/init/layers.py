@@ -19,7 +19,14 @@ from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import DecompositionError, OutOfMemoryWarning, warn
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.measured import sampled_spectrum
-from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, map_layers, steepest_rows
+from corda_kernels.linalg import (
+    CoSVD,
+    co_svd,
+    co_svd_layers,
+    is_small,
+    map_layers,
+    steepest_rows,
+)
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
@@ -176,7 +183,7 @@ def _parts(
                 **options,
             )
 
-    return map_layers(both, weights)
+    return map_layers(both, weights, [*map(is_small, weights.values())])
 
 
 def _task_starts(
@@ -204,7 +211,7 @@ def _task_starts(
         adapter = LayerAdapter(found.A, found.B)
         return name, MadeLayer(adapter, note, {})
 
-    return map_layers(start, weights)
+    return map_layers(start, weights, [*map(is_small, weights.values())])
 
 
 @contextlib.contextmanager

@@ -16,14 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import (
-    flag,
-    instance_of,
-    one_of,
-    real_number,
-    real_tensor,
-    whole_number,
-)
+from corda_kernels import arguments
 from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError, warn
 from corda_kernels.linalg.exact import End, exact, lower_gram, lower_triangle, no_taller, null_share
 from corda_kernels.linalg.krylov import STOP, block_size, bottom, top
@@ -118,8 +111,8 @@ def co_svd(
     Source: CorDA (arXiv:2406.05223), equation 2; for D and power, the head of this file.
     """
     rank = check(weight, covariance, rank, which, method, damping)
-    real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
-    instance_of("generator", generator, (torch.Generator, type(None)))
+    arguments.real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
+    arguments.instance_of("generator", generator, (torch.Generator, type(None)))
     C = damped(covariance.to(weight.device), damping)
     if power != 1.0:
         C = replace(C, matrix=input_root(C.double()), shift=None, symmetric=False)
@@ -160,7 +153,7 @@ def singular_values(
             an input holds NaN or Inf or leaves the range of float64.
     """
     check(weight, covariance, 1, "largest", "exact", damping)
-    flag("tail", tail)
+    arguments.flag("tail", tail)
     C = damped(covariance.to(weight.device), damping).double()
     W = weight.double()
     values: Tensor
@@ -189,13 +182,17 @@ def check(
 
     The devices may differ.
     """
-    one_of("which", which, ("largest", "smallest"))
-    one_of("method", method, ("auto", "exact", "randomized"))
+    arguments.one_of("which", which, ("largest", "smallest"))
+    arguments.one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
     check_shapes(weight, covariance)
     outputs, inputs = weight.shape[-2:]
     name, most = f"the rank for a weight of {outputs} × {inputs}", min(outputs, inputs)
-    number = whole_number(name, rank, 1, most, error=RankError)
+    number = arguments.whole_number(name, rank, 1, most, error=RankError)
+    if weight.device.type not in ("cpu", "cuda"):
+        raise DecompositionError(
+            f"a weight on {weight.device} has no float64 to be decomposed in: move it to the CPU"
+        )
     # Some rows are compared with the columns. NaN is another matter.
     some = torch.linspace(0, inputs - 1, _PROBED, device=covariance.device).long()
     rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
@@ -216,7 +213,7 @@ def check_shapes(weight: Tensor, covariance: Tensor) -> None:
         DecompositionError: one is no dense tensor of floating numbers, they do not go together, or
             the weight is empty.
     """
-    real_tensor("the weight", weight, DecompositionError)
+    arguments.real_tensor("the weight", weight, DecompositionError)
     _check_side(weight, -1, covariance, "covariance", "a covariance (*batch, in, in)")
     if 0 in weight.shape[-2:]:
         raise DecompositionError(f"a weight {tuple(weight.shape)} has nothing to decompose")
@@ -224,7 +221,7 @@ def check_shapes(weight: Tensor, covariance: Tensor) -> None:
 
 def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: str) -> None:
     """Refuses a matrix that is no covariance of one side of the weight."""
-    real_tensor(f"the {name}", matrix, DecompositionError)
+    arguments.real_tensor(f"the {name}", matrix, DecompositionError)
     if weight.ndim < 2 or matrix.shape != (*weight.shape[:-2], *2 * (weight.shape[side],)):
         raise DecompositionError(
             f"a weight {tuple(weight.shape)} needs {wanted}, got {tuple(matrix.shape)}"

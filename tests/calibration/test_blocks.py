@@ -303,12 +303,12 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
     expected = [calibrate(model, batches[part::parts], progress=False) for part in range(parts)]
     where: list[bool] = []
 
-    def cramped(capture: InputCapture, name: str, x: Tensor) -> None:
+    def cramped(capture: InputCapture, name: str, x: Tensor, kept: Any) -> None:
         if name.startswith("model.layers.1"):
             where.append(capture.on_host)
             if not capture.on_host:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        found(capture, name, x)
+        found(capture, name, x, kept)
 
     found = InputCapture._join_or_found
     monkeypatch.setattr(InputCapture, "_join_or_found", cramped)

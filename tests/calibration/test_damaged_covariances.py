@@ -22,6 +22,7 @@ from corda_kernels.errors import (
     CovarianceError,
     CovarianceFileError,
 )
+from corda_kernels.fields import parse_json
 from corda_kernels.files import read_checked
 from corda_kernels.planning import LayerStability, Selection, Stability, select_covariance
 
@@ -149,19 +150,13 @@ def test_a_field_of_a_checkpoint(files: Path, tmp_path: Path, model: nn.Module, 
             assert same(found, expected)
 
 
-def test_a_field_of_a_selection_to_go_on_with(
-    files: Path, tmp_path: Path, model: nn.Module
-) -> None:
-    header, tensors = parts(files / "covariances", COVARIANCES)
-    expected = CovarianceSet.load(files / "covariances")
+def test_a_field_of_a_selection(files: Path) -> None:
+    header, _ = parts(files / "covariances", COVARIANCES)
+    expected = Selection.from_json(header["provenance"]["selection"])
     for path, text in damaged_json(header["provenance"]["selection"]):
-        whole = json.dumps(header | {"provenance": {"selection": "@"}}).replace('"@"', text)
-        seal(tmp_path / "c", COVARIANCES, whole, tensors)
         try:
-            found = select_covariance(
-                model, [expected] * 2, damping=0.01, state=tmp_path / "c", progress=False
-            )
-        except CordaError:
+            found = Selection.from_json(parse_json(text))
+        except (ValueError, CordaError):
             continue
         assert path.startswith(("scores", "tokens", "domains")), (path, text)
-        assert same(found, expected)
+        assert found.groups == expected.groups

@@ -114,7 +114,7 @@ def test_a_layer_that_one_length_alone_calls_keeps_the_mask_of_its_tokens() -> N
 @pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.full((2, 3), 0.5), [[1, 1, 1]] * 2])
 def test_another_mask_is_refused_by_the_batch_number(mask: Any) -> None:
     batch = {"input_ids": torch.ones(2, 3).long(), "token_mask": mask}
-    with pytest.raises(BatchError, match=r"batch 7 .* token_mask .* \(2, 3\)"):
+    with pytest.raises(BatchError, match=r"batch 7 .* token_mask (.* \(2, 3\)|other values)"):
         list(unpadded(batch, 7))
 
 
