@@ -32,6 +32,7 @@ def inspect(
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
     from corda_kernels.adapter import folder
+    from corda_kernels.adapter.lora import CONFIG_FILE
     from corda_kernels.calibration import CovarianceSet
     from corda_kernels.report.content import adapter_report, covariance_report, with_covariances
     from corda_kernels.report.measure import measure_inputs, measure_spectra
@@ -47,7 +48,7 @@ def inspect(
     if html is not None:
         check_matplotlib()
         outputs.check_output(html)
-    if (file / folder.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
+    if (file / CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
     inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
@@ -86,7 +87,7 @@ def _show(file: Path, report: Report) -> None:
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.folder import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
 
     lora = read_lora(folder)
     layers = lora_layers(lora)

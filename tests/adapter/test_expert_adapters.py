@@ -25,7 +25,7 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import read_adapter, write_adapter
-from corda_kernels.adapter.folder import WEIGHTS_FILE
+from corda_kernels.adapter.lora import WEIGHTS_FILE
 from corda_kernels.calibration import Covariance
 from corda_kernels.calibration.expert_layers import expert_names
 from corda_kernels.errors import (

@@ -11,7 +11,7 @@ from kinds import Calibrated
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter.folder import lora_layers, read_lora
+from corda_kernels.adapter.lora import lora_layers, read_lora
 from corda_kernels.errors import AdapterError
 
 PATTERNS = {
