@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from pairs import pairs
 from torch import Tensor, nn
 
@@ -27,9 +28,6 @@ from corda_kernels.errors import (
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 FIRST = "model.layers.0.self_attn.q_proj"
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -15,10 +16,6 @@ from corda_kernels import CordaConfig, init_corda
 from corda_kernels.adapter import CordaLinear, adapter_of
 from corda_kernels.errors import ConfigError, ModelError, TargetError
 from corda_kernels.init import corda_adapter
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 
 # Options of LoraConfig that are no options here, a value of each, and the reason that is given.
 RANKS = "the LoRA's ranks follow from rank, or from a budget"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from kinds import Calibrated, Logits, Make
 from pairs import pairs
 from peft import PeftModel
 from stages import one_stage
@@ -42,9 +43,6 @@ from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 BUDGET = 3000  # of tiny layers, 96 to 320 parameters a component
 
 

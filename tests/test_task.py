@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from pairs import pairwise
 from peft import PeftModel
 from stages import one_stage
@@ -31,14 +32,15 @@ from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import ConfigError, CordaError, CovarianceError
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
-from corda_kernels.report import adapter_report, html_page, layer_table
+from corda_kernels.report.content import adapter_report
+from corda_kernels.report.page import html_page
+from corda_kernels.report.table import layer_table
 
-ModelMaker = Callable[..., nn.Module]
 RANK = 4
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+def model(tiny_model: Make, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)

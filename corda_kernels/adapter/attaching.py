@@ -16,6 +16,7 @@ from corda_kernels.adapter import folder, record
 from corda_kernels.adapter.experts import expert_shape, peft_layout, wrapped_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
+from corda_kernels.adapter.lora import Lora, check_only_factors, fits_residual, layer_of, read_lora
 from corda_kernels.adapter.model import TRAINED, live_adapter, residual_marker
 from corda_kernels.adapter.published import residual
 from corda_kernels.adapter.record import Adapter, AdapterRecord, initial_factors
@@ -53,13 +54,13 @@ def load_for_training(
     flag("use_peft", use_peft)
     place = readable_path(path, AdapterError)
     recorded = (place / folder.RECORD_FILE).is_file()
-    lora = folder.read_lora(place)
+    lora = read_lora(place)
     if not use_peft:
-        folder.check_only_factors(lora.tensors, f"load {place} with PEFT, which restores that")
+        check_only_factors(lora.tensors, f"load {place} with PEFT, which restores that")
     made = folder.read_record(place) if recorded or not use_peft else None
     layers: dict[str, LayerAdapter] = {}
     # Of another LoRA of PEFT's, which may adapt more than linear layers, PEFT takes care itself.
-    if made or folder.fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file():
+    if made or fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file():
         layers = folder.layer_adapters(lora, made)
     if made and not use_peft:
         return attach(base_model, Adapter(layers, made), use_peft=False, copy=False)
@@ -85,7 +86,7 @@ def load_for_training(
     return _carrying(wrapped, made, initial)
 
 
-def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any], set[str]]:
+def _described(base_model: nn.Module, lora: Lora) -> tuple[dict[str, Any], set[str]]:
     """What a LoRA's folder says to PEFT, and the model's layers that it has tensors of.
 
     Names stand in place of any regular expression that selects layers.
@@ -95,7 +96,7 @@ def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any]
     """
     config = dict(lora.config)
     config.pop("runtime_config", None)  # PEFT ignores it too
-    named = {folder.layer_of(key, config) for key in lora.tensors if ".lora_" in key}
+    named = {layer_of(key, config) for key in lora.tensors if ".lora_" in key}
     adapted = named & {
         name for name, module in base_model.named_modules() if hasattr(module, "weight")
     }

@@ -16,6 +16,14 @@ from corda_kernels.adapter import folder
 from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear, base_layer
+from corda_kernels.adapter.lora import (
+    FACTOR,
+    base_name,
+    check_finite,
+    fits_residual,
+    read_lora,
+    write_lora,
+)
 from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
 from corda_kernels.adapter.published import residual
 from corda_kernels.adapter.record import factor_tensors, lora_config, sizes
@@ -93,7 +101,7 @@ def export_lora(
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        folder.check_finite(name, change.A, change.B)
+        check_finite(name, change.A, change.B)
     parameters = config.get("target_parameters")
     widest = sizes(changes, parameters)["r"]
     result, note = LoraExport(widest), "Nothing was cut off."
@@ -129,7 +137,7 @@ def export_lora(
             "rank to cut it off at, or merge it",
             CordaWarning,
         )
-    base = folder.base_name(config)
+    base = base_name(config)
     config |= {
         **sizes(changes, parameters),
         "use_rslora": False,
@@ -138,7 +146,7 @@ def export_lora(
         "base_model_name_or_path": base,
     }
     with staged_folder(target, replaced=folder.ADAPTER_FILES) as staged:
-        folder.write_lora(staged, config, others | factor_tensors(changes))
+        write_lora(staged, config, others | factor_tensors(changes))
         write_bytes(staged / CARD_FILE, export_card(base, result.rank, note).encode())
     return result
 
@@ -148,9 +156,9 @@ def _source(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
     """A LoRA's configuration, what is saved beside its factors, and these."""
     if not isinstance(source, nn.Module):
-        found = folder.read_lora(source)
+        found = read_lora(source)
         config, tensors, layers = found.config, found.tensors, folder.layer_adapters(found)
-        if not folder.fits_residual(config):
+        if not fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.
             check_start(config.get("init_lora_weights") or True, str(found.folder))
     elif isinstance(source, PeftModel):
@@ -161,7 +169,7 @@ def _source(
     else:
         adapter = adapter_of(source)
         config, tensors, layers = lora_config(adapter).to_dict(), {}, adapter.layers
-    others = {key: tensor for key, tensor in tensors.items() if not folder.FACTOR.fullmatch(key)}
+    others = {key: tensor for key, tensor in tensors.items() if not FACTOR.fullmatch(key)}
     return config, {key: tensor.contiguous() for key, tensor in others.items()}, layers
 
 
@@ -219,7 +227,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in wrapped.items():
         own = dict(module.named_parameters())
         adapter = [own[key] for key in own if not key.startswith(("base.", "base_layer."))]
-        folder.check_finite(name.removeprefix("base_model.model."), *adapter)
+        check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
         bases,
         "merging writes into it",

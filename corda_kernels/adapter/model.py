@@ -16,6 +16,7 @@ from corda_kernels.adapter import folder
 from corda_kernels.adapter.experts import by_expert, wrapped_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
+from corda_kernels.adapter.lora import fits_residual
 from corda_kernels.adapter.record import Adapter, AdapterRecord
 from corda_kernels.arguments import instance_of
 from corda_kernels.errors import AdapterError, ModelError
@@ -65,7 +66,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         active = model.active_adapter
         if not initial:
             check_start(config.init_lora_weights, f"adapter {active!r}")
-        lacks = folder.fits_residual(config.to_dict()) or residual_marker(base) is not None
+        lacks = fits_residual(config.to_dict()) or residual_marker(base) is not None
     if lacks and not initial:
         raise AdapterError(
             "the adapter belongs on W − B0 A0, and A0, B0 are missing: attach it with "

@@ -52,7 +52,7 @@ def merge(
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels import adapter as adapters
     from corda_kernels.adapter.card import model_card
-    from corda_kernels.adapter.folder import base_name, read_lora
+    from corda_kernels.adapter.lora import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
     source = model or base_name(read_lora(adapter).config)

@@ -101,7 +101,7 @@ def init(
     from corda_kernels.adapter.card import model_card
     from corda_kernels.adapter.folder import ADAPTER_FILES, check_adapter_folder
     from corda_kernels.init import CordaConfig, check_targets, corda_adapter
-    from corda_kernels.report import describe_mixture, describe_ranks
+    from corda_kernels.report.content import describe_mixture, describe_ranks
 
     given, first, published = context.params, options.first_rank(), residual == "weight"
     if sum(bool(source) for source in (data, cov, mix)) != 1:

@@ -214,9 +214,9 @@ class CordaConfig(CalibrationPlan):
         if self.mode == "task":
             if self.labels == "sampled" or self.hold != 1 or self.residual is not None:
                 raise ConfigError(
-                    'mode "task" is a plain LoRA at the scale of LoRA\'s own, from the gradient of the '
-                    "task's own labels (that of sampled ones is 0 but for noise): leave labels at "
-                    '"given", hold at 1 and residual at None'
+                    'mode "task" is a plain LoRA at the scale of LoRA\'s own, from the gradient of '
+                    "the task's own labels (that of sampled ones is 0 but for noise): leave labels "
+                    'at "given", hold at 1 and residual at None'
                 )
         elif self.freeze_a:
             raise ConfigError(

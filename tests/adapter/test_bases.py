@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import NO_BASE, WEIGHTS, Calibrated, Logits, Make, factors, same
+from adapter_files import NO_BASE, WEIGHTS, factors, same
+from kinds import Calibrated, Logits, Make
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -25,7 +25,7 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import read_adapter, write_adapter
-from corda_kernels.adapter.folder import WEIGHTS_FILE
+from corda_kernels.adapter.lora import WEIGHTS_FILE
 from corda_kernels.calibration import Covariance
 from corda_kernels.calibration.expert_layers import expert_names
 from corda_kernels.errors import (
@@ -39,7 +39,7 @@ from corda_kernels.errors import (
 from corda_kernels.experts import expert_parameters
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.linears import linear_shape
-from corda_kernels.report import adapter_report
+from corda_kernels.report.content import adapter_report
 from corda_kernels.targets import target_linears
 from corda_kernels.training import DriftPenalty
 

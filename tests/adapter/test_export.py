@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import BUDGET, Calibrated, Logits, Make, described, written
+from adapter_files import BUDGET, described, written
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn

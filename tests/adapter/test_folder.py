@@ -17,14 +17,12 @@ from adapter_files import (
     NO_BASE,
     PUBLISHED,
     WEIGHTS,
-    Calibrated,
-    Logits,
-    Make,
     described,
     factors,
     files_in,
     same,
 )
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import BUDGET, Calibrated, Logits, Make
+from adapter_files import BUDGET
+from kinds import Calibrated, Logits, Make
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import CordaConfig, export_lora, load_for_training, merge, save_adapter

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Mamba2Config
@@ -31,7 +32,6 @@ from corda_kernels.targets import target_linears
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 WIDTH = 12
 
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from torch import nn
 
 from corda_kernels.adapter import AdapterRecord
@@ -20,7 +20,6 @@ from corda_kernels.adapter.record import (
 from corda_kernels.errors import AdapterError
 from corda_kernels.targets import target_linears
 
-Calibrated = Callable[..., tuple[nn.Module, Any]]
 KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}
 
 

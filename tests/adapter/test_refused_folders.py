@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, Calibrated, same
+from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, same
+from kinds import Calibrated
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Logits
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_text import SMALL
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import (
@@ -26,8 +26,6 @@ from corda_kernels import (
 from corda_kernels.adapter import adapter_of, read_adapter
 from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
-
-Logits = Callable[[nn.Module], Tensor]
 
 
 @pytest.mark.parametrize(

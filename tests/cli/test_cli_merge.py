@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from kinds import Logits
 from peft import PeftModel
 from safetensors import SafetensorError
 from small_text import SMALL
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import load_for_training
 from corda_kernels.adapter import read_adapter
 
 pytestmark = pytest.mark.slow
-
-Logits = Callable[[nn.Module], Tensor]
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in residual of:UserWarning")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Make
 from pairs import pairs
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -24,9 +25,6 @@ from corda_kernels.adapter import LayerAdapter, adapter_of
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linears import linear_weight
-
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
 
 RANK = 16
 SOME = ["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj"]

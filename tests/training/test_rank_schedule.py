@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Make
 from pairs import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from corda_kernels import CovarianceSet, RankSchedule, save_adapter
+from corda_kernels import RankSchedule, save_adapter
 from corda_kernels.adapter import LayerAdapter, live_adapter
 from corda_kernels.errors import AdapterError, ConfigError
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
 
 PROMPT = torch.tensor([[5, 9, 33, 17], [40, 8, 21, 50]])
 STEPS = 6
