@@ -107,7 +107,7 @@ CASES: dict[str, Case] = (
                 "which": CHOICES,
                 "method": [*CHOICES, None],
                 "damping": DAMPINGS,
-                "generator": [0, "text"],
+                "seed": SEEDS,
                 "output_covariance": [*odd_tensors(torch.eye(6))[1:], C, torch.eye(6) * NAN],
                 "power": [*FINITE, 2, None],
             },
@@ -122,7 +122,6 @@ CASES: dict[str, Case] = (
                 "which": CHOICES,
                 "damping": DAMPINGS,
                 "seed": SEEDS,
-                "memory_limit": [*WHOLE, -1],
             },
         ),
         "singular_values": Case(

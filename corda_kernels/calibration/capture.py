@@ -23,7 +23,7 @@ from corda_kernels.kernels import symmetrize_, syrk_
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
 # activation alive.
 _FORMING = 8
-_HOST = torch.device("cpu")
+HOST = torch.device("cpu")
 
 # Makes the error about a sum that is not finite: of a batch, its range of tokens, and how many
 # channels of how many are not.
@@ -184,7 +184,7 @@ class InputCapture:
                 self._sums[name] = sums
                 return
         d = x.shape[-1]
-        zeros = partial(torch.zeros, device=_HOST if self.on_host else x.device)
+        zeros = partial(torch.zeros, device=HOST if self.on_host else x.device)
         matrix = zeros(d, d, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
         sums = self._sums[name] = _Sums([name], matrix, *statistics)
@@ -226,7 +226,7 @@ class InputCapture:
         if kept is not None:
             rows = rows[kept.to(rows.device)]
         if self.on_host:
-            rows = rows.to(_HOST)
+            rows = rows.to(HOST)
         # A checkpoint may have left the sums on another device than the inputs.
         sums.matrix = sums.matrix.to(rows.device)
         sums.absmax = sums.absmax.to(rows.device)
@@ -287,8 +287,8 @@ class InputCapture:
             by_device.setdefault(diagonal.device, []).append((diagonal, error))
         for device, found in by_device.items():
             entries = torch.cat([diagonal for diagonal, _ in found])
-            finite, copied = entries.isfinite().to(_HOST, non_blocking=True), None
-            if device != _HOST:
+            finite, copied = entries.isfinite().to(HOST, non_blocking=True), None
+            if device != HOST:
                 copied = torch.Event(device)
                 copied.record(torch.accelerator.current_stream(device))
             sizes = [(len(diagonal), error) for diagonal, error in found]
@@ -325,11 +325,6 @@ class InputCapture:
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())
 
-    def unseen(self) -> list[str]:
-        """Names of the modules that were never called with at least one token."""
-        seen = {name for name, sums in self._sums.items() if sums.tokens}
-        return [name for name in self.modules if name not in seen]
-
     def sums(self) -> list[Group]:
         """The sums so far, not divided by anything, each with the modules that share it.
 
@@ -356,10 +351,10 @@ class InputCapture:
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
-        seen = self.modules.keys() - self.unseen()
         finished: dict[str, Covariance] = {}
         for covariance, names in self.sums():
             count = covariance.tokens if self.normalize == "tokens" else covariance.calls
             symmetrize_(covariance.matrix).div_(max(count, 1))
-            finished.update(dict.fromkeys(names, covariance))
-        return {name: finished[name] for name in self.modules if name in seen}
+            if covariance.tokens:
+                finished.update(dict.fromkeys(names, covariance))
+        return {name: finished[name] for name in self.modules if name in finished}

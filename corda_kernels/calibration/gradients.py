@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from corda_kernels.arguments import holds_numbers
 from corda_kernels.calibration.batches import Batch, check_tokens, inputs_of
-from corda_kernels.calibration.capture import Error, InputCapture
+from corda_kernels.calibration.capture import HOST, Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
@@ -33,7 +33,6 @@ Labels = Literal["given", "sampled"]
 _IGNORED = -100
 # Labels go under this name with the tokens through `unpadded`, which drops "labels".
 LABELS = "corda_labels"
-_HOST = torch.device("cpu")
 
 
 def check_model(model: nn.Module) -> None:
@@ -177,7 +176,7 @@ class GradientCapture(InputCapture):
         x = x.detach()
         if name not in self.gradients:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            like = torch.empty(0, dtype=dtype, device=_HOST if self.on_host else x.device)
+            like = torch.empty(0, dtype=dtype, device=HOST if self.on_host else x.device)
             self.gradients[name] = Gradient.zeros(output.shape[-1], x.shape[-1], like)
         if output.requires_grad:
             hook = partial(self._add_gradient, name, x, x._version, kept)
@@ -192,7 +191,7 @@ class GradientCapture(InputCapture):
                 f"the input of layer {name} is changed in place after the layer has read it, so "
                 "that its gradient cannot be taken: leave the layer out of the targets"
             )
-        device = _HOST if self.on_host else gradient.device
+        device = HOST if self.on_host else gradient.device
         # A checkpoint may have left the sums on another device.
         sums = self.gradients[name] = self.gradients[name].to(device)
         g = gradient.reshape(-1, gradient.shape[-1]).to(device)

@@ -23,7 +23,7 @@ from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
 from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError, first_line
 from corda_kernels.experts import is_decorated
-from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
+from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder, text_config
 
 # No usual number of labels, to which a mask of another shape might be stretched.
 _TRIED_TOKENS = 7
@@ -152,7 +152,7 @@ def calibration_needs(
         obstacle,
         weight_bytes(model),
         max((weight_bytes(model.get_submodule(block)) for block in sizes), default=0),
-        getattr(_text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
+        getattr(text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
         flops,
         round(sum(share[names[0]] * channels * (channels + 1) for channels, names in groups)),
         run.forward.positions,
@@ -217,7 +217,7 @@ def _tried(
     readers: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
     outputs: list[Any] = []
-    active = [getattr(_text_config(run.model), "num_experts_per_tok", 1)]  # as Llama 4 has it
+    active = [getattr(text_config(run.model), "num_experts_per_tok", 1)]  # as Llama 4 has it
 
     def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if is_decorated(module) and len(args) > 1:
@@ -260,7 +260,7 @@ def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
         inputs["attention_mask"] = mask(tokens)
     if is_encoder_decoder(run.model):
         inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
-    config = _text_config(run.model)
+    config = text_config(run.model)
     experts = getattr(config, "_experts_implementation", None)
     routed = experts is not None and run.device.type == "meta"
     try:
@@ -272,9 +272,3 @@ def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     finally:
         if routed:
             config._experts_implementation = experts
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config of the language model within a transformers model; None for other models."""
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    return find() if callable(find) else None

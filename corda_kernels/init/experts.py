@@ -24,6 +24,7 @@ from corda_kernels.init.measured import measured_input
 from corda_kernels.linears import linear_shape
 from corda_kernels.planning.ranks import Shape
 from corda_kernels.planning.scores import LayerSpectrum
+from corda_kernels.structure import text_config
 
 _PEFT = Version("0.20")
 # What configurations call the number of experts that a token is sent to.
@@ -65,8 +66,8 @@ def check_experts(
 
 def active_experts(model: nn.Module) -> int:
     """How many routed experts a token is sent to; 1 where the model's configuration is silent."""
-    find: Any = getattr(getattr(model, "config", None), "get_text_config", None)
-    known = vars(find()) if find else {}
+    config = text_config(model)
+    known = {} if config is None else vars(config)
     return next((int(known[name]) for name in _ACTIVE if known.get(name)), 1)
 
 

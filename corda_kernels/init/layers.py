@@ -177,7 +177,7 @@ def _parts(
                 W,
                 covariances[name].matrix,
                 rank=components[name],
-                generator=torch.Generator(W.device).manual_seed(config.seed),
+                seed=config.seed,
                 output_covariance=covariances.gradients[name].matrix,
                 power=0.5,
                 **options,

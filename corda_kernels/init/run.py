@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -308,7 +308,7 @@ def _judged(
     if not stability or config.sides == "both":
         return {}
     judged = Stability.from_json(stability).at(config.which, names)
-    return judged.to_json() if judged else {}
+    return asdict(judged) if judged else {}
 
 
 def _shared_out(

@@ -70,7 +70,7 @@ def co_svd(
     which: End = "largest",
     method: Method = "auto",
     damping: float | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
     output_covariance: Tensor | None = None,  # (*batch, out, out)
     power: float = 1.0,
 ) -> CoSVD:
@@ -96,7 +96,7 @@ def co_svd(
         method: "exact" for a dense SVD; "randomized" for an iteration, which falls back on the
             exact method with a ConvergenceWarning where it does not converge; "auto" picks by size.
         damping: λ as a multiple of the mean diagonal of C, and of D its own; None for none.
-        generator: source of the random start; None for a fixed seed.
+        seed: of the random start.
         output_covariance: D (*batch, out, out), symmetric positive definite once damped; None for
             the identity.
         power: of C, 1.0 or 0.5.
@@ -112,16 +112,19 @@ def co_svd(
     """
     rank = check(weight, covariance, rank, which, method, damping)
     arguments.real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
-    arguments.instance_of("generator", generator, (torch.Generator, type(None)))
+    arguments.seed_number("seed", seed)
     C = damped(covariance.to(weight.device), damping)
     if power != 1.0:
         C = replace(C, matrix=input_root(C.double()), shift=None, symmetric=False)
     M, P = weight, None
     if output_covariance is not None:
-        P = _output_root(weight, output_covariance, damping)
+        wanted = "an output covariance (*batch, out, out)"
+        _check_side(weight, -2, output_covariance, "output covariance", wanted)
+        check_entries("output covariance", output_covariance, "check the model's weights")
+        D = damped(output_covariance.to(weight.device), damping).double()
+        P = factored(D, f"an output covariance ({D.shape[-1]} outputs)")
         M = P.mT @ weight.double()
-    start = 0 if generator is None else generator
-    found, given_up = decompose(M, C, rank, which, method, start)
+    found, given_up = decompose(M, C, rank, which, method, seed)
     warn_given_up(given_up)
     if P is None:
         return found
@@ -230,7 +233,7 @@ def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: st
 
 @without_autocast()
 def decompose(
-    W: Tensor, C: Operand, rank: int, which: End, method: Method, start: torch.Generator | int
+    W: Tensor, C: Operand, rank: int, which: End, method: Method, seed: int
 ) -> tuple[CoSVD, Tensor]:
     """One end of the singular value decomposition of W·C; see `co_svd`.
 
@@ -242,7 +245,7 @@ def decompose(
         rank: how many pairs.
         which: see `co_svd`.
         method: see `co_svd`.
-        start: a generator or a seed of the random start of an iteration.
+        seed: of the random start of an iteration.
 
     Returns:
         The decomposition, and the error (*batch) at which the iteration gave up, 0 where it did
@@ -254,9 +257,9 @@ def decompose(
         U, S = exact(W.double(), C.double(), rank, which)
         error = given_up = torch.zeros_like(S[..., 0])
     else:
-        if isinstance(start, int):
-            start = torch.Generator(W.device).manual_seed(start)
-        U, S, error, largest = (top if which == "largest" else bottom)(W, C, rank, start)
+        end = top if which == "largest" else bottom
+        generator = torch.Generator(W.device).manual_seed(seed)
+        U, S, error, largest = end(W, C, rank, generator)
         # Of null directions the order is a question to W, not to M.
         null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
         lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either
@@ -265,20 +268,6 @@ def decompose(
             U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
             error[index] = 0
     return CoSVD(U, S, torch.full_like(error, C.damping), error), given_up
-
-
-def _output_root(weight: Tensor, output_covariance: Tensor, damping: float | None) -> Tensor:
-    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64, damped.
-
-    Raises:
-        DecompositionError: D is of another kind or shape, or is not positive definite to working
-            precision, so that X would be free in directions that D does not see.
-    """
-    wanted = "an output covariance (*batch, out, out)"
-    _check_side(weight, -2, output_covariance, "output covariance", wanted)
-    check_entries("output covariance", output_covariance, "check the model's weights")
-    D = damped(output_covariance.to(weight.device), damping).double()
-    return factored(D, f"an output covariance ({D.shape[-1]} outputs)")
 
 
 def factored(matrix: Tensor, name: str) -> Tensor:

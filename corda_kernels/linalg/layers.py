@@ -89,7 +89,7 @@ def co_svd_layers(
 
     def on_cpu(names: list[str]) -> list[Entry]:
         C = damped(covariances[names[0]].cpu(), damping)
-        if which == "smallest":  # converted once for all of them
+        if which == "smallest" and len(names) > 1:  # converted once for all of them
             C = replace(C, matrix=C.double(), shift=None)
         return [
             (name, *decompose(weights[name], C, ranks[name], which, method, seed)) for name in names
@@ -123,10 +123,16 @@ def co_svd_layers(
 def map_layers(
     function: Callable[[Item], Result], items: Iterable[Item], small: Sequence[bool]
 ) -> Iterator[Result]:
-    """`function` of every item: first of the small ones, side by side with one thread each."""
+    """`function` of every item: first of the small ones, side by side with one thread each.
+
+    Args:
+        function: see `parallel_map`.
+        items: what to take.
+        small: of each item whether it `is_small`.
+    """
     parts: dict[bool, list[Item]] = {True: [], False: []}
-    for item, is_small in zip(items, small, strict=True):
-        parts[is_small].append(item)
+    for item, side_by_side in zip(items, small, strict=True):
+        parts[side_by_side].append(item)
     return chain(parallel_map(function, parts[True]), map(function, parts[False]))
 
 

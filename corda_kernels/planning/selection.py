@@ -129,7 +129,7 @@ def select_covariance(
     ranks.gather(None, "the end of the candidates")
     # The stability was one candidate's, as was the domain.
     notes = {k: v for k, v in about["provenance"].items() if k not in ("stability", "domain")}
-    notes |= {"tokens": sum(report.tokens), "selection": report.to_json()}
+    notes |= {"tokens": sum(report.tokens), "selection": asdict(report)}
     return CovarianceSet(kept, **{**about, "provenance": notes})
 
 
@@ -156,13 +156,9 @@ class Selection:
     scores: dict[str, list[float]]
     groups: list[list[str]]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Selection:
-        """Reads what `to_json` gave.
+        """Reads what `asdict` gave.
 
         Raises:
             CovarianceError: it is something else.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,13 +72,9 @@ class Stability:
     tokens: tuple[int, int]
     layers: dict[str, LayerStability]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Stability:
-        """Reads what `to_json` gave.
+        """Reads what `asdict` gave.
 
         Raises:
             CovarianceError: it is something else.
