@@ -246,6 +246,6 @@ def test_text_that_fills_one_batch_leaves_no_verdict_and_says_so(
     _, shown, _ = command(
         "init", place / "model", tmp_path / "judged", "--mode", "ipm", *data, "--stability"
     )
-    assert "calibration: whether the text was enough is not known, for it fills one batch" in shown
+    assert "calibration: the text fills one batch, which has no halves to compare" in shown
     _, shown, _ = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
     assert "calibration:" not in shown
