@@ -23,23 +23,8 @@ from corda_kernels.cli.inspect import inspect
 from corda_kernels.cli.plan import plan
 from corda_kernels.cli.printing import echo
 
-_HELP = """Initialise LoRA adapters from calibration text (CorDA and CorDA++).
-
-init runs a model over some text, takes the covariance of every linear layer's inputs, and makes a
-LoRA from the weights and these covariances. Train it with PEFT, Trainer or TRL; then export or
-merge it.
-
-\b
-Example:
-  corda-kernels init MODEL my-adapter --mode ipm --data my-task.txt \\
-      --samples 64 --seq-len 512
-
-corda-kernels COMMAND --help explains a command. Errors are one line on stderr, with exit status 2.
-"""
-
 app = typer.Typer(
     name="corda-kernels",
-    help=_HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,10 +44,23 @@ _COMMON = (errors.DataWarning, errors.LeftOutWarning, errors.RankDeficientWarnin
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of an error; works after COMMAND too."),
+        bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")
     ] = False,
 ) -> None:
+    """Initialise LoRA adapters from calibration text (CorDA and CorDA++).
+
+    init runs a model over some text, takes the covariance of every linear layer's inputs, and makes
+    a LoRA from the weights and these covariances. Train it with PEFT, Trainer or TRL; then export
+    or merge it.
+
+    \b
+    Example:
+      corda-kernels init MODEL my-adapter --mode ipm --data my-task.txt \\
+          --samples 64 --seq-len 512
+
+    corda-kernels COMMAND --help explains a command. Errors are one line on stderr, with exit
+    status 2.
+    """
     if version:
         echo(f"corda_kernels {__version__}")
         raise typer.Exit

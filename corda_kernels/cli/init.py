@@ -39,18 +39,12 @@ def init(
             help="Text of the knowledge to keep, or its covariance file, with --mode task.",
         ),
     ] = None,
-    keep_field: Annotated[
-        str | None, Option(help="Field of --keep, as --field is of --data.")
-    ] = None,
-    keep_template: Annotated[
-        str | None, Option(help="Template of --keep, as --template is of --data.")
-    ] = None,
+    keep_field: Annotated[str | None, Option(help="Like --field, for --keep.")] = None,
+    keep_template: Annotated[str | None, Option(help="Like --template, for --keep.")] = None,
     cov: Annotated[Path | None, Option(help="Covariance file, in place of --data.")] = None,
     mix: Annotated[
         list[str] | None,
-        Option(
-            metavar="FILE=WEIGHT", help="Covariance file to mix, once for each, not with --data."
-        ),
+        Option(metavar="FILE=WEIGHT", help="Covariance file to mix; give several."),
     ] = None,
     rank: Annotated[
         int,
@@ -68,11 +62,9 @@ def init(
     ] = None,
     min_rank: Annotated[int, Option(help="Fewest components of a layer under a budget.")] = 0,
     max_rank: Annotated[
-        int | None, Option(help="Most components of a layer under a budget; by default no limit.")
+        int | None, Option(help="Most components of a layer under a budget.")
     ] = None,
-    rank_multiple: Annotated[
-        int, Option(help="Multiple that components under a budget are rounded down to.")
-    ] = 1,
+    rank_multiple: Annotated[int, Option(help="Round ranks down to a multiple of this.")] = 1,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
     field: options.Field = None,
@@ -103,7 +95,7 @@ def init(
     damping: options.Damping = 0.01,
     method: Annotated[
         Literal["auto", "exact", "randomized"],
-        Option(help="Decomposition: a dense SVD, an iteration, or by size."),
+        Option(help="exact: a dense SVD; randomized: an iteration; auto: by size."),
     ] = "auto",
     save_base: Annotated[
         bool, Option("--save-base", help="Also write the base W − BA to OUT/base.")

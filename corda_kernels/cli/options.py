@@ -51,35 +51,25 @@ def parse_targets(option: CallbackParam, given: str | None) -> str | list[str] |
     return endings
 
 
-Model = Annotated[
-    str, Argument(metavar="MODEL", help="The base model: a folder, a hub id or a GGUF file.")
-]
+Model = Annotated[str, Argument(metavar="MODEL", help="Base model: a folder, hub id or GGUF file.")]
 Data = Annotated[
     str | None,
     Option(
         metavar="FILE|-|NAME:SPLIT",
-        help="Calibration text: a file of text, JSON, JSON lines, CSV or parquet (also .gz, but "
+        help="Calibration text: a file of text, JSON, JSON lines, CSV or parquet (.gz too, except "
         "parquet); - for standard input; or a hub data set, such as openai/gsm8k:main:train.",
     ),
 ]
-Field = Annotated[
-    str | None, Option(help="Field of a record that holds the text; by default text.")
-]
+Field = Annotated[str | None, Option(help="Record field that holds the text; by default text.")]
 Template = Annotated[
-    str | None,
-    Option(help=r"Text made of a record's fields, such as 'Q: {question}\nA: {answer[0]}'."),
+    str | None, Option(help=r"Text of a record's fields, such as 'Q: {question}\nA: {answer[0]}'.")
 ]
 ChatTemplate = Annotated[
-    bool,
-    Option("--chat-template", help="Lay each conversation out by the tokenizer's chat template."),
+    bool, Option("--chat-template", help="Lay conversations out by the tokenizer's chat template.")
 ]
 AnswersOnly = Annotated[
     bool,
-    Option(
-        "--answers-only",
-        help="Average over the assistant's turns alone; the model still reads the rest. Takes "
-        "--chat-template.",
-    ),
+    Option("--answers-only", help="Average over the assistant's turns only; the rest is context."),
 ]
 Samples = Annotated[int, Option(min=1, help="Number of sequences to calibrate on.")]
 SeqLen = Annotated[int, Option(min=1, help="Number of tokens in each sequence.")]
@@ -88,8 +78,7 @@ BatchSize = Annotated[
     Option(min=1, help="Sequences in a forward pass; by default for 2048 tokens, 8192 on a GPU."),
 ]
 Pack = Annotated[
-    bool,
-    Option(help="Join documents and cut them into full sequences, or keep one in each sequence."),
+    bool, Option(help="Join documents and cut them into full sequences, or keep them apart.")
 ]
 Targets = Annotated[
     str | None,
@@ -119,8 +108,7 @@ Experts = Annotated[
     ),
 ]
 Candidates = Annotated[
-    int,
-    Option(min=1, help="Number of samples of the text, --samples sequences each, to choose from."),
+    int, Option(min=1, help="Samples of the text, --samples sequences each, to choose from.")
 ]
 Selection = Annotated[
     Literal["argmin", "pool"],
@@ -131,22 +119,17 @@ Damping = Annotated[
 ]
 Seed = Annotated[int, Option(help="Random seed of the order of texts and of the decomposition.")]
 Device = Annotated[
-    str,
-    Option(
-        help="Device: cpu, cuda (under torchrun one GPU a rank), cuda:1, or auto: a GPU if any."
-    ),
+    str, Option(help="cpu, cuda (under torchrun one GPU a rank), cuda:1, or auto: a GPU if any.")
 ]
 Dtype = Annotated[
-    str | None,
-    Option(help="Dtype of the weights: float32, bfloat16, float16, float64; by default as stored."),
+    str | None, Option(help="Dtype of the weights, such as bfloat16; by default as stored.")
 ]
 TrustRemoteCode = Annotated[
     bool,
     Option("--trust-remote-code", help="Run Python code that comes with the model; read it first."),
 ]
 Stability = Annotated[
-    bool,
-    Option(help="Compare two halves of the text to judge whether it was enough; takes longer."),
+    bool, Option(help="Judge by two halves of the text whether it was enough; takes longer.")
 ]
 MemoryLimit = Annotated[
     str | None,
@@ -158,8 +141,7 @@ MemoryLimit = Annotated[
     ),
 ]
 Sides = Annotated[
-    Literal["inputs", "both"],
-    Option(help="Also use the gradients at the layers' outputs, by a backward pass (both)."),
+    Literal["inputs", "both"], Option(help="both: also take gradients at the layers' outputs.")
 ]
 Labels = Annotated[
     Literal["given", "sampled"] | None,
