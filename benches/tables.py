@@ -429,6 +429,26 @@ def divergences(results: Results) -> str:
     return markdown(header, rows) + notes(about, measured_on(results))
 
 
+def penalties(results: Results) -> str:
+    """What penalties changed, after the last step of each run."""
+    rows = [
+        [
+            run["method"].removesuffix("-even"),
+            f"{run['learning_rate']:g}",
+            run["penalty"] or "none",
+            f"{run['strength']:g}" if run["strength"] else _EMPTY,
+            *(
+                f"{run[name]['change']:+.2f} ± {run[name]['change_se']:.2f}"
+                for name in ("task", "knowledge", "text")
+            ),
+        ]
+        for run in results["runs"]
+        if run["strength"] in (None, 0, 1)
+    ]
+    header = ("start", "learning rate", "penalty", "strength", "task", "knowledge", "prose")
+    return markdown(header, rows, text=3)
+
+
 def adapter_costs(results: Results) -> str:
     """A training step of each form, against the LoRA that trains as many parameters."""
     (reference,) = (row for row in results["rows"] if row["form"] == "LoRA, rank 2r")
