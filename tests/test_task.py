@@ -189,14 +189,17 @@ def test_two_sided_components_are_those_of_their_definition(
 def test_the_penalty_weights_outputs(model: nn.Module, both: tuple[Any, Any]) -> None:
     adapted = init_corda(copy.deepcopy(model), both[0], config(), keep=both[1]).double()
     torch.manual_seed(3)
-    expected = 0.0
+    expected, ratios = 0.0, []
     for name, part in both[1].items():
         lora: Any = adapted.get_base_model().get_submodule(name)
         B, A = (factors["default"].weight for factors in (lora.lora_B, lora.lora_A))
         B.data = torch.randn_like(B)
         change = (B @ A).detach()
         D, C = both[1].gradients[name].matrix.double(), part.matrix.double()
-        expected += float((D @ change @ C @ change.T).trace())
+        ratio = both[1].gradients[name].fisher_trace.double() / (D.trace() * C.trace())
+        ratios.append(float(ratio))
+        expected += float(ratio * (D @ change @ C @ change.T).trace())
+    assert max(ratios) > 1.1 * min(ratios)
     penalty = DriftPenalty(adapted, both[1], sides="both")
     value = penalty()
     assert float(value.detach()) == pytest.approx(expected, rel=1e-8)

@@ -55,6 +55,7 @@ def write_groups(
     for index, (_, gradient) in enumerate(gradients):
         tensors[f"{GRADIENT}.{index}.matrix"] = pack_symmetric(gradient.matrix).cpu()
         tensors[f"{GRADIENT}.{index}.mean"] = gradient.mean.cpu().contiguous()
+        tensors[f"{GRADIENT}.{index}.fisher_trace"] = gradient.fisher_trace.cpu().clone()
     noted = {"gradients": [name for name, _ in gradients]} if gradients else {}
     write_checked(path, format_, {"groups": records, **noted, **header}, tensors)
 
@@ -111,18 +112,17 @@ def _gradient(
     Raises:
         ValueError: a tensor is not what it must be.
     """
-    packed, mean = (tensors.pop(f"{prefix}.{part}", None) for part in ("matrix", "mean"))
-    if packed is None or mean is None or mean.ndim != 2 or mean.shape[1] != channels.get(name):
+    parts = ("matrix", "mean", "fisher_trace")
+    found = [part for kind in parts if (part := tensors.pop(f"{prefix}.{kind}", None)) is not None]
+    shapes = [tuple(part.shape) for part in found]
+    d = len(found[1]) if len(shapes[1:]) == 2 and shapes[1] else 0
+    if shapes != [(d * (d + 1) // 2,), (d, channels.get(name)), ()]:
         raise ValueError(f"the gradient of {name!r} is incomplete, or of another size")
-    d = len(mean)
-    if packed.shape != (d * (d + 1) // 2,) or {packed.dtype, mean.dtype} not in (
-        {torch.float32},
-        {torch.float64},
-    ):
-        raise ValueError(f"the gradient of {name!r} has another size or dtype")
-    if not bool(packed.isfinite().all() and mean.isfinite().all()):
+    if {part.dtype for part in found} not in ({torch.float32}, {torch.float64}):
+        raise ValueError(f"the gradient of {name!r} has another dtype")
+    if not all(bool(part.isfinite().all()) for part in found):
         raise ValueError(f"the gradient of {name!r} holds NaN or Inf")
-    return Gradient(unpack_symmetric(packed, d), mean)
+    return Gradient(unpack_symmetric(found[0], d), *found[1:])
 
 
 def _covariance(

@@ -206,16 +206,15 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
 def _added_gradient(part: Gradient | None, module: Any, device: torch.device) -> Gradient:
     """The sum of every rank's part, where this one has any."""
     if part is None:
-        like = _zeros(module, 0.0, device).matrix
-        out, channels = reader_shape(module)
-        part = Gradient(like.new_zeros(out, out), like.new_zeros(out, channels))
+        part = Gradient.zeros(*reader_shape(module), like=_zeros(module, 0.0, device).matrix)
     home = part.mean.device
     where = home if home.type == device.type else device
-    triangle, mean = pack_symmetric(part.matrix).to(where), part.mean.to(where)
+    sums = [each.to(where) for each in (pack_symmetric(part.matrix), *part.tensors[1:])]
     with _peers_needed():
-        torch.distributed.all_reduce(triangle)
-        torch.distributed.all_reduce(mean)
-    return Gradient(unpack_symmetric(triangle.to(home), len(part.matrix)), mean.to(home))
+        for each in sums:
+            torch.distributed.all_reduce(each)
+    triangle, *others = (each.to(home) for each in sums)
+    return Gradient(unpack_symmetric(triangle, len(part.matrix)), *others)
 
 
 def _zeros(reader: Reader, threshold: float, device: torch.device) -> Covariance:
@@ -302,7 +301,7 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
     counts = [(names, part.tokens, part.calls) for part, names in groups]
     matrices = [part.matrix for part, _ in groups]
     for gradient in covariances.gradients.values():
-        matrices += [gradient.matrix, gradient.mean]
+        matrices += gradient.tensors[:2]
     norms = [matrix.norm(dim=-1).norm().double().cpu() for matrix in matrices]
     return {
         "tokens of the covariances": digest({}, str(counts)),

@@ -1,4 +1,4 @@
-"""The gradient side of calibration: D = E[g gᵀ] and Ḡ = E[g xᵀ] of every layer.
+"""The gradient side of calibration: D = E[g gᵀ], Ḡ = E[g xᵀ] and E[‖g‖² ‖x‖²] of every layer.
 
 One backward pass follows each forward pass, through the activations alone: no parameter gets a
 gradient, and nothing but the layers' inputs is kept beside what autograd keeps. The loss is the sum
@@ -181,10 +181,9 @@ class GradientCapture(InputCapture):
         x = x.detach()
         assert self.gradients is not None
         if name not in self.gradients:
-            out, device = output.shape[-1], _HOST if self.on_host else x.device
             dtype = torch.promote_types(x.dtype, torch.float32)
-            zeros = partial(torch.zeros, dtype=dtype, device=device)
-            self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
+            like = torch.empty(0, dtype=dtype, device=_HOST if self.on_host else x.device)
+            self.gradients[name] = Gradient.zeros(output.shape[-1], x.shape[-1], like)
         if output.requires_grad:
             hook = partial(self._add_gradient, name, x, x._version, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -207,7 +206,9 @@ class GradientCapture(InputCapture):
         if kept is not None:
             g, rows = g[kept.to(device)], rows[kept.to(device)]
         syrk_(sums.matrix, g, deterministic=self.deterministic)
-        sums.mean.addmm_(g.to(sums.mean.dtype).mT, rows.to(sums.mean.dtype))
+        g, rows = g.to(sums.mean.dtype), rows.to(sums.mean.dtype)
+        sums.mean.addmm_(g.mT, rows)
+        sums.fisher_trace.add_(torch.dot(g.square().sum(1), rows.square().sum(1)))
 
     def _diagonals(self) -> list[tuple[Tensor, Error]]:
         sums = (self.gradients or {}).items()
@@ -230,8 +231,9 @@ class GradientCapture(InputCapture):
                 "or every sequence has a single token"
             )
         for name, gradient in found.items():
-            symmetrize_(gradient.matrix).div_(max(covariances[name].tokens, 1))
-            gradient.mean.div_(max(covariances[name].tokens, 1))
+            symmetrize_(gradient.matrix)
+            for part in gradient.tensors:
+                part.div_(max(covariances[name].tokens, 1))
         return shrunk_gradients(found, covariances, self.modules)
 
 

@@ -136,10 +136,12 @@ class DriftPenalty(_Penalty):
     output, in the squared unit of its activations. It is not divided by anything. Value and
     gradient are 0 at the start.
 
-    With `sides="both"` it is Σ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients at the layer's
-    outputs: each layer's change counts by what it does to the loss. With D of sampled labels half
-    of it estimates the mean KL divergence from the base, in nats a token (K-FAC; layers are taken
-    to act independently), so that layers weigh as they do there.
+    With `sides="both"` it is Σ ρ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients g at the
+    layer's outputs, ρ = E[‖g‖² ‖x‖²] / (tr D · tr C): each layer's change counts by what it does to
+    the loss. With D of sampled labels half of it estimates the mean KL divergence from the base, in
+    nats a token (K-FAC; layers are taken to act independently), so that layers weigh as they do
+    there. ρ gives D ⊗ C the trace of the layer's Fisher matrix: where few tokens have large
+    activations and small gradients it is far from 1.
 
     ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
     layers that read one input share one product with C.
@@ -178,7 +180,11 @@ class DriftPenalty(_Penalty):
                         f"there is no gradient for the adapted layer {name}, or one of another "
                         'size: calibrate(…, sides="both", labels="sampled") the base of this model'
                     )
-                self._outputs[name] = gradient.matrix.to(shared.C)
+                # Of the covariance as it was measured, whose unit D ⊗ C has.
+                traces = [m.diagonal().double().sum() for m in (gradient.matrix, shared.C)]
+                product = float(traces[0] * traces[1].to(traces[0].device))
+                ratio = float(gradient.fisher_trace) / product if product else 0.0
+                self._outputs[name] = ratio * gradient.matrix.to(shared.C)
 
     def _of(self, shared: _SharedInput) -> Tensor:
         changes = [layer.change() for layer in shared.factors()]

@@ -54,16 +54,16 @@ def sequences(batch: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def by_autograd(model: nn.Module, given: list[Any], targets: list[str]) -> dict[str, Any]:
-    """Sums of g gᵀ token by token, weight gradients of the summed loss, and the tokens."""
+    """D, Ḡ and E[‖g‖² ‖x‖²], token by token and by weight gradients of the summed loss."""
     model = copy.deepcopy(model).double().eval()
     modules = {name: model.get_submodule(name) for name in targets}
-    found: dict[str, Any] = {name: [0.0, None] for name in targets}
-    outputs: dict[str, Tensor] = {}
+    found: dict[str, Any] = {name: [0.0, None, 0.0] for name in targets}
+    passed: dict[str, tuple[Tensor, Tensor]] = {}
     for name, module in modules.items():
 
-        def keep(_: Any, __: Any, output: Tensor, name: str = name) -> None:
+        def keep(_: Any, args: Any, output: Tensor, name: str = name) -> None:
             output.retain_grad()
-            outputs[name] = output
+            passed[name] = args[0], output
 
         module.register_forward_hook(keep)
     tokens = 0
@@ -71,13 +71,14 @@ def by_autograd(model: nn.Module, given: list[Any], targets: list[str]) -> dict[
         tokens += len(ids)
         logits = model(input_ids=ids[None]).logits[0]
         cross_entropy(logits[:-1], labels[1:], reduction="sum").backward()
-        for name, output in outputs.items():
-            for g in output.grad[0]:
+        for name, (inputs, output) in passed.items():
+            for x, g in zip(inputs[0].detach(), output.grad[0], strict=True):
                 found[name][0] = found[name][0] + torch.outer(g, g)
+                found[name][2] += (g @ g) * (x @ x)
     for name, module in modules.items():
         weight = module.weight.grad  # gradients of all sequences are summed up there
         found[name][1] = weight if isinstance(module, nn.Linear) else weight.T
-    return {name: (D / tokens, mean / tokens) for name, (D, mean) in found.items()}
+    return {name: [part / tokens for part in parts] for name, parts in found.items()}
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -90,11 +91,10 @@ def test_both_sides_are_those_of_autograd(tiny_model: ModelMaker, architecture: 
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     found = calibrate(model, batches(), **BOTH)
     expected = by_autograd(model, batches(), list(found))
-    for name, (D, mean) in expected.items():
-        gradient = found.gradients[name]
-        assert gradient.matrix.dtype == torch.float64
-        assert close(gradient.matrix, D), name
-        assert close(gradient.mean, mean), name
+    for name, exact in expected.items():
+        for ours, theirs in zip(found.gradients[name].tensors, exact, strict=True):
+            assert ours.dtype == torch.float64
+            assert close(ours, theirs), name
     plain = calibrate(model, batches(), progress=False)
     assert all(close(found[name].matrix, plain[name].matrix) for name in plain)
     assert not plain.gradients
@@ -162,12 +162,11 @@ def test_it_is_saved_loaded_and_merged_with_the_covariances(
     assert read.gradients.keys() == first.keys()
     assert read.provenance["labels"] == "given"
     for name, gradient in first.gradients.items():
-        assert torch.equal(read.gradients[name].matrix, gradient.matrix)
-        assert torch.equal(read.gradients[name].mean, gradient.mean)
+        assert all(map(torch.equal, read.gradients[name].tensors, gradient.tensors))
     whole, merged = calibrate(model, batches(), **BOTH), read.merge(second)
     for name, gradient in whole.gradients.items():
-        assert close(merged.gradients[name].matrix, gradient.matrix.double())
-        assert close(merged.gradients[name].mean, gradient.mean.double())
+        for ours, theirs in zip(merged.gradients[name].tensors, gradient.tensors, strict=True):
+            assert close(ours, theirs.double())
     with pytest.raises(CovarianceError, match="same sides and labels"):
         first.merge(calibrate(model, batches(), progress=False))
 
@@ -201,8 +200,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     resumed = CalibrationCheckpoint(tmp_path / "run", every=1, resume=True)
     found = calibrate(model, batches(), labels="sampled", checkpoint=resumed, **BOTH)
     for name, gradient in expected.gradients.items():
-        assert torch.equal(found.gradients[name].matrix, gradient.matrix)
-        assert torch.equal(found.gradients[name].mean, gradient.mean)
+        assert all(map(torch.equal, found.gradients[name].tensors, gradient.tensors))
 
 
 def test_what_gives_no_gradients_is_refused(tiny_model: ModelMaker) -> None:
@@ -239,3 +237,4 @@ def test_tokens_that_do_not_count_are_in_no_mean(tiny_model: ModelMaker) -> None
     x, g = seen
     assert close(found.matrix, g.T @ g / len(g))
     assert close(found.mean, g.T @ x / len(g))
+    assert close(found.fisher_trace, (g.square().sum(1) * x.square().sum(1)).mean())
