@@ -26,7 +26,7 @@ REFUSALS = {
     "b": "lies outside of its blocks: leave that out of the targets",
     "c": "block by block, because something happens to the hidden states between its blocks",
     "d": "block by block, because its blocks change the shape of what they read",
-    "e": "needs is known for token ids alone",
+    "e": "is known only for models of token ids",
     "f": "does not run without its weights",
     "g": "no linear layer matches targets 'all-linear'",
     "h": "by itself: give sequences of such a length",

@@ -225,11 +225,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"budget": "r=4"}, "give a rank instead"),
     "hold": ({"hold": 8}, "leave hold at 1"),
     "residual": ({"residual": "weight"}, "residual at None"),
-    "labels": ({"labels": "sampled"}, "0 but for noise"),
+    "labels": ({"labels": "sampled"}, "is only noise"),
     "stability": ({"stability": True}, "leave it off"),
     "candidates": ({"candidates": 2}, "leave candidates at 1"),
     "experts": ({"experts": "shared"}, 'give experts="each"'),
-    "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is of mode "task"'),
+    "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is for mode "task"'),
     "two sides, budget": ({"mode": "ipm", "sides": "both", "budget": "r=4"}, "give a rank"),
     "sides": ({"sides": "outputs", "mode": "kpm"}, "sides"),
 }

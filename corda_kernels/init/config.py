@@ -101,13 +101,11 @@ class CalibrationPlan:
         one_of("labels", self.labels, ("given", "sampled"))
         if self.sides == "both" and self.experts == "shared":
             raise ConfigError(
-                "gradients of fused experts are of the tokens that are routed to each: give "
-                'experts="each"'
+                'sides="both" needs a covariance of each fused expert: give experts="each"'
             )
         if self.sides == "both" and self.candidates > 1:
             raise ConfigError(
-                "candidates are selected by their covariances, and gradients are of one sample: "
-                "leave candidates at 1"
+                'sides="both" takes gradients of one sample of the text: leave candidates at 1'
             )
 
     @property
@@ -203,7 +201,9 @@ class CordaConfig(CalibrationPlan):
     def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
         """Refuses options of LoraConfig that are not passed on, with the reason."""
         for name in options.keys() & _OF_PEFT.keys():
-            raise ConfigError(f"{name} of PEFT's LoraConfig has no place here: {_OF_PEFT[name]}")
+            raise ConfigError(
+                f"{name} of PEFT's LoraConfig is not an option here: {_OF_PEFT[name]}"
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -236,9 +236,8 @@ class CordaConfig(CalibrationPlan):
         real_number("lora_dropout", self.lora_dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
         if self.residual is not None and (self.hold != 1 or self.use_dora or self.lora_dropout):
             raise ConfigError(
-                'residual="weight" is the published form: it has a scale of its own (no hold), is '
-                "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
-                "these"
+                'residual="weight" goes with neither hold, use_dora nor lora_dropout, which would '
+                "drop pretrained weight: leave residual at None for these"
             )
 
     def _check_gradients(self) -> None:
@@ -246,28 +245,27 @@ class CordaConfig(CalibrationPlan):
         if self.mode == "task":
             if self.labels == "sampled":
                 raise ConfigError(
-                    'mode "task" follows the gradient of the task\'s own labels; that of sampled '
-                    'ones is 0 but for noise: leave labels at "given"'
+                    'mode "task" needs the gradient of the text\'s own labels; that of sampled '
+                    'ones is only noise: leave labels at "given"'
                 )
             if self.hold != 1 or self.residual is not None:
                 raise ConfigError(
-                    'mode "task" is a plain LoRA at the scale of LoRA\'s own: leave hold at 1 and '
-                    "residual at None"
+                    'mode "task" has no hold and no residual: leave them at 1 and None'
                 )
         elif self.freeze_a:
             raise ConfigError(
-                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
-                'trained: freeze_a is of mode "task"'
+                f'freeze_a is for mode "task": in mode "{self.mode}" half of A starts at zero and '
+                "must be trained"
             )
         if self.sides == "both" and self.stability:
             raise ConfigError(
-                'the stability is that of components of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: leave it off'
+                'stability compares components of W·C, which neither mode "task" nor sides="both" '
+                "decomposes: leave it off"
             )
         if self.sides == "both" and self.budget is not None:
             raise ConfigError(
-                'a budget is shared out by the spectra of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: give a rank instead'
+                'a budget needs the singular values of W·C, which neither mode "task" nor '
+                'sides="both" computes: give a rank instead'
             )
 
     @property

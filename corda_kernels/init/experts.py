@@ -48,17 +48,17 @@ def check_experts(
             raise ConfigError(f"CordaLinear cannot adapt fused experts: use PEFT, or {remedy}")
         if Version(peft.__version__) < _PEFT:
             raise ConfigError(
-                f"PEFT {peft.__version__} takes some experts' adapters for others' where a model "
-                f"has several: install PEFT {_PEFT} or newer, or {remedy}"
+                f"PEFT {peft.__version__} confuses the adapters of several expert parameters: "
+                f"install PEFT {_PEFT} or newer, or {remedy}"
             )
         if config.freeze_a:
             raise ConfigError(
-                f"freeze_a is of linear layers alone, not of fused experts: train A, or {remedy}"
+                f"freeze_a is not possible for fused experts: leave it out, or {remedy}"
             )
         if config.residual or config.use_dora or config.lora_dropout:
             raise ConfigError(
-                "PEFT adapts fused experts without lora_dropout and use_dora only, and "
-                f'residual="weight" does not write into them: do without these, or {remedy}'
+                'lora_dropout, use_dora and residual="weight" are not possible for fused experts: '
+                f"leave them out, or {remedy}"
             )
         if getattr(parameter.module, parameter.attribute).is_meta:
             raise AdapterError(

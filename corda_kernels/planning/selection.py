@@ -113,7 +113,7 @@ def select_covariance(
     instance_of("model", model, nn.Module, ModelError)
     instance_of("candidates", candidates, Iterable, CovarianceError)
     if distributed and state is not None:
-        raise ConfigError("a distributed selection keeps no state: leave one of them out")
+        raise ConfigError("distributed and state exclude each other: leave one of them out")
     scoring: Any = {"damping": damping, "condition": condition}
     ranks = Ranks.of(distributed)
     ranks.agree("select_covariance", lambda: {"selection": selection, **scoring})

@@ -239,13 +239,13 @@ class CompactnessPenalty(_Penalty):
         }
         if live.record is None or not initial:
             raise AdapterError(
-                "the compactness penalty is about components that stand in A and B themselves: "
-                'make the adapter with residual="weight", or use drift_penalty'
+                "the compactness penalty needs components that A and B hold themselves: make the "
+                'adapter with residual="weight", or use drift_penalty'
             )
         if live.record.mode == "ipm":
             raise ConfigError(
-                "the compactness penalty says nothing in IPM, where the adapter holds the largest "
-                "components, so that its bound never exceeds its start: use drift_penalty"
+                "the compactness penalty has no effect in mode ipm, where it never exceeds its "
+                "initial value: use drift_penalty"
             )
         if live.record.sides == "both":
             raise ConfigError(

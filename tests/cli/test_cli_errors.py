@@ -55,7 +55,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "hold of the published form": (
         (*INIT, *TEXT, "--residual", "weight", "--hold", 8),
-        'residual="weight" is the published form: it has a scale of its own (no hold)',
+        'residual="weight" goes with neither hold, use_dora nor lora_dropout',
     ),
     "a base to store that stays as it is": (
         (*INIT, *TEXT, "--save-base"),
@@ -129,7 +129,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "a budget by block": (
         (*INIT, *TEXT, "--budget", "r=4", "--memory-limit", "1KB"),
-        "a budget is shared out by the spectra of all layers, which block by block are not at hand",
+        "a budget needs the covariances of all layers at once: raise the memory limit to",
     ),
     "rank of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),

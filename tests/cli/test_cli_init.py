@@ -186,7 +186,7 @@ def test_a_stored_residual_cannot_be_initialised_again(
     invoke("init", place / "model", out, *data, "--residual", "weight", "--save-base")
     status, _, lines = command("init", out / "base", tmp_path / "second", *data)
     assert (status, len(lines)) == (2, 1)
-    assert lines[0].startswith("error: this model is what an adapter has left of its base")
+    assert lines[0].startswith("error: this model is the residual of an adapter")
 
 
 def test_a_base_to_store_counts_as_needed_space(
