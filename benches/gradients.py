@@ -27,7 +27,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,8 @@ def gathered(
     """D and C of sampled labels; and by the same labels what the estimate approximates: the mean of
     ½ s², s being the first-order change of the loss, whose parts are squared apart or together."""
     total = {kind: torch.zeros(len(changed), dtype=torch.float64) for kind in FISHER}
-    together: list[Any] = [0.0] * len(changed)
+    zeros = [torch.zeros(())] * len(changed)
+    together = list(zeros)  # of the present pass
 
     def watch(name: str, module: Any, args: Any, output: Tensor) -> None:
         output.register_hook(partial(add, name, args[0].detach()))
@@ -258,16 +259,16 @@ def gathered(
                 total["layers apart"][number] += 0.5 * s.sum(-1).square().sum()
                 together[number] = together[number] + s.sum(-1)
 
-    def read() -> Iterator[Any]:
-        for batch in batches:
-            yield batch  # and is asked for the next one when this one has been run
-            for number, s in enumerate(together):
-                total["all together"][number] += 0.5 * s.square().sum()
-                together[number] = 0.0
+    def end_pass(*_: Any) -> None:
+        for number, s in enumerate(together):
+            total["all together"][number] += 0.5 * s.square().sum()
+        together[:] = zeros
 
     names = {name for change in changed for name in change}
     hooks = [model.get_submodule(n).register_forward_hook(partial(watch, n)) for n in names]
-    keep = calibrate(model, read(), sides="both", labels="sampled", progress=False)
+    hooks.append(model.register_forward_pre_hook(end_pass))
+    keep = calibrate(model, batches, sides="both", labels="sampled", progress=False)
+    end_pass()
     for hook in hooks:
         hook.remove()
     tokens = sum(batch["input_ids"].numel() for batch in batches)

@@ -23,8 +23,9 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
+from corda_kernels.calibration.gradients import GradientCapture
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
+from corda_kernels.errors import CalibrationError, ConfigError, DistributedError, first_line
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 from corda_kernels.versions import library_versions
@@ -115,11 +116,11 @@ class Ranks:
         """
         if self.size == 1:
             return
-        mine: dict[str, object] = {}
-        for name, version in library_versions().items():
-            mine[f"version of {name}"] = version
-        for name, value in given().items():
-            mine[name] = value if isinstance(value, Tensor) else str(value)
+        versions = {f"version of {name}": text for name, text in library_versions().items()}
+        mine = {
+            name: value if isinstance(value, Tensor) else str(value)
+            for name, value in {**versions, **given()}.items()
+        }
         every = self.gather(mine, step)
         names = dict.fromkeys(name for each in every for name in each)
         found = {name: _difference([each.get(name) for each in every]) for name in names}
@@ -171,12 +172,11 @@ class Ranks:
                     "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
-        if capture.gradients is not None:
-            found = capture.gradients
-            modules = {name: capture.modules[name] for names in together.values() for name in names}
+        if isinstance(capture, GradientCapture):
             capture.gradients = {
-                name: _added_gradient(found.get(name), module, device)
-                for name, module in modules.items()
+                name: _added_gradient(capture.gradients.get(name), capture.modules[name], device)
+                for names in together.values()
+                for name in names
             }
 
 
@@ -256,8 +256,7 @@ def _peers_needed() -> Iterator[None]:
     except torch.OutOfMemoryError:  # this rank's own, though a RuntimeError too
         raise
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        says = f"another rank has ended or cannot be reached ({reason})"
+        says = f"another rank has ended or cannot be reached ({first_line(error)})"
         raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 

@@ -56,14 +56,8 @@ def shrunk(
         for part in seen:
             share = weight / (part.tokens + weight)
             part.matrix.lerp_(mean.to(part.matrix.device), share)
-        unseen = replace(
-            seen[0],
-            matrix=mean,
-            tokens=0,
-            calls=0,
-            absmax=torch.zeros_like(seen[0].absmax),
-            outlier_count=torch.zeros_like(seen[0].outlier_count),
-        )
+        absmax, count = map(torch.zeros_like, (seen[0].absmax, seen[0].outlier_count))
+        unseen = Covariance(mean, 0, 0, absmax, count, seen[0].outlier_threshold)
         found |= {name: unseen for name in names if name not in covariances}
     return {name: found[name] for name in inputs if name in found}
 

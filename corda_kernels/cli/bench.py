@@ -92,9 +92,6 @@ def svd(
     exact: Annotated[
         bool, Option("--exact", help="Check large layers against float64 too, which takes minutes.")
     ] = False,
-    memory: Annotated[
-        bool, Option(help="Also measure the peak memory of our decomposition.")
-    ] = True,
     device: options.Device = "auto",
     json: Json = None,
 ) -> None:
@@ -118,13 +115,11 @@ def svd(
         svd_cases.check_case(name, rank, source)
     missing = svds.published_missing()
     head = [] if missing is None else [f"without published: {missing}"]
-    results = _Results(where, json, {"rows": [], "memory": []}, *head, svds.HEADER)
+    results = _Results(where, json, {"rows": []}, *head, svds.HEADER)
     for name in names:
         case = svd_cases.make_case(name, where, rank, source)
         for row in svds.bench_case(case, chosen, exact=exact):
             results.add("rows", row)
-        for grown in svds.bench_memory(case, where, source) if memory else ():
-            results.add("memory", grown)
 
 
 def _parts(text: str) -> list[str]:

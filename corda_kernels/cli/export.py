@@ -35,7 +35,8 @@ def export(
 
     Prints the rank and, with --rank, the share of the change that the worst layer lost.
     """
-    from corda_kernels.adapter import ADAPTER_FILES, export_lora
+    from corda_kernels.adapter import export_lora
+    from corda_kernels.adapter.folder import ADAPTER_FILES
 
     outputs.check_output(out, folder=True)
     options.check_unused(out, overwrite, ADAPTER_FILES)
@@ -70,7 +71,8 @@ def merge(
       corda-kernels merge my-adapter my-model --model MODEL
     """
     from corda_kernels import adapter as adapters
-    from corda_kernels.adapter.folder import base_name, read_lora
+    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.lora import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
     source = model or base_name(read_lora(adapter).config)
@@ -95,6 +97,6 @@ def merge(
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card = adapters.model_card(source, "Merged model", made)
+    card = model_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
     echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, LiveAdapter, live_adapter
+from corda_kernels.adapter import AdapterFactors, LayerAdapter, live_adapter
 from corda_kernels.adapter.linear import base_layer
+from corda_kernels.adapter.model import LiveAdapter
 from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.gradients import Sides
@@ -22,35 +23,6 @@ from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
-
-
-def drift_penalty(
-    model: nn.Module, covariances: CovarianceSet, *, sides: Sides = "inputs"
-) -> Tensor:
-    """The present value of `DriftPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `DriftPenalty`.
-        covariances: see `DriftPenalty`.
-        sides: see `DriftPenalty`.
-
-    Raises:
-        CordaError: see `DriftPenalty`.
-    """
-    return DriftPenalty(model, covariances, sides=sides)()
-
-
-def compactness_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
-    """The present value of `CompactnessPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `CompactnessPenalty`.
-        covariances: see `CompactnessPenalty`.
-
-    Raises:
-        CordaError: see `CompactnessPenalty`.
-    """
-    return CompactnessPenalty(model, covariances)()
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,18 +212,18 @@ class CompactnessPenalty(_Penalty):
         if live.record is None or not initial:
             raise AdapterError(
                 "the compactness penalty needs components that A and B hold themselves: make the "
-                'adapter with residual="weight", or use drift_penalty'
+                'adapter with residual="weight", or use DriftPenalty'
             )
         if live.record.mode == "ipm":
             raise ConfigError(
                 "the compactness penalty has no effect in mode ipm, where it never exceeds its "
-                "initial value: use drift_penalty"
+                "initial value: use DriftPenalty"
             )
         if live.record.sides == "both":
             raise ConfigError(
                 "the compactness penalty bounds the spectrum of W·C, and this adapter holds "
                 f'components of {live.record.product}: make it with sides="inputs", or use '
-                "drift_penalty"
+                "DriftPenalty"
             )
         super().__init__(live, covariances, live.record.damping or 0.0)
         largest = {

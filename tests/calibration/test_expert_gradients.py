@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
-from corda_kernels.calibration.needs import covariance_bytes, gradient_sizes
+from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.errors import ConfigError
 from corda_kernels.experts import expert_parameters
 
@@ -104,8 +104,8 @@ def test_every_experts_gradients_are_autograds(kind: str) -> None:
     for name in linears:
         assert distance(found.gradients[name].mean, plain.gradients[name].mean) < 1e-6
         assert distance(found.gradients[name].matrix, plain.gradients[name].matrix) < 1e-6
-    size += sum(gradient_sizes(model, linears).values())
-    assert size == sum(gradient_sizes(model, None, "each").values())
+    size += calibration_needs(model, linears, seq_len=0).gradient_bytes
+    assert size == calibration_needs(model, None, "each", seq_len=0).gradient_bytes
 
 
 def test_block_by_block_they_are_those_of_one_pass() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,7 +23,6 @@ from corda_kernels.errors import (
     ModelError,
 )
 
-ModelMaker = Callable[..., nn.Module]
 BOTH: dict[str, Any] = {"sides": "both", "progress": False}
 
 
@@ -86,7 +85,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_both_sides_are_those_of_autograd(tiny_model: ModelMaker, architecture: str) -> None:
+def test_both_sides_are_those_of_autograd(tiny_model: Make, architecture: str) -> None:
     model = tiny_model(architecture, initializer_range=0.1).double()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     found = calibrate(model, batches(), **BOTH)
@@ -103,7 +102,7 @@ def test_both_sides_are_those_of_autograd(tiny_model: ModelMaker, architecture: 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_sums_are_of_float32_where_activations_are_narrower(tiny_model: ModelMaker) -> None:
+def test_sums_are_of_float32_where_activations_are_narrower(tiny_model: Make) -> None:
     model = tiny_model("llama", initializer_range=0.1).bfloat16()
     found = calibrate(model, batches(), **BOTH)
     exact = calibrate(copy.deepcopy(model).double(), batches(), **BOTH)
@@ -114,7 +113,7 @@ def test_sums_are_of_float32_where_activations_are_narrower(tiny_model: ModelMak
 
 
 def test_sampled_labels_are_the_models_own_and_give_the_fisher_matrix(
-    tiny_model: ModelMaker,
+    tiny_model: Make,
 ) -> None:
     # A model of one position a sequence: D of the head is E over x of diag(p) − p pᵀ.
     model = tiny_model("llama", initializer_range=0.3, vocab_size=8).double()
@@ -142,7 +141,7 @@ def test_sequences_of_two_lengths_draw_their_own_labels() -> None:
     assert (first == second).float().mean() < 0.3
 
 
-def test_sampled_labels_stay_where_labels_are(tiny_model: ModelMaker) -> None:
+def test_sampled_labels_stay_where_labels_are(tiny_model: Make) -> None:
     model = tiny_model("llama", initializer_range=0.1).double()
     ids = torch.randint(3, 64, (2, 9))
     labels = torch.where(torch.arange(9) == 4, ids, -100)
@@ -153,7 +152,7 @@ def test_sampled_labels_stay_where_labels_are(tiny_model: ModelMaker) -> None:
 
 
 def test_it_is_saved_loaded_and_merged_with_the_covariances(
-    tiny_model: ModelMaker, tmp_path: Path
+    tiny_model: Make, tmp_path: Path
 ) -> None:
     model = tiny_model("llama", initializer_range=0.1)
     first, second = (calibrate(model, part, **BOTH) for part in (batches()[:1], batches()[1:]))
@@ -171,7 +170,7 @@ def test_it_is_saved_loaded_and_merged_with_the_covariances(
         first.merge(calibrate(model, batches(), progress=False))
 
 
-def test_a_file_with_an_odd_gradient_is_refused(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_a_file_with_an_odd_gradient_is_refused(tiny_model: Make, tmp_path: Path) -> None:
     found = calibrate(tiny_model("llama"), batches(), **BOTH)
     name = next(iter(found))
     found.gradients[name].mean[0, 0] = torch.nan
@@ -184,9 +183,7 @@ class Killed(BaseException):
     pass
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tiny_model: ModelMaker, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model: Make, tmp_path: Path) -> None:
     model = tiny_model("gpt2", initializer_range=0.1)
     expected = calibrate(model, batches(), labels="sampled", **BOTH)
 
@@ -203,7 +200,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         assert all(map(torch.equal, found.gradients[name].tensors, gradient.tensors))
 
 
-def test_what_gives_no_gradients_is_refused(tiny_model: ModelMaker) -> None:
+def test_what_gives_no_gradients_is_refused(tiny_model: Make) -> None:
     model = tiny_model("llama")
     ids = torch.randint(3, 64, (2, 9))
     with pytest.raises(CalibrationError, match=r"no token has a loss.*masked"):
@@ -219,7 +216,7 @@ def test_what_gives_no_gradients_is_refused(tiny_model: ModelMaker) -> None:
         calibrate(model, [ids], normalize="peft", **BOTH)
 
 
-def test_tokens_that_do_not_count_are_in_no_mean(tiny_model: ModelMaker) -> None:
+def test_tokens_that_do_not_count_are_in_no_mean(tiny_model: Make) -> None:
     model = tiny_model("llama", initializer_range=0.1).double().eval()
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     counted, name = ids % 3 > 0, "model.layers.1.self_attn.q_proj"
