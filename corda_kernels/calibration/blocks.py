@@ -103,7 +103,7 @@ def calibrate_block_parts(
     tokens = [sum(counts[part::parts]) for part in range(parts)]
     if sum(tokens) and not all(tokens):
         raise CalibrationError(
-            f"{parts} parts need text each, but part {tokens.index(0)} has none: give more batches"
+            f"of {parts} parts of the text, part {tokens.index(0)} is empty: give more batches"
         )
     journal, own = run.journal(), (len(counts), text.read.own())
     held = [index for index, readers in enumerate(chosen) if readers]

@@ -428,7 +428,7 @@ def test_a_batch_that_does_not_fit_the_model_is_named(make: Make) -> None:
 
 
 def test_fewer_batches_than_parts_are_an_error(make: Make) -> None:
-    with pytest.raises(CalibrationError, match="2 parts need text each"):
+    with pytest.raises(CalibrationError, match="of 2 parts of the text, part 1 is empty"):
         stream(make("llama"), random_batches()[:1], parts=2)
 
 
