@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corda_kernels.errors import DataError
+from corda_kernels.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,10 +95,8 @@ def laid_out(
                 messages[:count], tools=tools or None, tokenize=False, **options
             )
         except Exception as error:  # a template is its author's code: it may raise anything
-            reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-            raise DataError(
-                f"{where}: the tokenizer's chat template refuses it: {reason}"
-            ) from error
+            says = f"{where}: the tokenizer's chat template refuses it: {first_line(error)}"
+            raise DataError(says) from error
         return str(made)
 
     whole = text()
@@ -128,9 +126,9 @@ def laid_out(
         end = len(ended) if whole.startswith(ended) else _end(whole, start, ended, message)
         if end is None or start < len(before):
             raise DataError(
-                f"{where}: the chat template shows turn {turn} (counted from 0) otherwise than it "
-                "does alone, so that the answer cannot be told from the rest: take a template with "
-                "{% generation %} marks, or give each answer as a conversation of its own"
+                f"{where}: the chat template changes turn {turn} (counted from 0) when other turns "
+                "follow, so that the answer cannot be located: take a template with {% generation "
+                "%} marks, or give each answer as a conversation of its own"
             )
         spans.append((start, end))
     return whole, spans

@@ -26,7 +26,7 @@ REFUSALS = {
     "b": "lies outside of its blocks: leave that out of the targets",
     "c": "block by block, because something happens to the hidden states between its blocks",
     "d": "block by block, because its blocks change the shape of what they read",
-    "e": "needs is known for token ids alone",
+    "e": "is known only for models of token ids",
     "f": "does not run without its weights",
     "g": "no linear layer matches targets 'all-linear'",
     "h": "by itself: give sequences of such a length",
@@ -143,14 +143,17 @@ def florence_seen() -> Batch:
     return batch | {"pixel_values": torch.randn(2, 3, 32, 32), "labels": ids(2, 8)}
 
 
-TEXT: Sizes = {
-    "vocab_size": 60,
+# Of every tiny decoder in the tests.
+DECODER: Sizes = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+}
+TEXT = DECODER | {
+    "vocab_size": 60,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -496,14 +499,14 @@ FAMILIES: list[Family] = [
 
 def page_table() -> str:
     """The table in Markdown."""
-    columns = ("start, step, save, load, export, merge", "block by block", "plan")
+    columns = ("adapter", "block by block", "plan")
     rows = ["| model type | class | " + " | ".join(columns) + " |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         marks = (family.refused.get(column, "✓") for column in (ADAPTER, BLOCKS, PLAN))
         rows.append(f"| {family.kind} | {family.model} | {' | '.join(marks)} |")
     said = {mark for family in FAMILIES for mark in family.refused.values()}
     reasons = [f"- {mark}: “… {REFUSALS[mark]} …”" for mark in sorted(said)]
-    return "\n".join([*rows, "", "What a letter's refusal says:", "", *reasons]) + "\n"
+    return "\n".join([*rows, "", "The errors say:", "", *reasons]) + "\n"
 
 
 def page(old: str) -> str:

@@ -36,18 +36,20 @@ def calibrate(
     selection: options.Selection = "argmin",
     sides: options.Sides = "inputs",
     labels: options.Labels = None,
-    rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
+    rank: Annotated[int, Option(help="Number of components that --stability compares.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
-    resume: Annotated[bool, Option("--resume", help="Go on where such a run stopped.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue an interrupted run with the same options.")
+    ] = False,
     checkpoint_every: Annotated[
         int | None,
         Option(
             min=0,
             metavar="TOKENS",
-            help="Tokens after which what is done is kept for --resume; 0 for never. By default so "
-            "many that keeping takes 1 % of the time on a CPU; never on a GPU, which it slows.",
+            help="Tokens between two checkpoints for --resume; 0 for none. By default so many that "
+            "writing takes about 1 % of the time on a CPU, and none on a GPU.",
         ),
     ] = None,
     overwrite: options.Overwrite = False,
@@ -57,30 +59,32 @@ def calibrate(
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run MODEL over calibration text and write every layer's input covariance to OUT.
+    """Write the covariance of every layer's inputs to a file.
 
-    With --sides both the gradients at the layers' outputs go with them.
+    Runs the model over the text. One file serves adapters of modes kpm and ipm of any rank (init
+    --cov), mixtures (init --mix) and inspect.
+
+    \b
+    Example:
+      corda-kernels calibrate MODEL nq.safetensors --data nq_open.jsonl \\
+          --template 'Q: {question}\\nA: {answer[0]}' --samples 64 --seq-len 512
+
+    Prints the number of layers and tokens, whether the text was enough, and the file's size. Until
+    it ends, checkpoints lie beside OUT.
     """
     from corda_kernels import models
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance_set import save_pieces
     from corda_kernels.calibration.distributed import Ranks
-    from corda_kernels.calibration.experts import (
-        ExpertInput,
-        Reader,
-        by_parameter,
-        expert_inputs,
-        reader_shape,
-    )
+    from corda_kernels.calibration.experts import by_parameter
+    from corda_kernels.calibration.needs import covariance_bytes
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
-    from corda_kernels.linears import linear_shape
-    from corda_kernels.targets import target_layers
 
     first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
         raise ConfigError(
-            "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of "
-            "them out"
+            "--resume continues from a checkpoint, and --checkpoint-every 0 writes none: leave one "
+            "of them out"
         )
     if checkpoint_every is None and not resume and options.resolve_device(device) != "cpu":
         checkpoint_every = 0
@@ -92,25 +96,16 @@ def calibrate(
             outputs.check_output(checkpoint.longest_path())
     if not resume and (left := checkpoint.kept()):
         raise ConfigError(
-            f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
-            "delete the file"
+            f"{left[0]} was left by an interrupted run: give --resume to continue it, or delete "
+            "the file"
         )
     tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)
     trusted = trust_remote_code
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     if first:
-        # Layers of one parent and width mostly share an input: a lower bound of what is written.
-        modules, fused = target_layers(network, targets, experts=experts is not None)
-        readers: dict[str, Reader] = {**modules, **expert_inputs(fused, experts or "shared")}
-        widths = {
-            (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])
-            for n, r in readers.items()
-        }
-        needed = sum(2 * width * (width + 1) for _, width in widths)
-        if sides == "both":
-            shapes = map(linear_shape, modules.values())
-            needed += sum(2 * out * (out + 1) + 4 * out * channels for out, channels in shapes)
+        # Written is one triangle of each.
+        needed = covariance_bytes(network, targets, experts, sides)[0] // 2
         outputs.check_output(out, needed_bytes=needed)
     layers = own = groups = 0
     notes: list[dict[str, Any]] = []

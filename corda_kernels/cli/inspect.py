@@ -14,26 +14,39 @@ from corda_kernels.cli.printing import echo, show
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
-    from corda_kernels.report import Report
+    from corda_kernels.report.content import Report
 
 
 def inspect(
     file: Annotated[Path, Argument(metavar="FILE", help="A covariance file or an adapter folder.")],
     html: Annotated[
-        Path | None, Option(metavar="PAGE", help="Page with figures to write as well.")
+        Path | None, Option(metavar="PAGE", help="Also write a page with figures to this file.")
     ] = None,
     cov: Annotated[
-        Path | None, Option(help="Covariances of an adapter, to show on its page as well.")
+        Path | None, Option(help="The covariance file that FILE was made from, for the page.")
     ] = None,
     model: Annotated[
-        str | None, Option(help="Model whose spectra of W·C to show on the page as well.")
+        str | None, Option(help="The base model, to put the spectra of W·C on the page.")
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
-    from corda_kernels import report as reports
+    """Show, layer by layer, what a file or folder holds.
+
+    Of a covariance file: tokens, outliers and condition of every input. Of an adapter: rank and
+    singular values of every layer, and how it was made. Of both: whether there was enough text,
+    where that was judged. Lines below the table explain its columns.
+
+    \b
+    Examples:
+      corda-kernels inspect my-adapter
+      corda-kernels inspect my-adapter --cov nq.safetensors --html my-adapter.html
+    """
     from corda_kernels.adapter import folder
+    from corda_kernels.adapter.lora import CONFIG_FILE
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.report.content import adapter_report, covariance_report, with_covariances
+    from corda_kernels.report.measure import measure_inputs, measure_spectra
+    from corda_kernels.report.page import check_matplotlib, write_page
     from corda_kernels.targets import target_linears
 
     if html is None and (cov or model):
@@ -43,37 +56,37 @@ def inspect(
     if model is not None and cov is None and file.is_dir():
         raise ConfigError("the spectra of W·C take the covariances too: give --cov as well")
     if html is not None:
-        reports.check_matplotlib()
+        check_matplotlib()
         outputs.check_output(html)
-    if (file / folder.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
+    if (file / CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
     inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
     if file.is_dir():
         found = folder.read_adapter(file)
         # What is shown here does without the notes on the run, which may have been altered.
-        _show(file, reports.adapter_report(file.name, found, run=False))
-        report = reports.adapter_report(file.resolve().name, found, run=html is not None)
+        _show(file, adapter_report(file.name, found, run=False))
+        report = adapter_report(file.resolve().name, found, run=html is not None)
     else:
         covariances = CovarianceSet.load(file)
-        inputs = reports.measure_inputs(covariances)
-        report = reports.covariance_report(file.name, covariances, inputs)
+        inputs = measure_inputs(covariances)
+        report = covariance_report(file.name, covariances, inputs)
         _show(file, report)
     if html is None:
         return
     if covariances is not None:
-        inputs, spectra = inputs or reports.measure_inputs(covariances), None
+        inputs, spectra = inputs or measure_inputs(covariances), None
         if model is not None:
             base = options.load(model, None, "auto", trust_remote_code=trust_remote_code)
             layers = target_linears(base)
-            spectra = reports.measure_spectra(layers, covariances, damping=report.damping)
-        report = reports.with_covariances(report, inputs, spectra)
-    reports.write_page(report, html)
+            spectra = measure_spectra(layers, covariances, damping=report.damping)
+        report = with_covariances(report, inputs, spectra)
+    write_page(report, html)
     echo(f"{html}: the same with figures")
 
 
 def _show(file: Path, report: Report) -> None:
-    from corda_kernels.report import layer_table
+    from corda_kernels.report.table import layer_table
 
     show(layer_table(replace(report, name=str(file))))
     for name, reason in report.left_out.items():
@@ -84,7 +97,7 @@ def _show(file: Path, report: Report) -> None:
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.folder import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
 
     lora = read_lora(folder)
     layers = lora_layers(lora)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from corda_kernels.adapter import Adapter, AdapterRecord, attach, check_at_hand, describe_base
-from corda_kernels.adapter.record import exact_targets
+from corda_kernels.adapter import Adapter, AdapterRecord, attach
+from corda_kernels.adapter.attaching import check_at_hand
+from corda_kernels.adapter.base import describe_base, exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
@@ -307,7 +308,7 @@ def _judged(
     if not stability or config.sides == "both":
         return {}
     judged = Stability.from_json(stability).at(config.which, names)
-    return judged.to_json() if judged else {}
+    return asdict(judged) if judged else {}
 
 
 def _shared_out(
@@ -341,10 +342,9 @@ def _shared_out(
         first = next(found for each in multiples if any((found := shared(budget=each)).values()))
         name = max(first, key=first.__getitem__)
         raise RankError(
-            f"a budget of {budget} adapter parameters does not pay for the {first[name]} "
-            f"component(s) of layer {name}, which is first in line and takes "
-            f"{first[name] * prices[name]}: raise the budget, or write it as the rank it would "
-            "hold in all layers (r=8)"
+            f"a budget of {budget} adapter parameters is too small: layer {name} comes first and "
+            f"takes {first[name] * prices[name]} for {first[name]} component(s): raise the budget, "
+            "or write it as the rank it would hold in all layers (r=8)"
         )
     return {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
 
@@ -357,6 +357,6 @@ def _check_kinds(data: object, config: CordaConfig, keep: object) -> None:
         instance_of("keep", keep, Iterable, CalibrationError, remedy=remedy)
         if config.mode != "task":
             raise ConfigError(
-                f'mode "{config.mode}" is made of one sample, `data`: leave keep out, or take mode '
+                f'mode "{config.mode}" does not use keep, only data: leave keep out, or take mode '
                 '"task"'
             )

@@ -100,13 +100,13 @@ class RankSchedule:
         # Then only the sum of the components began at 0, not each of them.
         if getattr(config, "init_lora_weights", None) == "orthogonal":
             raise AdapterError(
-                'a part of a LoRA that began with init_lora_weights="orthogonal" changes the base, '
-                "trained or not: a schedule needs another start"
+                'a LoRA that began with init_lora_weights="orthogonal" changes the base if some of '
+                "its rows are left out: a schedule needs another start"
             )
         record = live.record
         smallest_first = record is not None and ENDS[record.mode] == "smallest"
         halves = 1 if record is None else record.rows
-        ranks = {name: layer.trained.rank // halves for name, layer in live.layers.items()}
+        ranks = {name: layer.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))
         with contextlib.ExitStack() as stack:
             for name, layer in live.layers.items():
@@ -190,7 +190,7 @@ def _reverting(
         rank = control.rank(full)
         if rank == full:
             return None
-        components = torch.arange(layer.trained.rank, device=layer.A.device) % full
+        components = torch.arange(layer.rank, device=layer.A.device) % full
         unused = components < full - rank if smallest_first else components >= rank
         learnt = low_rank(args[0], layer.A[unused], layer.B[:, unused])
         if layer.initial is not None:

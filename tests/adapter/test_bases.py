@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import NO_BASE, WEIGHTS, Calibrated, Logits, Make, factors, same
+from adapter_files import NO_BASE, WEIGHTS, factors, same
+from kinds import Calibrated, Logits, Make
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import CordaConfig, load_for_training, merge, save_adapter
-from corda_kernels.adapter import read_adapter, residual_marker, subtract_initial, write_adapter
+from corda_kernels.adapter import read_adapter, write_adapter
+from corda_kernels.adapter.attaching import subtract_initial
+from corda_kernels.adapter.model import residual_marker
 from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.init import corda_adapter, init_corda
@@ -194,9 +197,7 @@ def test_a_residual_gets_no_new_adapter(
     base = stored_residual(calibrated, tmp_path / "residual")
     for residual in (None, "weight"):
         config = CordaConfig("ipm", rank=4, residual=residual, progress=False)
-        with pytest.raises(
-            ModelError, match=r"is what an adapter has left of its base .*untouched"
-        ):
+        with pytest.raises(ModelError, match=r"is the residual of an adapter.*untouched"):
             init_corda(base, calibrated()[1], config)
     # Nor one that was made for the untouched base.
     for use_peft in (True, False):
