@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fsdp_script import step
+from kinds import Calibrated
 from ranks import run_ranks
 from safetensors.torch import load_file
 from sharded_script import RUNS, config_of, text
 from torch import nn
 
-from corda_kernels import CovarianceSet, init_corda, save_adapter
+from corda_kernels import init_corda, save_adapter
 from corda_kernels.adapter import read_adapter
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("sharded_script.py")
 
 @pytest.fixture(scope="module")
 def worked(
-    calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
+    calibrated: Calibrated,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[nn.Module, Path, str]:
     """The base, and what two ranks made of it and said."""
