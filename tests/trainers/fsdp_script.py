@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 
-def step(model: torch.nn.Module) -> None:
-    """One step of AdamW on text that never changes."""
-    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+def step(model: torch.nn.Module, rank: int = 0, ranks: int = 1) -> None:
+    """One step of AdamW on a rank's share of text that never changes."""
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))[rank::ranks]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01)
     model.train()

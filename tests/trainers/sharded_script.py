@@ -72,7 +72,7 @@ def averaged_step(model: Any) -> None:
             parameter.register_post_accumulate_grad_hook(
                 lambda each: dist.all_reduce(each.grad, dist.ReduceOp.AVG)
             )
-    step(model)
+    step(model, dist.get_rank(), dist.get_world_size())
 
 
 def told(call: Callable[[], object]) -> str:

@@ -36,11 +36,11 @@ def worked(
     return base, out, ended.stdout
 
 
-def same(folder: Path, expected: Path) -> None:
+def same(folder: Path, expected: Path, allowed: float = 1e-6) -> None:
     found, whole = (load_file(each / "adapter_model.safetensors") for each in (folder, expected))
     assert found.keys() == whole.keys()
     for name, tensor in whole.items():
-        assert (found[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
+        assert (found[name] - tensor).norm() <= allowed * tensor.norm(), name
 
 
 @pytest.mark.parametrize(("loaded", "way"), RUNS)
@@ -55,7 +55,8 @@ def test_a_sharded_base_gets_the_adapter_of_one_process_and_trains_alike(
     model.save_pretrained(tmp_path / "end")
     expected = read_adapter(tmp_path / "start").record
     for rank in range(2):
-        same(out / f"{loaded}-{way}-trained-{rank}", tmp_path / "end")
+        # Adam's first step is the gradient's sign, also of entries that are little but rounding.
+        same(out / f"{loaded}-{way}-trained-{rank}", tmp_path / "end", allowed=1e-4)
         folder = out / f"{loaded}-{way}-{rank}"
         same(folder, tmp_path / "start")
         record = read_adapter(folder).record
