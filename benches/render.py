@@ -69,6 +69,7 @@ TABLES: dict[str, Table] = {
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
     "gradients": Table(tables.gradients, ("cpu-gradients",)),
     "divergence": Table(tables.divergences, ("cpu-divergence",)),
+    "penalties": Table(tables.penalties, ("cpu-penalty",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),
     "gpu-covariance": Table(tables.covariances, ("gpu-covariance",)),

@@ -69,8 +69,8 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         lacks = fits_residual(config.to_dict()) or residual_marker(base) is not None
     if lacks and not initial:
         raise AdapterError(
-            "the adapter belongs on W − B0 A0, and A0, B0 are missing: attach it with "
-            "load_for_training, which reads them from its folder"
+            "the adapter belongs on the residual W − B0 A0, and A0 and B0 are missing: attach it "
+            "with load_for_training, which reads them from its folder"
         )
     layers: dict[str, LayerAdapter] = {}
     modules: dict[str, nn.Module] = {}

@@ -126,8 +126,8 @@ class CalibrationRun:
             check_model(model)
             if fused and self.experts != "each":
                 raise ConfigError(
-                    'sides="both" takes the gradients of each expert over the tokens that are '
-                    f'routed to it: give experts="each", or leave {min(fused)} and the like out'
+                    'sides="both" needs a covariance of each fused expert: give experts="each", '
+                    f"or leave {min(fused)} and the like out"
                 )
         self.forward = Forward(model, self.linears.values(), self.sides, self.labels)
         self.device = self.forward.device
