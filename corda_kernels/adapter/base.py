@@ -14,7 +14,7 @@ from corda_kernels import fields
 from corda_kernels.adapter.experts import rewritten_layers
 from corda_kernels.calibration.expert_layers import expert_layer
 from corda_kernels.experts import ExpertParameter
-from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand
+from corda_kernels.linears import is_quantised, linear_weight, weights_at_hand, whole_layer
 from corda_kernels.structure import task_type
 
 # Numbers sampled from the base's weights to recognise it by. A base loaded in another dtype differs
@@ -105,7 +105,7 @@ def _sample(modules: Mapping[str, nn.Module]) -> list[float]:
     for index in range(_SAMPLES):
         module = modules[names[index * len(names) // _SAMPLES]]
         with weights_at_hand(module):
-            weight = linear_weight(module).detach()
+            weight = linear_weight(whole_layer(module)).detach()
             place = (2654435761 * (index + 1)) % weight.numel()
             row, column = divmod(place, weight.shape[1])
             values.append(round(float(weight[row, column]), 8))

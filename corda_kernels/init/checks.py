@@ -14,6 +14,7 @@ from corda_kernels.adapter.base import exact_targets
 from corda_kernels.adapter.experts import not_selectable, rewritten_layers
 from corda_kernels.adapter.model import has_adapter, residual_marker
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.distributed import check_sharded
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import (
@@ -129,6 +130,13 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
         left_out[name] = f"it is {outputs} × {inputs}, too small for rank {config.rank}"
     check_unshared(model, modules)
     check_experts(experts, config, use_peft=use_peft)
+    sharded = {
+        'residual="weight"': bool(config.residual),
+        'sides="both"': config.sides == "both",
+        "an adapter of fused experts": bool(experts),
+        "use_peft=False": not use_peft,
+    }
+    check_sharded(model, config.distributed, sharded)
     saved = [*(config.modules_to_save or ()), *classification_heads(model)] if use_peft else []
     _check_saved(model, [*modules, *experts], saved)
     if config.residual == "weight":
