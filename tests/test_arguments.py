@@ -221,7 +221,7 @@ CASES: dict[str, Case] = (
         "CovarianceSet.load": Case(
             ck.CovarianceSet.load,
             lambda w: {"path": w.folder / "cov"},
-            {"path": PATHS, "device": DEVICES},
+            {"path": PATHS},
         ),
         "CalibrationCheckpoint": Case(
             CalibrationCheckpoint,
