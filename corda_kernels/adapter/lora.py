@@ -18,12 +18,7 @@ from torch import Tensor
 from corda_kernels import fields
 from corda_kernels.adapter.experts import by_expert, parameter_of, peft_key
 from corda_kernels.adapter.factors import LayerAdapter
-from corda_kernels.adapter.record import (
-    NAME_PATTERN,
-    RESIDUAL_OF,
-    factor_key,
-    is_saved,
-)
+from corda_kernels.adapter.record import NAME_PATTERN, RESIDUAL_OF, factor_key, is_saved
 from corda_kernels.arguments import readable_path
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import write_bytes, write_tensors

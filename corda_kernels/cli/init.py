@@ -126,7 +126,7 @@ def init(
     from corda_kernels import models
     from corda_kernels.adapter import attach, save_adapter, write_adapter
     from corda_kernels.adapter.attaching import subtract_initial
-    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.card import render_card
     from corda_kernels.adapter.folder import ADAPTER_FILES, check_adapter_folder
     from corda_kernels.init import CordaConfig, check_targets, corda_adapter
     from corda_kernels.report.content import describe_mixture, describe_ranks
@@ -208,7 +208,7 @@ def init(
     _report_stability(record, asked=stability and bool(data) and candidates == 1)
     if save_base and made.initial is not None:
         subtract_initial(network, made.initial)
-        card = model_card(
+        card = render_card(
             model,
             "Residual of a CorDA adapter",
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "

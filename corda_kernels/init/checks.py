@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from corda_kernels.adapter.base import exact_targets
 from corda_kernels.adapter.experts import not_selectable, rewritten_layers
 from corda_kernels.adapter.model import has_adapter, residual_marker
-from corda_kernels.adapter.record import exact_targets
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
 from corda_kernels.calibration.needs import covariance_bytes

@@ -11,7 +11,7 @@ from torch import nn
 
 from corda_kernels.adapter import Adapter, AdapterRecord, attach
 from corda_kernels.adapter.attaching import check_at_hand
-from corda_kernels.adapter.record import describe_base, exact_targets
+from corda_kernels.adapter.base import describe_base, exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
