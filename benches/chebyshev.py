@@ -29,8 +29,9 @@ from corda_kernels.bench.svd_cases import (
 )
 from corda_kernels.kernels import batched_svd
 from corda_kernels.linalg import krylov
-from corda_kernels.linalg.krylov import Operators, Stop, _error, _orthonormal, leading_pairs
+from corda_kernels.linalg.krylov import Stop, _error, _orthonormal, leading_pairs
 from corda_kernels.linalg.operand import damped
+from corda_kernels.linalg.solves import Operators
 
 # Degrees of a filter, and rounds of filter and Rayleigh-Ritz, at the most.
 _DEGREE, _ROUNDS = 12, 40

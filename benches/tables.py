@@ -211,7 +211,7 @@ def decompositions(*results: Results) -> str:
     memory = [
         f"{grown['case']} {_MODE[grown['which']]} {mebibytes(grown['grown'])}"
         for each in results
-        for grown in each["memory"]
+        for grown in each.get("memory", ())
     ]
     header = ("layers", "end", "", "seconds", "× PEFT", "error")
     about = [measured_on(*results)]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corda_kernels.errors import DataError
+from corda_kernels.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,10 +95,8 @@ def laid_out(
                 messages[:count], tools=tools or None, tokenize=False, **options
             )
         except Exception as error:  # a template is its author's code: it may raise anything
-            reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-            raise DataError(
-                f"{where}: the tokenizer's chat template refuses it: {reason}"
-            ) from error
+            says = f"{where}: the tokenizer's chat template refuses it: {first_line(error)}"
+            raise DataError(says) from error
         return str(made)
 
     whole = text()

@@ -150,19 +150,15 @@ def _document(record: str | Mapping[str, Any], where: str, layout: Layout) -> Do
         tools = record.get("tools")
         if layout.field is None and layout.template is None:
             messages = conversation(record, where)
+    answers: list[tuple[int, int]] = []
     if messages is None:
         text = _text(record, where, layout)
-        if tokenizer is None or not text.strip():
-            return _without_surrogates(text), []
-        messages = [{"role": "user", "content": text}]
-    assert tokenizer is not None
-    text, answers = laid_out(messages, tokenizer, where, tools=tools, answers=layout.answers_only)
-    return _without_surrogates(text), answers
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON may escape half of a surrogate pair, which no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+        messages = [{"role": "user", "content": text}] if text.strip() else []
+    if messages and tokenizer is not None:
+        counted = layout.answers_only
+        text, answers = laid_out(messages, tokenizer, where, tools=tools, answers=counted)
+    # JSON may escape half of a surrogate pair, which no tokenizer takes.
+    return text.encode("utf-8", "replace").decode("utf-8"), answers
 
 
 def _text(record: str | Mapping[str, Any], where: str, layout: Layout) -> str:

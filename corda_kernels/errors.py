@@ -165,3 +165,11 @@ def warn(message: str, category: type[CordaWarning]) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in not_the_caller:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

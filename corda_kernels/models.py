@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from corda_kernels.arguments import readable_path, shown, usable_device
-from corda_kernels.errors import CordaWarning, ModelError, OutputError, warn
+from corda_kernels.errors import CordaWarning, ModelError, OutputError, first_line, warn
 from corda_kernels.outputs import staged_folder
 from corda_kernels.structure import TASK_HEADS
 
@@ -101,8 +101,8 @@ def load_model(
     try:
         return model.eval().to(place)
     except (RuntimeError, AssertionError) as error:
-        reason = _first_line(error)
-        raise ModelError(f"cannot move the model to device {device!r}: {reason}") from error
+        says = f"cannot move the model to device {device!r}: {first_line(error)}"
+        raise ModelError(says) from error
 
 
 def _dequantise(config: Any) -> None:
@@ -236,7 +236,7 @@ def save_model(
                 (folder / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # as in _loading_errors; this may be a full disk
             raise OutputError(
-                f"cannot write the model to {path}: {_first_line(error)}; free some space or choose"
+                f"cannot write the model to {path}: {first_line(error)}; free some space or choose"
                 " another output path"
             ) from error
 
@@ -272,15 +272,7 @@ def _loading_errors(source: StrPath) -> Iterator[None]:
                 f"{os.fspath(source)} needs Python code that comes with it, which is not run "
                 "unasked: read that code, then pass trust_remote_code=True (--trust-remote-code)"
             ) from error
-        reason = f"{os.fspath(source)}: {_first_line(error)}"
+        reason = f"{os.fspath(source)}: {first_line(error)}"
         if not os.path.exists(source):
             reason += " (there is no such folder; a hub id needs network access or a filled cache)"
         raise ModelError(f"cannot load {reason}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of the error's message, with the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from corda_kernels.arguments import readable_path, shown
-from corda_kernels.errors import DataError, MissingExtraError
+from corda_kernels.errors import DataError, MissingExtraError, first_line
 from corda_kernels.outputs import atomic_path
 
 # What `read_texts` and `token_batches` take.
@@ -89,8 +89,7 @@ def _loaded(builder: str, called: str, /, **options: Any) -> Iterable[Any]:
     try:
         found: Iterable[Any] = datasets.load_dataset(builder, **options)
     except Exception as error:  # of many libraries beneath it
-        cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n", 1)[0] or type(cause).__name__
+        reason = first_line(error.__cause__ or error)
         remedy = "check that the file is whole and of the kind that its name says"
         if "data_files" not in options:
             remedy = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -62,10 +62,15 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model within a transformers model; None for other models."""
+    return _part(getattr(model, "config", None), "get_text_config")
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The part of a vision– or audio–language model that writes the text; else the model itself."""
-    config = getattr(model, "config", None)
-    apart = _part(config, "get_text_config") is not config and not is_encoder_decoder(model)
+    apart = text_config(model) is not getattr(model, "config", None)
+    apart = apart and not is_encoder_decoder(model)
     found = _part(model, "get_decoder") if apart and _generates(model) else None
     return found if isinstance(found, nn.Module) else model
 
@@ -121,7 +126,7 @@ def position_count(model: nn.Module) -> int | None:
     Positions that are computed, as rotary ones mostly are, have no bound. Learned ones (GPT-2,
     OPT) and precomputed ones (GPT-J) are looked up.
     """
-    text = _part(getattr(model, "config", None), "get_text_config")
+    text = text_config(model)
     tables = {name: len(buffer) for name, buffer in model.named_buffers() if buffer.ndim > 1}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -134,8 +139,7 @@ def position_count(model: nn.Module) -> int | None:
 
 def trained_positions(model: nn.Module) -> int | None:
     """How many tokens at a time the model was trained on; None if its config does not say."""
-    text = _part(getattr(model, "config", None), "get_text_config")
-    count = getattr(text, "max_position_embeddings", None)
+    count = getattr(text_config(model), "max_position_embeddings", None)
     return count if isinstance(count, int) and count > 0 else None
 
 

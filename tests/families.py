@@ -143,14 +143,17 @@ def florence_seen() -> Batch:
     return batch | {"pixel_values": torch.randn(2, 3, 32, 32), "labels": ids(2, 8)}
 
 
-TEXT: Sizes = {
-    "vocab_size": 60,
+# Of every tiny decoder in the tests.
+DECODER: Sizes = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+}
+TEXT = DECODER | {
+    "vocab_size": 60,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -55,7 +55,8 @@ from wrong_arguments import (
 
 import corda_kernels as ck
 from corda_kernels import kernels
-from corda_kernels.adapter import AdapterFactors, published_factors, residual
+from corda_kernels.adapter import AdapterFactors, published_factors
+from corda_kernels.adapter.published import residual
 from corda_kernels.arguments import shown
 from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.errors import CordaError
@@ -106,7 +107,7 @@ CASES: dict[str, Case] = (
                 "which": CHOICES,
                 "method": [*CHOICES, None],
                 "damping": DAMPINGS,
-                "generator": [0, "text"],
+                "seed": SEEDS,
                 "output_covariance": [*odd_tensors(torch.eye(6))[1:], C, torch.eye(6) * NAN],
                 "power": [*FINITE, 2, None],
             },
@@ -121,7 +122,6 @@ CASES: dict[str, Case] = (
                 "which": CHOICES,
                 "damping": DAMPINGS,
                 "seed": SEEDS,
-                "memory_limit": [*WHOLE, -1],
             },
         ),
         "singular_values": Case(
@@ -377,7 +377,7 @@ CASES: dict[str, Case] = (
         ),
         "syrk_": Case(
             kernels.syrk_,
-            lambda w: {"c": torch.zeros(5, 5), "x": W, "row_mask": torch.ones(6, dtype=torch.bool)},
+            lambda w: {"c": torch.zeros(5, 5), "x": W},
             {
                 "c": [
                     *TENSORS[:-1],
@@ -389,12 +389,6 @@ CASES: dict[str, Case] = (
                 "absmax": ["text", *odd_tensors(torch.zeros(5))[5:]],
                 "outlier_count": [*odd_tensors(torch.zeros(5))[5:6], torch.zeros(5)],
                 "outlier_threshold": REAL,
-                "row_mask": [
-                    "text",
-                    torch.ones(6),
-                    torch.ones(6, device="meta"),
-                    torch.ones(5).bool(),
-                ],
                 "precision": [*CHOICES, None],
                 "deterministic": FLAGS,
             },

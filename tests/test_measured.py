@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from kinds import Calibrated
 
 from corda_kernels import CordaConfig
 from corda_kernels.adapter import read_adapter, write_adapter
@@ -17,8 +16,6 @@ from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import measured_input, sampled_spectrum
 from corda_kernels.linalg import singular_values
 from corda_kernels.targets import target_linears
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 40, 576, 11008])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,11 +21,9 @@ from corda_kernels.models import load_model, load_skeleton, load_tokenizer, save
 from corda_kernels.structure import check_unwrapped, decoder, output_head
 from corda_kernels.targets import target_linears, unreached_weights
 
-ModelMaker = Callable[..., nn.Module]
-
 
 @pytest.fixture
-def llama(tiny_model: ModelMaker) -> nn.Module:
+def llama(tiny_model: Make) -> nn.Module:
     return tiny_model("llama")
 
 
@@ -45,7 +44,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_folder_without_a_tokenizer_is_written_and_named(
-    tiny_model: ModelMaker, tmp_path: Path, architecture: str
+    tiny_model: Make, tmp_path: Path, architecture: str
 ) -> None:
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "plain")
@@ -97,7 +96,7 @@ def test_a_disk_that_fills_up_leaves_no_half_model(
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_saved_model_is_loaded_as_it_was(
-    tiny_model: ModelMaker, tmp_path: Path, architecture: str
+    tiny_model: Make, tmp_path: Path, architecture: str
 ) -> None:
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path)
@@ -241,7 +240,7 @@ def test_an_unknown_dtype_or_device_is_refused(llama: nn.Module, tmp_path: Path)
     "architecture",
     ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "mixtral", "qwen3_moe"],
 )
-def test_the_decoder_computes_no_logits(tiny_model: ModelMaker, architecture: str) -> None:
+def test_the_decoder_computes_no_logits(tiny_model: Make, architecture: str) -> None:
     model = tiny_model(architecture)
     inner = decoder(model)
     assert inner is not model
@@ -371,7 +370,7 @@ def test_an_exclusion_of_everything_is_refused(llama: nn.Module) -> None:
         target_linears(llama, ["q_proj"], ["q_proj", "v_proj"])
 
 
-def test_a_tied_head_can_be_excluded_from_targets_that_match_it(tiny_model: ModelMaker) -> None:
+def test_a_tied_head_can_be_excluded_from_targets_that_match_it(tiny_model: Make) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     found = target_linears(model, ".*(up_proj|lm_head)", ["lm_head"])
     assert [name.rpartition(".")[2] for name in found] == ["up_proj"] * 2
@@ -405,7 +404,7 @@ def test_a_broken_regular_expression_is_named(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_tied_head_is_refused(tiny_model: ModelMaker, architecture: str) -> None:
+def test_a_tied_head_is_refused(tiny_model: Make, architecture: str) -> None:
     model = tiny_model(architecture, tie_word_embeddings=True)
     assert "lm_head" not in target_linears(model)
     with pytest.raises(TargetError, match=r"lm_head shares its weight with \S+: adapting it"):
@@ -415,9 +414,7 @@ def test_a_tied_head_is_refused(tiny_model: ModelMaker, architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_dense_models_have_no_weight_out_of_reach(
-    tiny_model: ModelMaker, architecture: str
-) -> None:
+def test_dense_models_have_no_weight_out_of_reach(tiny_model: Make, architecture: str) -> None:
     assert unreached_weights(tiny_model(architecture)) == {}
 
 
@@ -431,7 +428,7 @@ def test_a_class_token_is_no_expert() -> None:
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_fused_experts_come_first_among_the_weights_out_of_reach(
-    tiny_model: ModelMaker, architecture: str
+    tiny_model: Make, architecture: str
 ) -> None:
     model = tiny_model(architecture)
     reasons = unreached_weights(model)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from pairs import pairs
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate, init_corda
@@ -26,12 +26,8 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.init import corda_adapter
-from corda_kernels.init.config import _OF_PEFT
 from corda_kernels.linears import linear_weight
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
@@ -286,13 +282,6 @@ def test_an_option_that_is_not_allowed_is_refused(options: dict[str, Any]) -> No
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=f"^{name} must be .*, got {value!r}$"):
         CordaConfig(**({"mode": "ipm"} | options))
-
-
-@pytest.mark.parametrize("name", sorted(_OF_PEFT))
-def test_an_option_of_peft_that_has_no_place_is_refused_with_the_reason(name: str) -> None:
-    assert name in {field.name for field in dataclasses.fields(LoraConfig)}
-    with pytest.raises(ConfigError, match=f"^{name} of PEFT's LoraConfig has no place here: "):
-        CordaConfig("ipm", **{name: None})
 
 
 @pytest.mark.parametrize("options", [{"hold": 2}, {"use_dora": True}])

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from stages import one_stage
 from torch import Tensor, nn
 
-from corda_kernels import CordaConfig, CovarianceSet, calibrate
+from corda_kernels import CordaConfig, calibrate
 from corda_kernels.errors import CalibrationError
 from corda_kernels.init import corda_adapter, covariance_stages
 from corda_kernels.planning import Stability
-
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 
 FIRST = "model.layers.0.self_attn.q_proj"
 

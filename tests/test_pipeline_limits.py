@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet
@@ -14,7 +15,6 @@ from corda_kernels.init import corda_adapter
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 OUTPUT = "model.layers.0.self_attn.o_proj"
 
 

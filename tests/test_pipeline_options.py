@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -16,30 +17,30 @@ from corda_kernels.adapter import CordaLinear, adapter_of
 from corda_kernels.errors import ConfigError, ModelError, TargetError
 from corda_kernels.init import corda_adapter
 
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
-
 # Options of LoraConfig that are no options here, a value of each, and the reason that is given.
+RANKS = "the LoRA's ranks follow from rank, or from a budget"
+LAYERS = "targets and experts choose the layers"
+START = "the start is what this package makes"
+BIAS = "a bias has no covariance, and the base stays as it is"
 REFUSED: dict[str, tuple[Any, str]] = {
-    "r": (8, "rank is the number of components, from which the LoRA's rank follows"),
+    "r": (8, RANKS),
+    "rank_pattern": ({"q_proj": 2}, RANKS),
     "lora_alpha": (16, "hold sets the scaling"),
     "alpha_pattern": ({"q_proj": 2}, "hold sets the scaling"),
-    "rank_pattern": ({"q_proj": 2}, "a budget shares ranks out"),
-    "target_modules": (["q_proj"], "targets names the layers"),
-    "layers_to_transform": ([0], "targets may be a regular expression"),
-    "layers_pattern": ("layers", "targets may be a regular expression"),
-    "target_parameters": (["experts"], "experts chooses those of fused experts"),
-    "init_lora_weights": ("pissa", "the start is what this package makes"),
-    "use_rslora": (True, "the scaling is 1/hold at any rank"),
-    "bias": ("all", "a bias has no covariance, and the base stays as it is"),
-    "lora_bias": (True, "a bias has no covariance, and the base stays as it is"),
+    "use_rslora": (True, "hold sets the scaling"),
+    "target_modules": (["q_proj"], LAYERS),
+    "target_parameters": (["experts"], LAYERS),
+    "layers_to_transform": ([0], LAYERS),
+    "layers_pattern": ("layers", LAYERS),
+    "init_lora_weights": ("pissa", START),
+    "loftq_config": ({}, START),
+    "eva_config": (None, START),
+    "corda_config": (None, START),
+    "bias": ("all", BIAS),
+    "lora_bias": (True, BIAS),
     "trainable_token_indices": ([1], "name the embeddings in modules_to_save"),
-    "loftq_config": ({}, "it starts the adapter from the error of quantisation"),
-    "eva_config": (None, "it starts the adapter in another way"),
-    "corda_config": (None, r"it is PEFT's own way, see corda_kernels\.peft_corda"),
-    "layer_replication": ([(0, 2)], "replicated layers share one weight"),
-    "use_qalora": (True, "it pools the inputs that the covariances are of"),
+    "layer_replication": ([(0, 2)], "it changes what a layer's inputs are"),
+    "use_qalora": (True, "it changes what a layer's inputs are"),
 }
 PASSED_ON = {"lora_dropout", "use_dora", "modules_to_save", "exclude_modules"}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from kinds import Calibrated, Logits, Make
 from pairs import pairs
 from peft import PeftModel
 from stages import one_stage
@@ -42,9 +43,6 @@ from corda_kernels.planning import Selection, allocate_ranks, layer_spectra
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 BUDGET = 3000  # of tiny layers, 96 to 320 parameters a component
 
 
@@ -59,7 +57,7 @@ def parameters(model: nn.Module) -> int:
 def components(adapter: Any) -> dict[str, int]:
     """How many components each layer has: half the rows of its LoRA, or all of a published A."""
     return {
-        name: layer.trained.rank // (2 if layer.initial is None else 1)
+        name: layer.rank // (2 if layer.initial is None else 1)
         for name, layer in adapter.layers.items()
     }
 
@@ -99,7 +97,7 @@ def test_the_ranks_are_those_of_the_damped_layers(
     assert record.allocation["spent"] == spent <= record.allocation["budget"] == budget
     assert budget - spent < rows * 80  # the widest layer's component
     for name, layer in adapter.layers.items():
-        assert record.layers[name].rank * rows == layer.trained.rank
+        assert record.layers[name].rank * rows == layer.rank
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -162,7 +160,7 @@ def test_stock_peft_reads_rank_and_alpha_by_layer(
             assert not hasattr(module, "lora_A")
             continue
         layer = adapter.layers[name]
-        assert module.r["default"] == layer.trained.rank
+        assert module.r["default"] == layer.rank
         assert module.scaling["default"] == layer.scaling == 1 / 8
         assert torch.equal(module.lora_A["default"].weight, layer.A)
 

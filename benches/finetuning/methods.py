@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from corda_kernels import CordaConfig, CovarianceSet, adapter_factors, init_corda
-from corda_kernels.adapter import task_factors
+from corda_kernels.adapter.factors import task_factors
 from corda_kernels.linalg import CoSVD
 from corda_kernels.linears import linear_weight
 from corda_kernels.targets import target_linears

@@ -8,6 +8,7 @@ expert fastest, and nests the wrappers of parameters of one module: down_proj's 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
@@ -16,8 +17,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from corda_kernels.adapter.factors import AdapterFactors
-from corda_kernels.experts import ExpertParameter
+from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
+from corda_kernels.experts import ATTRIBUTES, ExpertParameter
 
 _INNER = ".base_layer"
 _LAST = "down_proj"
@@ -25,7 +26,6 @@ _REWRITTEN = (
     "PEFT takes its name for a parameter of fused experts, and reaches its weight without "
     "lora_dropout, use_dora or quantisation only"
 )
-_ATTRIBUTES = ("gate_up_proj", "up_proj", _LAST)
 
 
 def is_swapped(parameter: ExpertParameter) -> bool:
@@ -34,14 +34,14 @@ def is_swapped(parameter: ExpertParameter) -> bool:
     return not getattr(parameter.module, "is_transposed", False)
 
 
-def oriented(parameter: ExpertParameter, factors: AdapterFactors) -> AdapterFactors:
+def oriented(parameter: ExpertParameter, factors: LayerAdapter) -> LayerAdapter:
     """The factors of ΔW_e as PEFT has them: of ΔW_eᵀ where it takes inputs for outputs.
 
     So it does with Llama 4, which stores (E, in, out) and does not say so.
     """
     if parameter.transposed != is_swapped(parameter):
         return factors
-    return AdapterFactors(factors.B.mT.contiguous(), factors.A.mT.contiguous(), factors.scaling)
+    return replace(factors, A=factors.B.mT.contiguous(), B=factors.A.mT.contiguous())
 
 
 def expert_shape(parameter: ExpertParameter) -> tuple[int, int, int]:
@@ -60,12 +60,10 @@ def peft_layout(factors: AdapterFactors) -> tuple[Tensor, Tensor]:
     return A.contiguous(), B.contiguous()
 
 
-def by_expert(A: Tensor, B: Tensor, rank: int, scaling: float) -> AdapterFactors:
+def by_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (E, ·, ·) from lora_A and lora_B: views of them."""
     experts = len(A) // rank
-    return AdapterFactors(
-        A.reshape(experts, rank, -1), B.reshape(len(B), rank, experts).permute(2, 0, 1), scaling
-    )
+    return A.reshape(experts, rank, -1), B.reshape(len(B), rank, experts).permute(2, 0, 1)
 
 
 def file_name(name: str, factors: AdapterFactors, names: Collection[str]) -> str:
@@ -84,7 +82,7 @@ def parameter_of(module: str, targets: Iterable[str] | None) -> str | None:
         targets: PEFT's `target_parameters`.
     """
     outer = module.removesuffix(_INNER)
-    found = [each for each in _ATTRIBUTES if is_target(f"{outer}.{each}", targets)]
+    found = [each for each in ATTRIBUTES if is_target(f"{outer}.{each}", targets)]
     inner = [each for each in found if each != _LAST]
     chosen = inner if outer != module or _LAST not in found else [_LAST]
     return f"{outer}.{chosen[0]}" if chosen else None
@@ -131,12 +129,12 @@ def not_selectable(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     reasons = {}
     for end in sorted({name.rpartition(".")[2] for name in names}):
         config = LoraConfig(target_modules=[end])
-        alone = True  # not one of several that are fused into one parameter
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:
-            alone = False
-        if not alone or end not in config.target_modules:
+            rewritten = end not in config.target_modules
+        except ValueError:  # one of several that are fused into one parameter
+            rewritten = True
+        if rewritten:
             reasons[end] = _REWRITTEN
             continue
         try:

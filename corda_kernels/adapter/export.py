@@ -16,7 +16,16 @@ from corda_kernels.adapter import folder
 from corda_kernels.adapter.card import CARD_FILE, SERVED_RANKS, export_card
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear, base_layer
+from corda_kernels.adapter.lora import (
+    FACTOR,
+    base_name,
+    check_finite,
+    fits_residual,
+    read_lora,
+    write_lora,
+)
 from corda_kernels.adapter.model import adapter_of, check_start, live_adapter, residual_marker
+from corda_kernels.adapter.published import residual
 from corda_kernels.adapter.record import factor_tensors, lora_config, sizes
 from corda_kernels.arguments import instance_of, whole_number
 from corda_kernels.errors import (
@@ -92,7 +101,7 @@ def export_lora(
         )
     changes = {name: layer.change() for name, layer in layers.items()}
     for name, change in changes.items():
-        folder.check_finite(name, change.A, change.B)
+        check_finite(name, change.A, change.B)
     parameters = config.get("target_parameters")
     widest = sizes(changes, parameters)["r"]
     result, note = LoraExport(widest), "Nothing was cut off."
@@ -128,7 +137,7 @@ def export_lora(
             "rank to cut it off at, or merge it",
             CordaWarning,
         )
-    base = folder.base_name(config)
+    base = base_name(config)
     config |= {
         **sizes(changes, parameters),
         "use_rslora": False,
@@ -137,7 +146,7 @@ def export_lora(
         "base_model_name_or_path": base,
     }
     with staged_folder(target, replaced=folder.ADAPTER_FILES) as staged:
-        folder.write_lora(staged, config, others | factor_tensors(changes))
+        write_lora(staged, config, others | factor_tensors(changes))
         write_bytes(staged / CARD_FILE, export_card(base, result.rank, note).encode())
     return result
 
@@ -147,9 +156,9 @@ def _source(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, LayerAdapter]]:
     """A LoRA's configuration, what is saved beside its factors, and these."""
     if not isinstance(source, nn.Module):
-        found = folder.read_lora(source)
+        found = read_lora(source)
         config, tensors, layers = found.config, found.tensors, folder.layer_adapters(found)
-        if not folder.fits_residual(config):
+        if not fits_residual(config):
             # False starts elsewhere than at zero, but on the untouched base.
             check_start(config.get("init_lora_weights") or True, str(found.folder))
     elif isinstance(source, PeftModel):
@@ -160,7 +169,7 @@ def _source(
     else:
         adapter = adapter_of(source)
         config, tensors, layers = lora_config(adapter).to_dict(), {}, adapter.layers
-    others = {key: tensor for key, tensor in tensors.items() if not folder.FACTOR.fullmatch(key)}
+    others = {key: tensor for key, tensor in tensors.items() if not FACTOR.fullmatch(key)}
     return config, {key: tensor.contiguous() for key, tensor in others.items()}, layers
 
 
@@ -192,8 +201,8 @@ def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float
 def merge(model: nn.Module) -> nn.Module:
     """Folds the adapter into the weights and takes it off; the model is plain again.
 
-    Without PEFT each weight becomes W + s·B A, computed in float32, or the base's wider dtype, and
-    rounded once. A PeftModel is merged by its own `merge_and_unload`.
+    Without PEFT each weight becomes W + s·B A, summed in float64 and rounded once. A PeftModel is
+    merged by its own `merge_and_unload`.
 
     Args:
         model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
@@ -218,7 +227,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in wrapped.items():
         own = dict(module.named_parameters())
         adapter = [own[key] for key in own if not key.startswith(("base.", "base_layer."))]
-        folder.check_finite(name.removeprefix("base_model.model."), *adapter)
+        check_finite(name.removeprefix("base_model.model."), *adapter)
     check_writable(
         bases,
         "merging writes into it",
@@ -232,9 +241,7 @@ def merge(model: nn.Module) -> nn.Module:
         for name, layer in wrapped.items():
             model.set_submodule(name, bases[name])
             weight = linear_weight(bases[name])
-            change = AdapterFactors(layer.A, layer.B, layer.scaling).product()
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(weight.to(wide) + change.to(weight.device))
+            weight.copy_(residual(weight, AdapterFactors(layer.A, layer.B, -layer.scaling)))
     if residual_marker(base) is not None:
         del base.config.corda_residual
     for note in ("corda_record", "corda_initial", "corda_config"):

@@ -37,9 +37,9 @@ class AdapterFactors:
         """Rows of A, for each expert."""
         return self.A.shape[-2]
 
-    def to(self, where: torch.dtype | torch.device, *, copy: bool = False) -> AdapterFactors:
+    def to(self, where: torch.dtype | torch.device) -> AdapterFactors:
         """The same in another dtype or on another device."""
-        return replace(self, A=self.A.to(where, copy=copy), B=self.B.to(where, copy=copy))
+        return replace(self, A=self.A.to(where), B=self.B.to(where))
 
     def product(self) -> Tensor:
         """scaling·B·A (out, in), in float32."""
@@ -47,41 +47,23 @@ class AdapterFactors:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerAdapter:
-    """One layer: the model computes W x + s·B A x.
+class LayerAdapter(AdapterFactors):
+    """One layer's trained factors: the model computes W x + s·B A x.
 
     Attributes:
-        trained: A, B and s.
         initial: where W has lost a part s·B0 A0 to the adapter, that part; else None.
     """
 
-    trained: AdapterFactors
     initial: AdapterFactors | None = None
-
-    @property
-    def A(self) -> Tensor:  # noqa: N802
-        """(rows, in), trained."""
-        return self.trained.A
-
-    @property
-    def B(self) -> Tensor:  # noqa: N802
-        """(out, rows), trained."""
-        return self.trained.B
-
-    @property
-    def scaling(self) -> float:
-        """LoRA's alpha/rank."""
-        return self.trained.scaling
 
     def to(self, where: torch.dtype | torch.device) -> LayerAdapter:
         """The same in another dtype or on another device."""
         initial = None if self.initial is None else self.initial.to(where)
-        return LayerAdapter(self.trained.to(where), initial)
+        return replace(self, A=self.A.to(where), B=self.B.to(where), initial=initial)
 
     def detach(self) -> LayerAdapter:
         """The same, cut off from autograd."""
-        trained = replace(self.trained, A=self.A.detach(), B=self.B.detach())
-        return LayerAdapter(trained, self.initial)
+        return replace(self, A=self.A.detach(), B=self.B.detach())
 
     def change(self) -> AdapterFactors:
         """What training has added to the untouched base, as a LoRA.
@@ -90,7 +72,7 @@ class LayerAdapter:
         cancel.
         """
         if self.initial is None:
-            return self.trained
+            return self
         # The weight lacks the initial product as it was, whatever the trained factors were cast to.
         wide = torch.promote_types(self.A.dtype, self.initial.A.dtype)
         A, B = self.A.to(wide), self.B.to(wide)

@@ -1,31 +1,25 @@
-"""The adapter in a model, with PEFT or without: attached to its base, found in it, saved."""
+"""The adapter in a model, with PEFT or without: found in it, and saved."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from corda_kernels.adapter import folder, record
-from corda_kernels.adapter.experts import by_expert, expert_shape, peft_layout, wrapped_layers
+from corda_kernels.adapter import folder
+from corda_kernels.adapter.experts import by_expert, wrapped_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
-from corda_kernels.adapter.published import residual
-from corda_kernels.adapter.record import Adapter, AdapterRecord, initial_factors
-from corda_kernels.arguments import flag, instance_of, readable_path
+from corda_kernels.adapter.lora import fits_residual
+from corda_kernels.adapter.record import Adapter, AdapterRecord
+from corda_kernels.arguments import instance_of
 from corda_kernels.errors import AdapterError, ModelError
-from corda_kernels.experts import expert_parameters
-from corda_kernels.linears import check_writable, is_linear, linear_shape, linear_weight, unpack
 
 # PEFT's name for a model's first adapter, whose files stand in the folder itself.
 TRAINED = "default"
@@ -72,7 +66,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         active = model.active_adapter
         if not initial:
             check_start(config.init_lora_weights, f"adapter {active!r}")
-        lacks = folder.fits_residual(config.to_dict()) or residual_marker(base) is not None
+        lacks = fits_residual(config.to_dict()) or residual_marker(base) is not None
     if lacks and not initial:
         raise AdapterError(
             "the adapter belongs on W − B0 A0, and A0, B0 are missing: attach it with "
@@ -82,7 +76,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
     modules: dict[str, nn.Module] = {}
     for name, module in _adapted(base).items():
         if isinstance(module, CordaLinear):
-            own = AdapterFactors(module.A, module.B, module.scaling)
+            own = LayerAdapter(module.A, module.B, module.scaling)
         elif active and isinstance(module, LoraLayer) and active in module.lora_A:
             own = _factors(name, module, active)
             if own.A.ndim == 3 and not variants:
@@ -97,7 +91,7 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
                 )
         else:
             continue
-        layers[name], modules[name] = LayerAdapter(own, initial.get(name)), module
+        layers[name], modules[name] = replace(own, initial=initial.get(name)), module
     if not layers:
         raise AdapterError(
             "the model carries no adapter of linear layers: attach one with init_corda or "
@@ -121,17 +115,17 @@ def _active_config(model: PeftModel) -> LoraConfig:
     return configs[names[0]]
 
 
-def _factors(name: str, module: Any, active: str) -> AdapterFactors:
+def _factors(name: str, module: Any, active: str) -> LayerAdapter:
     """A and B of one of PEFT's layers, the parameters themselves."""
     A, B = module.lora_A[active].weight, module.lora_B[active].weight
     if isinstance(module, ParamWrapper) and module.get_param().ndim == 3:
-        return by_expert(A, B, module.r[active], module.scaling[active])
-    if A.ndim != 2 or len(A) != module.r[active]:
+        A, B = by_expert(A, B, module.r[active])
+    elif A.ndim != 2 or len(A) != module.r[active]:
         raise AdapterError(
             f"adapter {active!r} adapts {name}, which is no linear layer but a convolution: only "
             "LoRAs of linear layers are read"
         )
-    return AdapterFactors(A, B, module.scaling[active])
+    return LayerAdapter(A, B, module.scaling[active])
 
 
 def check_start(start: Any, adapter: str) -> None:
@@ -223,291 +217,3 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             model.save_pretrained(str(staged), selected_adapters=[TRAINED])
         finally:
             config.base_model_name_or_path = named
-
-
-def load_for_training(
-    base_model: nn.Module, path: str | os.PathLike[str], *, use_peft: bool = True
-) -> PeftModel | nn.Module:
-    """Attaches an adapter from its folder, ready to train or to run.
-
-    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
-    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
-    folder, such as embeddings that were trained too, it restores. Only an adapter with
-    `residual="weight"` needs this function.
-
-    Args:
-        base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,
-            also the one that `--save-base` stored). It is wrapped in place.
-        path: a folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
-        use_peft: False for CordaLinear layers in place of a PeftModel.
-
-    Returns:
-        A PeftModel, or `base_model` itself with its layers replaced.
-
-    Raises:
-        AdapterError: the folder is incomplete or altered, or belongs to another base.
-        ModelError: the base is no model.
-        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
-    """
-    instance_of("the base", base_model, nn.Module, ModelError)
-    flag("use_peft", use_peft)
-    place = readable_path(path, AdapterError)
-    recorded = (place / folder.RECORD_FILE).is_file()
-    lora = folder.read_lora(place)
-    if not use_peft:
-        folder.check_only_factors(lora.tensors, f"load {place} with PEFT, which restores that")
-    made = folder.read_record(place) if recorded or not use_peft else None
-    layers: dict[str, LayerAdapter] = {}
-    # Of another LoRA of PEFT's, which may adapt more than linear layers, PEFT takes care itself.
-    if made or folder.fits_residual(lora.config) or (place / folder.INITIAL_FILE).is_file():
-        layers = folder.layer_adapters(lora, made)
-    if made and not use_peft:
-        return attach(base_model, Adapter(layers, made), use_peft=False, copy=False)
-    described, adapted = _described(base_model, lora)
-    initial = initial_factors(layers)
-    if initial is not None:
-        # PEFT would take A0 and B0 out itself.
-        described["init_lora_weights"] = True
-    with _on_base(base_model, layers, made):
-        try:
-            config = PeftConfig.from_peft_type(**described)
-            with _patterns_matched():
-                # They would start at random.
-                warnings.filterwarnings("error", ".*missing adapter keys")
-                wrapped = PeftModel.from_pretrained(
-                    base_model, place, is_trainable=True, config=config
-                )
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # an altered configuration may lead PEFT to any
-            raise AdapterError(f"PEFT cannot load {place}: {error}") from error
-        _check_wrapped(base_model, adapted, alone=recorded)
-    return _carrying(wrapped, made, initial)
-
-
-def _described(base_model: nn.Module, lora: folder.Lora) -> tuple[dict[str, Any], set[str]]:
-    """What a LoRA's folder says to PEFT, and the model's layers that it has tensors of.
-
-    Names stand in place of any regular expression that selects layers.
-
-    Raises:
-        AdapterError: the folder was made for layers that the model does not have.
-    """
-    config = dict(lora.config)
-    config.pop("runtime_config", None)  # PEFT ignores it too
-    named = {folder.layer_of(key, config) for key in lora.tensors if ".lora_" in key}
-    adapted = named & {
-        name for name, module in base_model.named_modules() if hasattr(module, "weight")
-    }
-    linear = set(adapted)
-    adapted |= named & expert_parameters(base_model).keys()
-    selections = [config.get(name) for name in ("target_modules", "exclude_modules")]
-    if not config.get("layers_pattern") and not any(
-        isinstance(selection, str) and selection != "all-linear" for selection in selections
-    ):
-        return config, adapted
-    if adapted != named or not adapted:
-        raise AdapterError(
-            f"{lora.folder} selects layers by a regular expression, which is not run when it is in "
-            "a file, and not all of its tensors are of layers of this model "
-            f"({min(named - adapted, default='none')}): load it with PEFT if you trust it"
-        )
-    unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return config | unset | {"target_modules": record.target_modules(base_model, linear)}, adapted
-
-
-def attach(
-    base_model: nn.Module, adapter: Adapter, *, use_peft: bool = True, copy: bool = True
-) -> PeftModel | nn.Module:
-    """Attaches `adapter` to its base, in place; see `load_for_training`.
-
-    With `copy=False` the model may take over the adapter's tensors, which training then changes.
-    """
-    experts = next((name for name, layer in adapter.layers.items() if layer.A.ndim == 3), None)
-    if experts and not use_peft:
-        raise AdapterError(
-            f"{experts} is a parameter of fused experts, which CordaLinear cannot adapt: attach "
-            "with use_peft=True"
-        )
-    with _on_base(base_model, adapter.layers, adapter.record):
-        if use_peft:
-            wrapped = _attach_peft(base_model, adapter, copy=copy)
-        else:
-            wrapped = base_model.requires_grad_(False)
-            for name, layer in adapter.layers.items():
-                linear = CordaLinear(base_model.get_submodule(name), layer.trained, copy=copy)
-                base_model.set_submodule(name, linear)
-    return _carrying(wrapped, adapter.record, adapter.initial)
-
-
-def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel:
-    config = record.lora_config(adapter)
-    # PEFT's own start would be thrown away, but for what it derives from the model.
-    derived = bool(config.use_dora or config.modules_to_save)
-    source = config.base_model_name_or_path
-    config.base_model_name_or_path = None  # PEFT sets it, and warns of any other
-    with _patterns_matched():
-        wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
-    config.base_model_name_or_path = source
-    _check_wrapped(model, adapter.layers.keys(), alone=True)
-    loras = wrapped_layers(model)
-    for name, layer in adapter.layers.items():
-        lora = loras[name]
-        device = next(lora.get_base_layer().parameters()).device
-        A, B = peft_layout(layer.trained)
-        # In the adapter's own dtype, for PEFT gives adapters of a float64 base its dtype.
-        lora.lora_A[TRAINED].weight = nn.Parameter(A.to(device, copy=copy))
-        lora.lora_B[TRAINED].weight = nn.Parameter(B.to(device, copy=copy))
-    return wrapped
-
-
-@contextmanager
-def _patterns_matched() -> Iterator[None]:
-    """Inside the block PEFT does not say that it ignores ranks of parameters, which it follows: its
-    check looks among modules only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
-        yield
-
-
-def _carrying(
-    model: Any, made: AdapterRecord | None, initial: dict[str, AdapterFactors] | None
-) -> PeftModel | nn.Module:
-    """Notes on a model how its adapter was made, and what it has taken out of the base.
-
-    What is not to be trained is frozen.
-    """
-    model.corda_record, model.corda_initial = made, initial
-    if isinstance(model, PeftModel):
-        model.corda_config = model.peft_config[TRAINED]
-    if made is not None and made.freeze_a:
-        for layer in live_adapter(model, variants=True).layers.values():
-            layer.A.requires_grad_(False)
-    return model
-
-
-@contextmanager
-def _on_base(
-    base_model: nn.Module, layers: Mapping[str, LayerAdapter], made: AdapterRecord | None
-) -> Iterator[None]:
-    """Checks that layers belong to this base, which the block wraps. Afterwards it is made their
-    residual where they have initial factors, unless it is that already.
-
-    A block that fails leaves the base as it was. Without a record it goes by names and shapes.
-
-    Raises:
-        AdapterError: they do not, or the base is the residual of another adapter.
-        TargetError: a part of a quantised weight would have to be taken out.
-    """
-    base = "its base" if made is None else made.base_name
-    linears = {name: module for name, module in base_model.named_modules() if is_linear(module)}
-    parameters = expert_parameters(base_model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {name: linear_shape(linears[name]) for name in layers if name in linears}
-    shapes |= {name: expert_shape(parameters[name]) for name in layers if name in parameters}
-    for name, layer in layers.items():
-        found = shapes.get(name, "no linear layer")
-        expected = *layer.B.shape[:-1], layer.A.shape[-1]
-        if found != expected:
-            raise AdapterError(
-                f"{name} of this model is {found}, but the adapter is for {expected}: load {base} "
-                "without another adapter"
-            )
-    modules = record.sampled(
-        {name: linears[name] for name in layers if name in linears},
-        {name: parameters[name] for name in layers if name in parameters},
-    )
-    check_at_hand(modules)
-    unpack(modules)
-    marker, initial = residual_marker(base_model), initial_factors(layers)
-    if marker is None:
-        if made is not None:
-            record.check_base(made, modules)
-    elif initial is None or marker != record.initial_checksum(initial):
-        raise AdapterError(
-            "this model is the residual of another adapter: load the untouched base, or the base "
-            "that was saved with this adapter"
-        )
-    lost = initial if initial is not None and marker is None else {}
-    _check_subtractable({name: modules[name] for name in lost})
-    with _unwrapped_on_error(base_model):
-        yield
-    if lost:
-        _subtract(base_model, {name: modules[name] for name in lost}, lost)
-
-
-@contextmanager
-def _unwrapped_on_error(model: nn.Module) -> Iterator[None]:
-    """Takes back what a block that fails has done to a model: wrapped layers, frozen parameters."""
-    children = {module: dict(module.named_children()) for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    attributes = set(vars(model))
-    try:
-        yield
-    except BaseException:
-        for module, own in children.items():
-            for name, child in own.items():
-                setattr(module, name, child)
-        for parameter, flag in trained.items():
-            parameter.requires_grad_(flag)
-        for name in vars(model).keys() - attributes:
-            delattr(model, name)
-        raise
-
-
-def check_at_hand(modules: Mapping[str, nn.Module]) -> None:
-    """Refuses to attach to layers whose weights accelerate keeps elsewhere, and would put back.
-
-    Raises:
-        AdapterError: there is one.
-    """
-    for name, module in modules.items():
-        if module.weight.is_meta:
-            raise AdapterError(
-                f"the weight of layer {name} is offloaded, and no adapter can be trained on it: "
-                "make a folder (corda_adapter, write_adapter), and load it where the model fits"
-            )
-
-
-def subtract_initial(model: nn.Module, initial: dict[str, AdapterFactors]) -> None:
-    """Writes W' = W − s·B0·A0 into an untouched base, in place, and marks its config with it.
-
-    Raises:
-        TargetError: a layer is quantised.
-    """
-    modules = {name: model.get_submodule(name) for name in initial}
-    _check_subtractable(modules)
-    _subtract(model, modules, initial)
-
-
-def _check_subtractable(modules: Mapping[str, nn.Module]) -> None:
-    check_writable(
-        modules,
-        "this adapter has taken a part of it over",
-        "load the base in a floating dtype, or the residual that was saved with the adapter",
-    )
-
-
-@torch.no_grad()
-def _subtract(
-    model: nn.Module, modules: Mapping[str, nn.Module], initial: dict[str, AdapterFactors]
-) -> None:
-    """As `subtract_initial`, of layers that may be wrapped by now."""
-    for name, factors in initial.items():
-        weight = linear_weight(modules[name])
-        weight.copy_(residual(weight, factors))
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        config.corda_residual = record.initial_checksum(initial)
-
-
-def _check_wrapped(model: nn.Module, names: Set[str], *, alone: bool) -> None:
-    """Makes sure that PEFT, which finds layers by the ends of their names, found these of the base,
-    and none but these if they are to be `alone`."""
-    found = wrapped_layers(model).keys()
-    odd = found ^ names if alone else names - found
-    if odd:
-        raise AdapterError(
-            f"PEFT and the adapter disagree on {min(odd)}: load the base that the adapter was made "
-            "for, or attach with use_peft=False"
-        )

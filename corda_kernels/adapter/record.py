@@ -299,12 +299,11 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     record = adapter.record
     parameters = record.base.get("target_parameters") or None
     prefix = "" if record.residual is None else RESIDUAL_OF
-    layers = {name: layer.trained for name, layer in adapter.layers.items()}
     return LoraConfig(
         bias="none",
         target_modules=record.base["target_modules"],
         target_parameters=parameters,
-        **sizes(layers, parameters),
+        **sizes(adapter.layers, parameters),
         fan_in_fan_out=record.base["fan_in_fan_out"],
         task_type=record.base["task_type"],
         base_model_name_or_path=f"{prefix}{record.base['source'] or ''}" or None,

@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 # Relative Frobenius error of C up to which a speed is worth printing: rounding of float32 sums on a
 # CPU, and on a GPU the truncation of the tensor cores over 8,192 tokens.
 _ALLOWED = {"cpu": 1e-5, "cuda": 5e-5}
-_PEAK_FLOPS = {"H100": 800e12, "H200": 800e12, "A100": 312e12}  # dense bf16, as sustained
 _ROTATED_BYTES = 256 << 20
 _BASELINE = "addmm"
 
 HEADER = (
     f"{'backend':<10} {'tokens':>7} {'d':>6} {'dtype':>9} {'p20 ms':>9} {'p50 ms':>9} "
-    f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} {'of peak':>8} "
+    f"{'p80 ms':>9} {'× addmm':>8} {'TFLOP/s':>8} {'of GEMM':>8} "
     f"{'stats':>7} {'error':>8}"
 )
 
@@ -50,7 +49,6 @@ class Row:
         speedup: baseline's median over this one's.
         tflops: useful, tokens·channels·(channels + 1), with statistics.
         ceiling: share of the measured GEMM rate (the same flops counted twice for the GEMM).
-        peak: share of the device's peak rate, where it is known.
     """
 
     backend: str
@@ -64,18 +62,16 @@ class Row:
     speedup: float | None = None
     tflops: float | None = None
     ceiling: float | None = None
-    peak: float | None = None
 
     def line(self) -> str:
         """As printed below HEADER."""
         case = f"{self.backend:<10} {self.tokens:>7} {self.channels:>6} {self.dtype:>9}"
         if self.timing is None:
-            return f"{case} {'wrong: no speed':>71} {self.error:>8.1e}"
-        peak = "" if self.peak is None else f"{self.peak:.0%}"
+            return f"{case} {'wrong: no speed':>62} {self.error:>8.1e}"
         statistics = self.timing.p50 / (self.plain or math.nan) - 1
         return (
             f"{case} {self.timing.milliseconds()} {self.speedup:>8.2f} {self.tflops:>8.2f} "
-            f"{self.ceiling:>8.0%} {peak:>8} {statistics:>+7.1%} {self.error:>8.1e}"
+            f"{self.ceiling:>8.0%} {statistics:>+7.1%} {self.error:>8.1e}"
             f"{'' if self.passed else ' wrong'}"
         )
 
@@ -97,8 +93,6 @@ def bench_syrk(
     count = torch.zeros(channels, dtype=torch.int64, device=device)
     timed = partial(measure, inputs=inputs, device=device, ahead=True)
     rate = 2 * tokens * channels**2 / timed(lambda x: x.T @ x).p50
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in card), None)
     base = math.nan
     other = "cpu" if device.type == "cuda" else "triton"  # for another kind of device
     reasons = available_backends("syrk_")
@@ -121,8 +115,7 @@ def bench_syrk(
             plain = timing if first else timed(bare)
         base = timing.p50 if first else base
         useful = tokens * channels * (channels + 1) / timing.p50
-        share = useful / peak if peak else None
-        yield Row(*facts, timing, plain.p50, base / timing.p50, useful / 1e12, useful / rate, share)
+        yield Row(*facts, timing, plain.p50, base / timing.p50, useful / 1e12, useful / rate)
 
 
 def addmm_baseline(c: Tensor, x: Tensor) -> None:

@@ -1,17 +1,9 @@
-"""CO-SVD at both ends against the published procedure and what else torch offers; its memory.
-
-The latter, on a CPU, is the high-water mark of a process of its own, which runs this file.
-"""
+"""CO-SVD at both ends against the published procedure and what else torch offers."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.bench.svd_cases import (
-    CASES,
     DAMPING,
-    ENDS,
     Case,
     Part,
     end_error,
@@ -32,7 +22,6 @@ from corda_kernels.bench.svd_cases import (
 from corda_kernels.bench.timing import Timing, measure
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End, co_svd_layers
-from corda_kernels.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes
 
 BASELINE = "published"
 # Drivers of cuSOLVER. torch names gesvdp in its own heuristics only; where it lets itself be asked
@@ -235,73 +224,3 @@ def bench_case(
                     row = replace(row, timing=timing, speedup=base / timing.p50 if base else None)
                 yield row
             found.clear()
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Peak memory beyond the inputs, in bytes.
-
-    Attributes:
-        case: its name.
-        which: the end.
-        grown: measured.
-        bound: of three float64 copies of what is worked on at a time; None on a GPU, where batches
-            are as large as `memory_limit` allows.
-    """
-
-    case: str
-    which: End
-    grown: int
-    bound: int | None
-
-    def line(self) -> str:
-        """As printed."""
-        text = f"{self.case} {self.which}: peak memory {self.grown / 2**20:.0f} MiB over the inputs"
-        if self.bound is None:
-            return text
-        verdict = "below" if self.grown < self.bound else "ABOVE"
-        return f"{text}, {verdict} three float64 copies, {self.bound / 2**20:.0f} MiB"
-
-
-def bench_memory(
-    case: Case, device: torch.device, source: tuple[str, str] | None = None
-) -> Iterator[Growth]:
-    """Yields the growth of `ours` at both ends; nothing where the system does not tell it."""
-    for which in ENDS:
-        if device.type == "cuda":
-            yield Growth(case.name, which, _growth(case, which, device), None)
-        elif can_forget_peak():
-            name = case.name if case.name in CASES else "model"
-            arguments = json.dumps([name, which, case.rank, source])
-            ran = subprocess.run(
-                [sys.executable, "-m", "corda_kernels.bench.svd", arguments],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                # What glibc keeps of freed memory would hide growth: larger pieces go back.
-                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)},
-            )
-            # Groups of small layers run side by side, a single layer is its own group.
-            bound = case.memory_bound(torch.get_num_threads())
-            yield Growth(case.name, which, int(ran.stdout.split()[-1]), bound)
-
-
-def _growth(case: Case, which: End, device: torch.device) -> int:
-    gc.collect()
-    forget_peak(device)
-    before = used_bytes(device)
-    ours(case, [which])
-    return peak_bytes(device) - before
-
-
-@torch.no_grad()
-def print_growth(name: str, which: End, rank: int, source: tuple[str, str] | None) -> None:
-    """Prints the bytes by which this process grows."""
-    cpu = torch.device("cpu")
-    # Libraries take memory of their own at their first call.
-    ours(make_case("smollm2-block", cpu, 8), [which])
-    print(_growth(make_case(name, cpu, rank, source), which, cpu))
-
-
-if __name__ == "__main__":
-    print_growth(*json.loads(sys.argv[1]))

@@ -7,7 +7,6 @@ to an adapter.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +62,6 @@ class Case:
     def quick(self) -> bool:
         """Whether float64 references of all layers take a second or less each."""
         return max(max(weight.shape) for weight in self.weights.values()) <= _QUICK
-
-    def memory_bound(self, groups: int) -> int:
-        """Bytes of three float64 copies of what is worked on at a time: the `groups` largest of the
-        covariances, each with the layers that share it."""
-        sizes = Counter({id(C): C.numel() for C in self.covariances.values()})
-        for name, weight in self.weights.items():
-            sizes[id(self.covariances[name])] += weight.numel()
-        return 3 * 8 * sum(size for _, size in sizes.most_common(groups))
 
 
 def make_case(

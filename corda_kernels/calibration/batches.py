@@ -26,9 +26,8 @@ Batch = Tensor | Mapping[str, Any]
 
 # Of text no inputs of a calibration pass: the loss needs no computing, and padding is taken out.
 _DROPPED = ("labels", "attention_mask")
-ODD_MASK = (
-    "an attention_mask of other values than 1 (a token) and 0 (padding): turn an additive mask "
-    "into one by (mask == 0)"
+ODD_VALUES = (
+    "other values than 1 (a token that counts) and 0: turn an additive mask into one by (mask == 0)"
 )
 
 
@@ -128,26 +127,17 @@ def unpadded(
     """
     inputs = inputs_of(batch)
     ids: Any = inputs.get("input_ids")
-    mask: Any = inputs.get("attention_mask")
-    counted: Any = inputs.get("token_mask")
     wrong = ""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2):
         wrong = "has no token ids: give a (batch, seq) integer tensor, or a mapping with input_ids"
     elif ids.dtype not in (torch.int32, torch.int64) or not holds_numbers(ids):
         wrong = f"has token ids of {ids.dtype} ({ids.layout}, on {ids.device}): give dense int64"
-    elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        wrong = f"has an attention_mask of another shape than its input_ids, {tuple(ids.shape)}"
-    elif mask is not None and not ones_and_zeros(mask):
-        wrong = f"has {ODD_MASK}"
-    elif counted is not None and (
-        not isinstance(counted, Tensor) or counted.shape != ids.shape or not ones_and_zeros(counted)
-    ):
-        wrong = (
-            "has a token_mask that is not of ones (a token that counts) and zeros in the shape of "
-            f"its input_ids, {tuple(ids.shape)}"
-        )
     if wrong:
         raise BatchError(index, wrong)
+    mask, counted = (
+        _checked_mask(inputs, name, index, tuple(ids.shape))
+        for name in ("attention_mask", "token_mask")
+    )
     fields = {
         name: value if value.ndim == 2 else value[None]
         for name, value in inputs.items()
@@ -228,12 +218,24 @@ def check_masks(inputs: Mapping[str, Any], index: int, pad_token_id: int | None)
         BatchError: a mask is not (batch, seq), or holds something else than ones and zeros.
     """
     for name in ("attention_mask", "decoder_attention_mask"):
-        mask = inputs.get(name)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise BatchError(index, f"has a {name} of another shape than (batch, seq)")
-        if mask is not None and not ones_and_zeros(mask):
-            raise BatchError(index, f"has {ODD_MASK}")
+        _checked_mask(inputs, name, index)
     _warn_padded(inputs, index, pad_token_id)
+
+
+def _checked_mask(
+    inputs: Mapping[str, Any], name: str, index: int, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
+    """A batch's mask of that name, if it has one, which must have the shape or two dimensions."""
+    mask: Tensor | None = inputs.get(name)
+    if mask is None:
+        return None
+    fits = isinstance(mask, Tensor) and (mask.ndim == 2 if shape is None else mask.shape == shape)
+    if not fits:
+        wanted = "(batch, seq)" if shape is None else f"its input_ids, {shape}"
+        raise BatchError(index, f"gives {name} another shape than {wanted}")
+    if not ones_and_zeros(mask):
+        raise BatchError(index, f"gives {name} {ODD_VALUES}")
+    return mask
 
 
 def _warn_padded(inputs: Mapping[str, Any], index: int, pad_token_id: int | None) -> None:
@@ -246,6 +248,14 @@ def _warn_padded(inputs: Mapping[str, Any], index: int, pad_token_id: int | None
         if looks_padded(ids, pad_token_id):
             says = f"batch {index} starts or ends in padding (token {pad_token_id}) without a mask:"
             warn(f"{says} it counts as text; give {prefix}input_ids and {mask}", PaddingWarning)
+
+
+def check_tokens(what: str, ids: Tensor, count: int, index: int, remedy: str) -> None:
+    """Refuses a batch with numbers of tokens, on the CPU, that a model does not have."""
+    odd = ids[(ids < 0) | (ids >= count)]
+    if odd.numel():
+        says = f"{what} {int(odd[0])}, but the model's tokens are 0 to {count - 1}"
+        raise BatchError(index, f"{says}: {remedy}")
 
 
 def ones_and_zeros(mask: Tensor) -> bool:

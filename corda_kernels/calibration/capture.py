@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from corda_kernels.kernels import symmetrize_, syrk_
 # in a parallel block also the MLP's input layers), so a few suffice, and each one keeps an
 # activation alive.
 _FORMING = 8
-_HOST = torch.device("cpu")
+HOST = torch.device("cpu")
 
 # Makes the error about a sum that is not finite: of a batch, its range of tokens, and how many
 # channels of how many are not.
@@ -94,7 +94,7 @@ class InputCapture:
         masks: which rows count; None for all.
         row_mask: (batch, seq) bool, the tokens that count in the present pass, in place of `masks`;
             None for what these say. It may change between passes only, see `begin_rows`.
-        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them; else None.
+        gradients: sums of D and Ḡ by layer, where a `GradientCapture` takes them.
     """
 
     modules: Mapping[str, Reader]
@@ -105,7 +105,7 @@ class InputCapture:
     on_host: bool = False
     masks: RowMasks | None = None
     row_mask: Tensor | None = field(default=None, init=False)
-    gradients: dict[str, Gradient] | None = field(default=None, init=False)
+    gradients: dict[str, Gradient] = field(default_factory=dict, init=False)
     _counted: Tensor = field(init=False)  # numbers of the rows that `row_mask` keeps
     _looks: list[_Look] = field(default_factory=list, init=False)  # of the last pass
     _sums: dict[str, _Sums] = field(default_factory=dict, init=False)
@@ -141,35 +141,31 @@ class InputCapture:
             raise CalibrationError(says)
         # Sums made under the caller's inference mode could not be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self._read(name, x)
+            self._read(name, x, self._kept(name, x))
 
     def _read_routed(
         self, name: str, x: Tensor, rows: Tensor | None, output: Tensor | None
     ) -> None:
         """Reads what the router made of a pass, see `Read`."""
-        masks = self.row_mask, self.masks
         kept = self._routed_kept(rows)
-        if kept is not None:
-            x = x[kept]
-            self.row_mask = self.masks = None
-        try:
-            self._read(name, x)
-        finally:
-            self.row_mask, self.masks = masks
+        if kept is None:
+            self._read(name, x, self._kept(name, x))
+        else:
+            self._read(name, x[kept], None)
 
     def _routed_kept(self, rows: Tensor | None) -> Tensor | None:
         """Of rows of a pass, by their numbers, those that count; None for all."""
         mask = self.row_mask if self.masks is None or self.row_mask is not None else self.masks.mask
         return None if mask is None or rows is None else mask.flatten().to(rows.device)[rows]
 
-    def _read(self, name: str, x: Tensor) -> None:
+    def _read(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         sums = self._sums.get(name)
         if sums is None:
-            self._join_or_found(name, x)
+            self._join_or_found(name, x, kept)
         elif len(sums.modules) == 1:
-            self._add(sums, x, self._kept(name, x))
+            self._add(sums, x, kept)
         elif sums.pending is None:
-            sums.pending = _Sighting(x, _version(x), [name], self._kept(name, x))
+            sums.pending = _Sighting(x, _version(x), [name], kept)
             if x.is_inference():
                 self._split(sums)
         elif sums.pending.matches(x) and name not in sums.pending.modules:
@@ -179,21 +175,21 @@ class InputCapture:
                 sums.pending = None
         else:
             self._split(sums)
-            self._read(name, x)
+            self._read(name, x, kept)
 
-    def _join_or_found(self, name: str, x: Tensor) -> None:
+    def _join_or_found(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         for first, sums in self._forming:
             if first.matches(x) and sums.calls == 1 and sums.pending is None:
                 sums.modules.append(name)
                 self._sums[name] = sums
                 return
         d = x.shape[-1]
-        zeros = partial(torch.zeros, device=_HOST if self.on_host else x.device)
+        zeros = partial(torch.zeros, device=HOST if self.on_host else x.device)
         matrix = zeros(d, d, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         statistics = (zeros(d, dtype=torch.float32), zeros(d, dtype=torch.int64))
         sums = self._sums[name] = _Sums([name], matrix, *statistics)
         self._forming.append((_Sighting(x, _version(x), [name]), sums))
-        self._add(sums, x, self._kept(name, x))
+        self._add(sums, x, kept)
 
     def _split(self, sums: _Sums) -> None:
         """Gives the modules that read the pending tensor sums of their own and adds it there."""
@@ -205,13 +201,8 @@ class InputCapture:
                 "between: calibrate each of them in a run of its own, and merge"
             )
         sums.pending = None
-        apart = replace(
-            sums,
-            modules=pending.modules,
-            matrix=sums.matrix.clone(),
-            absmax=sums.absmax.clone(),
-            outlier_count=sums.outlier_count.clone(),
-        )
+        copies = (sums.matrix.clone(), sums.absmax.clone(), sums.outlier_count.clone())
+        apart = _Sums(pending.modules, *copies, sums.tokens, sums.calls)
         sums.modules = [name for name in sums.modules if name not in pending.modules]
         self._sums.update(dict.fromkeys(apart.modules, apart))
         self._add(apart, pending.tensor, pending.kept)
@@ -235,7 +226,7 @@ class InputCapture:
         if kept is not None:
             rows = rows[kept.to(rows.device)]
         if self.on_host:
-            rows = rows.to(_HOST)
+            rows = rows.to(HOST)
         # A checkpoint may have left the sums on another device than the inputs.
         sums.matrix = sums.matrix.to(rows.device)
         sums.absmax = sums.absmax.to(rows.device)
@@ -296,8 +287,8 @@ class InputCapture:
             by_device.setdefault(diagonal.device, []).append((diagonal, error))
         for device, found in by_device.items():
             entries = torch.cat([diagonal for diagonal, _ in found])
-            finite, copied = entries.isfinite().to(_HOST, non_blocking=True), None
-            if device != _HOST:
+            finite, copied = entries.isfinite().to(HOST, non_blocking=True), None
+            if device != HOST:
                 copied = torch.Event(device)
                 copied.record(torch.accelerator.current_stream(device))
             sizes = [(len(diagonal), error) for diagonal, error in found]
@@ -334,11 +325,6 @@ class InputCapture:
     def _distinct(self) -> list[_Sums]:
         return list({id(sums): sums for sums in self._sums.values()}.values())
 
-    def unseen(self) -> list[str]:
-        """Names of the modules that were never called with at least one token."""
-        seen = {name for name, sums in self._sums.items() if sums.tokens}
-        return [name for name in self.modules if name not in seen]
-
     def sums(self) -> list[Group]:
         """The sums so far, not divided by anything, each with the modules that share it.
 
@@ -351,9 +337,9 @@ class InputCapture:
         self.check()
         found: list[Group] = []
         for sums in self._distinct():
-            statistics = (sums.absmax, sums.outlier_count, self.outlier_threshold)
-            covariance = Covariance(sums.matrix, sums.tokens, sums.calls, *statistics)
-            found.append((covariance, sums.modules))
+            numbers = (sums.tokens, sums.calls, sums.absmax, sums.outlier_count)
+            part = Covariance(sums.matrix, *numbers, self.outlier_threshold)
+            found.append((part, sums.modules))
         return found
 
     def restore(self, groups: list[Group]) -> None:
@@ -365,10 +351,10 @@ class InputCapture:
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariance of every module seen, in the order of `modules`. Ends the accumulation."""
-        seen = self.modules.keys() - self.unseen()
         finished: dict[str, Covariance] = {}
         for covariance, names in self.sums():
             count = covariance.tokens if self.normalize == "tokens" else covariance.calls
             symmetrize_(covariance.matrix).div_(max(count, 1))
-            finished.update(dict.fromkeys(names, covariance))
-        return {name: finished[name] for name in self.modules if name in seen}
+            if covariance.tokens:
+                finished.update(dict.fromkeys(names, covariance))
+        return {name: finished[name] for name in self.modules if name in finished}

@@ -88,6 +88,8 @@ class Gradient:
         matrix: D = E[g gᵀ] (out, out) float32 (or float64), symmetric, with g the gradient at the
             layer's output.
         mean: Ḡ = E[g xᵀ] (out, in), of the same dtype: the gradient for the layer's weight.
+        fisher_trace: E[‖g‖² ‖x‖²] (), of the same dtype: the trace of E[(g ⊗ x)(g ⊗ x)ᵀ], which
+            would be tr D · tr C if g and x were independent.
 
     Raises:
         CovarianceError: a value is no such tensor. Entries are not read.
@@ -95,24 +97,37 @@ class Gradient:
 
     matrix: Tensor
     mean: Tensor
+    fisher_trace: Tensor
 
     def __post_init__(self) -> None:
         """Refuses values of another kind or shape."""
-        for name in ("matrix", "mean"):
+        for name in ("matrix", "mean", "fisher_trace"):
             arguments.real_tensor(f"a gradient's {name}", getattr(self, name), CovarianceError)
         square, shape = tuple(self.matrix.shape), tuple(self.mean.shape)
-        if len(shape) != 2 or square != 2 * shape[:1]:
-            raise CovarianceError(f"D {square} and Ḡ {shape} must be (out, out) and (out, in)")
+        if len(shape) != 2 or square != 2 * shape[:1] or self.fisher_trace.ndim:
+            raise CovarianceError(
+                f"D {square}, Ḡ {shape} and the trace {tuple(self.fisher_trace.shape)} must be "
+                "(out, out), (out, in) and ()"
+            )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """D, Ḡ and the trace."""
+        return self.matrix, self.mean, self.fisher_trace
+
+    @classmethod
+    def zeros(cls, out: int, channels: int, like: Tensor) -> Gradient:
+        """Empty sums, of the dtype and on the device of `like`."""
+        return cls(*(like.new_zeros(shape) for shape in ((out, out), (out, channels), ())))
 
     def to(self, device: str | torch.device) -> Gradient:
         """The same on another device."""
-        return Gradient(self.matrix.to(device), self.mean.to(device))
+        return Gradient(*(part.to(device) for part in self.tensors))
 
     def merge(self, other: Gradient, share: float) -> Gradient:
         """The mean of both, of which the other's weight is `share`."""
-        return Gradient(
-            torch.lerp(self.matrix, other.matrix, share), torch.lerp(self.mean, other.mean, share)
-        )
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return Gradient(*(torch.lerp(mine, theirs, share) for mine, theirs in pairs))
 
 
 # A covariance and the names of the layers that share it.

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda_kernels import arguments, fields
+from corda_kernels import fields
 from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import ConfigError
 from corda_kernels.files import read_checked, write_checked
 
 # What the names of a gradient's tensors in a file begin with.
 GRADIENT = "gradient"
 _NUMBERS = ("tokens", "calls", "outlier_threshold")
+_FLOATS = (torch.float32, torch.float64)
 # What the record of a group may hold.
 _GROUP_FIELDS: dict[str, fields.Check] = {
     "modules": lambda value: fields.is_names(value) and len(value) > 0,
@@ -55,6 +55,7 @@ def write_groups(
     for index, (_, gradient) in enumerate(gradients):
         tensors[f"{GRADIENT}.{index}.matrix"] = pack_symmetric(gradient.matrix).cpu()
         tensors[f"{GRADIENT}.{index}.mean"] = gradient.mean.cpu().contiguous()
+        tensors[f"{GRADIENT}.{index}.fisher_trace"] = gradient.fisher_trace.cpu().clone()
     noted = {"gradients": [name for name, _ in gradients]} if gradients else {}
     write_checked(path, format_, {"groups": records, **noted, **header}, tensors)
 
@@ -62,7 +63,7 @@ def write_groups(
 def read_groups(
     path: str | os.PathLike[str],
     schema: Mapping[str, fields.Check],
-    device: str | torch.device,
+    device: torch.device,
     **file: Any,
 ) -> tuple[dict[str, Any], list[Group], list[tuple[str, Gradient]]]:
     """Reads what `write_groups` wrote: the header, the groups and the gradients.
@@ -75,9 +76,7 @@ def read_groups(
 
     Raises:
         CordaError: of type `error`: the file is missing, truncated, altered, or of another kind.
-        ConfigError: the device is not there, or too small.
     """
-    arguments.usable_device(device, ConfigError)
     header, tensors = read_checked(path, **file)
     try:
         fields.check_fields(
@@ -94,8 +93,6 @@ def read_groups(
         ]
         if tensors:
             raise ValueError(f"it says nothing of the tensor {min(tensors)!r}")
-    except ConfigError:  # about the device
-        raise
     except ValueError as reason:
         raise file["error"](
             f"{path}: its header is not that of a {file['what']} file ({reason}): {file['remedy']}"
@@ -109,50 +106,44 @@ def _gradient(
     """That of one layer; its tensors are taken out of `tensors`.
 
     Raises:
-        ValueError: a tensor is not what it must be.
+        ValueError: one of them is missing or damaged, or does not fit the layer's covariance.
     """
-    packed, mean = (tensors.pop(f"{prefix}.{part}", None) for part in ("matrix", "mean"))
-    if packed is None or mean is None or mean.ndim != 2 or mean.shape[1] != channels.get(name):
-        raise ValueError(f"the gradient of {name!r} is incomplete, or of another size")
-    d = len(mean)
-    if packed.shape != (d * (d + 1) // 2,) or {packed.dtype, mean.dtype} not in (
-        {torch.float32},
-        {torch.float64},
-    ):
-        raise ValueError(f"the gradient of {name!r} has another size or dtype")
-    if not bool(packed.isfinite().all() and mean.isfinite().all()):
-        raise ValueError(f"the gradient of {name!r} holds NaN or Inf")
-    return Gradient(unpack_symmetric(packed, d), mean)
+    what, mean = f"the gradient of {name!r}", tensors.get(f"{prefix}.mean")
+    d = 0 if mean is None else mean.shape[:1].numel()
+    mean = _taken(tensors, f"{prefix}.mean", what, (d, channels.get(name, 0)), *_FLOATS)
+    packed = _taken(tensors, f"{prefix}.matrix", what, (d * (d + 1) // 2,), mean.dtype)
+    trace = _taken(tensors, f"{prefix}.fisher_trace", what, (), mean.dtype)
+    return Gradient(unpack_symmetric(packed, d), mean, trace)
 
 
 def _covariance(
-    record: Mapping[str, Any], index: str, tensors: dict[str, Tensor], device: str | torch.device
+    record: Mapping[str, Any], index: str, tensors: dict[str, Tensor], device: torch.device
 ) -> Covariance:
     """That of one record, on `device`; its tensors are taken out of `tensors`.
 
     Raises:
-        ValueError: a tensor is not what it must be.
-        ConfigError: the device is not there, or too small.
+        ValueError: one of them is missing or damaged.
     """
-    channels = record["channels"]
-    found = []
-    for name, size, dtypes in (
-        ("matrix", channels * (channels + 1) // 2, (torch.float32, torch.float64)),
-        ("absmax", channels, (torch.float32,)),
-        ("outlier_count", channels, (torch.int64,)),
-    ):
-        part = tensors.pop(f"{index}.{name}", None)
-        if part is None or part.shape != (size,) or part.dtype not in dtypes:
-            raise ValueError(f"the tensor '{index}.{name}' is missing, or of another size or dtype")
-        if not bool(part.isfinite().all()) or (name != "matrix" and bool((part < 0).any())):
-            raise ValueError(f"the tensor '{index}.{name}' holds NaN, Inf or negative statistics")
-        found.append(part)
-    try:
-        matrix = unpack_symmetric(found[0], channels).to(device)
-        absmax, count = (part.to(device) for part in found[1:])
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"covariances cannot be moved to device {str(device)!r}: {' '.join(str(error).split())}"
-        ) from error
+    what, d = f"the covariance of {record['modules'][0]!r}", record["channels"]
+    packed = _taken(tensors, f"{index}.matrix", what, (d * (d + 1) // 2,), *_FLOATS)
+    absmax = _taken(tensors, f"{index}.absmax", what, (d,), torch.float32)
+    count = _taken(tensors, f"{index}.outlier_count", what, (d,), torch.int64)
+    if bool((absmax < 0).any() or (count < 0).any()):
+        raise ValueError(f"{what} holds negative statistics")
     tokens, calls, threshold = (record[name] for name in _NUMBERS)
+    matrix, absmax, count = (
+        tensor.to(device) for tensor in (unpack_symmetric(packed, d), absmax, count)
+    )
     return Covariance(matrix, tokens, calls, absmax, count, float(threshold))
+
+
+def _taken(
+    tensors: dict[str, Tensor], key: str, what: str, shape: tuple[int, ...], *dtypes: torch.dtype
+) -> Tensor:
+    """One of the tensors, taken out of them; it must have this shape and one of these dtypes."""
+    found = tensors.pop(key, None)
+    if found is None or found.shape != shape or found.dtype not in dtypes:
+        raise ValueError(f"{what} lacks the tensor {key!r}, or it has another size or dtype")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{what} holds NaN or Inf")
+    return found

@@ -150,7 +150,6 @@ class CovarianceSet(Mapping[str, Covariance]):
             share = other[name].tokens / max(result[name].tokens, 1)
             gradients[name] = self.gradients[name].merge(other.gradients[name], share)
         reasons = self.left_out | other.left_out
-        left_out = {name: reasons[name] for name in reasons if name not in result}
         provenance = {
             note: value
             for note, value in self.provenance.items()
@@ -159,12 +158,13 @@ class CovarianceSet(Mapping[str, Covariance]):
         }
         if "tokens" in self.provenance and "tokens" in other.provenance:
             provenance["tokens"] += other.provenance["tokens"]
-        about: dict[str, Any] = {
-            "left_out": left_out,
-            "provenance": provenance,
-            "gradients": {name: gradients[name] for name in result if name in gradients},
-        }
-        return CovarianceSet(result, normalize=self.normalize, **about)
+        return CovarianceSet(
+            result,
+            normalize=self.normalize,
+            left_out={name: reasons[name] for name in reasons if name not in result},
+            provenance=provenance,
+            gradients={name: gradients[name] for name in result if name in gradients},
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one checksummed safetensors file, atomically; shared matrices once, as triangles.
@@ -181,23 +181,21 @@ class CovarianceSet(Mapping[str, Covariance]):
         write_groups(path, _FILE["format_"], self.groups(), header, [*self.gradients.items()])
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
-    ) -> CovarianceSet:
-        """Reads a file written by `save` and verifies its checksum.
+    def load(cls, path: str | os.PathLike[str]) -> CovarianceSet:
+        """Reads a file written by `save` and verifies its checksum; tensors are on the CPU.
 
         Raises:
             CovarianceFileError: the file is missing, truncated, altered, or of another kind.
-            ConfigError: the device is not there, or too small.
         """
-        header, groups, gradients = read_groups(path, _HEADER_FIELDS, device, **_FILE)
+        cpu = torch.device("cpu")
+        header, groups, gradients = read_groups(path, _HEADER_FIELDS, cpu, **_FILE)
         names = [name for _, members in groups for name in members]
         if sorted(names) != sorted(header["order"]):
             reason = "its header does not name the layers of the groups, each once"
             raise CovarianceFileError(f"{path}: {reason}: {_FILE['remedy']}")
-        covariances = {name: covariance for covariance, members in groups for name in members}
+        found = {name: covariance for covariance, members in groups for name in members}
         about = {name: header[name] for name in ("normalize", "left_out", "provenance")}
-        covariances = {name: covariances[name] for name in header["order"]}
+        covariances = {name: found[name] for name in header["order"]}
         return cls(covariances, gradients=dict(gradients), **about)
 
 

@@ -23,8 +23,9 @@ from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient, Group
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.experts import Reader, reader_shape, reader_weight
+from corda_kernels.calibration.gradients import GradientCapture
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import CalibrationError, ConfigError, DistributedError
+from corda_kernels.errors import CalibrationError, ConfigError, DistributedError, first_line
 from corda_kernels.files import digest
 from corda_kernels.linears import linear_shape
 from corda_kernels.versions import library_versions
@@ -115,11 +116,11 @@ class Ranks:
         """
         if self.size == 1:
             return
-        mine: dict[str, object] = {}
-        for name, version in library_versions().items():
-            mine[f"version of {name}"] = version
-        for name, value in given().items():
-            mine[name] = value if isinstance(value, Tensor) else str(value)
+        versions = {f"version of {name}": text for name, text in library_versions().items()}
+        mine = {
+            name: value if isinstance(value, Tensor) else str(value)
+            for name, value in {**versions, **given()}.items()
+        }
         every = self.gather(mine, step)
         names = dict.fromkeys(name for each in every for name in each)
         found = {name: _difference([each.get(name) for each in every]) for name in names}
@@ -171,12 +172,11 @@ class Ranks:
                     "block by block (--memory-limit), or run on the CPU (--device cpu)"
                 ) from error
         capture.restore(summed)
-        if capture.gradients is not None:
-            found = capture.gradients
-            modules = {name: capture.modules[name] for names in together.values() for name in names}
+        if isinstance(capture, GradientCapture):
             capture.gradients = {
-                name: _added_gradient(found.get(name), module, device)
-                for name, module in modules.items()
+                name: _added_gradient(capture.gradients.get(name), capture.modules[name], device)
+                for names in together.values()
+                for name in names
             }
 
 
@@ -206,16 +206,15 @@ def _added(part: Covariance, into: Tensor, device: torch.device) -> Covariance:
 def _added_gradient(part: Gradient | None, module: Any, device: torch.device) -> Gradient:
     """The sum of every rank's part, where this one has any."""
     if part is None:
-        like = _zeros(module, 0.0, device).matrix
-        out, channels = reader_shape(module)
-        part = Gradient(like.new_zeros(out, out), like.new_zeros(out, channels))
+        part = Gradient.zeros(*reader_shape(module), like=_zeros(module, 0.0, device).matrix)
     home = part.mean.device
     where = home if home.type == device.type else device
-    triangle, mean = pack_symmetric(part.matrix).to(where), part.mean.to(where)
+    sums = [each.to(where) for each in (pack_symmetric(part.matrix), *part.tensors[1:])]
     with _peers_needed():
-        torch.distributed.all_reduce(triangle)
-        torch.distributed.all_reduce(mean)
-    return Gradient(unpack_symmetric(triangle.to(home), len(part.matrix)), mean.to(home))
+        for each in sums:
+            torch.distributed.all_reduce(each)
+    triangle, *others = (each.to(home) for each in sums)
+    return Gradient(unpack_symmetric(triangle, len(part.matrix)), *others)
 
 
 def _zeros(reader: Reader, threshold: float, device: torch.device) -> Covariance:
@@ -257,8 +256,7 @@ def _peers_needed() -> Iterator[None]:
     except torch.OutOfMemoryError:  # this rank's own, though a RuntimeError too
         raise
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        says = f"another rank has ended or cannot be reached ({reason})"
+        says = f"another rank has ended or cannot be reached ({first_line(error)})"
         raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 
@@ -302,7 +300,7 @@ def covariances_given(covariances: CovarianceSet) -> dict[str, object]:
     counts = [(names, part.tokens, part.calls) for part, names in groups]
     matrices = [part.matrix for part, _ in groups]
     for gradient in covariances.gradients.values():
-        matrices += [gradient.matrix, gradient.mean]
+        matrices += gradient.tensors[:2]
     norms = [matrix.norm(dim=-1).norm().double().cpu() for matrix in matrices]
     return {
         "tokens of the covariances": digest({}, str(counts)),

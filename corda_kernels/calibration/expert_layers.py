@@ -40,11 +40,8 @@ def expert_covariances(
         return covariances
     found: dict[str, Covariance] = {}
     for name, covariance in covariances.items():
-        if name in parameters:
-            for each in expert_names(name, parameters[name]):
-                found.setdefault(each, covariances.get(each, covariance))
-        else:
-            found[name] = covariance
+        for each in expert_names(name, parameters[name]) if name in parameters else [name]:
+            found.setdefault(each, covariances.get(each, covariance))
     return CovarianceSet(
         found,
         normalize=covariances.normalize,

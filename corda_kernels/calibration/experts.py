@@ -106,19 +106,12 @@ def recording(inputs: Mapping[str, ExpertInput], read: Read) -> Iterator[None]:
         key = entry.parameter.attribute, entry.expert
         names.setdefault(entry.parameter.module, {})[key] = name
 
-    def note(
-        module: nn.Module,
-        attribute: str,
-        expert: int | None,
-        x: Tensor,
-        rows: Tensor | None,
-        output: Tensor | None,
-    ) -> None:
+    def note(module: nn.Module, attribute: str, expert: int | None, x: Tensor, *more: Any) -> None:
         name = names.get(module, {}).get((attribute, expert))
         if name is not None and len(x):
             # As in a hook: sums made under the caller's inference mode could not be changed.
             with torch.inference_mode(False), torch.no_grad():
-                read(name, x, rows, output)
+                read(name, x, *more)
 
     with one_by_one(names, note):
         yield

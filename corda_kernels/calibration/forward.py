@@ -16,6 +16,7 @@ from corda_kernels.calibration.batches import (
     Batch,
     Piece,
     check_masks,
+    check_tokens,
     inputs_of,
     is_text,
     unpadded,
@@ -168,11 +169,8 @@ class Forward:
             self._trained = None  # once is enough
         # On a GPU this would wait for it; ids that are read from a file are on the host.
         if self._vocabulary is not None and ids.device.type == "cpu" and ids.numel():
-            least, most = (int(bound) for bound in torch.aminmax(ids))
-            if least < 0 or most >= self._vocabulary:
-                odd, last = (least if least < 0 else most), self._vocabulary - 1
-                says = f"holds token {odd}, but the model's tokens are 0 to {last}"
-                raise BatchError(batch, f"{says}: the tokenizer is another model's, take its own")
+            remedy = "the tokenizer is another model's, take its own"
+            check_tokens("holds token", ids, self._vocabulary, batch, remedy)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The gradient side of calibration: D = E[g gᵀ] and Ḡ = E[g xᵀ] of every layer.
+"""The gradient side of calibration: D = E[g gᵀ], Ḡ = E[g xᵀ] and E[‖g‖² ‖x‖²] of every layer.
 
 One backward pass follows each forward pass, through the activations alone: no parameter gets a
 gradient, and nothing but the layers' inputs is kept beside what autograd keeps. The loss is the sum
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from corda_kernels.arguments import holds_numbers
-from corda_kernels.calibration.batches import Batch
-from corda_kernels.calibration.capture import Error, InputCapture
+from corda_kernels.calibration.batches import Batch, check_tokens, inputs_of
+from corda_kernels.calibration.capture import HOST, Error, InputCapture
 from corda_kernels.calibration.covariance import Covariance, Gradient
 from corda_kernels.calibration.shrinkage import shrunk_gradients
 from corda_kernels.errors import BatchError, CalibrationError, ModelError
@@ -33,7 +33,6 @@ Labels = Literal["given", "sampled"]
 _IGNORED = -100
 # Labels go under this name with the tokens through `unpadded`, which drops "labels".
 LABELS = "corda_labels"
-_HOST = torch.device("cpu")
 
 
 def check_model(model: nn.Module) -> None:
@@ -55,16 +54,15 @@ def with_labels(batch: Batch, index: int) -> Batch:
     Raises:
         BatchError: the labels are no whole numbers of the shape of the token ids.
     """
-    labels: Any = batch.get("labels") if isinstance(batch, Mapping) else None
+    inputs = inputs_of(batch)
+    labels, ids = inputs.get("labels"), inputs.get("input_ids")
     if labels is None:
         return batch
-    assert isinstance(batch, Mapping)
-    ids: Any = batch.get("input_ids")
     whole = isinstance(labels, Tensor) and holds_numbers(labels) and labels.dtype == torch.int64
     if isinstance(ids, Tensor) and (not whole or labels.shape != ids.shape):
         says = f"has labels that are no int64 tensor of the shape of its input_ids, {ids.shape}"
         raise BatchError(index, f"{says}: give token ids, or -100 for tokens without a loss")
-    return {**batch, LABELS: labels}
+    return {**inputs, LABELS: labels}
 
 
 def check_labels(inputs: Mapping[str, Any], head: nn.Module | None, index: int) -> None:
@@ -79,10 +77,8 @@ def check_labels(inputs: Mapping[str, Any], head: nn.Module | None, index: int) 
     if labels is None or labels.device.type != "cpu" or classes is None:
         return
     labels = labels[:, 1:]  # no logit is for the first token
-    wrong = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        says = f"has the label {int(wrong[0])}, but the model's tokens are 0 to {classes - 1}"
-        raise BatchError(index, f"{says}: use -100 for tokens without a loss")
+    remedy = "use -100 for tokens without a loss"
+    check_tokens("has the label", labels[labels != _IGNORED], classes, index, remedy)
 
 
 def backward_pass(
@@ -144,7 +140,6 @@ class GradientCapture(InputCapture):
     """
 
     model: nn.Module
-    gradients: dict[str, Gradient] | None = field(default_factory=dict, init=False)
 
     def __enter__(self) -> GradientCapture:
         super().__enter__()
@@ -179,12 +174,10 @@ class GradientCapture(InputCapture):
     def _follow(self, name: str, x: Tensor, kept: Tensor | None, output: Tensor) -> None:
         """Adds up the gradient at a layer's output when the backward pass comes to it."""
         x = x.detach()
-        assert self.gradients is not None
         if name not in self.gradients:
-            out, device = output.shape[-1], _HOST if self.on_host else x.device
             dtype = torch.promote_types(x.dtype, torch.float32)
-            zeros = partial(torch.zeros, dtype=dtype, device=device)
-            self.gradients[name] = Gradient(zeros(out, out), zeros(out, x.shape[-1]))
+            like = torch.empty(0, dtype=dtype, device=HOST if self.on_host else x.device)
+            self.gradients[name] = Gradient.zeros(output.shape[-1], x.shape[-1], like)
         if output.requires_grad:
             hook = partial(self._add_gradient, name, x, x._version, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -198,8 +191,7 @@ class GradientCapture(InputCapture):
                 f"the input of layer {name} is changed in place after the layer has read it, so "
                 "that its gradient cannot be taken: leave the layer out of the targets"
             )
-        assert self.gradients is not None
-        device = _HOST if self.on_host else gradient.device
+        device = HOST if self.on_host else gradient.device
         # A checkpoint may have left the sums on another device.
         sums = self.gradients[name] = self.gradients[name].to(device)
         g = gradient.reshape(-1, gradient.shape[-1]).to(device)
@@ -207,12 +199,15 @@ class GradientCapture(InputCapture):
         if kept is not None:
             g, rows = g[kept.to(device)], rows[kept.to(device)]
         syrk_(sums.matrix, g, deterministic=self.deterministic)
-        sums.mean.addmm_(g.to(sums.mean.dtype).mT, rows.to(sums.mean.dtype))
+        g, rows = g.to(sums.mean.dtype), rows.to(sums.mean.dtype)
+        sums.mean.addmm_(g.mT, rows)
+        sums.fisher_trace.add_(torch.dot(g.square().sum(1), rows.square().sum(1)))
 
     def _diagonals(self) -> list[tuple[Tensor, Error]]:
-        sums = (self.gradients or {}).items()
-        own = [(part.matrix.diagonal(), partial(_not_finite, name)) for name, part in sums]
-        return super()._diagonals() + own
+        return super()._diagonals() + [
+            (sums.matrix.diagonal(), partial(_not_finite, name))
+            for name, sums in self.gradients.items()
+        ]
 
     def means(self, covariances: Mapping[str, Covariance]) -> dict[str, Gradient]:
         """D and Ḡ of the layers that have a covariance, experts' as `shrunk_gradients` has them.
@@ -222,16 +217,16 @@ class GradientCapture(InputCapture):
         Raises:
             CalibrationError: no token had a loss.
         """
-        sums = self.gradients or {}
-        found = {name: sums[name] for name in covariances if name in sums}
+        found = {name: self.gradients[name] for name in covariances if name in self.gradients}
         if not any(bool(gradient.matrix.diagonal().any()) for gradient in found.values()):
             raise CalibrationError(
                 "no token has a loss, so that there is no gradient: every label is masked (-100), "
                 "or every sequence has a single token"
             )
         for name, gradient in found.items():
-            symmetrize_(gradient.matrix).div_(max(covariances[name].tokens, 1))
-            gradient.mean.div_(max(covariances[name].tokens, 1))
+            symmetrize_(gradient.matrix)
+            for part in gradient.tensors:
+                part.div_(max(covariances[name].tokens, 1))
         return shrunk_gradients(found, covariances, self.modules)
 
 

@@ -31,7 +31,7 @@ from corda_kernels.calibration.covariance_file import read_groups, write_groups
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.calibration.experts import reader_shape, reader_weight
 from corda_kernels.errors import CheckpointError, CordaWarning, OutputError, warn
-from corda_kernels.fields import Check, is_object, is_text, is_whole
+from corda_kernels.fields import Check, is_object, is_text, is_whole, list_of, whole
 
 FORMAT = "corda_kernels.calibration/1"
 _FILE: Any = {
@@ -44,11 +44,11 @@ _FILE: Any = {
 _FIELDS: dict[str, Check] = {
     "fingerprint": is_object,
     # Sums are of a batch at least, or those before the first one would count twice.
-    "batches": lambda value: is_whole(value, 1),
+    "batches": whole(1),
     "text": is_text,
-    "parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
-    "gradients?": lambda value: isinstance(value, list) and all(map(is_text, value)),
-    "gradient_parts": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+    "parts": list_of(is_whole),
+    "gradients?": list_of(is_text),
+    "gradient_parts": list_of(is_whole),
 }
 
 # What follows the path in a file's name: the part or the decoder block, then the rank.
@@ -227,7 +227,7 @@ class Journal:
             block: the decoder block that the captures are of.
         """
         sums = [capture.sums() for capture in captures]
-        gradients = [[*(capture.gradients or {}).items()] for capture in captures]
+        gradients = [[*capture.gradients.items()] for capture in captures]
         header = {
             "fingerprint": self._fingerprint,
             "batches": batches,
@@ -261,27 +261,23 @@ class Journal:
         differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
             raise foreign(file, *differing)
-        for name, gradient in gradients:
-            if name not in modules or gradient.mean.shape != reader_shape(modules[name]):
-                says = f"{file} holds sums that do not fit layer {name}"
-                raise CheckpointError(f"{says}: {_FILE['remedy']}")
-        counts = header["parts"]
-        of_parts = header["gradient_parts"]
+        shapes = {name: reader_shape(module) for name, module in modules.items()}
+        odd = [name for name, part in gradients if part.mean.shape != shapes.get(name)]
+        counts, of_parts = header["parts"], header["gradient_parts"]
         wrong = sum(counts) != len(groups) or sum(of_parts) != len(gradients)
         if wrong or not len(counts) == len(of_parts) == len(captures):
             raise foreign(file, "stability")
         for capture, count, some in zip(captures, counts, of_parts, strict=True):
             own, groups = groups[:count], groups[count:]
-            if capture.gradients is not None:
-                capture.gradients = dict(gradients[:some])
+            capture.gradients = dict(gradients[:some])
             gradients = gradients[some:]
-            left = {name: reader_shape(module)[1] for name, module in modules.items()}
+            left = dict(shapes)  # each layer once
             for part, names in own:
-                for name in names:
-                    if left.pop(name, None) != len(part.matrix):
-                        says = f"{file} holds sums that do not fit layer {name}"
-                        raise CheckpointError(f"{says}: {_FILE['remedy']}")
+                odd += [n for n in names if left.pop(n, (0, 0))[1] != len(part.matrix)]
             capture.restore(own)
+        if odd:
+            says = f"{file} holds sums that do not fit layer {odd[0]}"
+            raise CheckpointError(f"{says}: {_FILE['remedy']}")
         return header["batches"], header["text"]
 
 

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from corda_kernels.calibration.batches import Batch, TextSum
-from corda_kernels.calibration.capture import InputCapture
-from corda_kernels.calibration.experts import Reader, one_by_one
+from corda_kernels.calibration.capture import HOST, InputCapture
+from corda_kernels.calibration.experts import Reader, one_by_one, replaced_forward
 from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import CalibrationError, PaddingWarning
 from corda_kernels.memory import has_own_memory
-
-_HOST = torch.device("cpu")
 
 
 @dataclass
@@ -96,7 +94,7 @@ class KeptText:
         def step(current: Sequences) -> list[Tensor]:
             output = self._block(index, current, current.hidden)
             kept = current.states if self.run.sides == "both" else []
-            return [*kept, output.to(_HOST)]
+            return [*kept, output.to(HOST)]
 
         return self._stepped(step, self.blocks[index], f"starting block {index} again", readers)
 
@@ -238,7 +236,7 @@ class Sequences:
 
 def _gradient(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None
-    return leaf.grad.to(_HOST)
+    return leaf.grad.to(HOST)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -283,11 +281,7 @@ class Recorder:
         with contextlib.ExitStack() as restored:
             for index, block in enumerate(self.blocks):
                 stand_in = self._stand_in(index, block.forward)
-                if "forward" in vars(block):
-                    restored.callback(vars(block).update, forward=block.forward)
-                else:
-                    restored.callback(vars(block).pop, "forward")
-                vars(block)["forward"] = stand_in
+                restored.enter_context(replaced_forward(block, stand_in))
             yield
 
     def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,7 +295,7 @@ class Recorder:
             if len(self.current.calls) != index:
                 raise unsuitable("its blocks do not run once each in their order")
             if index == 0:
-                self.current.states = [hidden.to(_HOST)]
+                self.current.states = [hidden.to(HOST)]
             elif hidden is not self._passed:
                 raise unsuitable("something happens to the hidden states between its blocks")
             self.current.calls.append(tree_map_only(Tensor, self._kept, (tuple(others), kwargs)))

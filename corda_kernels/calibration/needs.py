@@ -21,11 +21,9 @@ from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.gradients import Sides
 from corda_kernels.calibration.kept_text import hidden_states
 from corda_kernels.calibration.run import CalibrationRun, Targets
-from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError
+from corda_kernels.errors import CalibrationError, LeftOutWarning, ModelError, first_line
 from corda_kernels.experts import is_decorated
-from corda_kernels.linears import linear_shape
-from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder
-from corda_kernels.targets import target_layers
+from corda_kernels.structure import arguments, decoder_blocks, is_encoder_decoder, text_config
 
 # No usual number of labels, to which a mask of another shape might be stretched.
 _TRIED_TOKENS = 7
@@ -137,18 +135,13 @@ def calibration_needs(
             obstacle = obstacle or "targets lie outside of the decoder's blocks"
         else:
             sizes[block] += 4 * channels**2
-    products = 0.0
-    for channels, names in groups:
-        reader = run.readers[names[0]]
-        share = 1.0
+    # Of all tokens, those that a layer reads.
+    share = dict.fromkeys(run.readers, 1.0)
+    for name, reader in run.readers.items():
         if isinstance(reader, ExpertInput) and reader.expert is not None:
-            share = active / reader.parameter.experts
-        products += share * channels * (channels + 1)
-    blocks = [weight_bytes(model.get_submodule(block)) for block in sizes]
-    layers, fused = target_layers(model, targets, experts=experts is not None)
-    shapes = list(map(linear_shape, layers.values()))
-    shapes += [(each.outputs, each.inputs) for each in fused.values() for _ in range(active)]
-    gradients = gradient_sizes(model, targets, experts)
+            share[name] = active / reader.parameter.experts
+    shapes = {name: reader_shape(reader) for name, reader in run.readers.items()}
+    gradients = {name: 4 * out * (out + channels) for name, (out, channels) in shapes.items()}
     return CalibrationNeeds(
         groups,
         None if obstacle else sizes,
@@ -158,32 +151,24 @@ def calibration_needs(
         },
         obstacle,
         weight_bytes(model),
-        max(blocks, default=0),
-        getattr(_text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
+        max((weight_bytes(model.get_submodule(block)) for block in sizes), default=0),
+        getattr(text_config(model), "hidden_size", 0) * next(model.parameters()).element_size(),
         flops,
-        round(products),
+        round(sum(share[names[0]] * channels * (channels + 1) for channels, names in groups)),
         run.forward.positions,
         sum(gradients.values()),
-        sum(out * (out + 1) + 2 * out * channels for out, channels in shapes),
+        round(
+            sum(
+                share[name] * (out * (out + 1) + 2 * out * channels)
+                for name, (out, channels) in shapes.items()
+            )
+        ),
     )
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Size of the parameters of a module."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def gradient_sizes(
-    model: nn.Module, targets: Targets = None, experts: Experts | None = None
-) -> dict[str, int]:
-    """Bytes of D (out, out) and Ḡ (out, in), in float32, of each target layer, and of all experts
-    of each parameter."""
-    layers, fused = target_layers(model, targets, experts=experts is not None)
-    shapes = {name: (1, *linear_shape(layer)) for name, layer in layers.items()}
-    shapes |= {name: (each.experts, each.outputs, each.inputs) for name, each in fused.items()}
-    return {
-        name: 4 * count * out * (out + channels) for name, (count, out, channels) in shapes.items()
-    }
 
 
 def covariance_bytes(
@@ -232,7 +217,7 @@ def _tried(
     readers: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
     outputs: list[Any] = []
-    active = [getattr(_text_config(run.model), "num_experts_per_tok", 1)]  # as Llama 4 has it
+    active = [getattr(text_config(run.model), "num_experts_per_tok", 1)]  # as Llama 4 has it
 
     def note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if is_decorated(module) and len(args) > 1:
@@ -258,7 +243,7 @@ def _tried(
         except Exception as error:  # a model's own code: it may raise anything
             if not skeleton:
                 raise
-            reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = reason or first_line(error)
         else:
             seen = {name for names in readers.values() for name in names}
             groups = [*readers.values(), *([name] for name in run.readers if name not in seen)]
@@ -275,7 +260,7 @@ def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
         inputs["attention_mask"] = mask(tokens)
     if is_encoder_decoder(run.model):
         inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
-    config = _text_config(run.model)
+    config = text_config(run.model)
     experts = getattr(config, "_experts_implementation", None)
     routed = experts is not None and run.device.type == "meta"
     try:
@@ -287,9 +272,3 @@ def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:
     finally:
         if routed:
             config._experts_implementation = experts
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config of the language model within a transformers model; None for other models."""
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    return find() if callable(find) else None

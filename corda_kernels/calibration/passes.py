@@ -81,20 +81,22 @@ def calibrate(
             options before the first forward pass, batches that can be read but once at their end.
         progress: whether to show a progress bar with tokens per second.
         sides: "both" also takes gradients, by one backward pass through the activations after each
-            forward pass, here with the output head: D = (1/n) Σ g gᵀ (out, out) and
-            Ḡ = (1/n) Σ g xᵀ (out, in) of every layer by its name, in `gradients` of the result. g
-            (out,) is the gradient of the summed token losses at one token's output. The sum goes
-            over the same n tokens as in C: padding does not count; a token whose own label is
-            masked does, since later losses depend on it. So Ḡ is the layer's weight gradient of the
-            summed losses, over n; where a trainer takes the mean over tokens with a label, that
-            gradient times their share. Of fused experts it takes "each": an expert's mean is that
-            over the tokens that are routed to it, drawn towards its layer's by one token's weight.
+            forward pass, here with the output head: D = (1/n) Σ g gᵀ (out, out),
+            Ḡ = (1/n) Σ g xᵀ (out, in) and the number (1/n) Σ ‖g‖² ‖x‖² of every layer by its name,
+            in `gradients` of the result. g (out,) is the gradient of the summed token losses at one
+            token's output. The sum goes over the same n tokens as in C: padding does not count; a
+            token whose own label is masked does, since later losses depend on it. So Ḡ is the
+            layer's weight gradient of the summed losses, over n; where a trainer takes the mean
+            over tokens with a label, that gradient times their share. Of fused experts it takes
+            "each": an expert's mean is that over the tokens that are routed to it, drawn towards
+            its layer's by one token's weight.
         labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
             (a token's loss is that of its successor, -100 for none), the text itself where there
             are none. "sampled": for each token whose successor counts in that way, all of them
             where there are no labels, a token drawn from the model's own distribution (seeded by
             the batch's number); then D and C are the Kronecker factors of the Fisher matrix, and
-            ½ tr(D ΔW C ΔWᵀ) estimates the mean KL divergence to the base.
+            ½ tr(D ΔW C ΔWᵀ), scaled as in `DriftPenalty`, estimates the mean KL divergence to the
+            base.
 
     Returns:
         Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from corda_kernels.arguments import flag, instance_of, one_of
 from corda_kernels.calibration.batches import Batch, Piece, TextSum, together, token_count
 from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.covariance import Gradient
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
-from corda_kernels.calibration.experts import (
-    Experts,
-    Reader,
-    expert_inputs,
-)
+from corda_kernels.calibration.experts import Experts, Reader, expert_inputs
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
 from corda_kernels.calibration.journal import CalibrationCheckpoint, Journal
@@ -302,16 +299,17 @@ class CalibrationRun:
             refuse_unseen(missed)
             warn_unseen_experts(covariances)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
-        noted = {}
-        if isinstance(capture, GradientCapture):
-            noted = {"gradients": capture.means(covariances)}
         provenance = {"model": name, "tokens": tokens, "versions": library_versions()}
+        gradients: Mapping[str, Gradient] = {}
+        if isinstance(capture, GradientCapture):
+            gradients = capture.means(covariances)
+            provenance["labels"] = self.labels
         return CovarianceSet(
             covariances,
             normalize=self.normalize,
             left_out=self.left_out | dict.fromkeys(missed, _UNSEEN),
-            provenance=provenance | ({"labels": self.labels} if noted else {}),
-            **noted,
+            provenance=provenance,
+            gradients=gradients,
         )
 
 

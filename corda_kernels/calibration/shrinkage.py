@@ -56,14 +56,8 @@ def shrunk(
         for part in seen:
             share = weight / (part.tokens + weight)
             part.matrix.lerp_(mean.to(part.matrix.device), share)
-        unseen = replace(
-            seen[0],
-            matrix=mean,
-            tokens=0,
-            calls=0,
-            absmax=torch.zeros_like(seen[0].absmax),
-            outlier_count=torch.zeros_like(seen[0].outlier_count),
-        )
+        absmax, count = map(torch.zeros_like, (seen[0].absmax, seen[0].outlier_count))
+        unseen = Covariance(mean, 0, 0, absmax, count, seen[0].outlier_threshold)
         found |= {name: unseen for name in names if name not in covariances}
     return {name: found[name] for name in inputs if name in found}
 
@@ -90,16 +84,15 @@ def shrunk_gradients(
         if not seen:
             continue
         total = sum(covariances[name].tokens for name in seen)
-        first = gradients[seen[0]]
-        mean = Gradient(torch.zeros_like(first.matrix), torch.zeros_like(first.mean))
+        first = gradients[seen[0]].mean
+        mean = Gradient.zeros(len(first), first.shape[1], like=first)
         for name in seen:
-            part = gradients[name].to(mean.mean.device)
-            mean.matrix.add_(part.matrix, alpha=covariances[name].tokens / total)
-            mean.mean.add_(part.mean, alpha=covariances[name].tokens / total)
+            for into, part in zip(mean.tensors, gradients[name].tensors, strict=True):
+                into.add_(part.to(into.device), alpha=covariances[name].tokens / total)
         for name in seen:
             share = 1 / (covariances[name].tokens + 1)
             found[name] = gradients[name].merge(mean.to(gradients[name].mean.device), share)
-        # safetensors writes no tensor twice; of D a triangle of its own is written.
+        # safetensors writes no tensor twice; of the others a copy is written.
         unseen = (name for name in names if name not in seen)
         found |= {name: replace(mean, mean=mean.mean.clone()) for name in unseen}
     return found

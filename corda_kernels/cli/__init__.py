@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
@@ -86,10 +85,7 @@ def main() -> None:
 
 def _who() -> str:
     """Which rank speaks, if there are several."""
-    with contextlib.suppress(errors.ConfigError):  # which is then what is spoken of
-        if options.under_torchrun():
-            return f"rank {os.environ.get('RANK', 0)}: "
-    return ""
+    return f"rank {os.environ.get('RANK', 0)}: " if options.under_torchrun() else ""
 
 
 def _quiet() -> None:

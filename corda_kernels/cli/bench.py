@@ -66,7 +66,6 @@ def svd(
         Option(help="Methods, by commas: published, ours, svd_lowrank, on a GPU torch's drivers."),
     ] = None,
     exact: Annotated[bool, Option("--exact", help="Check large layers too (minutes).")] = False,
-    memory: Annotated[bool, Option(help="Measure the peak memory of ours as well.")] = True,
     device: options.Device = "auto",
     json: Json = None,
 ) -> None:
@@ -82,13 +81,11 @@ def svd(
         svd_cases.check_case(name, rank, source)
     missing = svds.published_missing()
     head = [] if missing is None else [f"without published: {missing}"]
-    results = _Results(where, json, {"rows": [], "memory": []}, *head, svds.HEADER)
+    results = _Results(where, json, {"rows": []}, *head, svds.HEADER)
     for name in names:
         case = svd_cases.make_case(name, where, rank, source)
         for row in svds.bench_case(case, chosen, exact=exact):
             results.add("rows", row)
-        for grown in svds.bench_memory(case, where, source) if memory else ():
-            results.add("memory", grown)
 
 
 def _parts(text: str) -> list[str]:

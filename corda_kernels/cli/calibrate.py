@@ -65,16 +65,9 @@ def calibrate(
     from corda_kernels.calibration import CalibrationCheckpoint
     from corda_kernels.calibration.covariance_set import save_pieces
     from corda_kernels.calibration.distributed import Ranks
-    from corda_kernels.calibration.experts import (
-        ExpertInput,
-        Reader,
-        by_parameter,
-        expert_inputs,
-        reader_shape,
-    )
+    from corda_kernels.calibration.experts import by_parameter
+    from corda_kernels.calibration.needs import covariance_bytes
     from corda_kernels.init import CalibrationPlan, covariance_stages, united_provenance
-    from corda_kernels.linears import linear_shape
-    from corda_kernels.targets import target_layers
 
     first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
@@ -100,17 +93,8 @@ def calibrate(
     trusted = trust_remote_code
     network = options.load(model, dtype, device, task=task, trust_remote_code=trusted)
     if first:
-        # Layers of one parent and width mostly share an input: a lower bound of what is written.
-        modules, fused = target_layers(network, targets, experts=experts is not None)
-        readers: dict[str, Reader] = {**modules, **expert_inputs(fused, experts or "shared")}
-        widths = {
-            (n if isinstance(r, ExpertInput) else n.rpartition(".")[0], reader_shape(r)[1])
-            for n, r in readers.items()
-        }
-        needed = sum(2 * width * (width + 1) for _, width in widths)
-        if sides == "both":
-            shapes = map(linear_shape, modules.values())
-            needed += sum(2 * out * (out + 1) + 4 * out * channels for out, channels in shapes)
+        # Written is one triangle of each.
+        needed = covariance_bytes(network, targets, experts, sides)[0] // 2
         outputs.check_output(out, needed_bytes=needed)
     layers = own = groups = 0
     notes: list[dict[str, Any]] = []

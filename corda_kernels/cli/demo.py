@@ -174,12 +174,15 @@ def _train(model: nn.Module, sequences: list[Tensor]) -> None:
 
 def _write_pages(out: Path, model: nn.Module, covariances: CovarianceSet) -> None:
     """A page for the adapter of each mode, with whole spectra of C and W·C."""
-    from corda_kernels import report
     from corda_kernels.adapter import read_adapter
+    from corda_kernels.planning.scores import SCORING_DAMPING
+    from corda_kernels.report.content import adapter_report, with_covariances
+    from corda_kernels.report.measure import measure_inputs, measure_spectra
+    from corda_kernels.report.page import write_page
     from corda_kernels.targets import target_linears
 
-    inputs, layers = report.measure_inputs(covariances), target_linears(model)
-    spectra = report.measure_spectra(layers, covariances, damping=report.DAMPING)
+    inputs, layers = measure_inputs(covariances), target_linears(model)
+    spectra = measure_spectra(layers, covariances, damping=SCORING_DAMPING)
     for mode in _MODES:
-        page = report.adapter_report(mode, read_adapter(out / mode))
-        report.write_page(report.with_covariances(page, inputs, spectra), out / f"{mode}.html")
+        page = adapter_report(mode, read_adapter(out / mode))
+        write_page(with_covariances(page, inputs, spectra), out / f"{mode}.html")

@@ -24,7 +24,8 @@ def export(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
-    from corda_kernels.adapter import ADAPTER_FILES, export_lora
+    from corda_kernels.adapter import export_lora
+    from corda_kernels.adapter.folder import ADAPTER_FILES
 
     outputs.check_output(out, folder=True)
     options.check_unused(out, overwrite, ADAPTER_FILES)
@@ -50,7 +51,8 @@ def merge(
 ) -> None:
     """Fold ADAPTER into its base model and write the result with its tokenizer."""
     from corda_kernels import adapter as adapters
-    from corda_kernels.adapter.folder import base_name, read_lora
+    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.lora import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
     source = model or base_name(read_lora(adapter).config)
@@ -75,6 +77,6 @@ def merge(
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card = adapters.model_card(source, "Merged model", made)
+    card = model_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
     echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

@@ -95,9 +95,13 @@ def init(
     The text is a sample of the knowledge to keep (kpm) or of the task to learn (ipm, task). In its
     place a covariance file can be given (--cov), or several to mix (--mix, once for each).
     """
-    from corda_kernels import adapter, models
+    from corda_kernels import models
+    from corda_kernels.adapter import attach, save_adapter, write_adapter
+    from corda_kernels.adapter.attaching import subtract_initial
+    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.folder import ADAPTER_FILES, check_adapter_folder
     from corda_kernels.init import CordaConfig, check_targets, corda_adapter
-    from corda_kernels.report import describe_mixture, describe_ranks
+    from corda_kernels.report.content import describe_mixture, describe_ranks
 
     given, first, published = context.params, options.first_rank(), residual == "weight"
     if sum(bool(source) for source in (data, cov, mix)) != 1:
@@ -119,8 +123,8 @@ def init(
     form = "weight" if published else None
     config = options.options_of(CordaConfig, context, residual=form)
     if first:
-        adapter.check_adapter_folder(out)
-        options.check_unused(out, overwrite, adapter.ADAPTER_FILES)
+        check_adapter_folder(out)
+        options.check_unused(out, overwrite, ADAPTER_FILES)
         if save_base:
             options.check_unused(out / "base", overwrite, models.MODEL_FILES)
     text: dict[str, Any] = {}
@@ -163,9 +167,9 @@ def init(
     if isinstance(kept, list):
         record.calibration["keep"]["data"] = options.text_provenance(given | of_keep)
     if record.lora.get("modules_to_save"):  # which are in a model only
-        adapter.save_adapter(adapter.attach(network, made), out)
+        save_adapter(attach(network, made), out)
     else:
-        adapter.write_adapter(made, out)
+        write_adapter(made, out)
     lora = "" if published else f": a LoRA of rank {config.rows * record.rank}"
     echo(
         f"{out}: {mode.upper()} adapter of {describe_ranks(record)} for {len(made.layers)} layers "
@@ -176,8 +180,8 @@ def init(
     options.report_selection(record.calibration)
     _report_stability(record, asked=stability and bool(data) and candidates == 1)
     if save_base and made.initial is not None:
-        adapter.subtract_initial(network, made.initial)
-        card = adapter.model_card(
+        subtract_initial(network, made.initial)
+        card = model_card(
             model,
             "Residual of a CorDA adapter",
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "

@@ -14,7 +14,7 @@ from corda_kernels.cli.printing import echo, show
 from corda_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
-    from corda_kernels.report import Report
+    from corda_kernels.report.content import Report
 
 
 def inspect(
@@ -31,9 +31,12 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
-    from corda_kernels import report as reports
     from corda_kernels.adapter import folder
+    from corda_kernels.adapter.lora import CONFIG_FILE
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.report.content import adapter_report, covariance_report, with_covariances
+    from corda_kernels.report.measure import measure_inputs, measure_spectra
+    from corda_kernels.report.page import check_matplotlib, write_page
     from corda_kernels.targets import target_linears
 
     if html is None and (cov or model):
@@ -43,37 +46,37 @@ def inspect(
     if model is not None and cov is None and file.is_dir():
         raise ConfigError("the spectra of W·C take the covariances too: give --cov as well")
     if html is not None:
-        reports.check_matplotlib()
+        check_matplotlib()
         outputs.check_output(html)
-    if (file / folder.CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
+    if (file / CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return
     inputs, covariances = [], None if cov is None else CovarianceSet.load(cov)
     if file.is_dir():
         found = folder.read_adapter(file)
         # What is shown here does without the notes on the run, which may have been altered.
-        _show(file, reports.adapter_report(file.name, found, run=False))
-        report = reports.adapter_report(file.resolve().name, found, run=html is not None)
+        _show(file, adapter_report(file.name, found, run=False))
+        report = adapter_report(file.resolve().name, found, run=html is not None)
     else:
         covariances = CovarianceSet.load(file)
-        inputs = reports.measure_inputs(covariances)
-        report = reports.covariance_report(file.name, covariances, inputs)
+        inputs = measure_inputs(covariances)
+        report = covariance_report(file.name, covariances, inputs)
         _show(file, report)
     if html is None:
         return
     if covariances is not None:
-        inputs, spectra = inputs or reports.measure_inputs(covariances), None
+        inputs, spectra = inputs or measure_inputs(covariances), None
         if model is not None:
             base = options.load(model, None, "auto", trust_remote_code=trust_remote_code)
             layers = target_linears(base)
-            spectra = reports.measure_spectra(layers, covariances, damping=report.damping)
-        report = reports.with_covariances(report, inputs, spectra)
-    reports.write_page(report, html)
+            spectra = measure_spectra(layers, covariances, damping=report.damping)
+        report = with_covariances(report, inputs, spectra)
+    write_page(report, html)
     echo(f"{html}: the same with figures")
 
 
 def _show(file: Path, report: Report) -> None:
-    from corda_kernels.report import layer_table
+    from corda_kernels.report.table import layer_table
 
     show(layer_table(replace(report, name=str(file))))
     for name, reason in report.left_out.items():
@@ -84,7 +87,7 @@ def _show(file: Path, report: Report) -> None:
 
 def _inspect_lora(folder: Path) -> None:
     """What there is to say of a LoRA without a record, such as an exported one."""
-    from corda_kernels.adapter.folder import base_name, lora_layers, read_lora
+    from corda_kernels.adapter.lora import base_name, lora_layers, read_lora
 
     lora = read_lora(folder)
     layers = lora_layers(lora)

@@ -191,13 +191,7 @@ def text_provenance(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def under_torchrun() -> bool:
     """Whether torchrun started this process as one of several ranks."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal():
-        raise ConfigError(
-            f"the environment's WORLD_SIZE, a number of ranks, is {size!r}: unset it, or start "
-            "the program with torchrun, which sets it"
-        )
-    return int(size) > 1
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def first_rank() -> bool:
@@ -267,8 +261,8 @@ def resolve_device(device: str) -> str:
     """The device's name, with "auto" decided: under torchrun, each rank has a GPU of its own.
 
     Raises:
-        ConfigError: several ranks of this machine are given the same GPU; or torchrun did not start
-            them, so that which GPU is whose is not known.
+        ConfigError: a rank is given a GPU by number, or torchrun did not start it, so that which
+            GPU is whose is not known.
     """
     import torch
 
@@ -276,20 +270,13 @@ def resolve_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (device.startswith("cuda") and under_torchrun()):
         return device
-    rank, ranks = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if device == "cuda" and rank.isdecimal():
-        return f"cuda:{rank}"
-    if device == "cuda":
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device != "cuda" or not rank.isdecimal():
         raise ConfigError(
-            f"the environment has a WORLD_SIZE, but its LOCAL_RANK is {rank!r}: start the program "
-            "with torchrun, which sets both, or name the GPU (--device cuda:0)"
+            f"--device {device} with a LOCAL_RANK of {rank!r} in the environment gives no rank a "
+            "GPU of its own: start the program with torchrun, and give --device cuda"
         )
-    if ranks != "1":
-        raise ConfigError(
-            f"--device {device} puts all {ranks} ranks of this machine on one GPU: give --device "
-            "cuda, by which each takes its own"
-        )
-    return device
+    return f"cuda:{rank}"
 
 
 def torch_device(device: str) -> torch.device:

@@ -39,7 +39,7 @@ def plan(
     from corda_kernels.calibration.needs import calibration_needs
     from corda_kernels.models import load_skeleton
     from corda_kernels.outputs import format_bytes
-    from corda_kernels.report import Table
+    from corda_kernels.report.table import Table
 
     skeleton = load_skeleton(model, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
     needs = calibration_needs(skeleton, targets, experts, seq_len=seq_len)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from corda_kernels.report import Table
+    from corda_kernels.report.table import Table
 
 # In columns. No table is wrapped, in a terminal neither: half a name or number would be of no use.
 _WIDEST = 1 << 20

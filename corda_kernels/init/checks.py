@@ -10,12 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from corda_kernels.adapter import (
-    has_adapter,
-    not_selectable,
-    residual_marker,
-    rewritten_layers,
-)
+from corda_kernels.adapter.experts import not_selectable, rewritten_layers
+from corda_kernels.adapter.model import has_adapter, residual_marker
 from corda_kernels.adapter.record import exact_targets
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
@@ -130,7 +126,7 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
         outputs, inputs = linear_shape(modules.pop(name))
         left_out[name] = f"it is {outputs} × {inputs}, too small for rank {config.rank}"
     check_unshared(model, modules)
-    check_experts(model, experts, config, use_peft=use_peft)
+    check_experts(experts, config, use_peft=use_peft)
     saved = [*(config.modules_to_save or ()), *classification_heads(model)] if use_peft else []
     _check_saved(model, [*modules, *experts], saved)
     if config.residual == "weight":
@@ -291,15 +287,10 @@ def _check_gradients(
             )
     labels = covariances.provenance.get("labels", config.labels)
     if labels != config.labels:
-        remedy = f'calibrate(…, sides="both", labels="{config.labels}")'
-        if config.mode == "task":
-            raise CovarianceError(
-                "the gradients are of labels that were sampled, whose mean is noise: mode "
-                f'"task" builds on {remedy}'
-            )
         raise CovarianceError(
             f'the gradients are of {labels} labels, and labels="{config.labels}" is asked for: '
-            f'{remedy}, or CordaConfig(…, labels="{labels}") if these are meant'
+            f'calibrate(…, sides="both", labels="{config.labels}"), or in another mode than "task" '
+            f'CordaConfig(…, labels="{labels}")'
         )
 
 

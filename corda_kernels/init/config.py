@@ -20,23 +20,19 @@ from corda_kernels.targets import check_selection
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
 _OF_PEFT = {
-    "r": "rank is the number of components, from which the LoRA's rank follows",
-    **dict.fromkeys(("lora_alpha", "alpha_pattern"), "hold sets the scaling"),
-    "rank_pattern": "a budget shares ranks out",
-    "target_modules": "targets names the layers",
+    **dict.fromkeys(("r", "rank_pattern"), "the LoRA's ranks follow from rank, or from a budget"),
+    **dict.fromkeys(("lora_alpha", "alpha_pattern", "use_rslora"), "hold sets the scaling"),
     **dict.fromkeys(
-        ("layers_to_transform", "layers_pattern"), "targets may be a regular expression"
+        ("target_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+        "targets and experts choose the layers",
     ),
-    "target_parameters": "experts chooses those of fused experts",
-    "init_lora_weights": "the start is what this package makes",
-    "use_rslora": "the scaling is 1/hold at any rank",
+    **dict.fromkeys(
+        ("init_lora_weights", "loftq_config", "eva_config", "corda_config"),
+        "the start is what this package makes",
+    ),
     **dict.fromkeys(("bias", "lora_bias"), "a bias has no covariance, and the base stays as it is"),
     "trainable_token_indices": "name the embeddings in modules_to_save",
-    "loftq_config": "it starts the adapter from the error of quantisation",
-    "eva_config": "it starts the adapter in another way",
-    "corda_config": "it is PEFT's own way, see corda_kernels.peft_corda",
-    "layer_replication": "replicated layers share one weight",
-    "use_qalora": "it pools the inputs that the covariances are of",
+    **dict.fromkeys(("layer_replication", "use_qalora"), "it changes what a layer's inputs are"),
 }
 
 
@@ -215,7 +211,23 @@ class CordaConfig(CalibrationPlan):
             object.__setattr__(self, "labels", "sampled")
         super().__post_init__()
         flag("freeze_a", self.freeze_a)
-        self._check_gradients()
+        if self.mode == "task":
+            if self.labels == "sampled" or self.hold != 1 or self.residual is not None:
+                raise ConfigError(
+                    'mode "task" is a plain LoRA at the scale of LoRA\'s own, from the gradient of '
+                    "the task's own labels (that of sampled ones is 0 but for noise): leave labels "
+                    'at "given", hold at 1 and residual at None'
+                )
+        elif self.freeze_a:
+            raise ConfigError(
+                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
+                'trained: freeze_a is of mode "task"'
+            )
+        if self.sides == "both" and (self.stability or self.budget is not None):
+            raise ConfigError(
+                'stability and budgets are of the spectra of W·C, which neither mode "task" nor '
+                'sides="both" decomposes: leave stability off, and give a rank instead of a budget'
+            )
         one_of("residual", self.residual, (None, "weight"))
         one_of("method", self.method, ("auto", "exact", "randomized"))
         flag("use_dora", self.use_dora)
@@ -239,35 +251,6 @@ class CordaConfig(CalibrationPlan):
                 'residual="weight" is the published form: it has a scale of its own (no hold), is '
                 "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
                 "these"
-            )
-
-    def _check_gradients(self) -> None:
-        """Refuses options that do not go with mode "task", or with gradients."""
-        if self.mode == "task":
-            if self.labels == "sampled":
-                raise ConfigError(
-                    'mode "task" follows the gradient of the task\'s own labels; that of sampled '
-                    'ones is 0 but for noise: leave labels at "given"'
-                )
-            if self.hold != 1 or self.residual is not None:
-                raise ConfigError(
-                    'mode "task" is a plain LoRA at the scale of LoRA\'s own: leave hold at 1 and '
-                    "residual at None"
-                )
-        elif self.freeze_a:
-            raise ConfigError(
-                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
-                'trained: freeze_a is of mode "task"'
-            )
-        if self.sides == "both" and self.stability:
-            raise ConfigError(
-                'the stability is that of components of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: leave it off'
-            )
-        if self.sides == "both" and self.budget is not None:
-            raise ConfigError(
-                'a budget is shared out by the spectra of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: give a rank instead'
             )
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,7 @@ def united_provenance(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         report, *others = [Selection.from_json(stage["selection"]) for stage in stages]
         for other in others:
             report = report.joined(other)
-        united |= {"tokens": sum(report.tokens), "selection": report.to_json()}
+        united |= {"tokens": sum(report.tokens), "selection": asdict(report)}
     return united
 
 
@@ -246,5 +246,5 @@ def _with_stability(
     stability = replace(stability, layers={name: agreement.get(name, none) for name in layers})
     covariances = first.merge(second, names=list(dict.fromkeys([*layers, *first, *second])))
     warn_unseen_experts(covariances)
-    covariances.provenance["stability"] = stability.to_json()
+    covariances.provenance["stability"] = asdict(stability)
     return covariances

@@ -11,7 +11,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, oriented
+from corda_kernels.adapter.experts import oriented
+from corda_kernels.adapter.factors import LayerAdapter
 from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.expert_layers import expert_names
@@ -23,6 +24,7 @@ from corda_kernels.init.measured import measured_input
 from corda_kernels.linears import linear_shape
 from corda_kernels.planning.ranks import Shape
 from corda_kernels.planning.scores import LayerSpectrum
+from corda_kernels.structure import text_config
 
 _PEFT = Version("0.20")
 # What configurations call the number of experts that a token is sent to.
@@ -30,11 +32,7 @@ _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "topk")
 
 
 def check_experts(
-    model: nn.Module,
-    parameters: Mapping[str, ExpertParameter],
-    config: CordaConfig,
-    *,
-    use_peft: bool = True,
+    parameters: Mapping[str, ExpertParameter], config: CordaConfig, *, use_peft: bool
 ) -> None:
     """Makes sure that adapters of expert parameters, by name, are possible.
 
@@ -42,24 +40,23 @@ def check_experts(
         ConfigError: PEFT is not used, or too old, or an option does not go with experts.
         AdapterError: weights are offloaded.
     """
+    reason = ""
+    if not use_peft:
+        reason = "CordaLinear cannot adapt fused experts: use PEFT"
+    elif Version(peft.__version__) < _PEFT:
+        reason = (
+            f"PEFT {peft.__version__} takes some experts' adapters for others' where a model has "
+            f"several: install PEFT {_PEFT} or newer"
+        )
+    elif config.freeze_a or config.residual or config.use_dora or config.lora_dropout:
+        reason = (
+            'fused experts are adapted without freeze_a, residual="weight", lora_dropout and '
+            "use_dora only: do without these"
+        )
     for name, parameter in parameters.items():
         remedy = f"leave {name} and the like out by exclude_modules, or experts at None"
-        if not use_peft:
-            raise ConfigError(f"CordaLinear cannot adapt fused experts: use PEFT, or {remedy}")
-        if Version(peft.__version__) < _PEFT:
-            raise ConfigError(
-                f"PEFT {peft.__version__} takes some experts' adapters for others' where a model "
-                f"has several: install PEFT {_PEFT} or newer, or {remedy}"
-            )
-        if config.freeze_a:
-            raise ConfigError(
-                f"freeze_a is of linear layers alone, not of fused experts: train A, or {remedy}"
-            )
-        if config.residual or config.use_dora or config.lora_dropout:
-            raise ConfigError(
-                "PEFT adapts fused experts without lora_dropout and use_dora only, and "
-                f'residual="weight" does not write into them: do without these, or {remedy}'
-            )
+        if reason:
+            raise ConfigError(f"{reason}, or {remedy}")
         if getattr(parameter.module, parameter.attribute).is_meta:
             raise AdapterError(
                 f"the experts' parameter {name} is offloaded: load the model where it fits, or "
@@ -69,8 +66,8 @@ def check_experts(
 
 def active_experts(model: nn.Module) -> int:
     """How many routed experts a token is sent to; 1 where the model's configuration is silent."""
-    find: Any = getattr(getattr(model, "config", None), "get_text_config", None)
-    known = vars(find()) if find else {}
+    config = text_config(model)
+    known = {} if config is None else vars(config)
     return next((int(known[name]) for name in _ACTIVE if known.get(name)), 1)
 
 
@@ -130,7 +127,7 @@ def united_experts(
 
 def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
     """One layer of all experts."""
-    factors = AdapterFactors(
+    adapter = LayerAdapter(
         torch.stack([part.adapter.A for part in parts]),
         torch.stack([part.adapter.B for part in parts]),
         parts[0].adapter.scaling,
@@ -143,7 +140,7 @@ def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
         sigma_min=min(each.sigma_min for each in notes),
         residual=max(each.residual for each in notes),
     )
-    return MadeLayer(LayerAdapter(oriented(parameter, factors)), note, {})
+    return MadeLayer(oriented(parameter, adapter), note, {})
 
 
 def _united_note(notes: list[dict[str, Any]]) -> dict[str, Any]:

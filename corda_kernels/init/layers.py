@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import (
-    AdapterFactors,
-    LayerAdapter,
-    adapter_factors,
-    published_factors,
-    task_factors,
-)
+from corda_kernels.adapter.factors import LayerAdapter, adapter_factors, task_factors
+from corda_kernels.adapter.published import published_factors
 from corda_kernels.adapter.record import LayerNote
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
 from corda_kernels.errors import DecompositionError, OutOfMemoryWarning, warn
 from corda_kernels.init.config import CordaConfig
 from corda_kernels.init.measured import sampled_spectrum
-from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, map_layers, steepest_rows
+from corda_kernels.linalg import (
+    CoSVD,
+    co_svd,
+    co_svd_layers,
+    is_small,
+    map_layers,
+    steepest_rows,
+)
 from corda_kernels.linears import is_quantised, linear_shape, linear_weight, weights_at_hand
 from corda_kernels.progress import progress_bar
 
@@ -135,10 +137,9 @@ def _decomposed(
             else:
                 found = published_factors(of[name], part)
             A, B = found.A.float().contiguous(), found.B.float().contiguous()
-            factors = AdapterFactors(A, B, found.scaling)
-            adapter = LayerAdapter(factors)
+            adapter = LayerAdapter(A, B, found.scaling)
             if config.residual is not None:  # what is trained are tensors of their own
-                adapter = LayerAdapter(factors.to(torch.float32, copy=True), factors)
+                adapter = replace(adapter, A=A.clone(), B=B.clone(), initial=adapter)
             del left[name]
             yield name, MadeLayer(adapter, note, spectrum)
 
@@ -176,13 +177,13 @@ def _parts(
                 W,
                 covariances[name].matrix,
                 rank=components[name],
-                generator=torch.Generator(W.device).manual_seed(config.seed),
+                seed=config.seed,
                 output_covariance=covariances.gradients[name].matrix,
                 power=0.5,
                 **options,
             )
 
-    return map_layers(both, weights)
+    return map_layers(both, weights, [*map(is_small, weights.values())])
 
 
 def _task_starts(
@@ -206,10 +207,11 @@ def _task_starts(
                 seed=config.seed,
             )
         note = LayerNote.of(S, covariances[name].tokens, residual)
-        adapter = LayerAdapter(task_factors(rows, len(gradient)).to(torch.float32))
+        found = task_factors(rows, len(gradient)).to(torch.float32)
+        adapter = LayerAdapter(found.A, found.B)
         return name, MadeLayer(adapter, note, {})
 
-    return map_layers(start, weights)
+    return map_layers(start, weights, [*map(is_small, weights.values())])
 
 
 @contextlib.contextmanager

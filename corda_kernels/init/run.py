@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from corda_kernels.adapter import Adapter, AdapterRecord, attach, check_at_hand, describe_base
-from corda_kernels.adapter.record import exact_targets
+from corda_kernels.adapter import Adapter, AdapterRecord, attach
+from corda_kernels.adapter.attaching import check_at_hand
+from corda_kernels.adapter.record import describe_base, exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
@@ -307,7 +308,7 @@ def _judged(
     if not stability or config.sides == "both":
         return {}
     judged = Stability.from_json(stability).at(config.which, names)
-    return judged.to_json() if judged else {}
+    return asdict(judged) if judged else {}
 
 
 def _shared_out(

@@ -172,7 +172,6 @@ def syrk_(
     absmax: Array | None = None,  # (d,)
     outlier_count: Array | None = None,  # (d,)
     outlier_threshold: float = 6.0,
-    row_mask: Array | None = None,  # (n,)
     precision: Literal["default", "high"] = "default",
     deterministic: bool = False,
 ) -> ArrayT:
@@ -192,7 +191,6 @@ def syrk_(
         outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in
             each channel.
         outlier_threshold: in units of x, rounded to its dtype.
-        row_mask: (n,) bool; rows where it is False count nowhere. Only with a single x.
         precision: "high" sums shorter chains on a GPU's tensor cores, and multiplies float32 there
             in three tf32 products instead of three bf16 ones; on a CPU there is nothing to choose.
         deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU.
@@ -203,7 +201,7 @@ def syrk_(
     Raises:
         ConfigError: a shape, dtype, device or option does not fit.
     """
-    given = c, x, absmax, outlier_count, row_mask
+    given = c, x, absmax, outlier_count
     chosen = alpha, outlier_threshold, precision, deterministic
     if _repeats and (repeat := _repeats.get(_call(*given, *chosen))):
         repeat(c, x if isinstance(x, list | tuple) else (x,), absmax, outlier_count)
@@ -214,14 +212,12 @@ def syrk_(
     outlier_threshold = check_threshold(outlier_threshold)
     total = _tensor(c)
     inputs = [_tensor(rows) for rows in x] if isinstance(x, list | tuple) else [_tensor(x)]
-    largest, above, mask = (
-        None if array is None else _tensor(array) for array in (absmax, outlier_count, row_mask)
+    largest, above = (
+        None if array is None else _tensor(array) for array in (absmax, outlier_count)
     )
-    _check_syrk(total, inputs, largest, above, mask)
+    _check_syrk(total, inputs, largest, above)
     # In-place sums would be recorded if x needed gradients.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-        if mask is not None:
-            inputs = [inputs[0][mask]]
         filled = [rows for rows in inputs if rows.shape[0]]
         for dtype, group in itertools.groupby(filled, lambda rows: rows.dtype):
             wide = torch.float64 in (total.dtype, dtype)
@@ -251,12 +247,11 @@ def _call(
     x: Array | Sequence[Array],
     absmax: Array | None,
     outlier_count: Array | None,
-    row_mask: Array | None,
     *options: object,
 ) -> object:
     """All that a call depends on, but for the numbers in its arrays; None if it cannot be told."""
     # 1 is as good a key as True, but no flag; a tensor for a number may change.
-    if row_mask is not None or tuple(map(type, options)) != (float, float, str, bool):
+    if tuple(map(type, options)) != (float, float, str, bool):
         return None
     arrays = (c, absmax, outlier_count, *(x if isinstance(x, list | tuple) else (x,)))
     try:
@@ -339,7 +334,6 @@ def _check_syrk(
     inputs: list[Tensor],
     absmax: Tensor | None,
     outlier_count: Tensor | None,
-    row_mask: Tensor | None,
 ) -> None:
     for name, array in (("c", c), ("absmax", absmax), ("outlier_count", outlier_count)):
         if array is not None and not holds_numbers(array):
@@ -366,15 +360,6 @@ def _check_syrk(
             statistic.shape != (d,) or statistic.dtype != dtype or statistic.device != c.device
         ):
             raise _misfit(name, f"({d},) in {dtype} on {c.device}", statistic)
-    if row_mask is not None:
-        if len(inputs) != 1:
-            raise ConfigError("row_mask goes with a single x")
-        if (
-            row_mask.shape != inputs[0].shape[:1]
-            or row_mask.dtype != torch.bool
-            or not holds_numbers(row_mask)
-        ):
-            raise _misfit("row_mask", f"({inputs[0].shape[0]},) bool", row_mask)
 
 
 def _misfit(name: str, wanted: str, got: Tensor) -> ConfigError:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corda_kernels.errors import BackendError
+from corda_kernels.errors import BackendError, first_line
 from corda_kernels.kernels import reference
 
 _LEAST_CAPABILITY = (8, 0)
@@ -182,7 +182,7 @@ def _load(index: int) -> dict[str, Any]:
     try:
         import cupy
     except Exception as error:  # a broken installation raises more than ImportError
-        raise BackendError(f"CuPy cannot be loaded: {_first_line(error)}") from error
+        raise BackendError(f"CuPy cannot be loaded: {first_line(error)}") from error
     folder = sources()
     files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.cu*"))}
     if "kernels.cu" not in files:
@@ -198,12 +198,6 @@ def _load(index: int) -> dict[str, Any]:
             for kernel in kernels.values():
                 kernel.max_dynamic_shared_size_bytes = shared_memory(torch.device("cuda", index))
         except Exception as error:  # CuPy's: no NVRTC, or what the compiler says
-            raise BackendError(
-                f"NVRTC does not compile the CUDA kernels: {_first_line(error)}"
-            ) from error
+            says = f"NVRTC does not compile the CUDA kernels: {first_line(error)}"
+            raise BackendError(says) from error
     return kernels
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

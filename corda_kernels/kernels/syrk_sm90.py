@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from corda_kernels.errors import BackendError
+from corda_kernels.errors import BackendError, first_line
 from corda_kernels.files import write_bytes
 from corda_kernels.kernels.cuda import sources
 from corda_kernels.kernels.shares import divided
@@ -84,8 +84,7 @@ def unavailable() -> str | None:
     try:
         _functions(torch.cuda.current_device())
     except Exception as error:  # CuPy's and the driver's, of many kinds
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        return f"the kernel for sm_90a cannot be loaded: {first}"
+        return f"the kernel for sm_90a cannot be loaded: {first_line(error)}"
     return None
 
 

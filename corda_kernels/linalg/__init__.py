@@ -8,7 +8,7 @@ from corda_kernels.linalg.inverse import (
     extreme_eigenvalues,
     regularized_inverse,
 )
-from corda_kernels.linalg.layers import co_svd_layers, map_layers, parallel_map
+from corda_kernels.linalg.layers import co_svd_layers, is_small, map_layers, parallel_map
 
 __all__ = [
     "CoSVD",
@@ -17,6 +17,7 @@ __all__ = [
     "co_svd",
     "co_svd_layers",
     "extreme_eigenvalues",
+    "is_small",
     "map_layers",
     "parallel_map",
     "regularized_inverse",

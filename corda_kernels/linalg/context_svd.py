@@ -16,14 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import (
-    flag,
-    instance_of,
-    one_of,
-    real_number,
-    real_tensor,
-    whole_number,
-)
+from corda_kernels import arguments
 from corda_kernels.errors import ConvergenceWarning, DecompositionError, RankError, warn
 from corda_kernels.linalg.exact import End, exact, lower_gram, lower_triangle, no_taller, null_share
 from corda_kernels.linalg.krylov import STOP, block_size, bottom, top
@@ -77,7 +70,7 @@ def co_svd(
     which: End = "largest",
     method: Method = "auto",
     damping: float | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
     output_covariance: Tensor | None = None,  # (*batch, out, out)
     power: float = 1.0,
 ) -> CoSVD:
@@ -103,7 +96,7 @@ def co_svd(
         method: "exact" for a dense SVD; "randomized" for an iteration, which falls back on the
             exact method with a ConvergenceWarning where it does not converge; "auto" picks by size.
         damping: λ as a multiple of the mean diagonal of C, and of D its own; None for none.
-        generator: source of the random start; None for a fixed seed.
+        seed: of the random start.
         output_covariance: D (*batch, out, out), symmetric positive definite once damped; None for
             the identity.
         power: of C, 1.0 or 0.5.
@@ -118,17 +111,20 @@ def co_svd(
     Source: CorDA (arXiv:2406.05223), equation 2; for D and power, the head of this file.
     """
     rank = check(weight, covariance, rank, which, method, damping)
-    real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
-    instance_of("generator", generator, (torch.Generator, type(None)))
+    arguments.real_number("power", power, "0.5 or 1.0", lambda x: x in (0.5, 1.0))
+    arguments.seed_number("seed", seed)
     C = damped(covariance.to(weight.device), damping)
     if power != 1.0:
         C = replace(C, matrix=input_root(C.double()), shift=None, symmetric=False)
     M, P = weight, None
     if output_covariance is not None:
-        P = _output_root(weight, output_covariance, damping)
+        wanted = "an output covariance (*batch, out, out)"
+        _check_side(weight, -2, output_covariance, "output covariance", wanted)
+        check_entries("output covariance", output_covariance, "check the model's weights")
+        D = damped(output_covariance.to(weight.device), damping).double()
+        P = factored(D, f"an output covariance ({D.shape[-1]} outputs)")
         M = P.mT @ weight.double()
-    start = 0 if generator is None else generator
-    found, given_up = decompose(M, C, rank, which, method, start)
+    found, given_up = decompose(M, C, rank, which, method, seed)
     warn_given_up(given_up)
     if P is None:
         return found
@@ -160,7 +156,7 @@ def singular_values(
             an input holds NaN or Inf or leaves the range of float64.
     """
     check(weight, covariance, 1, "largest", "exact", damping)
-    flag("tail", tail)
+    arguments.flag("tail", tail)
     C = damped(covariance.to(weight.device), damping).double()
     W = weight.double()
     values: Tensor
@@ -189,13 +185,17 @@ def check(
 
     The devices may differ.
     """
-    one_of("which", which, ("largest", "smallest"))
-    one_of("method", method, ("auto", "exact", "randomized"))
+    arguments.one_of("which", which, ("largest", "smallest"))
+    arguments.one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
     check_shapes(weight, covariance)
     outputs, inputs = weight.shape[-2:]
     name, most = f"the rank for a weight of {outputs} × {inputs}", min(outputs, inputs)
-    number = whole_number(name, rank, 1, most, error=RankError)
+    number = arguments.whole_number(name, rank, 1, most, error=RankError)
+    if weight.device.type not in ("cpu", "cuda"):
+        raise DecompositionError(
+            f"a weight on {weight.device} has no float64 to be decomposed in: move it to the CPU"
+        )
     # Some rows are compared with the columns. NaN is another matter.
     some = torch.linspace(0, inputs - 1, _PROBED, device=covariance.device).long()
     rows, columns = covariance[..., some, :].double(), covariance[..., some].mT.double()
@@ -216,7 +216,7 @@ def check_shapes(weight: Tensor, covariance: Tensor) -> None:
         DecompositionError: one is no dense tensor of floating numbers, they do not go together, or
             the weight is empty.
     """
-    real_tensor("the weight", weight, DecompositionError)
+    arguments.real_tensor("the weight", weight, DecompositionError)
     _check_side(weight, -1, covariance, "covariance", "a covariance (*batch, in, in)")
     if 0 in weight.shape[-2:]:
         raise DecompositionError(f"a weight {tuple(weight.shape)} has nothing to decompose")
@@ -224,7 +224,7 @@ def check_shapes(weight: Tensor, covariance: Tensor) -> None:
 
 def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: str) -> None:
     """Refuses a matrix that is no covariance of one side of the weight."""
-    real_tensor(f"the {name}", matrix, DecompositionError)
+    arguments.real_tensor(f"the {name}", matrix, DecompositionError)
     if weight.ndim < 2 or matrix.shape != (*weight.shape[:-2], *2 * (weight.shape[side],)):
         raise DecompositionError(
             f"a weight {tuple(weight.shape)} needs {wanted}, got {tuple(matrix.shape)}"
@@ -233,7 +233,7 @@ def _check_side(weight: Tensor, side: int, matrix: Tensor, name: str, wanted: st
 
 @without_autocast()
 def decompose(
-    W: Tensor, C: Operand, rank: int, which: End, method: Method, start: torch.Generator | int
+    W: Tensor, C: Operand, rank: int, which: End, method: Method, seed: int
 ) -> tuple[CoSVD, Tensor]:
     """One end of the singular value decomposition of W·C; see `co_svd`.
 
@@ -245,7 +245,7 @@ def decompose(
         rank: how many pairs.
         which: see `co_svd`.
         method: see `co_svd`.
-        start: a generator or a seed of the random start of an iteration.
+        seed: of the random start of an iteration.
 
     Returns:
         The decomposition, and the error (*batch) at which the iteration gave up, 0 where it did
@@ -257,9 +257,9 @@ def decompose(
         U, S = exact(W.double(), C.double(), rank, which)
         error = given_up = torch.zeros_like(S[..., 0])
     else:
-        if isinstance(start, int):
-            start = torch.Generator(W.device).manual_seed(start)
-        U, S, error, largest = (top if which == "largest" else bottom)(W, C, rank, start)
+        end = top if which == "largest" else bottom
+        generator = torch.Generator(W.device).manual_seed(seed)
+        U, S, error, largest = end(W, C, rank, generator)
         # Of null directions the order is a question to W, not to M.
         null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
         lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either
@@ -268,20 +268,6 @@ def decompose(
             U[index], S[index] = exact(W[index].double(), C.of(index).double(), rank, which)
             error[index] = 0
     return CoSVD(U, S, torch.full_like(error, C.damping), error), given_up
-
-
-def _output_root(weight: Tensor, output_covariance: Tensor, damping: float | None) -> Tensor:
-    """The lower triangular P with P Pᵀ = D, (*batch, out, out) float64, damped.
-
-    Raises:
-        DecompositionError: D is of another kind or shape, or is not positive definite to working
-            precision, so that X would be free in directions that D does not see.
-    """
-    wanted = "an output covariance (*batch, out, out)"
-    _check_side(weight, -2, output_covariance, "output covariance", wanted)
-    check_entries("output covariance", output_covariance, "check the model's weights")
-    D = damped(output_covariance.to(weight.device), damping).double()
-    return factored(D, f"an output covariance ({D.shape[-1]} outputs)")
 
 
 def factored(matrix: Tensor, name: str) -> Tensor:

@@ -12,7 +12,6 @@ draft.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,11 @@ from torch import Tensor
 
 from corda_kernels.errors import DecompositionError
 from corda_kernels.kernels import batched_svd
-from corda_kernels.linalg.exact import lower_triangle, no_taller, null_share
-from corda_kernels.linalg.operand import Operand, Operator
+from corda_kernels.linalg.exact import no_taller, null_share
+from corda_kernels.linalg.operand import Operand
+from corda_kernels.linalg.solves import Operators, inverse_of_factors, inverse_of_product
 
-Operators = tuple[Operator, Operator]  # half and back, see above
 Found = tuple[Tensor, Tensor, Tensor, Tensor]  # see `top`
-
-_solve = torch.linalg.solve_triangular
 
 
 class Stop(NamedTuple):
@@ -134,70 +131,6 @@ def _factored(W: Operand, C: Operand) -> Operators:
     # A root of a covariance is not symmetric; a covariance is, and as it stands it is faster.
     C_transposed = C.times if C.symmetric else C.transposed_times
     return lambda X: C_transposed(W.transposed_times(X)), lambda Y: W.times(C.times(Y))
-
-
-def inverse_of_product(M: Tensor) -> Operators:
-    """Products with L⁻¹ and L⁻ᵀ, L the triangular factor of M (*batch, n, m), n ≤ m."""
-    return _solves(_floored(lower_triangle(M)), upper=False)
-
-
-def inverse_of_factors(
-    W: Tensor, C: Tensor, *, upper: bool
-) -> tuple[Operators, Operators | None] | None:
-    """Products with (W·C)⁻¹ = C⁻¹W⁻¹ and its transpose, by the factors of either: LU and Cholesky.
-
-    Neither the product nor its triangular factor is formed, which takes three times as long, and
-    what rounding does to one factor is not multiplied by the condition of the other, so that
-    float32 will do for a draft.
-
-    Args:
-        W: (*batch, n, n) float64, overwritten.
-        C: (*batch, n, n) float64, positive definite, overwritten.
-        upper: whether W is upper triangular, and its own factor.
-
-    Returns:
-        The products in float64, and in float32, where some overflow; None, and W as it was, where
-        a C cannot be factored.
-    """
-    # Both C and Wᵀ are by columns, as LAPACK takes them: all in place.
-    info = torch.empty(W.shape[:-2], dtype=torch.int32, device=W.device)
-    root, info = torch.linalg.cholesky_ex(C.mT, out=(C.mT, info))
-    if bool((info != 0).any()):
-        return None
-    packed, pivots = W, None
-    if not upper:
-        pivots = torch.empty(W.shape[:-1], dtype=torch.int32, device=W.device)
-        # A zero on the diagonal is an entry below the floor.
-        packed, pivots, _ = torch.linalg.lu_factor_ex(W.mT, out=(W.mT, pivots, info))
-    _floored(packed)
-    single = packed.float(), pivots, root.float()
-    return _factor_solves(packed, pivots, root), _factor_solves(*single)
-
-
-def _factor_solves(packed: Tensor, pivots: Tensor | None, root: Tensor) -> Operators:
-    """Of C's Cholesky factor and the LU factors of Wᵀ or, without pivots, an upper triangular W."""
-    lower, upper = _solves(root, upper=False)
-    if pivots is None:
-        weight, transposed = _solves(packed, upper=True)
-    else:
-        solve = partial(torch.linalg.lu_solve, packed, pivots)
-        weight, transposed = partial(solve, adjoint=True), solve
-    return lambda X: upper(lower(weight(X))), lambda Y: transposed(upper(lower(Y)))
-
-
-def _solves(triangle: Tensor, *, upper: bool) -> Operators:
-    """Products with T⁻¹ and T⁻ᵀ."""
-    return partial(_solve, triangle, upper=upper), partial(_solve, triangle.mT, upper=not upper)
-
-
-def _floored(triangle: Tensor) -> Tensor:
-    """A triangle with no diagonal entry below eps times the largest, so that it can be divided by;
-    the same tensor."""
-    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.abs().amax(-1, keepdim=True)
-    floor = torch.where(largest > 0, torch.finfo(triangle.dtype).eps * largest, 1.0)
-    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
-    return triangle
 
 
 def _start(rows: int, rank: int, W: Tensor, generator: torch.Generator) -> Tensor:
@@ -456,7 +389,7 @@ def _orthonormal(X: Tensor, basis: Tensor | None = None) -> Tensor:
         least = torch.where(info == 0, sines.amin(-1), 0.0).amin()
         if least > _LEAST_SINE:
             eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
-            X = X @ _solve(factor.mT, eye, upper=True).to(X)
+            X = X @ torch.linalg.solve_triangular(factor.mT, eye, upper=True).to(X)
             if bool(least > _SOUND_SINE[X.dtype]):
                 break
         else:  # NaN, too

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import instance_of, seed_number, whole_number
+from corda_kernels.arguments import instance_of, seed_number
 from corda_kernels.errors import DecompositionError, RankError
 from corda_kernels.kernels import batched_svd
 from corda_kernels.linalg.context_svd import CoSVD, Method, check, decompose, warn_given_up
@@ -49,7 +49,6 @@ def co_svd_layers(
     method: Method = "auto",
     damping: float | None = None,
     seed: int = 0,
-    memory_limit: int | None = None,
 ) -> Iterator[tuple[str, CoSVD]]:
     """Decomposes the layers of a model; each result is what `co_svd` gives on the layer alone.
 
@@ -65,7 +64,6 @@ def co_svd_layers(
         method: see `co_svd`.
         damping: see `co_svd`.
         seed: of the random start, the same for every layer.
-        memory_limit: bytes that all this may take on a GPU, about; None for half of what is free.
 
     Yields:
         The name and decomposition of every layer, on its weight's device, small layers first.
@@ -78,8 +76,6 @@ def co_svd_layers(
     instance_of("weights", weights, Mapping)
     instance_of("covariances", covariances, Mapping)
     seed_number("seed", seed)
-    if memory_limit is not None:
-        whole_number("memory_limit", memory_limit, 0)
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(weights, rank)
     for name, weight in weights.items():
         if name not in ranks:
@@ -107,13 +103,10 @@ def co_svd_layers(
         return list(zip(names, parts, error, strict=True))
 
     groups = _together(weights, covariances, ranks)
-    small: list[list[str]] = []
-    large: list[list[str]] = []
-    for names in groups.pop(_CPU):
-        (small if max(weights[names[0]].shape) <= _SMALL else large).append(names)
-    running = [parallel_map(on_cpu, small), map(on_cpu, large)]
+    here = groups.pop(_CPU)
+    running = [map_layers(on_cpu, here, [is_small(weights[names[0]]) for names in here])]
     for device, of_shapes in groups.items():
-        limit = free_bytes(device) // 2 if memory_limit is None else memory_limit
+        limit = free_bytes(device) // 2
         batches = _batches(of_shapes, weights, limit)
         need = max(len(names) * _bytes(weights[names[0]]) for names in batches)
         workers = max(1, min(_STREAMS, limit // need))
@@ -128,12 +121,24 @@ def co_svd_layers(
 
 
 def map_layers(
-    function: Callable[[str], Result], weights: Mapping[str, Tensor]
+    function: Callable[[Item], Result], items: Iterable[Item], small: Sequence[bool]
 ) -> Iterator[Result]:
-    """`function` of every layer's name: of small ones on a CPU side by side, one thread each."""
-    small = [name for name, W in weights.items() if W.device == _CPU and max(W.shape) <= _SMALL]
-    large = [name for name in weights if name not in small]
-    return chain(parallel_map(function, small), map(function, large))
+    """`function` of every item: first of the small ones, side by side with one thread each.
+
+    Args:
+        function: see `parallel_map`.
+        items: what to take.
+        small: of each item whether it `is_small`.
+    """
+    parts: dict[bool, list[Item]] = {True: [], False: []}
+    for item, side_by_side in zip(items, small, strict=True):
+        parts[side_by_side].append(item)
+    return chain(parallel_map(function, parts[True]), map(function, parts[False]))
+
+
+def is_small(matrix: Tensor) -> bool:
+    """Whether a CPU takes several such matrices at a time, since each uses its cores badly."""
+    return matrix.is_cpu and max(matrix.shape) <= _SMALL
 
 
 def _together(

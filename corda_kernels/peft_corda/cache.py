@@ -19,7 +19,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import adapter, fields
-from corda_kernels.adapter.record import BASE_FIELDS, LayerNote, base_difference, target_modules
+from corda_kernels.adapter.record import (
+    BASE_FIELDS,
+    LayerNote,
+    base_difference,
+    describe_base,
+    target_modules,
+)
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
@@ -143,7 +149,7 @@ def _write(
         "format": _FORMAT,
         "sha256": checksum,
         "layers": list(modules),
-        "base": adapter.describe_base(model, modules),
+        "base": describe_base(model, modules),
     }
     write_json(notes_path(path), notes | dict(facts))
 
@@ -347,13 +353,12 @@ def save_adapter(model: PeftModel, path: StrPath) -> None:
         A, B = (p[active].weight.detach().float() for p in (lora.lora_A, lora.lora_B))
         root = (S / scaling).sqrt()
         A0, B0 = (eigens[name].V_WC * root).mT.contiguous(), eigens[name].U_WC * root
-        layers[name] = adapter.LayerAdapter(
-            adapter.AdapterFactors(A, B, scaling), adapter.AdapterFactors(A0, B0, scaling)
-        )
+        initial = adapter.AdapterFactors(A0, B0, scaling)
+        layers[name] = adapter.LayerAdapter(A, B, scaling, initial)
         entries[name] = LayerNote.of(S)
     record = adapter.AdapterRecord(
         mode=notes["corda_method"],
-        rank=max(layer.trained.rank for layer in layers.values()),
+        rank=max(layer.rank for layer in layers.values()),
         hold=None,
         residual="weight",
         damping=notes["damping"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.calibration.batches import ODD_MASK, looks_padded, ones_and_zeros
+from corda_kernels.calibration.batches import ODD_VALUES, looks_padded, ones_and_zeros
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.forward import evaluating
 from corda_kernels.calibration.masks import RowMasks
@@ -142,7 +142,8 @@ class Observer:
         if isinstance(mask, Tensor) and mask.ndim == len(shape) == 2:
             if not ones_and_zeros(mask):
                 raise CalibrationError(
-                    f"call {self._passes} of the model (counted from 0) was given {ODD_MASK}"
+                    f"call {self._passes} of the model (counted from 0) gives attention_mask "
+                    f"{ODD_VALUES}"
                 )
             # With a cache the mask covers earlier tokens too, which are not run again.
             self._size = int(mask[:, -shape[1] :].sum())

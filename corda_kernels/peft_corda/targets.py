@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from corda_kernels.adapter import not_selectable
+from corda_kernels.adapter.experts import not_selectable
 from corda_kernels.errors import RankError, TargetError
 from corda_kernels.linears import is_quantised, linear_layers, linear_weight
 from corda_kernels.targets import check_unshared, no_match

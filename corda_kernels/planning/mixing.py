@@ -28,13 +28,9 @@ _NOT_NOTED = ("stability", "versions")  # long, or said already
 @torch.no_grad()
 def mix_covariances(
     sets: Sequence[CovarianceSet],
-    weights: Weights | Literal["drift"],
+    weights: Weights,
     *,
     normalize: Literal["trace", "tokens"] = "trace",
-    model: nn.Module | None = None,
-    held_out: Sequence[CovarianceSet] | None = None,
-    rank: int = 32,
-    damping: float | None = 0.01,
 ) -> CovarianceSet:
     """A convex mixture of the covariances of several domains, C = Σ wᵢ Cᵢ, layer by layer.
 
@@ -44,14 +40,10 @@ def mix_covariances(
     Args:
         sets: one for each domain, of the same layers.
         weights: one for each domain; or those of each layer by name (layers that read one input
-            must agree); each at least 0, not all of them. They are divided by their sum. "drift"
-            has `drift_weights` choose them.
+            must agree); each at least 0, not all of them. They are divided by their sum.
+            `drift_weights` chooses some.
         normalize: "trace" scales all to the trace of the weighted mean first, layer by layer;
             "tokens" takes them as they are, means over each domain's tokens.
-        model: for "drift".
-        held_out: for "drift", covariances of other samples of the domains.
-        rank: for "drift".
-        damping: for "drift".
 
     Returns:
         The mixture. Its tokens, calls and outlier counts are sums. Layers that share an input in
@@ -65,14 +57,6 @@ def mix_covariances(
     """
     one_of("normalize", normalize, ("trace", "tokens"))
     _check_sets(sets)
-    if isinstance(weights, str):
-        if weights != "drift":
-            raise ConfigError(f'weights must be numbers or "drift", got {shown(weights)}')
-        if model is None or held_out is None:
-            raise ConfigError('weights="drift" needs the model and held-out covariances as well')
-        weights = drift_weights(
-            model, sets, held_out, normalize=normalize, rank=rank, damping=damping
-        )
     shares = _shares(weights, sets)
     mixed: dict[str, Covariance] = {}
     for names in _shared_by_all(sets):

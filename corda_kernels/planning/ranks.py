@@ -16,14 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from corda_kernels.arguments import (
-    instance_of,
-    one_of,
-    real_number,
-    real_tensor,
-    shown,
-    whole_number,
-)
+from corda_kernels import arguments
+from corda_kernels.arguments import shown, whole_number
 from corda_kernels.errors import ConfigError, RankError
 
 # (out, in) of a linear layer, (experts, out, in) of a parameter of fused experts.
@@ -98,7 +92,7 @@ def allocate_ranks(
 
     Source: dynamic rank allocation of CorDA++; multiples and bounds are additions.
     """
-    one_of("mode", mode, ("kpm", "ipm"))
+    arguments.one_of("mode", mode, ("kpm", "ipm"))
     budget = whole_number("budget", budget, 0)
     rows = whole_number("rows", rows, 1, 1024)
     check_bounds(min_rank, max_rank, rank_multiple)
@@ -280,7 +274,7 @@ def _filtering_order(
     scores = []
     for name, spectrum in zip(names, spectra, strict=True):
         what = f"layer {name}: its log condition"
-        factor = real_number(what, log_condition[name], rule, lambda x: 0 <= x < math.inf)
+        factor = arguments.real_number(what, log_condition[name], rule, lambda x: 0 <= x < math.inf)
         tail = spectrum.flip(0)  # the smallest component first
         # Summed from the largest down: a difference of sums would not be rounded in order.
         remaining = spectrum.cumsum(0)[:-1].flip(0)
@@ -291,9 +285,9 @@ def _filtering_order(
 def _check_names(
     spectra: Mapping[str, Tensor], log_condition: Mapping[str, float], shapes: Shapes
 ) -> None:
-    instance_of("spectra", spectra, Mapping)
+    arguments.instance_of("spectra", spectra, Mapping)
     for what, given in (("log_condition", log_condition), ("shapes", shapes)):
-        instance_of(what, given, Mapping)
+        arguments.instance_of(what, given, Mapping)
         if odd := sorted(spectra.keys() ^ given.keys()):
             there, absent = ("spectra", what) if odd[0] in spectra else (what, "spectra")
             raise ConfigError(
@@ -305,13 +299,13 @@ def _check_names(
 def _checked_spectrum(name: str, spectrum: Tensor, shape: Shape) -> Tensor:
     """The spectrum in float64 on the CPU; the shape is checked too."""
     what = f"layer {name}: its shape"
-    instance_of(what, shape, (tuple, list))
+    arguments.instance_of(what, shape, (tuple, list))
     if len(shape) not in (2, 3):
         raise ConfigError(f"{what} must be (out, in) or (experts, out, in), got {shown(shape)}")
     for size in shape:
         whole_number(f"each size in {what}", size, 1, _MOST)
     what = f"layer {name}: its spectrum"
-    real_tensor(what, spectrum, ConfigError)
+    arguments.real_tensor(what, spectrum, ConfigError)
     spectrum = spectrum.detach().cpu().double()
     if spectrum.ndim != 1 or not len(spectrum):
         raise ConfigError(f"{what} is a vector of singular values, got {tuple(spectrum.shape)}")

@@ -6,9 +6,9 @@ Selection scores every candidate by it, rank allocation reads the same two parts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.covariance import Group
 from corda_kernels.calibration.distributed import Ranks, covariances_given, layers_given
 from corda_kernels.errors import ConfigError, CovarianceError, DecompositionError
-from corda_kernels.linalg import extreme_eigenvalues, parallel_map, singular_values
+from corda_kernels.linalg import extreme_eigenvalues, is_small, map_layers, singular_values
 from corda_kernels.linalg.context_svd import check_shapes
 from corda_kernels.linalg.operand import check_damping, near_one
 from corda_kernels.linears import linear_weight, weights_at_hand
@@ -30,10 +30,6 @@ CONDITIONS = ("ratio", "bound", "tight")
 
 # Of scores where none is asked for: real covariances are singular to working precision.
 SCORING_DAMPING = 0.01
-# Up to this many channels inputs are scored side by side, which takes some 200 MiB for each.
-_SMALL = 2048
-
-Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -210,34 +206,18 @@ def layer_spectra(
 
     members = ((part, [n for n in names if n in share]) for part, names in covariances.groups())
     groups = [group for group in members if group[1]]
-    on_cpu = [share[names[0]].weight.device == torch.device("cpu") for _, names in groups]
+    small = [
+        is_small(part.matrix) and bool(share[names[0]].weight.is_cpu) for part, names in groups
+    ]
     shown = progress and ranks.rank == 0
     bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
     found: dict[str, LayerSpectrum] = {}
     with bar:
-        for part in each_input(scored, groups, on_cpu):
+        for part in map_layers(scored, groups, small):
             found.update(part)
             bar.update(len(part))
     gathered = ranks.gather(found, "spectra")
     return {name: next(part[name] for part in gathered if name in part) for name in modules}
-
-
-def each_input(
-    function: Callable[[Group], Result], groups: Sequence[Group], on_cpu: Sequence[bool]
-) -> Iterator[Result]:
-    """`function` of each covariance and the layers that read that input, small ones side by side.
-
-    Args:
-        function: see `parallel_map`.
-        groups: the covariances.
-        on_cpu: of each, whether that is where its work is done.
-    """
-    small: list[Group] = []
-    large: list[Group] = []
-    for group, here in zip(groups, on_cpu, strict=True):
-        (small if here and len(group[0].matrix) <= _SMALL else large).append(group)
-    yield from parallel_map(function, small)
-    yield from map(function, large)
 
 
 def check_condition(damping: float, condition: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,47 +11,27 @@ from typing import Any, Literal
 
 from torch import nn
 
+from corda_kernels import fields
 from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.distributed import Ranks
-from corda_kernels.calibration.expert_layers import (
-    expert_covariances,
-    expert_layers,
-    expert_names,
-)
-from corda_kernels.errors import ConfigError, CovarianceError, ModelError
+from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers, expert_names
+from corda_kernels.errors import CovarianceError, ModelError
 from corda_kernels.experts import ExpertParameter, expert_parameters
-from corda_kernels.fields import (
-    Schema,
-    check_fields,
-    is_names,
-    is_number,
-    is_text,
-    is_whole,
-    list_of,
-    number,
-)
-from corda_kernels.outputs import check_output
-from corda_kernels.planning.scores import (
-    CONDITIONS,
-    Condition,
-    LayerSpectrum,
-    check_condition,
-    layer_spectra,
-)
+from corda_kernels.planning.scores import CONDITIONS, Condition, check_condition, layer_spectra
 
 Method = Literal["argmin", "pool"]
 
 METHODS = ("argmin", "pool")
 
-_FIELDS: dict[str, Schema] = {
-    "method": lambda value: value in METHODS,
-    "damping": number(0),
-    "condition": lambda value: value in CONDITIONS,
-    "tokens": list_of(is_whole),
-    "domains": list_of(is_text),
-    "scores": {"*": list_of(is_number)},
-    "groups": list_of(lambda value: is_names(value) and len(value) > 0),
+_FIELDS: dict[str, fields.Schema] = {
+    "method": fields.one_of(*METHODS),
+    "damping": fields.number(0),
+    "condition": fields.one_of(*CONDITIONS),
+    "tokens": fields.list_of(fields.is_whole),
+    "domains": fields.list_of(fields.is_text),
+    "scores": {"*": fields.list_of(fields.is_number)},
+    "groups": fields.list_of(lambda value: fields.is_names(value) and len(value) > 0),
 }
 
 # From how many times the deviation within one domain on scores are said to differ.
@@ -66,7 +45,6 @@ def select_covariance(
     selection: Method = "argmin",
     damping: float = 1e-2,
     condition: Condition = "ratio",
-    state: str | os.PathLike[str] | None = None,
     distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
@@ -88,21 +66,18 @@ def select_covariance(
         damping: added to every candidate for its score, times its mean diagonal. What is returned
             is not damped.
         condition: see `log_condition`.
-        state: a covariance file to write after every round and, if it is there, to go on from.
-            Candidates that it has seen are skipped (a function is not even called).
         distributed: whether the ranks of torch.distributed, which must all be given the same
-            candidates, share the scoring; all get the same result. They keep no `state`.
+            candidates, share the scoring; all get the same result.
         progress: whether to show a progress bar for each candidate.
 
     Returns:
         The set, with a `Selection` as JSON in `provenance["selection"]`.
 
     Raises:
-        ConfigError: an option has an impossible value, or contradicts `state`.
+        ConfigError: an option has an impossible value.
         ModelError: the model is none.
         CovarianceError: there are no candidates, or they cover different layers, share inputs
             differently or are normalised differently.
-        CovarianceFileError: `state` is damaged.
         DecompositionError: a candidate does not fit the model, or is not finite.
         DistributedError: another rank has ended, or was given something else.
 
@@ -112,8 +87,6 @@ def select_covariance(
     check_condition(damping, condition)
     instance_of("model", model, nn.Module, ModelError)
     instance_of("candidates", candidates, Iterable, CovarianceError)
-    if distributed and state is not None:
-        raise ConfigError("a distributed selection keeps no state: leave one of them out")
     scoring: Any = {"damping": damping, "condition": condition}
     ranks = Ranks.of(distributed)
     ranks.agree("select_covariance", lambda: {"selection": selection, **scoring})
@@ -122,33 +95,42 @@ def select_covariance(
     parameters = expert_parameters(model)
     kept: dict[str, Covariance] = {}
     about: dict[str, Any] = {}
-    if state is not None and check_output(state).is_file():
-        before = CovarianceSet.load(state)
-        report = _resumed(before, report, state, parameters)
-        kept, about = dict(before), _about(before)
-        del before
-    for entry in itertools.islice(candidates, report.rounds, None):
+    for entry in candidates:
         candidate = entry() if callable(entry) else entry
         instance_of("each candidate", candidate, CovarianceSet, CovarianceError)
         members = _members(candidate, parameters)
         groups = _deciding(candidate, members)
         if about:
             check_alike("the candidates", candidate, about["normalize"], kept)
-            _check_groups(groups, report.groups)
-        about = about or _about(candidate)
+            if set(map(frozenset, groups)) != set(map(frozenset, report.groups)):
+                raise CovarianceError(
+                    "layers share their inputs in one candidate that do not in another: calibrate "
+                    "all with the same model"
+                )
+        about = about or {
+            name: getattr(candidate, name) for name in ("normalize", "left_out", "provenance")
+        }
         experts = {name: parameters[name] for name in members if name in parameters}
         modules = {name: model_layer(model, name) for name in members if name not in experts}
         modules |= expert_layers(experts)
         spectra = layer_spectra(modules, expert_covariances(candidate, experts), **scoring)
-        report = report.after(candidate, _scores(spectra, members, experts), groups)
+        scores = {
+            name: math.fsum(
+                spectra[each].compactness
+                for each in (expert_names(name, experts[name]) if name in experts else [name])
+            )
+            for name in members
+        }
+        report = report.after(candidate, scores, groups)
         _adopt(kept, candidate, report, members)
         del entry, candidate  # before the next is made
-        if state is not None:
-            _result(kept, about, report).save(state)
     if not about:
         raise CovarianceError("there are no candidates to select from: give at least one")
     ranks.gather(None, "the end of the candidates")
-    return _result(kept, about, report)
+    # The stability was one candidate's, as was the domain.
+    notes = {k: v for k, v in about["provenance"].items() if k not in ("stability", "domain")}
+    notes |= {"tokens": sum(report.tokens), "selection": asdict(report)}
+    return CovarianceSet(kept, **{**about, "provenance": notes})
 
 
 @dataclass(frozen=True)
@@ -174,19 +156,15 @@ class Selection:
     scores: dict[str, list[float]]
     groups: list[list[str]]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Selection:
-        """Reads what `to_json` gave.
+        """Reads what `asdict` gave.
 
         Raises:
             CovarianceError: it is something else.
         """
         try:
-            check_fields(value, _FIELDS)
+            fields.check_fields(value, _FIELDS)
             rounds = len(value["tokens"])
             lengths = {len(each) for each in (value["domains"], *value["scores"].values())}
             if lengths != {rounds} or not rounds:
@@ -307,50 +285,6 @@ def _deciding(covariances: CovarianceSet, members: Mapping[str, list[str]]) -> l
     return list(groups.values())
 
 
-def _scores(
-    spectra: Mapping[str, LayerSpectrum],
-    members: Iterable[str],
-    experts: Mapping[str, ExpertParameter],
-) -> dict[str, float]:
-    """The compactness of every layer, and the sum of that of a parameter's experts."""
-    return {
-        name: math.fsum(
-            spectra[each].compactness
-            for each in (expert_names(name, experts[name]) if name in experts else [name])
-        )
-        for name in members
-    }
-
-
-def _resumed(
-    chosen: CovarianceSet,
-    asked: Selection,
-    path: str | os.PathLike[str],
-    parameters: Mapping[str, ExpertParameter],
-) -> Selection:
-    """The report in a state file, after a check that it belongs to the selection asked for."""
-    if "selection" not in chosen.provenance:
-        raise ConfigError(f"{path} holds no selection to go on with: choose another file")
-    found = Selection.from_json(chosen.provenance["selection"])
-    _check_groups(_deciding(chosen, _members(chosen, parameters)), found.groups)
-    for option in ("method", "damping", "condition"):
-        before, now = getattr(found, option), getattr(asked, option)
-        if before != now:
-            raise ConfigError(
-                f"{path} holds a selection with {option} {before!r}, not {now!r}: remove the file "
-                "to start again, or ask for the same"
-            )
-    return found
-
-
-def _check_groups(groups: Sequence[list[str]], others: Sequence[list[str]]) -> None:
-    if set(map(frozenset, groups)) != set(map(frozenset, others)):
-        raise CovarianceError(
-            "layers share their inputs in one candidate that do not in another: calibrate all with "
-            "the same model"
-        )
-
-
 def check_alike(
     which: str, covariances: CovarianceSet, normalize: str, names: Iterable[str]
 ) -> None:
@@ -398,20 +332,6 @@ def _adopt(
         elif winners[group[0]] < report.rounds - 1:
             continue
         kept.update(found)
-
-
-def _about(covariances: CovarianceSet) -> dict[str, Any]:
-    """What a set says about itself, without its matrices."""
-    return {name: getattr(covariances, name) for name in ("normalize", "left_out", "provenance")}
-
-
-def _result(
-    kept: Mapping[str, Covariance], about: Mapping[str, Any], report: Selection
-) -> CovarianceSet:
-    # The stability was one candidate's, as was the domain.
-    notes = {k: v for k, v in about["provenance"].items() if k not in ("stability", "domain")}
-    notes |= {"tokens": sum(report.tokens), "selection": report.to_json()}
-    return CovarianceSet(kept, **{**about, "provenance": notes})
 
 
 def model_layer(model: nn.Module, name: str) -> nn.Module:

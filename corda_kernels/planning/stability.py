@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,13 +72,9 @@ class Stability:
     tokens: tuple[int, int]
     layers: dict[str, LayerStability]
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Stability:
-        """Reads what `to_json` gave.
+        """Reads what `asdict` gave.
 
         Raises:
             CovarianceError: it is something else.
@@ -170,7 +166,7 @@ def subspace_stability(
         progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: neither end is asked for, or an option is not possible.
+        ConfigError: an option is not possible.
         CovarianceError: a half is no CovarianceSet, or does not cover a layer.
         DecompositionError: a covariance does not fit its layer.
     """
@@ -183,25 +179,25 @@ def subspace_stability(
             raise CovarianceError(f"a half has no covariance of layer {missing[0]}: calibrate it")
     for each in ends:
         one_of("each end", each, tuple(AGREEMENT))
-    if not ends:
-        raise ConfigError("there is nothing to compare: ask for the largest or smallest components")
     weights = LinearWeights(modules)
     ranks = {name: min(rank, *linear_shape(module)) for name, module in modules.items()}
-
-    def decompositions() -> Iterator[tuple[End, str, CoSVD]]:
-        """Of both halves in turn, for each end."""
-        for end, half in itertools.product(AGREEMENT, halves):
-            if end in ends:
-                matrices = {name: half[name].matrix for name in weights}
-                options: Any = {"rank": ranks, "which": end, "damping": damping}
-                for name, part in co_svd_layers(weights, matrices, **options):
-                    yield end, name, part
-
+    decompositions = (
+        (end, *decomposed)
+        for end, half in itertools.product(AGREEMENT, halves)
+        if end in ends
+        for decomposed in co_svd_layers(
+            weights,
+            {name: half[name].matrix for name in weights},
+            rank=ranks,
+            which=end,
+            damping=damping,
+        )
+    )
     found: dict[str, dict[str, float]] = {name: {} for name in weights}
     of_first: dict[str, CoSVD] = {}
     total = 2 * len(ends) * len(weights)
     bar: Any = {"description": "stability", "unit": "decompositions", "total": total}
-    for end, name, part in progress_bar(decompositions(), shown=progress, **bar):
+    for end, name, part in progress_bar(decompositions, shown=progress, **bar):
         if name not in of_first:
             of_first[name] = part
         elif end == "largest":

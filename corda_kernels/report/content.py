@@ -17,8 +17,6 @@ from corda_kernels.planning import Selection, Stability
 from corda_kernels.planning.ranks import component_size
 from corda_kernels.planning.scores import SCORING_DAMPING
 
-# Of covariances where no adapter says with which damping they are used.
-DAMPING = SCORING_DAMPING
 # What an adapter of each mode trains.
 _TRAINS = {
     "ipm": "the largest components of {product}",
@@ -259,7 +257,7 @@ def covariance_report(
         experts={
             parameter: [covariances[e].tokens for e in fused[parameter]] for parameter in fused
         },
-        damping=DAMPING,
+        damping=SCORING_DAMPING,
         stability=stability,
         selection=selection,
         left_out=covariances.left_out,

@@ -13,8 +13,8 @@ from corda_kernels.calibration.covariance import Group
 from corda_kernels.calibration.experts import by_parameter
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.init.measured import measured_input, measured_layer, sampled_spectrum
-from corda_kernels.linalg import extreme_eigenvalues
-from corda_kernels.planning.scores import each_input, layer_spectra
+from corda_kernels.linalg import extreme_eigenvalues, is_small, map_layers
+from corda_kernels.planning.scores import layer_spectra
 from corda_kernels.progress import progress_bar
 
 # Up to this many channels all eigenvalues are computed; beyond, only the extreme ones.
@@ -41,7 +41,7 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
     """
     own = {name for names in by_parameter(covariances).values() for name in names}
     groups = [(part, names) for part, names in covariances.groups() if names[0] not in own]
-    notes = each_input(_measured, groups, [part.matrix.is_cpu for part, _ in groups])
+    notes = map_layers(_measured, groups, [is_small(part.matrix) for part, _ in groups])
     bar: dict[str, Any] = {"description": "spectra", "unit": "covariances", "total": len(groups)}
     found = {note["layers"][0]: note for note in progress_bar(notes, shown=progress, **bar)}
     return [found[names[0]] for _, names in groups]

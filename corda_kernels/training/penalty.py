@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from corda_kernels.adapter import AdapterFactors, LayerAdapter, LiveAdapter, live_adapter
+from corda_kernels.adapter import AdapterFactors, LayerAdapter, live_adapter
 from corda_kernels.adapter.linear import base_layer
+from corda_kernels.adapter.model import LiveAdapter
 from corda_kernels.arguments import instance_of, one_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.gradients import Sides
@@ -22,35 +23,6 @@ from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linears import LinearWeights
 from corda_kernels.precision import without_autocast
-
-
-def drift_penalty(
-    model: nn.Module, covariances: CovarianceSet, *, sides: Sides = "inputs"
-) -> Tensor:
-    """The present value of `DriftPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `DriftPenalty`.
-        covariances: see `DriftPenalty`.
-        sides: see `DriftPenalty`.
-
-    Raises:
-        CordaError: see `DriftPenalty`.
-    """
-    return DriftPenalty(model, covariances, sides=sides)()
-
-
-def compactness_penalty(model: nn.Module, covariances: CovarianceSet) -> Tensor:
-    """The present value of `CompactnessPenalty`; a training loop makes one of these and calls it.
-
-    Args:
-        model: see `CompactnessPenalty`.
-        covariances: see `CompactnessPenalty`.
-
-    Raises:
-        CordaError: see `CompactnessPenalty`.
-    """
-    return CompactnessPenalty(model, covariances)()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +108,12 @@ class DriftPenalty(_Penalty):
     output, in the squared unit of its activations. It is not divided by anything. Value and
     gradient are 0 at the start.
 
-    With `sides="both"` it is Σ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients at the layer's
-    outputs: each layer's change counts by what it does to the loss. With D of sampled labels half
-    of it estimates the mean KL divergence from the base, in nats a token (K-FAC; layers are taken
-    to act independently), so that layers weigh as they do there.
+    With `sides="both"` it is Σ ρ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients g at the
+    layer's outputs, ρ = E[‖g‖² ‖x‖²] / (tr D · tr C): each layer's change counts by what it does to
+    the loss. With D of sampled labels half of it estimates the mean KL divergence from the base, in
+    nats a token (K-FAC; layers are taken to act independently), so that layers weigh as they do
+    there. ρ gives D ⊗ C the trace of the layer's Fisher matrix: where few tokens have large
+    activations and small gradients it is far from 1.
 
     ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
     layers that read one input share one product with C.
@@ -178,7 +152,11 @@ class DriftPenalty(_Penalty):
                         f"there is no gradient for the adapted layer {name}, or one of another "
                         'size: calibrate(…, sides="both", labels="sampled") the base of this model'
                     )
-                self._outputs[name] = gradient.matrix.to(shared.C)
+                # Of the covariance as it was measured, whose unit D ⊗ C has.
+                traces = [m.diagonal().double().sum() for m in (gradient.matrix, shared.C)]
+                product = float(traces[0] * traces[1].to(traces[0].device))
+                ratio = float(gradient.fisher_trace) / product if product else 0.0
+                self._outputs[name] = ratio * gradient.matrix.to(shared.C)
 
     def _of(self, shared: _SharedInput) -> Tensor:
         changes = [layer.change() for layer in shared.factors()]

@@ -106,7 +106,7 @@ class RankSchedule:
         record = live.record
         smallest_first = record is not None and ENDS[record.mode] == "smallest"
         halves = 1 if record is None else record.rows
-        ranks = {name: layer.trained.rank // halves for name, layer in live.layers.items()}
+        ranks = {name: layer.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))
         with contextlib.ExitStack() as stack:
             for name, layer in live.layers.items():
@@ -190,7 +190,7 @@ def _reverting(
         rank = control.rank(full)
         if rank == full:
             return None
-        components = torch.arange(layer.trained.rank, device=layer.A.device) % full
+        components = torch.arange(layer.rank, device=layer.A.device) % full
         unused = components < full - rank if smallest_first else components >= rank
         learnt = low_rank(args[0], layer.A[unused], layer.B[:, unused])
         if layer.initial is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corda_kernels.adapter import adapter_of
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 
 # PEFT looks for the base to see whether its embeddings have another size.
 NO_BASE = "ignore:Could not find a config file in residual of:UserWarning"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapter_files import Calibrated, Make
+from kinds import Calibrated, Make
 
 from corda_kernels import save_adapter
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import NO_BASE, WEIGHTS, Calibrated, Logits, Make, factors, same
+from adapter_files import NO_BASE, WEIGHTS, factors, same
+from kinds import Calibrated, Logits, Make
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import CordaConfig, load_for_training, merge, save_adapter
-from corda_kernels.adapter import read_adapter, residual_marker, subtract_initial, write_adapter
+from corda_kernels.adapter import read_adapter, write_adapter
+from corda_kernels.adapter.attaching import subtract_initial
+from corda_kernels.adapter.model import residual_marker
 from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.errors import AdapterError, ModelError
 from corda_kernels.init import corda_adapter, init_corda

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from torch import nn
+from kinds import Calibrated, Make
 
 from corda_kernels import save_adapter
 from corda_kernels.adapter import AdapterRecord
 from corda_kernels.adapter.card import SERVED_RANKS, adapter_card, export_card
 from corda_kernels.adapter.record import LayerNote
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
 
 
 def record(source: str | None = "owner/base", **changes: Any) -> AdapterRecord:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import BUDGET, INITIAL, NO_BASE, Calibrated, Logits, Make, same
+from adapter_files import BUDGET, INITIAL, NO_BASE, same
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 

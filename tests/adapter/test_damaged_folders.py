@@ -17,7 +17,8 @@ from torch import nn
 
 from corda_kernels import load_for_training
 from corda_kernels.adapter import Adapter, read_adapter, save_adapter
-from corda_kernels.adapter.folder import lora_layers, read_lora, read_record
+from corda_kernels.adapter.folder import read_record
+from corda_kernels.adapter.lora import lora_layers, read_lora
 from corda_kernels.adapter.record import check_base, lora_config
 from corda_kernels.errors import AdapterError
 

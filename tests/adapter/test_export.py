@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import BUDGET, Calibrated, Logits, Make, described, written
+from adapter_files import BUDGET, described, written
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corda_kernels import export_lora, load_for_training, save_adapter
-from corda_kernels.adapter import LayerAdapter, LoraExport, adapter_of, live_adapter
+from corda_kernels.adapter import LayerAdapter, adapter_of, live_adapter
+from corda_kernels.adapter.export import LoraExport
 from corda_kernels.errors import AdapterError, CordaWarning, OutputError, RankError
 
 pytestmark = [
@@ -125,14 +127,14 @@ def test_an_adapter_of_a_budget_is_padded_and_its_scaling_folded_into_b(
     calibrated: Calibrated, adapt: Make, train: Make, tmp_path: Path, hold: float
 ) -> None:
     model = train(adapt(calibrated(), hold=hold, **BUDGET))
-    widest = max(layer.trained.rank for layer in adapter_of(model).layers.values())
+    widest = max(layer.rank for layer in adapter_of(model).layers.values())
     assert export_lora(model, tmp_path).rank == widest
     config = described(tmp_path)
     assert config["lora_alpha"] == config["r"] == widest
     ranks = set()
     for name, layer in adapter_of(model).layers.items():
         A, B = written(tmp_path)[name]
-        rank = layer.trained.rank
+        rank = layer.rank
         ranks.add(rank)
         assert torch.equal(A[:rank], layer.A)
         torch.testing.assert_close(B[:, :rank], layer.B / hold)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import Calibrated, Logits, Make, described, written
+from adapter_files import described, written
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 

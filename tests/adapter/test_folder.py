@@ -17,25 +17,18 @@ from adapter_files import (
     NO_BASE,
     PUBLISHED,
     WEIGHTS,
-    Calibrated,
-    Logits,
-    Make,
     described,
     factors,
     files_in,
     same,
 )
+from kinds import Calibrated, Logits, Make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from corda_kernels import CordaConfig, export_lora, load_for_training, save_adapter
-from corda_kernels.adapter import (
-    adapter_of,
-    attach,
-    check_adapter_folder,
-    read_adapter,
-    write_adapter,
-)
+from corda_kernels.adapter import adapter_of, attach, read_adapter, write_adapter
+from corda_kernels.adapter.folder import check_adapter_folder
 from corda_kernels.errors import AdapterError, OutputError
 from corda_kernels.init import corda_adapter
 
@@ -78,7 +71,7 @@ def test_a_folder_brings_every_bit_back(
 ) -> None:
     model = adapt(calibrated(architecture), use_peft=saves_peft, **options)
     if "budget" in options:
-        assert len({layer.trained.rank for layer in adapter_of(model).layers.values()}) > 1
+        assert len({layer.rank for layer in adapter_of(model).layers.values()}) > 1
     if trained:
         train(model)
     save_adapter(model, tmp_path)

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from corda_kernels import CordaLinear, CovarianceSet, export_lora, merge, save_adapter
+from corda_kernels import CordaLinear, export_lora, merge, save_adapter
 from corda_kernels.adapter import AdapterFactors, adapter_of, read_adapter
 from corda_kernels.linears import linear_weight
-
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 
 OPTIONS: list[dict[str, Any]] = [{}, {"hold": 8}, {"residual": "weight"}]
 all_options = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "hold", "published"])

@@ -1,26 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Make
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from corda_kernels import load_for_training, save_adapter
-from corda_kernels.adapter import (
-    CordaLinear,
-    adapter_of,
-    has_adapter,
-    live_adapter,
-    residual_marker,
-)
+from corda_kernels.adapter import CordaLinear, adapter_of, live_adapter
+from corda_kernels.adapter.model import has_adapter, residual_marker
 from corda_kernels.errors import AdapterError
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
 
 
 @pytest.mark.parametrize("residual", [None, "weight"])

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kinds import Calibrated
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter.folder import lora_layers, read_lora
+from corda_kernels.adapter.lora import lora_layers, read_lora
 from corda_kernels.errors import AdapterError
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
 
 PATTERNS = {
     "q_proj": "both",

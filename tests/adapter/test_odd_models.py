@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Mamba2Config
@@ -22,8 +23,8 @@ from corda_kernels import (
     merge,
     save_adapter,
 )
-from corda_kernels.adapter import CordaLinear, LayerAdapter, attach, describe_base
-from corda_kernels.adapter.record import initial_checksum
+from corda_kernels.adapter import CordaLinear, LayerAdapter, attach
+from corda_kernels.adapter.record import describe_base, initial_checksum
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter
@@ -31,7 +32,6 @@ from corda_kernels.targets import target_linears
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 WIDTH = 12
 
 
@@ -270,7 +270,7 @@ def test_training_leaves_the_plain_adapter_as_it_is(
     adapter = corda_adapter(base, found, config(residual=residual))
 
     def factors(layer: LayerAdapter) -> list[Tensor]:
-        parts = [layer.trained, layer.initial] if layer.initial else [layer.trained]
+        parts = [layer, layer.initial] if layer.initial else [layer]
         return [factor for part in parts for factor in (part.A, part.B)]
 
     before = {

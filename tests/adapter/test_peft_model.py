@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits, Make
 from peft import PeftModelForCausalLM
-from torch import Tensor, nn
+from torch import nn
 
 from corda_kernels import load_for_training, save_adapter
 from corda_kernels.adapter import adapter_of
-
-Calibrated = Callable[..., tuple[nn.Module, Any]]
-Make = Callable[..., nn.Module]
-Logits = Callable[[nn.Module], Tensor]
 
 BUDGET = {"budget": "r=4", "max_rank": 6}
 # PEFT looks for the base to see whether its embeddings have another size.
@@ -58,7 +54,7 @@ def test_under_a_budget_patterns_keep_one_scaling_everywhere(
 ) -> None:
     model = adapt(calibrated(), hold=hold, **BUDGET)
     layers = adapter_of(model).layers
-    ranks = {name: layer.trained.rank for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     assert len(set(ranks.values())) > 1
     assert ranks == {name: 2 * entry.rank for name, entry in model.corda_record.layers.items()}
     for name, rank in ranks.items():

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated
 from torch import nn
 
-from corda_kernels.adapter import AdapterRecord, describe_base
-from corda_kernels.adapter.record import FORMAT, LayerNote, base_difference, check_base
+from corda_kernels.adapter import AdapterRecord
+from corda_kernels.adapter.record import (
+    FORMAT,
+    LayerNote,
+    base_difference,
+    check_base,
+    describe_base,
+)
 from corda_kernels.errors import AdapterError
 from corda_kernels.targets import target_linears
 
-Calibrated = Callable[..., tuple[nn.Module, Any]]
 KEPT = {"mode": "kpm", "rank": 2, "hold": 1.0, "residual": None}
 
 

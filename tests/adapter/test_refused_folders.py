@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, Calibrated, same
+from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, same
+from kinds import Calibrated
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter import read_adapter
+from corda_kernels.adapter import AdapterFactors, read_adapter
+from corda_kernels.adapter.published import residual
 from corda_kernels.errors import AdapterError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(NO_BASE)]
@@ -109,19 +111,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config of another rank": (
         lambda f: edit(f, lambda v: v.update(r=16), CONFIG),
-        f"layer .*, or its A and B do not fit rank 16 and scaling 0.5 of {CONFIG}: files of diff",
+        f"A and B do not fit each other, rank 16 and scaling 0.5 of {CONFIG}: files of diff",
     ),
     "layer without A": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop(key("A"))),
-        f"lacks a factor of layer {FIRST}, or its A and B do not fit",
+        f"lacks a factor of layer {FIRST}, or its A and B ",
     ),
     "layer of two ranks": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): torch.ones(5, 32)})),
-        f"lacks a factor of layer {FIRST}, or its A and B do not fit",
+        f"lacks a factor of layer {FIRST}, or its A and B ",
     ),
     "layer of two dtypes": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({key("A"): t[key("A")].half()})),
-        f"has A of layer {FIRST} in torch.float16 and B in torch.float32: files of different",
+        f"layer {FIRST}, or its A and B do not fit each other",
     ),
     "no layers": (
         lambda f: save_file({}, f / WEIGHTS),
@@ -243,6 +245,25 @@ def test_what_peft_refuses_leaves_the_base_as_it_was(
     monkeypatch.undo()
     edit(published, lambda v: v.update(bias="none"), CONFIG)
     load_for_training(base, published)
+
+
+def test_no_layer_loses_its_part_where_memory_runs_out_for_one(
+    calibrated: Calibrated, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = calibrated()
+    before, kinds = copy.deepcopy(base.state_dict()), list(map(type, base.modules()))
+
+    def failing(weight: Tensor, factors: AdapterFactors) -> Tensor:
+        if weight.numel() > 32 * 32:  # those of the MLP, which come after the attention's
+            raise torch.OutOfMemoryError("full")
+        return residual(weight, factors)
+
+    monkeypatch.setattr("corda_kernels.adapter.attaching.residual", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_for_training(base, published)
+    assert list(map(type, base.modules())) == kinds
+    assert same(dict(base.state_dict()), dict(before))
+    assert not hasattr(base.config, "corda_residual")
 
 
 def test_initial_factors_beside_another_adapters_record_are_refused(

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from corda_kernels.bench.timing import measure
 from corda_kernels.cli import main
 from corda_kernels.errors import ConfigError
 from corda_kernels.linalg import End
-from corda_kernels.memory import can_forget_peak
 
 CPU = torch.device("cpu")
 
@@ -75,7 +73,7 @@ def test_without_attrs_the_published_procedure_is_left_out(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft.tuners.lora.corda", None)
     assert list(svd.methods(CPU)) == ["ours", "svd_lowrank"]
-    options = "--cases smollm2-block --rank 4 --device cpu --no-memory"
+    options = "--cases smollm2-block --rank 4 --device cpu"
     assert run(monkeypatch, *options.split()) == 0
     assert "without published: import of peft.tuners.lora.corda halted" in capsys.readouterr().out
 
@@ -108,47 +106,6 @@ def test_layers_share_covariances_and_blocks_share_tensors() -> None:
     assert case.sampled == ["0.0.0", "0.0.1", "0.1.0", "0.2.0"]
 
 
-def test_the_memory_bound_is_of_the_largest_groups() -> None:
-    case = small()
-    first, second, third = 24 * 24 + 32 * 24, 24 * 24 + 40 * 24, 40 * 40 + 24 * 40
-    assert case.memory_bound(1) == 3 * 8 * max(first, second, third)
-    assert case.memory_bound(2) == 3 * 8 * (third + max(first, second))
-
-
-@pytest.mark.skipif(not can_forget_peak(), reason="needs /proc")
-def test_growth_is_the_peak_and_not_what_remains(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def ours(case: Case, ends: Iterable[End]) -> svd.Parts:
-        assert list(ends) == ["smallest"]
-        torch.ones(64 << 20, dtype=torch.uint8)
-        return {}
-
-    monkeypatch.setattr(svd, "ours", ours)
-    svd.print_growth("smollm2-block", "smallest", 4, None)
-    assert 60 << 20 < int(capsys.readouterr().out) < 80 << 20
-
-
-@pytest.mark.skipif(not can_forget_peak(), reason="needs /proc")
-def test_memory_is_measured_in_a_child_process_for_the_same_case(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    commands: list[list[str]] = []
-
-    def child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout="1048576\n")
-
-    monkeypatch.setattr("subprocess.run", child)
-    case = dataclasses.replace(small(), name="some-model")
-    largest, smallest = svd.bench_memory(case, CPU, ("folder", "file"))
-    assert [json.loads(command[-1]) for command in commands] == [
-        ["model", which, 4, ["folder", "file"]] for which in ENDS
-    ]
-    assert (largest.which, smallest.which, largest.grown) == ("largest", "smallest", 1 << 20)
-    assert "ABOVE three float64 copies" in largest.line()
-
-
 @pytest.mark.parametrize(
     ("name", "said"), [("huge", "no case 'huge'"), ("model", "needs --model and --cov")]
 )
@@ -175,7 +132,7 @@ def test_command_prints_a_table_and_writes_all_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
-    options = "--cases smollm2-block --rank 4 --device cpu --no-memory"
+    options = "--cases smollm2-block --rank 4 --device cpu"
     assert run(monkeypatch, *options.split(), "--json", str(out)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "versions" in lines[0]
@@ -211,10 +168,12 @@ def test_a_rank_above_that_of_a_layer_is_refused() -> None:
 def test_who_stops_it_keeps_the_rows_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: object) -> None:
+    def stopped(*arguments: Any, **options: Any) -> Iterator[svd.Row]:
+        yield from bench_case(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(svd, "bench_memory", stopped)
+    bench_case = svd.bench_case
+    monkeypatch.setattr(svd, "bench_case", stopped)
     out = tmp_path / "results.json"
     options = f"--cases smollm2-block --rank 4 --methods ours --device cpu --json {out}"
     run(monkeypatch, *options.split())

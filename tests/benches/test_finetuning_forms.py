@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from finetuning.forms import attach, changes, components, share_outside
 from finetuning.methods import METHODS, start
 from finetuning.table import forms
+from kinds import Calibrated
 from torch import nn
-
-from corda_kernels import CovarianceSet
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 
 

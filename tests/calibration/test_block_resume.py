@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate_blocks
@@ -21,7 +22,6 @@ from corda_kernels.init import CalibrationPlan, covariance_stages, united_proven
 
 pytestmark = pytest.mark.slow
 
-ModelMaker = Callable[..., nn.Module]
 BLOCKS = 3
 
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def model(tiny_model: ModelMaker) -> nn.Module:
+def model(tiny_model: Make) -> nn.Module:
     return tiny_model("llama", num_hidden_layers=BLOCKS, initializer_range=0.2)
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
@@ -23,8 +24,6 @@ from corda_kernels.errors import (
 )
 from corda_kernels.memory import has_own_memory
 from corda_kernels.structure import decoder_blocks
-
-ModelMaker = Callable[..., nn.Module]
 
 SMALL = {
     "vocab_size": 64,
@@ -73,7 +72,7 @@ def random_batches() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_model: ModelMaker) -> ModelMaker:
+def make(tiny_model: Make) -> Make:
     def made(architecture: str) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,7 +103,7 @@ def same(found: CovarianceSet, whole: CovarianceSet) -> None:
 
 @pytest.mark.parametrize("architecture", [*FIXED, *OTHERS])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
-def test_blocks_give_the_covariances_of_one_pass(make: ModelMaker, architecture: str) -> None:
+def test_blocks_give_the_covariances_of_one_pass(make: Make, architecture: str) -> None:
     model, batches = make(architecture), random_batches()
     whole = calibrate(model, batches, outlier_threshold=1.0, progress=False)
     found = stream(model, batches)
@@ -116,14 +115,14 @@ def test_blocks_give_the_covariances_of_one_pass(make: ModelMaker, architecture:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_hidden_states_keep_the_models_dtype(make: ModelMaker, dtype: torch.dtype) -> None:
+def test_hidden_states_keep_the_models_dtype(make: Make, dtype: torch.dtype) -> None:
     model, batches = make("llama").to(dtype), random_batches()
     whole = calibrate(model, batches, outlier_threshold=1.0, progress=False)
     for (block,) in stream(model, batches):
         same(block, whole)
 
 
-def test_peft_normalization_is_per_call_here_too(make: ModelMaker) -> None:
+def test_peft_normalization_is_per_call_here_too(make: Make) -> None:
     model, batches = make("llama"), random_batches()
     whole = calibrate(model, batches, outlier_threshold=1.0, normalize="peft", progress=False)
     for (block,) in stream(model, batches, normalize="peft"):
@@ -131,7 +130,7 @@ def test_peft_normalization_is_per_call_here_too(make: ModelMaker) -> None:
         assert block.normalize == "peft"
 
 
-def test_parts_are_every_other_batch(make: ModelMaker) -> None:
+def test_parts_are_every_other_batch(make: Make) -> None:
     model, batches = make("gpt2"), random_batches()
     halves = [
         calibrate(model, batches[i::2], outlier_threshold=1.0, progress=False) for i in range(2)
@@ -142,7 +141,7 @@ def test_parts_are_every_other_batch(make: ModelMaker) -> None:
             assert block.provenance == half.provenance
 
 
-def test_targets_choose_the_blocks(make: ModelMaker) -> None:
+def test_targets_choose_the_blocks(make: Make) -> None:
     model, batches = make("llama"), random_batches()
     ((block,),) = stream(model, batches, targets=r".*\.1\..*(q|down)_proj")
     assert list(block) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -150,7 +149,7 @@ def test_targets_choose_the_blocks(make: ModelMaker) -> None:
         stream(model, batches, targets=["absent"])
 
 
-def test_a_block_runs_once_over_the_text_and_one_after_the_other(make: ModelMaker) -> None:
+def test_a_block_runs_once_over_the_text_and_one_after_the_other(make: Make) -> None:
     model, batches, ran = make("llama"), random_batches(), []
     for index, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
@@ -162,7 +161,7 @@ def test_a_block_runs_once_over_the_text_and_one_after_the_other(make: ModelMake
 
 
 @pytest.mark.slow
-def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
+def test_what_a_block_needed_is_free_before_the_next(make: Make) -> None:
     import gc
     import weakref
 
@@ -182,7 +181,7 @@ def test_what_a_block_needed_is_free_before_the_next(make: ModelMaker) -> None:
     assert set(left) == {0}
 
 
-def test_equal_masks_and_rotary_embeddings_are_kept_once(make: ModelMaker) -> None:
+def test_equal_masks_and_rotary_embeddings_are_kept_once(make: Make) -> None:
     model = make("gemma2")
     run = CalibrationRun(model, progress=False)
     blocks = list(decoder_blocks(model).values())
@@ -209,7 +208,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_model_is_left_as_it_was(make: ModelMaker, failing: bool) -> None:
+def test_the_model_is_left_as_it_was(make: Make, failing: bool) -> None:
     model = make("llama").train()
     forwards = {name: module.forward for name, module in model.named_modules()}
     batches: list[Any] = [*random_batches(), "no batch"] if failing else random_batches()
@@ -226,7 +225,7 @@ def test_the_model_is_left_as_it_was(make: ModelMaker, failing: bool) -> None:
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_weights_are_fetched_block_by_block(
-    make: ModelMaker, where: str, tmp_path: Any
+    make: Make, where: str, tmp_path: Any
 ) -> None:
     from accelerate import cpu_offload, disk_offload
 
@@ -265,7 +264,7 @@ def _with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("architecture", "parts"), [("llama", 2), ("gemma2", 1)])
 def test_out_of_memory_starts_the_block_again_with_smaller_batches(
-    make: ModelMaker, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
+    make: Make, monkeypatch: pytest.MonkeyPatch, architecture: str, parts: int
 ) -> None:
     _with_memory_of_its_own(monkeypatch)
     monkeypatch.setattr(run_module, "_TOGETHER", {True: 0})  # blocks run batch by batch
@@ -297,19 +296,19 @@ def test_out_of_memory_starts_the_block_again_with_smaller_batches(
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
-    make: ModelMaker, monkeypatch: pytest.MonkeyPatch, parts: int
+    make: Make, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
     _with_memory_of_its_own(monkeypatch)
     model, batches = make("llama"), [torch.randint(3, 64, (2, 12)) for _ in range(4)]
     expected = [calibrate(model, batches[part::parts], progress=False) for part in range(parts)]
     where: list[bool] = []
 
-    def cramped(capture: InputCapture, name: str, x: Tensor) -> None:
+    def cramped(capture: InputCapture, name: str, x: Tensor, kept: Any) -> None:
         if name.startswith("model.layers.1"):
             where.append(capture.on_host)
             if not capture.on_host:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        found(capture, name, x)
+        found(capture, name, x, kept)
 
     found = InputCapture._join_or_found
     monkeypatch.setattr(InputCapture, "_join_or_found", cramped)
@@ -330,7 +329,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
                 assert torch.equal(covariance.outlier_count, whole[name].outlier_count)
 
 
-def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
+def test_regrouped_sequences_keep_their_order(make: Make) -> None:
     model, batches = make("llama"), random_batches()
     run = CalibrationRun(model, progress=False)
     blocks = list(decoder_blocks(model).values())
@@ -352,7 +351,7 @@ def test_regrouped_sequences_keep_their_order(make: ModelMaker) -> None:
         assert all(torch.equal(found, before[key]) for key, found in rows().items())
 
 
-def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> None:
+def test_out_of_memory_in_the_first_look_starts_that_again(make: Make) -> None:
     model, batches = make("llama"), random_batches()
     whole = calibrate(model, batches, outlier_threshold=1.0, progress=False)
 
@@ -370,7 +369,7 @@ def test_out_of_memory_in_the_first_look_starts_that_again(make: ModelMaker) -> 
 
 
 def test_out_of_memory_for_a_single_sequence_says_what_to_do(
-    make: ModelMaker, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _with_memory_of_its_own(monkeypatch)
     model = make("llama")
@@ -385,7 +384,7 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do(
 
 
 def test_the_host_keeps_one_set_of_hidden_states_where_it_computes_itself(
-    make: ModelMaker,
+    make: Make,
 ) -> None:
     assert not has_own_memory(torch.device("cpu"))
     assert has_own_memory(torch.device("cuda:1"))
@@ -395,7 +394,7 @@ def test_the_host_keeps_one_set_of_hidden_states_where_it_computes_itself(
         stream(model, random_batches())
 
 
-def test_nan_is_reported_with_its_batch_and_tokens(make: ModelMaker) -> None:
+def test_nan_is_reported_with_its_batch_and_tokens(make: Make) -> None:
     model, batches = make("llama"), random_batches()
     with torch.no_grad():
         model.model.embed_tokens.weight[2] = torch.nan
@@ -407,7 +406,7 @@ def test_nan_is_reported_with_its_batch_and_tokens(make: ModelMaker) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
-def test_layers_that_are_never_called_are_named(make: ModelMaker) -> None:
+def test_layers_that_are_never_called_are_named(make: Make) -> None:
     model = make("llama")
     model.model.layers[1].extra = nn.Linear(4, 4)
     with pytest.raises(CalibrationError, match=r"1 target layer\(s\).*layers.1.extra"):
@@ -417,23 +416,23 @@ def test_layers_that_are_never_called_are_named(make: ModelMaker) -> None:
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 4, dtype=torch.int64)]])
-def test_no_tokens_are_an_error(make: ModelMaker, batches: Any) -> None:
+def test_no_tokens_are_an_error(make: Make, batches: Any) -> None:
     with pytest.raises(CalibrationError, match="no tokens to calibrate on"):
         stream(make("llama"), batches)
 
 
-def test_a_batch_that_does_not_fit_the_model_is_named(make: ModelMaker) -> None:
+def test_a_batch_that_does_not_fit_the_model_is_named(make: Make) -> None:
     batches = [*random_batches(), torch.ones(1, 65, dtype=torch.int64)]
     with pytest.raises(CalibrationError, match=r"batch 3 \(counted from 0\) has sequences of 65"):
         stream(make("gpt2"), batches, parts=2)
 
 
-def test_fewer_batches_than_parts_are_an_error(make: ModelMaker) -> None:
+def test_fewer_batches_than_parts_are_an_error(make: Make) -> None:
     with pytest.raises(CalibrationError, match="2 parts need text each"):
         stream(make("llama"), random_batches()[:1], parts=2)
 
 
-def test_a_head_among_the_targets_is_refused(make: ModelMaker) -> None:
+def test_a_head_among_the_targets_is_refused(make: Make) -> None:
     with pytest.raises(
         CalibrationError, match="lm_head lies outside of its blocks: leave that out of"
     ):
@@ -499,7 +498,7 @@ def test_what_blocks_return_beside_hidden_states_and_nobody_reads_is_no_obstacle
         same(block, calibrate(model, batches, outlier_threshold=1.0, progress=False))
 
 
-def test_fused_experts_are_warned_of_once(make: ModelMaker) -> None:
+def test_fused_experts_are_warned_of_once(make: Make) -> None:
     with pytest.warns(LeftOutWarning) as caught:
         stream(make("mixtral"), random_batches())
     assert len(caught) == 1

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from raw_inputs import Flat, check, distance, inputs_read, linear_names, pad, random_ids
 from torch import nn
 
@@ -18,8 +19,6 @@ from corda_kernels.errors import (
     TargetError,
 )
 
-ModelMaker = Callable[..., nn.Module]
-
 DENSE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2"]
 GROUPED = [name for name in DENSE if name != "gpt2"]  # q, k, v and gate, up are layers of their own
 ROUTED = ["mixtral", "qwen3_moe"]
@@ -31,7 +30,7 @@ def run(model: nn.Module, batches: Iterable[Any], **options: Any) -> CovarianceS
 
 
 @pytest.mark.parametrize("architecture", DENSE)
-def test_covariances_are_those_of_the_raw_inputs(tiny_model: ModelMaker, architecture: str) -> None:
+def test_covariances_are_those_of_the_raw_inputs(tiny_model: Make, architecture: str) -> None:
     model = tiny_model(architecture)
     batches = [random_ids(1, 9), random_ids(4, 7), random_ids(3, 16)]
     found, read = run(model, batches), inputs_read(model, batches)
@@ -48,7 +47,7 @@ def test_covariances_are_those_of_the_raw_inputs(tiny_model: ModelMaker, archite
 @pytest.mark.parametrize(
     ("architecture", "side"), list(zip(DENSE, 3 * ["left", "right"], strict=True))
 )
-def test_padding_never_counts(tiny_model: ModelMaker, architecture: str, side: str) -> None:
+def test_padding_never_counts(tiny_model: Make, architecture: str, side: str) -> None:
     model = tiny_model(architecture)
     sequences = [random_ids(length) for length in (3, 12, 7, 1, 12)]
     found = run(model, [pad(sequences[:3], side), pad(sequences[3:], side)])
@@ -56,9 +55,7 @@ def test_padding_never_counts(tiny_model: ModelMaker, architecture: str, side: s
 
 
 @pytest.mark.parametrize("architecture", GROUPED)
-def test_layers_that_read_one_tensor_hold_one_matrix(
-    tiny_model: ModelMaker, architecture: str
-) -> None:
+def test_layers_that_read_one_tensor_hold_one_matrix(tiny_model: Make, architecture: str) -> None:
     found = run(tiny_model(architecture), [random_ids(2, 9), random_ids(2, 5)])
     for layer in ("model.layers.0", "model.layers.1"):
         q, k, v, o = (found[f"{layer}.self_attn.{name}_proj"] for name in "qkvo")
@@ -69,7 +66,7 @@ def test_layers_that_read_one_tensor_hold_one_matrix(
     assert len(found.groups()) == 8
 
 
-def test_conv1d_is_calibrated_on_its_input_side(tiny_model: ModelMaker) -> None:
+def test_conv1d_is_calibrated_on_its_input_side(tiny_model: Make) -> None:
     found = run(tiny_model("gpt2"), [random_ids(2, 9)])
     assert {name.rpartition(".")[2]: len(c.absmax) for name, c in found.items()} == {
         "c_attn": 32,
@@ -80,7 +77,7 @@ def test_conv1d_is_calibrated_on_its_input_side(tiny_model: ModelMaker) -> None:
 
 @pytest.mark.parametrize("architecture", [*DENSE, *ROUTED])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
-def test_the_head_is_no_target_and_never_runs(tiny_model: ModelMaker, architecture: str) -> None:
+def test_the_head_is_no_target_and_never_runs(tiny_model: Make, architecture: str) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("the head was called")
 
@@ -89,13 +86,13 @@ def test_the_head_is_no_target_and_never_runs(tiny_model: ModelMaker, architectu
     assert list(run(model, [random_ids(2, 5)])) == linear_names(model)
 
 
-def test_a_head_that_is_asked_for_is_calibrated(tiny_model: ModelMaker) -> None:
+def test_a_head_that_is_asked_for_is_calibrated(tiny_model: Make) -> None:
     found = run(tiny_model("llama"), [random_ids(2, 5)], targets=["lm_head", "q_proj"])
     assert [len(c.absmax) for c in found.values()] == [32, 32, 32]
     assert found["lm_head"].tokens == 10
 
 
-def test_targets_choose_the_layers(tiny_model: ModelMaker) -> None:
+def test_targets_choose_the_layers(tiny_model: Make) -> None:
     model = tiny_model("llama")
     found = run(model, [random_ids(2, 5)], targets=r".*\.0\..*(q|down)_proj")
     assert list(found) == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
@@ -105,7 +102,7 @@ def test_targets_choose_the_layers(tiny_model: ModelMaker) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_half_precision_models_are_kept_in_float32(
-    tiny_model: ModelMaker, dtype: torch.dtype
+    tiny_model: Make, dtype: torch.dtype
 ) -> None:
     model = tiny_model("llama").to(dtype)
     batches = [random_ids(8, 32) for _ in range(3)]
@@ -116,7 +113,7 @@ def test_sums_of_half_precision_models_are_kept_in_float32(
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_peft_normalization_is_the_mean_over_calls_of_the_scaled_inputs(
-    tiny_model: ModelMaker, architecture: str
+    tiny_model: Make, architecture: str
 ) -> None:
     model = tiny_model(architecture)
     batches = [random_ids(1, length) for length in (9, 4, 17)]
@@ -129,7 +126,7 @@ def test_peft_normalization_is_the_mean_over_calls_of_the_scaled_inputs(
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
-def test_fused_experts_are_left_out_by_name(tiny_model: ModelMaker, architecture: str) -> None:
+def test_fused_experts_are_left_out_by_name(tiny_model: Make, architecture: str) -> None:
     model = tiny_model(architecture)
     batches = [random_ids(3, 7), random_ids(2, 12)]
     fused = r"model\.layers\.0\.mlp\.experts\.\w+: 4 experts fused"
@@ -147,7 +144,7 @@ def test_fused_experts_are_left_out_by_name(tiny_model: ModelMaker, architecture
     assert found.left_out.keys() <= dict(model.named_parameters()).keys()
 
 
-def test_chosen_targets_warn_of_nothing_left_out(tiny_model: ModelMaker) -> None:
+def test_chosen_targets_warn_of_nothing_left_out(tiny_model: Make) -> None:
     assert not run(tiny_model("mixtral"), [random_ids(2, 5)], targets=["q_proj"]).left_out
 
 
@@ -173,7 +170,7 @@ def modes(model: nn.Module) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["success", "exception"])
-def test_modes_and_hooks_are_restored(tiny_model: ModelMaker, failing: bool) -> None:
+def test_modes_and_hooks_are_restored(tiny_model: Make, failing: bool) -> None:
     model = tiny_model("llama").train()
     model.model.layers[1].mlp.eval()
     calls = []
@@ -191,14 +188,14 @@ def test_modes_and_hooks_are_restored(tiny_model: ModelMaker, failing: bool) -> 
     assert calls == [2, 1]
 
 
-def test_the_model_runs_in_eval_mode(tiny_model: ModelMaker) -> None:
+def test_the_model_runs_in_eval_mode(tiny_model: Make) -> None:
     model = tiny_model("gpt2", resid_pdrop=0.9, embd_pdrop=0.9)
     batches = [random_ids(2, 9)]
     read = inputs_read(model, batches)
     check(run(model.train(), batches), read, tolerance=1e-5)
 
 
-def test_the_model_is_left_as_it_was(tiny_model: ModelMaker) -> None:
+def test_the_model_is_left_as_it_was(tiny_model: Make) -> None:
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
@@ -210,7 +207,7 @@ def test_the_model_is_left_as_it_was(tiny_model: ModelMaker) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-def test_no_gradient_is_recorded_in_any_mode(tiny_model: ModelMaker, mode: Any) -> None:
+def test_no_gradient_is_recorded_in_any_mode(tiny_model: Make, mode: Any) -> None:
     model, batches = tiny_model("llama"), [random_ids(2, 5)]
     with mode():
         found = run(model, batches)
@@ -218,7 +215,7 @@ def test_no_gradient_is_recorded_in_any_mode(tiny_model: ModelMaker, mode: Any) 
     assert not any(c.matrix.requires_grad or c.matrix.is_inference() for c in found.values())
 
 
-def test_batches_may_be_any_iterable_of_any_mapping(tiny_model: ModelMaker) -> None:
+def test_batches_may_be_any_iterable_of_any_mapping(tiny_model: Make) -> None:
     from transformers import BatchEncoding
 
     model, ids = tiny_model("llama"), random_ids(3, 5)
@@ -233,7 +230,7 @@ def test_batches_may_be_any_iterable_of_any_mapping(tiny_model: ModelMaker) -> N
         check(run(model, batches), read, tolerance=1e-5)
 
 
-def test_calibrations_of_two_halves_merge_to_that_of_the_whole(tiny_model: ModelMaker) -> None:
+def test_calibrations_of_two_halves_merge_to_that_of_the_whole(tiny_model: Make) -> None:
     model, batches = tiny_model("llama"), [random_ids(2, 9), random_ids(5, 4)]
     merged = run(model, batches[:1]).merge(run(model, batches[1:]))
     check(merged, inputs_read(model, batches), tolerance=1e-5)
@@ -249,7 +246,7 @@ def test_progress_is_shown_on_request_and_on_a_terminal_only(
         assert ("calibrating" in capsys.readouterr().err) == (asked and terminal)
 
 
-def test_the_set_says_where_it_comes_from(tiny_model: ModelMaker) -> None:
+def test_the_set_says_where_it_comes_from(tiny_model: Make) -> None:
     model = tiny_model("llama")
     model.name_or_path = "some/model"
     provenance = run(model, [random_ids(2, 5)]).provenance

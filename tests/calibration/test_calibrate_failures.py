@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from raw_inputs import Flat, check, inputs_read, pad, random_ids
 from torch import Tensor, nn
 
@@ -22,8 +23,6 @@ from corda_kernels.errors import (
     OutOfMemoryWarning,
     PaddingWarning,
 )
-
-ModelMaker = Callable[..., nn.Module]
 
 
 def run(model: nn.Module, batches: Iterable[Any], **options: Any) -> CovarianceSet:
@@ -62,7 +61,7 @@ def test_a_malformed_batch_is_named_by_its_number(batch: Any) -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 64, 10**6])
-def test_tokens_that_the_model_does_not_have_are_named(tiny_model: ModelMaker, token: int) -> None:
+def test_tokens_that_the_model_does_not_have_are_named(tiny_model: Make, token: int) -> None:
     ids = random_ids(2, 5)
     spoilt = ids.clone()
     spoilt[1, 2] = token
@@ -79,7 +78,7 @@ def test_tokens_that_the_model_does_not_have_are_named(tiny_model: ModelMaker, t
     ("architecture", "positions"), [("gpt2", 64), ("opt", 24), ("gptj", 24), ("llama", None)]
 )
 def test_sequences_longer_than_a_table_of_positions_are_refused(
-    tiny_model: ModelMaker, architecture: str, positions: int | None
+    tiny_model: Make, architecture: str, positions: int | None
 ) -> None:
     if architecture in ("opt", "gptj"):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,7 +106,7 @@ def test_an_empty_batch_among_others_is_passed_over() -> None:
     assert (found.tokens, found.calls) == (20, 1)  # the others run together
 
 
-def test_padding_without_a_mask_is_warned_about(tiny_model: ModelMaker) -> None:
+def test_padding_without_a_mask_is_warned_about(tiny_model: Make) -> None:
     ids = random_ids(2, 6)
     ids[1, 3:] = 0
     model = tiny_model("llama", pad_token_id=0)
@@ -117,7 +116,7 @@ def test_padding_without_a_mask_is_warned_about(tiny_model: ModelMaker) -> None:
 
 
 def test_nan_is_reported_with_the_layer_and_the_batch_of_its_tokens(
-    tiny_model: ModelMaker,
+    tiny_model: Make,
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -139,7 +138,7 @@ def test_nan_is_reported_with_the_layer_and_the_batch_of_its_tokens(
     ],
 )
 def test_a_nan_weight_is_reported_at_the_first_layer_that_reads_its_output(
-    tiny_model: ModelMaker, nan_in: str, reported: str
+    tiny_model: Make, nan_in: str, reported: str
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -149,7 +148,7 @@ def test_a_nan_weight_is_reported_at_the_first_layer_that_reads_its_output(
     assert (caught.value.layer, caught.value.batch) == (reported, 0)
 
 
-def test_float16_overflow_is_reported(tiny_model: ModelMaker) -> None:
+def test_float16_overflow_is_reported(tiny_model: Make) -> None:
     model = tiny_model("llama").half()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(6e4)
@@ -157,7 +156,7 @@ def test_float16_overflow_is_reported(tiny_model: ModelMaker) -> None:
         run(model, [random_ids(2, 6)])
 
 
-def test_a_model_that_carries_an_adapter_is_refused(tiny_model: ModelMaker) -> None:
+def test_a_model_that_carries_an_adapter_is_refused(tiny_model: Make) -> None:
     model = tiny_model("llama")
     model.peft_config = {"default": None}
     with pytest.raises(CalibrationError, match="carries a PEFT adapter already"):
@@ -172,7 +171,7 @@ def test_a_model_with_layers_of_ours_is_refused(
         run(model, [random_ids(2, 5)])
 
 
-def test_a_function_that_runs_the_model_shows_no_losses(tiny_model: ModelMaker) -> None:
+def test_a_function_that_runs_the_model_shows_no_losses(tiny_model: Make) -> None:
     def run_model() -> None:
         raise AssertionError("refused before the work")
 
@@ -224,7 +223,7 @@ def test_out_of_memory_for_a_single_sequence_says_what_to_do() -> None:
 
 
 def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
-    tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "has_own_memory", lambda device: True)
     model, batches = tiny_model("llama"), [random_ids(2, 9), random_ids(1, 5)]
@@ -253,7 +252,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
         assert covariance.calls == 2  # in full batches again
 
 
-def test_nothing_is_warned_about_on_plain_text(tiny_model: ModelMaker) -> None:
+def test_nothing_is_warned_about_on_plain_text(tiny_model: Make) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = run(tiny_model("llama"), [random_ids(2, 5)])

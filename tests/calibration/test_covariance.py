@@ -17,7 +17,7 @@ from corda_kernels import files
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.calibration.covariance_set import save_pieces
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
-from corda_kernels.errors import ConfigError, CovarianceError, CovarianceFileError, OutputError
+from corda_kernels.errors import CovarianceError, CovarianceFileError, OutputError
 
 FIELDS = ("matrix", "tokens", "calls", "absmax", "outlier_count", "outlier_threshold")
 
@@ -221,13 +221,6 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, kept: float) -> None:
     path.write_bytes(contents[: int(kept * len(contents))])
     with pytest.raises(CovarianceFileError, match="truncated or not a safetensors file"):
         CovarianceSet.load(path)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_not_the_files_fault(tmp_path: Path, device: str) -> None:
-    random_set().save(tmp_path / "c.safetensors")
-    with pytest.raises(ConfigError, match=f"device '{device}'"):
-        CovarianceSet.load(tmp_path / "c.safetensors", device=device)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])

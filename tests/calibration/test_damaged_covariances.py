@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from corda_kernels.errors import (
     CovarianceError,
     CovarianceFileError,
 )
+from corda_kernels.fields import parse_json
 from corda_kernels.files import read_checked
 from corda_kernels.planning import LayerStability, Selection, Stability, select_covariance
 
@@ -47,7 +49,7 @@ def files(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     candidates = [calibrate(model, [batch], **options) for batch in BATCHES]
     chosen = select_covariance(model, candidates, progress=False)
     stability = Stability(4, 0.01, (9, 9), {name: LayerStability(0.9, None) for name in chosen})
-    chosen.provenance.update(stability=stability.to_json(), data={"file": "x"}, domain="x")
+    chosen.provenance.update(stability=asdict(stability), data={"file": "x"}, domain="x")
     chosen.left_out["experts"] = "no linear layer"
     chosen.save(root / "covariances")
     checkpoint = CalibrationCheckpoint(root / "run", every=1)
@@ -149,19 +151,13 @@ def test_a_field_of_a_checkpoint(files: Path, tmp_path: Path, model: nn.Module, 
             assert same(found, expected)
 
 
-def test_a_field_of_a_selection_to_go_on_with(
-    files: Path, tmp_path: Path, model: nn.Module
-) -> None:
-    header, tensors = parts(files / "covariances", COVARIANCES)
-    expected = CovarianceSet.load(files / "covariances")
+def test_a_field_of_a_selection(files: Path) -> None:
+    header, _ = parts(files / "covariances", COVARIANCES)
+    expected = Selection.from_json(header["provenance"]["selection"])
     for path, text in damaged_json(header["provenance"]["selection"]):
-        whole = json.dumps(header | {"provenance": {"selection": "@"}}).replace('"@"', text)
-        seal(tmp_path / "c", COVARIANCES, whole, tensors)
         try:
-            found = select_covariance(
-                model, [expected] * 2, damping=0.01, state=tmp_path / "c", progress=False
-            )
-        except CordaError:
+            found = Selection.from_json(parse_json(text))
+        except (ValueError, CordaError):
             continue
-        assert path.startswith(("scores", "tokens", "domains")), (path, text)
-        assert same(found, expected)
+        assert path.startswith(("scores", "tokens", "domains", "damping")), (path, text)
+        assert found.groups == expected.groups

@@ -139,7 +139,7 @@ def test_ranks_add_up_experts_that_only_some_of_them_reach(
         found = CovarianceSet.load(out / f"routed-{rank}")
         same(found, expected)
         for name, whole in expected.gradients.items():
-            for part in ("matrix", "mean"):
+            for part in ("matrix", "mean", "fisher_trace"):
                 exact = getattr(whole, part)
                 assert (getattr(found.gradients[name], part) - exact).norm() < 1e-5 * exact.norm()
 
@@ -155,7 +155,7 @@ def test_ranks_give_the_gradients_and_the_task_start_of_one_process(
         same(found[0], expected)
         assert list(found[0].gradients) == list(expected.gradients)
         for name, whole in expected.gradients.items():
-            for part in ("matrix", "mean"):
+            for part in ("matrix", "mean", "fisher_trace"):
                 first, *others = (getattr(each.gradients[name], part) for each in found)
                 error = (first - getattr(whole, part)).norm() / getattr(whole, part).norm()
                 assert error < 1e-5, (name, part)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from corda_kernels import CovarianceSet, calibrate, calibrate_blocks
 from corda_kernels.calibration import CalibrationCheckpoint
-from corda_kernels.calibration.needs import covariance_bytes, gradient_sizes
+from corda_kernels.calibration.needs import calibration_needs, covariance_bytes
 from corda_kernels.errors import ConfigError
 from corda_kernels.experts import expert_parameters
 
@@ -104,8 +104,8 @@ def test_every_experts_gradients_are_autograds(kind: str) -> None:
     for name in linears:
         assert distance(found.gradients[name].mean, plain.gradients[name].mean) < 1e-6
         assert distance(found.gradients[name].matrix, plain.gradients[name].matrix) < 1e-6
-    size += sum(gradient_sizes(model, linears).values())
-    assert size == sum(gradient_sizes(model, None, "each").values())
+    size += calibration_needs(model, linears, seq_len=0).gradient_bytes
+    assert size == calibration_needs(model, None, "each", seq_len=0).gradient_bytes
 
 
 def test_block_by_block_they_are_those_of_one_pass() -> None:
@@ -114,8 +114,8 @@ def test_block_by_block_they_are_those_of_one_pass() -> None:
     found = {name: part for block in blocks for name, part in block.gradients.items()}
     assert found.keys() == whole.gradients.keys()
     for name, gradient in found.items():
-        assert distance(gradient.matrix, whole.gradients[name].matrix) < 1e-5, name
-        assert distance(gradient.mean, whole.gradients[name].mean) < 1e-5, name
+        for ours, theirs in zip(gradient.tensors, whole.gradients[name].tensors, strict=True):
+            assert distance(ours, theirs) < 1e-5, name
 
 
 def test_masked_tokens_do_not_count_and_an_expert_without_tokens_has_the_mean(
@@ -151,8 +151,7 @@ def test_a_resumed_run_and_its_file_have_them(tmp_path: Path) -> None:
     loaded = CovarianceSet.load(tmp_path / "resumed")
     assert loaded.gradients.keys() == whole.gradients.keys() >= {*whole}
     for name, gradient in whole.gradients.items():
-        assert torch.equal(loaded.gradients[name].matrix, gradient.matrix), name
-        assert torch.equal(loaded.gradients[name].mean, gradient.mean), name
+        assert all(map(torch.equal, loaded.gradients[name].tensors, gradient.tensors)), name
     with pytest.raises(ConfigError, match=r'give experts="each", or leave .*experts'):
         calibrate(model, batches, **EACH | {"experts": "shared"})
 
@@ -165,8 +164,8 @@ def test_block_by_block_they_are_the_same(kind: str) -> None:
     for block in calibrate_blocks(model, batches, **EACH):
         for name, gradient in block.gradients.items():
             exact = whole.gradients[name]
-            assert distance(gradient.matrix, exact.matrix.double()) < 1e-5, name
-            assert distance(gradient.mean, exact.mean.double()) < 1e-5, name
+            for ours, theirs in zip(gradient.tensors, exact.tensors, strict=True):
+                assert distance(ours, theirs.double()) < 1e-5, name
             seen += 1
     assert seen == len(whole.gradients)
     needed, _ = covariance_bytes(model, None, "each", "both")

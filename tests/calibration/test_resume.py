@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from stages import one_stage
 from torch import Tensor, nn
 
@@ -21,8 +22,6 @@ from corda_kernels.calibration.journal import Journal
 from corda_kernels.errors import CheckpointError, CordaWarning
 
 pytestmark = pytest.mark.slow
-
-ModelMaker = Callable[..., nn.Module]
 
 
 class Killed(BaseException):
@@ -71,7 +70,7 @@ def interrupted(model: nn.Module, batches: list[Tensor], end: int, folder: Path,
 @pytest.mark.parametrize(("architecture", "every"), [("llama", 1), ("gpt2", 20), ("mixtral", 20)])
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_a_resumed_run_gives_the_same_file_wherever_it_was_killed(
-    tiny_model: ModelMaker, tmp_path: Path, architecture: str, every: int
+    tiny_model: Make, tmp_path: Path, architecture: str, every: int
 ) -> None:
     model, batches = tiny_model(architecture), random_batches()
     expected = contents(run(model, batches), tmp_path / "whole")
@@ -86,7 +85,7 @@ def test_a_resumed_run_gives_the_same_file_wherever_it_was_killed(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["resumed", "whole"]
 
 
-def test_what_is_done_is_not_done_again(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_what_is_done_is_not_done_again(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches, 4, tmp_path)
     ran = []
@@ -95,7 +94,7 @@ def test_what_is_done_is_not_done_again(tiny_model: ModelMaker, tmp_path: Path) 
     assert len(ran) == 2
 
 
-def test_a_run_can_be_killed_again_and_again(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_a_run_can_be_killed_again_and_again(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     for end in range(1, 6):
         interrupted(model, batches, end, tmp_path)
@@ -134,7 +133,7 @@ def test_layers_that_part_ways_do_so_after_a_kill_too(
         assert contents(found, tmp_path / "resumed") == expected
 
 
-def test_sums_are_kept_at_token_counts(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_sums_are_kept_at_token_counts(tiny_model: Make, tmp_path: Path) -> None:
     model, batches, kept = tiny_model("llama"), random_batches(8), []
 
     def watched() -> Iterator[Tensor]:
@@ -149,12 +148,12 @@ def test_sums_are_kept_at_token_counts(tiny_model: ModelMaker, tmp_path: Path) -
     assert (tmp_path / "run").exists()
 
 
-def test_by_default_a_short_run_keeps_nothing(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_by_default_a_short_run_keeps_nothing(tiny_model: Make, tmp_path: Path) -> None:
     run(tiny_model("llama"), random_batches(), checkpoint=checkpoint(tmp_path, every=None))
     assert not list(tmp_path.iterdir())
 
 
-def test_without_resume_a_checkpoint_is_overwritten(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_without_resume_a_checkpoint_is_overwritten(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches[::-1], 4, tmp_path)
     fresh = checkpoint(tmp_path, resume=False)
@@ -174,7 +173,7 @@ OTHER: dict[str, Callable[[nn.Module, list[Tensor], dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("what", OTHER)
 def test_the_checkpoint_of_another_run_is_refused_by_what_differs(
-    tiny_model: ModelMaker, tmp_path: Path, what: str
+    tiny_model: Make, tmp_path: Path, what: str
 ) -> None:
     model, batches = tiny_model("llama"), random_batches()
     path = interrupted(model, batches, 4, tmp_path)
@@ -186,23 +185,21 @@ def test_the_checkpoint_of_another_run_is_refused_by_what_differs(
     assert path.read_bytes() == before
 
 
-def test_fewer_batches_than_were_summed_up_are_refused(
-    tiny_model: ModelMaker, tmp_path: Path
-) -> None:
+def test_fewer_batches_than_were_summed_up_are_refused(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches, 4, tmp_path)
     with pytest.raises(CheckpointError, match="differs in data"):
         run(model, batches[:3], checkpoint=checkpoint(tmp_path))
 
 
-def test_more_text_may_follow(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_more_text_may_follow(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches[:4], 4, tmp_path)
     found = run(model, batches, checkpoint=checkpoint(tmp_path))
     assert contents(found, tmp_path / "a") == contents(run(model, batches), tmp_path / "b")
 
 
-def test_a_damaged_checkpoint_is_refused(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     path = interrupted(model, batches, 4, tmp_path)
     whole = path.read_bytes()
@@ -222,7 +219,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_model: ModelMaker, tmp_path: Path)
 
 
 def test_a_full_disk_warns_and_loses_nothing(
-    tiny_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batches = tiny_model("llama"), random_batches()
     expected = contents(run(model, batches), tmp_path / "whole")
@@ -244,7 +241,7 @@ def test_a_full_disk_warns_and_loses_nothing(
 
 
 def test_halves_are_resumed_wherever_they_were_killed(
-    tiny_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batches = tiny_model("llama"), random_batches()
     options: dict[str, Any] = {"rank": 4, "progress": False}
@@ -270,7 +267,7 @@ def test_halves_are_resumed_wherever_they_were_killed(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["resumed", "whole"]
 
 
-def test_halves_do_not_go_on_from_a_whole(tiny_model: ModelMaker, tmp_path: Path) -> None:
+def test_halves_do_not_go_on_from_a_whole(tiny_model: Make, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), random_batches()
     interrupted(model, batches, 4, tmp_path)
     with pytest.raises(CheckpointError, match="differs in stability"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from raw_inputs import check, inputs_read, pad, random_ids
 from torch import Tensor, nn
 
@@ -16,8 +17,6 @@ from corda_kernels.calibration import CalibrationCheckpoint
 from corda_kernels.calibration.batches import token_count, unpadded
 from corda_kernels.calibration.run import CalibrationRun
 from corda_kernels.errors import BatchError, CalibrationError, CheckpointError
-
-ModelMaker = Callable[..., nn.Module]
 
 
 def masked_batches() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -65,7 +64,7 @@ def short_of_memory(model: nn.Module, batches: list[Any], _: Path) -> Covariance
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("way", [one_pass, by_block, resumed, short_of_memory])
 def test_sums_are_of_the_tokens_that_count_in_their_context(
-    tiny_model: ModelMaker, tmp_path: Path, architecture: str, way: Callable[..., CovarianceSet]
+    tiny_model: Make, tmp_path: Path, architecture: str, way: Callable[..., CovarianceSet]
 ) -> None:
     model = tiny_model(architecture)
     batches, sequences = masked_batches()
@@ -76,9 +75,7 @@ def test_sums_are_of_the_tokens_that_count_in_their_context(
     assert sum(map(token_count, batches)) == int(counted.sum())
 
 
-def test_another_mask_is_another_text_to_a_checkpoint(
-    tiny_model: ModelMaker, tmp_path: Path
-) -> None:
+def test_another_mask_is_another_text_to_a_checkpoint(tiny_model: Make, tmp_path: Path) -> None:
     model = tiny_model("llama")
     batches, _ = masked_batches()
     first = CalibrationCheckpoint(tmp_path / "run", every=1)
@@ -117,11 +114,11 @@ def test_a_layer_that_one_length_alone_calls_keeps_the_mask_of_its_tokens() -> N
 @pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.full((2, 3), 0.5), [[1, 1, 1]] * 2])
 def test_another_mask_is_refused_by_the_batch_number(mask: Any) -> None:
     batch = {"input_ids": torch.ones(2, 3).long(), "token_mask": mask}
-    with pytest.raises(BatchError, match=r"batch 7 .* token_mask .* \(2, 3\)"):
+    with pytest.raises(BatchError, match=r"batch 7 .* token_mask (.* \(2, 3\)|other values)"):
         list(unpadded(batch, 7))
 
 
-def test_nothing_counts(tiny_model: ModelMaker) -> None:
+def test_nothing_counts(tiny_model: Make) -> None:
     batch = {"input_ids": random_ids(2, 4), "token_mask": torch.zeros(2, 4)}
     with pytest.raises(CalibrationError, match="no tokens to calibrate on"):
         calibrate(tiny_model("llama"), [batch], progress=False)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Logits
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_text import SMALL
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from corda_kernels import (
@@ -26,8 +26,6 @@ from corda_kernels import (
 from corda_kernels.adapter import adapter_of, read_adapter
 from corda_kernels.init import corda_adapter
 from corda_kernels.planning import Selection
-
-Logits = Callable[[nn.Module], Tensor]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_options_of_init_reach_the_adapter(
     endings = ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj")
     assert list(adapter.layers) == [f"model.layers.{ending}" for ending in endings]
     for layer in adapter.layers.values():
-        assert (layer.trained.rank, layer.scaling, layer.initial) == (6, 1 / 8, None)
+        assert (layer.rank, layer.scaling, layer.initial) == (6, 1 / 8, None)
 
 
 def test_the_published_form_is_an_option(
@@ -90,7 +88,7 @@ def test_the_published_form_is_an_option(
     for layer in adapter.layers.values():
         assert torch.equal(layer.A, layer.initial.A)
         assert torch.equal(layer.B, layer.initial.B)
-        assert (layer.trained.rank, layer.scaling) == (4, 1.0)
+        assert (layer.rank, layer.scaling) == (4, 1.0)
     out = tmp_path / "plain"
     shown = invoke("init", place / "model", out, *data, "--residual", "none")
     loading = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"

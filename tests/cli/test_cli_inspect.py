@@ -12,7 +12,7 @@ from small_text import SMALL
 
 from corda_kernels import CovarianceSet
 from corda_kernels.adapter import read_adapter
-from corda_kernels.report import adapter_report
+from corda_kernels.report.content import adapter_report
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch
 import corda_kernels.cli
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.cli.printing import echo, show
-from corda_kernels.report import Table
+from corda_kernels.report.table import Table
 
 NAME = "l.0\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r"
 

@@ -37,11 +37,9 @@ def test_each_rank_takes_a_gpu_of_its_own(torchrun: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_do_not_share_a_gpu(torchrun: pytest.MonkeyPatch) -> None:
-    shared = "--device cuda:1 puts all 2 ranks of this machine on one GPU: give --device cuda, by"
+    shared = "--device cuda:1 .* gives no rank a GPU of its own: .* give --device cuda"
     with pytest.raises(ConfigError, match=shared):
         options.resolve_device("cuda:1")
-    torchrun.setenv("LOCAL_WORLD_SIZE", "1")
-    assert options.resolve_device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize("rank", [None, "first"])
@@ -52,7 +50,7 @@ def test_another_launcher_than_torchrun_is_pointed_out(
         torchrun.delenv("LOCAL_RANK")
     else:
         torchrun.setenv("LOCAL_RANK", rank)
-    with pytest.raises(ConfigError, match=r"its LOCAL_RANK is .*: start the program with torchrun"):
+    with pytest.raises(ConfigError, match=r"a LOCAL_RANK of .*: start the program with torchrun"):
         options.resolve_device("cuda")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,9 +83,8 @@ def test_large_layers_on_streams_are_what_each_is_alone(
         weights = {str(i): W.cuda(non_blocking=True) * 1 for i, (W, _) in enumerate(made)}
         covariances = {str(i): C.cuda(non_blocking=True) * 1 for i, (_, C) in enumerate(made)}
         found = {}
-        for name, part in co_svd_layers(
-            weights, covariances, rank=8, which=which, damping=0.01, memory_limit=1 << 30
-        ):
+        options: dict[str, Any] = {"rank": 8, "which": which, "damping": 0.01}
+        for name, part in co_svd_layers(weights, covariances, **options):
             torch.cuda._sleep(20_000_000)  # results that are read later than the next are made
             found[name] = part.U * 1
             del part

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from kinds import Make
 from torch import Tensor, nn
 
 from corda_kernels import CordaConfig, CovarianceSet, calibrate, calibrate_blocks, init_corda
@@ -24,7 +25,6 @@ SIZES = {
     "head_dim": 32,
     "initializer_range": 0.1,
 }
-Maker = Callable[..., nn.Module]
 
 
 def batches(device: str = "cpu") -> list[Tensor]:
@@ -54,7 +54,7 @@ def assert_close(ours: CovarianceSet, others: CovarianceSet, allowed: float) -> 
 
 @pytest.mark.usefixtures("plain_sums")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-def test_covariances_are_those_of_a_cpu(tiny_model: Maker, architecture: str) -> None:
+def test_covariances_are_those_of_a_cpu(tiny_model: Make, architecture: str) -> None:
     sizes = {} if architecture == "gpt2" else SIZES
     model = tiny_model(architecture, **sizes)
     options: dict[str, Any] = {"progress": False, "targets": r"(model|transformer)\..*"}
@@ -64,7 +64,7 @@ def test_covariances_are_those_of_a_cpu(tiny_model: Maker, architecture: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_give_the_covariances_of_one_pass(tiny_model: Maker, dtype: torch.dtype) -> None:
+def test_blocks_give_the_covariances_of_one_pass(tiny_model: Make, dtype: torch.dtype) -> None:
     model = tiny_model("llama", **SIZES).to("cuda", dtype)
     whole = calibrate(model, batches("cuda"), progress=False)
     parts: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def test_blocks_give_the_covariances_of_one_pass(tiny_model: Maker, dtype: torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [{}, {"hold": 8}, {"residual": "weight"}], ids=str)
 def test_an_adapter_leaves_the_outputs_as_they_were(
-    tiny_model: Maker, mode: str, use_peft: bool, dtype: torch.dtype, form: dict[str, Any]
+    tiny_model: Make, mode: str, use_peft: bool, dtype: torch.dtype, form: dict[str, Any]
 ) -> None:
     model = tiny_model("llama", **SIZES).to("cuda", dtype)
     ids = batches("cuda")[0]
@@ -98,14 +98,14 @@ def test_an_adapter_leaves_the_outputs_as_they_were(
     assert float((after - before).norm() / before.norm()) <= allowed
 
 
-def test_layers_of_several_ranks_under_a_budget(tiny_model: Maker) -> None:
+def test_layers_of_several_ranks_under_a_budget(tiny_model: Make) -> None:
     model = tiny_model("llama", **SIZES).cuda()
     config = CordaConfig("kpm", budget="r=8", progress=False)
     adapted = init_corda(model, batches("cuda"), config)
     assert adapted(input_ids=batches("cuda")[0]).logits.isfinite().all()
 
 
-def test_memory_that_runs_out_leads_to_smaller_batches(tiny_model: Maker) -> None:
+def test_memory_that_runs_out_leads_to_smaller_batches(tiny_model: Make) -> None:
     model = tiny_model("llama", **SIZES, max_position_embeddings=512, vocab_size=4096).cuda()
     ids = torch.randint(3, 64, (512, 512), device="cuda")
     total = torch.cuda.get_device_properties(0).total_memory
@@ -121,7 +121,7 @@ def test_memory_that_runs_out_leads_to_smaller_batches(tiny_model: Maker) -> Non
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
-def test_sums_that_do_not_fit_are_made_on_the_host(tiny_model: Maker, blockwise: bool) -> None:
+def test_sums_that_do_not_fit_are_made_on_the_host(tiny_model: Make, blockwise: bool) -> None:
     model = tiny_model("llama", **SIZES | {"intermediate_size": 8192}).cuda()
     ids = torch.randint(3, 64, (2, 64))
     expected = {name: matrix.cpu() for name, matrix in _matrices(model, ids, False).items()}

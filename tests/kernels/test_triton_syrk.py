@@ -103,13 +103,6 @@ def test_several_inputs_of_any_length() -> None:
     check(parts, torch.cat(parts))
 
 
-def test_masked_rows_count_nowhere() -> None:
-    x = torch.randn(90, 45)
-    mask = torch.arange(90) % 3 != 0
-    x[~mask] = torch.nan
-    check(x, x[mask], row_mask=mask)
-
-
 def test_no_rows_change_nothing() -> None:
     check(torch.zeros(0, 33), torch.zeros(0, 33))
 

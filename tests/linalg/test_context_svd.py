@@ -361,18 +361,16 @@ def test_inputs_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("which", ENDS)
-def test_random_numbers_come_from_the_generator_alone(which: str) -> None:
+def test_random_numbers_come_from_the_seed_alone(which: str) -> None:
     W, C = problem("product_to_1e-12", "wide")
 
-    def run(seed: int | None) -> Tensor:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        options = {"rank": RANK, "which": which, "method": "randomized"}
-        return co_svd(W, C, generator=generator, **options).U
+    def run(**seed: int) -> Tensor:
+        return co_svd(W, C, rank=RANK, which=which, method="randomized", **seed).U
 
     state = torch.get_rng_state()
-    assert torch.equal(run(None), run(None))
-    assert torch.equal(run(7), run(7))
-    assert not torch.equal(run(7), run(8))
+    assert torch.equal(run(), run(seed=0))
+    assert torch.equal(run(seed=7), run(seed=7))
+    assert not torch.equal(run(seed=7), run(seed=8))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -431,6 +429,12 @@ def test_auto_goes_by_size(
     assert (float(found.residual) > 0) == iterates
 
 
+class OnMPS(Tensor):
+    """Says that it is on a device without float64."""
+
+    device = torch.device("mps")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -448,6 +452,7 @@ def test_auto_goes_by_size(
         ({"weight": torch.full((5, 8), torch.nan)}, DecompositionError, "weight holds NaN or Inf"),
         ({"weight": torch.full((5, 8), torch.inf)}, DecompositionError, "weight holds NaN or Inf"),
         ({"covariance": torch.full((8, 8), torch.nan)}, DecompositionError, "covariance holds NaN"),
+        ({"weight": torch.ones(5, 8).as_subclass(OnMPS)}, DecompositionError, "move it to the CPU"),
     ],
 )
 def test_what_is_impossible_is_refused(

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from corda_kernels.linalg import krylov
 from corda_kernels.linalg.exact import lower_triangle
-from corda_kernels.linalg.krylov import (
-    Operators,
-    Stop,
-    inverse_of_factors,
-    inverse_of_product,
-    leading_pairs,
-)
+from corda_kernels.linalg.krylov import Stop, leading_pairs
+from corda_kernels.linalg.solves import Operators, inverse_of_factors, inverse_of_product
 
 EPS = torch.finfo(torch.float64).eps
 

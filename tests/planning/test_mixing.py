@@ -164,13 +164,10 @@ def test_drift_is_measured_on_held_out_text() -> None:
     first, second = diagonal(9, 4, 1, 3, 1, 2), diagonal(1, 9, 4, 0.5, 1, 2)
     # On other text the first domain is the second: then nothing speaks for its own covariance.
     chosen = drift_weights(Layers(), [first, second], [second, second], rank=2, progress=False)
-    mixed = mix_covariances(
-        [first, second], "drift", model=Layers(), held_out=[second, second], rank=2
-    )
+    mixed = mix_covariances([first, second], chosen)
     assert mixed.provenance["mixture"]["weights"] == chosen
-    torch.testing.assert_close(
-        mixed["q"].matrix, mix_covariances([first, second], chosen)["q"].matrix
-    )
+    of_q = mix_covariances([first, second], chosen["q"])
+    torch.testing.assert_close(mixed["q"].matrix, of_q["q"].matrix)
 
 
 def test_what_is_refused() -> None:
@@ -183,8 +180,7 @@ def test_what_is_refused() -> None:
         (good, [1, -1], {}, ConfigError, "at least 0"),
         (good, [0, 0], {}, ConfigError, "not all of them 0"),
         (good, [1, math.nan], {}, ConfigError, "need 2 weights"),
-        (good, "best", {}, ConfigError, 'numbers or "drift"'),
-        (good, "drift", {}, ConfigError, "needs the model and held-out"),
+        (good, "drift", {}, ConfigError, "need 2 weights"),
         (good, [1, 1], {"normalize": "peft"}, ConfigError, '"trace" or "tokens"'),
         ([good[0], lacking], [1, 1], {}, CovarianceError, "sets 0 and 1 cover different layers"),
         ([good[0], wide], [1, 1], {}, CovarianceError, "layer q: .* channels"),

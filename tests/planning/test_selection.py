@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,12 +41,6 @@ def select(model: nn.Module, candidates: Any, **options: Any) -> CovarianceSet:
 
 def report(chosen: CovarianceSet) -> Selection:
     return Selection.from_json(chosen.provenance["selection"])
-
-
-def same(found: CovarianceSet, expected: CovarianceSet) -> bool:
-    return list(found) == list(expected) and all(
-        torch.equal(found[name].matrix, expected[name].matrix) for name in expected
-    )
 
 
 @pytest.mark.parametrize("condition", ["ratio", "tight"])
@@ -113,59 +106,6 @@ def test_no_more_than_two_sets_are_in_memory(model: nn.Module, selection: Any) -
     if selection == "argmin":
         gc.collect()
         assert sum(matrix() is not None for matrix in alive) == len(chosen.groups())
-
-
-@pytest.mark.parametrize("selection", ["argmin", "pool"])
-@pytest.mark.parametrize("kind", ["sets", "functions"])
-@pytest.mark.parametrize("stop", [1, 3, ROUNDS])
-def test_it_goes_on_where_it_was_cut_off(
-    model: nn.Module,
-    candidates: list[CovarianceSet],
-    tmp_path: Path,
-    selection: Any,
-    kind: str,
-    stop: int,
-) -> None:
-    state = tmp_path / "state.safetensors"
-    called: list[int] = []
-
-    def give(round_: int) -> CovarianceSet:
-        called.append(round_)
-        if round_ == stop and not state.with_suffix(".off").exists():
-            state.with_suffix(".off").touch()
-            raise KeyboardInterrupt
-        return candidates[round_]
-
-    def entries() -> Iterator[Any]:
-        for round_ in range(ROUNDS):
-            yield (lambda r=round_: give(r)) if kind == "functions" else give(round_)
-
-    uninterrupted = select(model, candidates, selection=selection)
-    if stop < ROUNDS:
-        with pytest.raises(KeyboardInterrupt):
-            select(model, entries(), selection=selection, state=state)
-    else:
-        select(model, entries(), selection=selection, state=state)
-    called.clear()
-    resumed = select(model, entries(), selection=selection, state=state)
-    if kind == "functions":
-        assert called == list(range(stop, ROUNDS))
-    assert same(resumed, uninterrupted)
-    assert resumed.provenance == uninterrupted.provenance
-    assert same(CovarianceSet.load(state), uninterrupted)
-
-
-def test_a_state_of_another_selection_is_refused(
-    model: nn.Module, candidates: list[CovarianceSet], tmp_path: Path
-) -> None:
-    state = tmp_path / "state.safetensors"
-    select(model, candidates[:1], state=state)
-    for change in ({"selection": "pool"}, {"damping": 0.1}, {"condition": "tight"}):
-        with pytest.raises(ConfigError, match="remove the file to start again"):
-            select(model, candidates, state=state, **change)
-    candidates[0].save(state)
-    with pytest.raises(ConfigError, match="no selection to go on with"):
-        select(model, candidates, state=state)
 
 
 def scored(scores: list[float], domains: list[str]) -> Selection:

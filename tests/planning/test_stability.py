@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -244,7 +245,7 @@ def test_the_summary_says_if_it_was_judged_at_another_rank(rank: int | None, say
 def test_json_gives_back_the_same(damping: float | None, ends: list[str]) -> None:
     halves = calibration(30), calibration(50)
     found = subspace_stability(modules(), *halves, rank=4, damping=damping, ends=ends)
-    assert Stability.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert Stability.from_json(json.loads(json.dumps(asdict(found)))) == found
 
 
 def wrong_size(half: CovarianceSet) -> CovarianceSet:

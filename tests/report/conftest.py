@@ -18,18 +18,18 @@ from corda_kernels.adapter import read_adapter, write_adapter
 from corda_kernels.init import corda_adapter
 from corda_kernels.init.measured import sampled_spectrum
 from corda_kernels.planning import Selection, Stability
+from corda_kernels.planning.scores import SCORING_DAMPING
 from corda_kernels.planning.stability import LayerStability
-from corda_kernels.report import (
-    DAMPING,
+from corda_kernels.report.content import (
+    Input,
+    Layer,
     Report,
     adapter_report,
     covariance_report,
-    html_page,
-    measure_inputs,
-    measure_spectra,
     with_covariances,
 )
-from corda_kernels.report.content import Input, Layer
+from corda_kernels.report.measure import measure_inputs, measure_spectra
+from corda_kernels.report.page import html_page
 from corda_kernels.targets import target_linears
 
 pytest.importorskip("matplotlib", reason="the report's figures need matplotlib")
@@ -122,7 +122,7 @@ def reports(
     covariances = CovarianceSet.load(run / "covariances.safetensors")
     inputs = measure_inputs(covariances, progress=False)
     modules = target_linears(calibrated()[0])
-    spectra = measure_spectra(modules, covariances, damping=DAMPING, progress=False)
+    spectra = measure_spectra(modules, covariances, damping=SCORING_DAMPING, progress=False)
     found = {
         name: adapter_report(name, read_adapter(run / name))
         for name in ("ipm", "kpm", "pool", "published", "old")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from kinds import Calibrated
+from torch import Tensor
 
 from corda_kernels import CovarianceSet
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.linalg import singular_values
-from corda_kernels.report import measure, measure_inputs, measure_spectra
+from corda_kernels.report import measure
+from corda_kernels.report.measure import measure_inputs, measure_spectra
 from corda_kernels.targets import target_linears
-
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 
 
 def covariance(eigenvalues: Tensor) -> Covariance:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from corda_kernels.errors import MissingExtraError
-from corda_kernels.report import Report, html_page, page, write_page
-from corda_kernels.report.content import Layer
+from corda_kernels.report import page
+from corda_kernels.report.content import Layer, Report
 from corda_kernels.report.figures import power_of_ten
+from corda_kernels.report.page import html_page, write_page
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "use", "path", "rect", "image", "stop"}
 SECTIONS = {

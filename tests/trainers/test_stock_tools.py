@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Logits
 from pairs import pairs
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from corda_kernels import CordaConfig, CovarianceSet, export_lora, init_corda, save_adapter
+from corda_kernels import CordaConfig, export_lora, init_corda, save_adapter
 from corda_kernels.linears import linear_weight
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Logits = Callable[[nn.Module], Tensor]
 Train = Callable[..., nn.Module]
 
 FAMILIES = ["llama", "gpt2", "gemma2", "qwen3", "mistral"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from kinds import Calibrated
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -27,7 +28,7 @@ from trl import (
     SFTTrainer,
 )
 
-from corda_kernels import CordaConfig, CovarianceSet, init_corda
+from corda_kernels import CordaConfig, init_corda
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,6 @@ pytestmark = [
 ]
 
 MODES = ["ipm", "kpm"]
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
 Adapt = Callable[..., nn.Module]
 
 

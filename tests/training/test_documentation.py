@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from corda_kernels.training import drift_penalty
+from corda_kernels import DriftPenalty
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -28,6 +28,6 @@ def test_the_page_runs(
     scope: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), scope)
-    assert drift_penalty(scope["model"], scope["covariances"]) > 0
+    assert DriftPenalty(scope["model"], scope["covariances"])() > 0
     assert 4 < scope["ranks"].average_rank < 16
     assert scope["output"].shape[0] == 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Make
 from pairs import pairs
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -24,10 +25,6 @@ from corda_kernels.adapter import LayerAdapter, adapter_of
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, ConfigError, CovarianceError
 from corda_kernels.linears import linear_weight
-from corda_kernels.training import compactness_penalty, drift_penalty
-
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
 
 RANK = 16
 SOME = ["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj"]
@@ -106,7 +103,7 @@ def test_drift_is_the_mean_squared_change_of_the_outputs(
     assert expected > 1e-2
     assert penalty().item() == pytest.approx(expected, rel=1e-5)
     assert set(penalty.layers) == set(covariances)
-    assert drift_penalty(model, covariances).item() == penalty().item()
+    assert DriftPenalty(model, covariances)().item() == penalty().item()
     before = penalty().item()
     train(model, 1)
     assert penalty().item() == pytest.approx(drift(model, covariances), rel=1e-5)
@@ -120,7 +117,7 @@ def test_drift_and_its_gradient_are_nothing_at_the_start(
 ) -> None:
     start = calibrated()
     model = adapt(start, use_peft=use_peft, **form)
-    value = drift_penalty(model, start[1])
+    value = DriftPenalty(model, start[1])()
     value.backward()
     assert value.item() == 0
     assert len(trained(model)) == 28
@@ -138,7 +135,7 @@ def test_a_small_change_does_not_drown_in_rounding(
             parameter.add_(1e-5 * parameter.abs().mean() * torch.randn_like(parameter))
     expected = drift(model, start[1])
     assert 0 < expected < 1e-6
-    assert drift_penalty(model, start[1]).item() == pytest.approx(expected, rel=1e-3)
+    assert DriftPenalty(model, start[1])().item() == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
@@ -165,14 +162,14 @@ def test_drift_is_measured_on_what_was_calibrated(
     with torch.no_grad():
         plain(input_ids=batches[0])
     assert len(found) == 14
-    assert drift_penalty(model, covariances).item() == pytest.approx(sum(found.values()), rel=1e-4)
+    assert DriftPenalty(model, covariances)().item() == pytest.approx(sum(found.values()), rel=1e-4)
 
 
 def test_drift_of_a_plain_lora_counts_from_the_base(
     plain_lora: Callable[..., tuple[Any, CovarianceSet]], train: Make
 ) -> None:
     model, covariances = plain_lora()
-    assert drift_penalty(model, covariances).item() == 0
+    assert DriftPenalty(model, covariances)().item() == 0
     train(model)
     expected = 0.0
     for name, covariance in covariances.items():
@@ -180,7 +177,7 @@ def test_drift_of_a_plain_lora_counts_from_the_base(
         A, B = (getattr(lora, key)["default"].weight.detach() for key in ("lora_A", "lora_B"))
         delta = 2 * B.double() @ A.double()
         expected += float((delta @ covariance.matrix.double() @ delta.T).trace())
-    assert drift_penalty(model, covariances).item() == pytest.approx(expected, rel=1e-5)
+    assert DriftPenalty(model, covariances)().item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -197,7 +194,7 @@ def test_compactness_is_at_the_start_what_the_adapter_holds_of_the_spectrum(
     # k_proj has no more components; the base is then left without any.
     options = {"mode": "kpm", "rank": RANK, "residual": "weight"}
     model = adapt((plain, covariances), use_peft=use_peft, **options)
-    assert compactness_penalty(model, covariances).item() == pytest.approx(expected, rel=1e-5)
+    assert CompactnessPenalty(model, covariances)().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_compactness_bounds_the_nuclear_norm(
@@ -347,13 +344,13 @@ def test_a_covariance_of_another_size_is_refused(calibrated: Calibrated, adapt: 
     name, other = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
     wrong: dict[str, Covariance] = dict(start[1]) | {name: start[1][other]}
     with pytest.raises(CovarianceError, match=rf"layer {name} has 48 inputs, .* 32 channels"):
-        drift_penalty(model, CovarianceSet(wrong))
+        DriftPenalty(model, CovarianceSet(wrong))()
 
 
 def test_compactness_of_an_ipm_adapter_is_refused(calibrated: Calibrated, adapt: Make) -> None:
     start = calibrated()
     with pytest.raises(ConfigError, match="says nothing in IPM"):
-        compactness_penalty(adapt(start, mode="ipm", residual="weight"), start[1])
+        CompactnessPenalty(adapt(start, mode="ipm", residual="weight"), start[1])()
 
 
 def test_compactness_of_a_plain_lora_is_refused(
@@ -362,7 +359,7 @@ def test_compactness_of_a_plain_lora_is_refused(
     start = calibrated()
     for model, covariances in (plain_lora(), (adapt(start, mode="kpm"), start[1])):
         with pytest.raises(AdapterError, match='make the adapter with residual="weight", or use d'):
-            compactness_penalty(model, covariances)
+            CompactnessPenalty(model, covariances)()
 
 
 @pytest.mark.parametrize(
@@ -377,7 +374,7 @@ def test_a_lora_that_is_not_plain_is_refused(
     plain_lora: Callable[..., tuple[Any, CovarianceSet]], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AdapterError, match=message):
-        drift_penalty(*plain_lora(**options))
+        DriftPenalty(*plain_lora(**options))()
 
 
 def test_several_active_adapters_are_refused(
@@ -389,13 +386,13 @@ def test_several_active_adapters_are_refused(
     with pytest.raises(
         AdapterError, match=r"default \(LoraConfig\), other \(LoraConfig\): activate one"
     ):
-        drift_penalty(model, covariances)
+        DriftPenalty(model, covariances)()
 
 
 def test_models_without_a_lora_are_refused(calibrated: Calibrated) -> None:
     model, covariances = calibrated()
     with pytest.raises(AdapterError, match="carries no adapter"):
-        drift_penalty(model, covariances)
+        DriftPenalty(model, covariances)()
     tuned = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     with pytest.raises(AdapterError, match=r"default \(PrefixTuningConfig\): activate one LoRA"):
-        drift_penalty(tuned, covariances)
+        DriftPenalty(tuned, covariances)()

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Calibrated, Make
 from pairs import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from corda_kernels import CovarianceSet, RankSchedule, save_adapter
+from corda_kernels import RankSchedule, save_adapter
 from corda_kernels.adapter import LayerAdapter, live_adapter
 from corda_kernels.errors import AdapterError, ConfigError
 
 pytestmark = pytest.mark.slow
 
-Calibrated = Callable[..., tuple[nn.Module, CovarianceSet]]
-Make = Callable[..., nn.Module]
 
 PROMPT = torch.tensor([[5, 9, 33, 17], [40, 8, 21, 50]])
 STEPS = 6
@@ -131,7 +130,7 @@ def test_a_component_is_its_two_rows_of_the_lora(
     rows = torch.cat([components, components + 4])
     for name, layer in live_adapter(model).layers.items():
         lora = model.get_base_model().get_submodule(name)
-        assert layer.trained.rank == 8
+        assert layer.rank == 8
         lora.lora_A["default"].weight = nn.Parameter(layer.A[rows].detach())
         lora.lora_B["default"].weight = nn.Parameter(layer.B[:, rows].detach())
     expected = generate(model)
@@ -182,7 +181,7 @@ def test_each_step_has_its_rank_and_the_cache_keeps_earlier_ones(
 
 def test_ranks_differ_by_layer_and_are_averaged(calibrated: Calibrated, adapt: Make) -> None:
     model = adapt(calibrated(), mode="kpm", budget="r=4", rank_multiple=2)
-    full = [layer.trained.rank // 2 for layer in live_adapter(model).layers.values()]
+    full = [layer.rank // 2 for layer in live_adapter(model).layers.values()]
     assert len(set(full)) > 1
     _, ranks = scheduled(model, HALF)
     assert ranks.average_rank == pytest.approx(sum(full) / len(full) / 2)
