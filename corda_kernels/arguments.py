@@ -154,10 +154,10 @@ def real_tensor(name: str, value: object, error: Error) -> None:
         raise error(f"{name} must be a tensor, got a value of type {kind}: see torch.as_tensor")
     # Numbers of eight bits mean nothing without the scales that are kept beside them.
     if not value.is_floating_point() or value.itemsize < 2:
-        raise error(f"{name} must hold real floating numbers, got {value.dtype}: convert it")
+        raise error(f"{name} must have a floating dtype, got {value.dtype}: convert it")
     if not holds_numbers(value):
         found = f"{value.layout} on {value.device}"
-        raise error(f"{name} must be a dense tensor with its numbers at hand, got {found}")
+        raise error(f"{name} must be a dense tensor that holds its values, got {found}")
 
 
 def readable_path(value: object, error: Error) -> Path:

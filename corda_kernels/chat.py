@@ -126,9 +126,9 @@ def laid_out(
         end = len(ended) if whole.startswith(ended) else _end(whole, start, ended, message)
         if end is None or start < len(before):
             raise DataError(
-                f"{where}: the chat template shows turn {turn} (counted from 0) otherwise than it "
-                "does alone, so that the answer cannot be told from the rest: take a template with "
-                "{% generation %} marks, or give each answer as a conversation of its own"
+                f"{where}: the chat template changes turn {turn} (counted from 0) when other turns "
+                "follow, so that the answer cannot be located: take a template with {% generation "
+                "%} marks, or give each answer as a conversation of its own"
             )
         spans.append((start, end))
     return whole, spans

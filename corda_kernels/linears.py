@@ -165,6 +165,28 @@ def linear_shape(module: nn.Module, name: str = "") -> tuple[int, int]:
     return outputs, inputs
 
 
+def plain_layer(weight: Tensor) -> nn.Linear:
+    """A frozen linear layer without a bias that holds this weight (out, in), and no copy of it."""
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return layer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or all of one that is sharded over ranks (a DTensor), every one of which has to
+    call this."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def whole_layer(module: nn.Module) -> nn.Module:
+    """The layer, or one that holds all of its weight where that is sharded; see `whole`."""
+    if not hasattr(getattr(module, "weight", None), "full_tensor"):
+        return module
+    return plain_layer(whole(linear_weight(module).detach()))
+
+
 class LinearWeights(Mapping[str, Tensor]):
     """The weights of linear layers by name, (out, in) each; a quantised one as often as it is asked
     for, so that not all of them are unpacked at a time."""

@@ -190,6 +190,32 @@ def _part(owner: object, find: str) -> object:
         return None
 
 
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP2 has sharded over ranks, by its class's name as above."""
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model over ranks, all of which have to run together.
+
+    Raises:
+        ModelError: it is sharded in another way.
+    """
+    found = bool(fsdp_modules(model))
+    for name, parameter in model.named_parameters():
+        placements = getattr(parameter, "placements", ())
+        if len(placements) and (not found or sum(not p.is_replicate() for p in placements) > 1):
+            raise ModelError(
+                f"{name} is sharded by other means than FSDP2 alone, such as tensor parallelism, "
+                "where no rank sees whole inputs: load the model without a tp_plan"
+            )
+    return found
+
+
 def check_unwrapped(model: nn.Module) -> None:
     """Refuses a model inside torch.compile's or a parallel wrapper.
 

@@ -26,7 +26,7 @@ REFUSALS = {
     "b": "lies outside of its blocks: leave that out of the targets",
     "c": "block by block, because something happens to the hidden states between its blocks",
     "d": "block by block, because its blocks change the shape of what they read",
-    "e": "needs is known for token ids alone",
+    "e": "is known only for models of token ids",
     "f": "does not run without its weights",
     "g": "no linear layer matches targets 'all-linear'",
     "h": "by itself: give sequences of such a length",
@@ -499,14 +499,14 @@ FAMILIES: list[Family] = [
 
 def page_table() -> str:
     """The table in Markdown."""
-    columns = ("start, step, save, load, export, merge", "block by block", "plan")
+    columns = ("adapter", "block by block", "plan")
     rows = ["| model type | class | " + " | ".join(columns) + " |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         marks = (family.refused.get(column, "✓") for column in (ADAPTER, BLOCKS, PLAN))
         rows.append(f"| {family.kind} | {family.model} | {' | '.join(marks)} |")
     said = {mark for family in FAMILIES for mark in family.refused.values()}
     reasons = [f"- {mark}: “… {REFUSALS[mark]} …”" for mark in sorted(said)]
-    return "\n".join([*rows, "", "What a letter's refusal says:", "", *reasons]) + "\n"
+    return "\n".join([*rows, "", "The errors say:", "", *reasons]) + "\n"
 
 
 def page(old: str) -> str:

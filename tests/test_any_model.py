@@ -439,7 +439,9 @@ def test_what_calibrating_needs_is_known_for_token_ids() -> None:
     needs = calibration_needs(pair.eval(), seq_len=4)
     assert needs.obstacle == "the model is an encoder–decoder"
     assert {name for _, names in needs.groups for name in names} == target_linears(pair).keys()
-    with pytest.raises(ModelError, match="known for token ids alone, and it takes pixel_values"):
+    with pytest.raises(
+        ModelError, match="known only for models of token ids, and ViTModel takes pixel"
+    ):
         calibration_needs(image.eval())
 
 

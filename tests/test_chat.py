@@ -95,7 +95,7 @@ def test_answers_are_found_in_templates_of_many_kinds(template: str, expected: s
 
 
 def test_a_template_that_shows_a_turn_otherwise_later_is_refused() -> None:
-    with pytest.raises(DataError, match=r"record 0 .* shows turn 1 .* a conversation of its own"):
+    with pytest.raises(DataError, match=r"record 0 .* changes turn 1 .* a conversation of its own"):
         answers(records("messages")[:1], SHIFTING)
 
 

@@ -286,7 +286,7 @@ def test_an_option_that_is_not_allowed_is_refused(options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("options", [{"hold": 2}, {"use_dora": True}])
 def test_the_published_form_has_neither_hold_nor_dora(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is the published form: it has a scale of its own"):
+    with pytest.raises(ConfigError, match="goes with neither hold, use_dora nor"):
         config(residual="weight", **options)
 
 

@@ -50,7 +50,7 @@ def test_an_option_of_loraconfig_without_a_place_is_refused_with_the_reason(opti
     value, reason = REFUSED[option]
     assert option in LoraConfig.__dataclass_fields__
     with pytest.raises(
-        ConfigError, match=rf"^{option} of PEFT's LoraConfig has no place here: {reason}$"
+        ConfigError, match=rf"^{option} of PEFT's LoraConfig is not an option here: {reason}$"
     ):
         CordaConfig("ipm", **{option: value})
     with pytest.raises(ConfigError, match=f"^{option} of"):
@@ -72,11 +72,11 @@ def test_an_option_that_nobody_has_is_refused_as_python_does() -> None:
         ({"residual": "pair"}, "residual must be None or \"weight\", got 'pair'"),
         (
             {"residual": "weight", "hold": 8},
-            'residual="weight" is the published form: it has a scale',
+            'residual="weight" goes with neither hold, use_dora nor lora_dropout',
         ),
         (
             {"residual": "weight", "use_dora": True},
-            "no DoRA, and dropout would drop pretrained weight: leave residual at None",
+            "nor lora_dropout, which would drop pretrained weight: leave residual at None",
         ),
         ({"hold": 0}, "hold must be positive and finite"),
     ],
@@ -235,5 +235,5 @@ def test_a_dropout_that_is_none_is_refused(dropout: Any) -> None:
 
 
 def test_the_published_form_takes_no_dropout() -> None:
-    with pytest.raises(ConfigError, match="dropout would drop pretrained weight"):
+    with pytest.raises(ConfigError, match="lora_dropout, which would drop pretrained weight"):
         CordaConfig("ipm", residual="weight", lora_dropout=0.1)

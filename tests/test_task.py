@@ -227,11 +227,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"budget": "r=4"}, "give a rank instead"),
     "hold": ({"hold": 8}, "hold at 1"),
     "residual": ({"residual": "weight"}, "residual at None"),
-    "labels": ({"labels": "sampled"}, "0 but for noise"),
+    "labels": ({"labels": "sampled"}, "is only noise"),
     "stability": ({"stability": True}, "leave stability off"),
     "candidates": ({"candidates": 2}, "leave candidates at 1"),
     "experts": ({"experts": "shared"}, 'give experts="each"'),
-    "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is of mode "task"'),
+    "frozen": ({"mode": "kpm", "freeze_a": True}, 'freeze_a is for mode "task"'),
     "two sides, budget": ({"mode": "ipm", "sides": "both", "budget": "r=4"}, "give a rank"),
     "sides": ({"sides": "outputs", "mode": "kpm"}, "sides"),
 }
@@ -256,12 +256,12 @@ def test_what_does_not_go_is_refused_before_the_work(
     cases: list[tuple[Any, Any, Any, type[CordaError], str]] = [
         (plain, config(), None, CovarianceError, r"no gradient for layer model\..*labels=.given"),
         (plain, config("kpm", sides="both"), None, CovarianceError, "labels=.sampled"),
-        (both[1], config(), None, CovarianceError, "sampled labels, and.*given"),
-        (both[0], config("kpm", sides="both"), None, CovarianceError, "given labels, and.*sampled"),
+        (both[1], config(), None, CovarianceError, "sampled labels, but.*given"),
+        (both[0], config("kpm", sides="both"), None, CovarianceError, "given labels, but.*sampled"),
         (task, config("kpm"), knowledge, ConfigError, "leave keep out"),
         (task, config(), CovarianceSet({}), CovarianceError, "no covariance for layer .* in keep"),
         (CovarianceSet({}), config(), both[1], CovarianceError, "no covariance for .* in data"),
-        (part(both[0], 0), config(), part(both[1], 1), CovarianceError, "of different layers"),
+        (part(both[0], 0), config(), part(both[1], 1), CovarianceError, "no layer in common"),
     ]
     for data, chosen, keep, error, says in cases:
         with pytest.raises(error, match=says):

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_kernels.adapter import folder, record
+from corda_kernels.adapter.base import sampled, target_modules
 from corda_kernels.adapter.experts import expert_shape, peft_layout, wrapped_layers
 from corda_kernels.adapter.factors import AdapterFactors, LayerAdapter
 from corda_kernels.adapter.linear import CordaLinear
@@ -114,7 +115,7 @@ def _described(base_model: nn.Module, lora: Lora) -> tuple[dict[str, Any], set[s
             f"({min(named - adapted, default='none')}): load it with PEFT if you trust it"
         )
     unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return config | unset | {"target_modules": record.target_modules(base_model, linear)}, adapted
+    return config | unset | {"target_modules": target_modules(base_model, linear)}, adapted
 
 
 def attach(
@@ -213,7 +214,7 @@ def _on_base(
                 f"{name} of this model is {found}, but the adapter is for {expected}: load {base} "
                 "without another adapter"
             )
-    modules = record.sampled(linears, experts)
+    modules = sampled(linears, experts)
     check_at_hand(modules)
     unpack(modules)
     marker, initial = residual_marker(base_model), initial_factors(layers)

@@ -37,7 +37,7 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
     form = "published" if record.residual else "budget" if record.allocation else "plain"
     if record.mode == "task":
         form = "frozen" if record.freeze_a else "task"
-    return _card(record.base["source"], "CorDA adapter", made, form, rank)
+    return render_card(record.base["source"], "CorDA adapter", made, form, rank)
 
 
 def export_card(source: str | None, rank: int, note: str) -> str:
@@ -49,22 +49,21 @@ def export_card(source: str | None, rank: int, note: str) -> str:
         note: how it came about.
     """
     made = f"A plain LoRA of rank {rank} for the untouched base. {note}"
-    return _card(source, "LoRA", made, "export", rank)
+    return render_card(source, "LoRA", made, "export", rank)
 
 
-def model_card(source: str | None, title: str, made: str) -> str:
-    """The card of a whole model.
+def render_card(
+    source: str | None, title: str, made: str, form: str = "model", rank: int = 0
+) -> str:
+    """A card: front matter as the hub reads it, then the text.
 
     Args:
         source: name of the base.
         title: what it is.
         made: how it came about, and what it is for.
+        form: by which the text goes: "model" for a whole one, else of a LoRA.
+        rank: of a LoRA.
     """
-    return _card(source, title, made, "model")
-
-
-def _card(source: str | None, title: str, made: str, form: str, rank: int = 0) -> str:
-    """Front matter as the hub reads it, then the text, which depends on the form."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -90,8 +90,8 @@ def export_lora(
     config, others, layers = _source(source)
     if rank is not None and config.get("use_dora"):
         raise AdapterError(
-            "with DoRA the product of the factors is not all that changes the weight, and cannot "
-            "be cut off alone: export it at its own rank"
+            "DoRA changes the weight by more than B·A, which therefore cannot be truncated: export "
+            "it at its own rank"
         )
     target = folder.check_adapter_folder(out)
     same = not isinstance(source, nn.Module) and target.resolve() == Path(source).resolve()

@@ -18,12 +18,7 @@ from torch import Tensor
 from corda_kernels import fields
 from corda_kernels.adapter.experts import by_expert, parameter_of, peft_key
 from corda_kernels.adapter.factors import LayerAdapter
-from corda_kernels.adapter.record import (
-    NAME_PATTERN,
-    RESIDUAL_OF,
-    factor_key,
-    is_saved,
-)
+from corda_kernels.adapter.record import NAME_PATTERN, RESIDUAL_OF, factor_key, is_saved
 from corda_kernels.arguments import readable_path
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import write_bytes, write_tensors
@@ -131,8 +126,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     for pattern in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
         if not NAME_PATTERN.fullmatch(pattern):
             raise AdapterError(
-                f"a pattern in {file} is {pattern[:60]!r}, and no regular expression is run that "
-                "stands in a file: write the names of the layers there"
+                f"{file} holds the regular expression {pattern[:60]!r}, and expressions from files "
+                "are not run: write the names of the layers there"
             )
     return config
 
@@ -177,8 +172,8 @@ def read_tensors(file: Path, config: Mapping[str, Any], missing: str) -> dict[st
     magnitudes = any("lora_magnitude_vector" in key for key in factors)
     if rank > largest or (factors and magnitudes != bool(config.get("use_dora"))):
         raise AdapterError(
-            f"{file} does not hold what {CONFIG_FILE} tells of, rank {rank} and "
-            f"use_dora={config.get('use_dora')}: {MIXED}"
+            f"{file} does not match {CONFIG_FILE} (rank {rank}, "
+            f"use_dora={config.get('use_dora')}): {MIXED}"
         )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize > 1:
@@ -254,4 +249,6 @@ def check_only_factors(tensors: Mapping[str, Tensor], remedy: str) -> None:
     """
     others = sorted(key for key in tensors if not FACTOR.fullmatch(key))
     if others:
-        raise AdapterError(f"more than the factors of linear layers ({others[0]}): {remedy}")
+        raise AdapterError(
+            f"it holds more than the factors of linear layers ({others[0]}): {remedy}"
+        )

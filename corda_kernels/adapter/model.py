@@ -69,25 +69,23 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
         lacks = fits_residual(config.to_dict()) or residual_marker(base) is not None
     if lacks and not initial:
         raise AdapterError(
-            "the adapter belongs on W − B0 A0, and A0, B0 are missing: attach it with "
-            "load_for_training, which reads them from its folder"
+            "the adapter belongs on the residual W − B0 A0, and A0 and B0 are missing: attach it "
+            "with load_for_training, which reads them from its folder"
         )
     layers: dict[str, LayerAdapter] = {}
     modules: dict[str, nn.Module] = {}
-    for name, module in _adapted(base).items():
+    adapted: dict[str, nn.Module] = wrapped_layers(base)
+    adapted |= {n: m for n, m in base.named_modules() if isinstance(m, CordaLinear)}
+    for name, module in adapted.items():
         if isinstance(module, CordaLinear):
             own = LayerAdapter(module.A, module.B, module.scaling)
         elif active and isinstance(module, LoraLayer) and active in module.lora_A:
             own = _factors(name, module, active)
-            if own.A.ndim == 3 and not variants:
+            if not variants and (own.A.ndim == 3 or active in module.lora_variant):
+                kind = "a parameter of fused experts" if own.A.ndim == 3 else "DoRA or the like"
                 raise AdapterError(
-                    f"{name} is a parameter of fused experts, and only LoRAs of linear layers are "
-                    "read here: make the adapter without experts for this"
-                )
-            if active in module.lora_variant and not variants:
-                raise AdapterError(
-                    f"layer {name} computes more than W x + B A x (DoRA or another variant of "
-                    "LoRA): use a plain LoRA"
+                    f"layer {name} computes more than W x + B A x ({kind}): use a plain LoRA of "
+                    "linear layers"
                 )
         else:
             continue
@@ -98,12 +96,6 @@ def live_adapter(model: nn.Module, *, variants: bool = False) -> LiveAdapter:
             "load_for_training"
         )
     return LiveAdapter(layers, modules, made)
-
-
-def _adapted(base: nn.Module) -> dict[str, nn.Module]:
-    """What an adapter wraps, this package's or PEFT's, by the names of layers and parameters."""
-    found: dict[str, nn.Module] = wrapped_layers(base)
-    return found | {n: m for n, m in base.named_modules() if isinstance(m, CordaLinear)}
 
 
 def _active_config(model: PeftModel) -> LoraConfig:

@@ -30,11 +30,8 @@ from corda_kernels.progress import progress_bar
 from corda_kernels.structure import decoder_blocks, is_encoder_decoder
 
 
-@torch.no_grad()
 def calibrate_blocks(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    **options: Any,
+    model: nn.Module, batches: Iterable[Batch], **options: Any
 ) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
@@ -71,8 +68,7 @@ def calibrate_blocks(
         NonFiniteActivationError: a layer received NaN or Inf; raised when its block is due.
         DistributedError: another rank has ended, or was given something else.
     """
-    run = CalibrationRun(model, **options)
-    return (sets.pop() for sets in _calibrated(run, batches, parts=1))
+    return (sets.pop() for sets in calibrate_block_parts(model, batches, parts=1, **options))
 
 
 @torch.no_grad()
@@ -94,13 +90,7 @@ def calibrate_block_parts(
     Raises:
         CalibrationError: a part has no text; see also `calibrate_blocks`.
     """
-    return _calibrated(CalibrationRun(model, **options), batches, parts)
-
-
-def _calibrated(
-    run: CalibrationRun, batches: Iterable[Batch], parts: int
-) -> Iterator[list[CovarianceSet]]:
-    """See `calibrate_block_parts`; all but the blocks' own passes is done before it returns."""
+    run = CalibrationRun(model, **options)
     if is_encoder_decoder(run.model):
         raise unsuitable("its decoder's blocks read the encoder's states too")
     blocks = decoder_blocks(run.model)
@@ -113,7 +103,7 @@ def _calibrated(
     tokens = [sum(counts[part::parts]) for part in range(parts)]
     if sum(tokens) and not all(tokens):
         raise CalibrationError(
-            f"{parts} parts need text each, but part {tokens.index(0)} has none: give more batches"
+            f"of {parts} parts of the text, part {tokens.index(0)} is empty: give more batches"
         )
     journal, own = run.journal(), (len(counts), text.read.own())
     held = [index for index, readers in enumerate(chosen) if readers]

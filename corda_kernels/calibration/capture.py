@@ -197,8 +197,8 @@ class InputCapture:
         assert pending is not None
         if _version(pending.tensor) > pending.version:
             raise CalibrationError(
-                f"layers {', '.join(sums.modules)} read one tensor, later changed in place in "
-                "between: calibrate each of them in a run of its own, and merge"
+                f"layers {', '.join(sums.modules)} read one tensor, which was changed in place in "
+                "between: calibrate each in a run of its own, and merge the results"
             )
         sums.pending = None
         copies = (sums.matrix.clone(), sums.absmax.clone(), sums.outlier_count.clone())
@@ -214,9 +214,9 @@ class InputCapture:
             return None if self.masks is None else self.masks.kept(name, x)
         if mask.numel() != rows:
             raise CalibrationError(
-                f"layer {name} received {rows} rows, which the mask of tokens that count, "
-                f"{tuple(mask.shape)}, does not fit: run sequences without padding or token_mask, "
-                "or leave the layer out"
+                f"layer {name} received {rows} rows, which do not match the token mask of shape "
+                f"{tuple(mask.shape)}: run sequences without padding or token_mask, or leave the "
+                "layer out"
             )
         self._counted = self._counted.to(x.device)  # once a pass
         return self._counted

@@ -220,16 +220,15 @@ def save_pieces(
     tensors: dict[str, Tensor] = {}
     whole: dict[str, Any] = {"groups": [], "order": [], "left_out": {}}
     read: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-    notes: list[dict[str, Any]] = []
     with temporary_folder(path) as folder:
         # No enumerate: it would hold a piece while the next one is made.
         for piece in pieces:
-            number = len(notes)
-            piece.save(folder / str(number))
-            notes.append(piece.provenance)
+            file = folder / str(len(read))
+            piece.save(file)
             del piece
-            read.append(read_checked(folder / str(number), mapped=True, **_FILE))
-        if len(notes) == 1:
+            read.append(read_checked(file, mapped=True, **_FILE))
+        notes = [header["provenance"] for header, _ in read]
+        if len(read) == 1:
             with atomic_path(path) as temporary:
                 os.replace(folder / "0", temporary)
             return

@@ -4,6 +4,9 @@ Every rank has the whole model and all batches, runs those that are its own, and
 end one reduction adds the sums up, so that every rank holds the covariances of the whole text.
 Before that the ranks compare what they were given: sums of different layers or texts would add up
 without a word.
+
+Ranks over which FSDP2 has sharded the model run all batches in step, for each pass gathers weights
+from all of them. They share the decompositions, for which each gathers the layers that are its own.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from corda_kernels.calibration.gradients import GradientCapture
 from corda_kernels.calibration.packed import pack_symmetric, unpack_symmetric
 from corda_kernels.errors import CalibrationError, ConfigError, DistributedError, first_line
 from corda_kernels.files import digest
-from corda_kernels.linears import linear_shape
+from corda_kernels.linears import linear_shape, whole, whole_layer
+from corda_kernels.structure import is_sharded
 from corda_kernels.versions import library_versions
 
 T = TypeVar("T")
@@ -47,13 +51,15 @@ class Ranks:
     Attributes:
         rank: its number, from 0.
         size: how many there are.
+        in_step: whether all of them run the whole text.
     """
 
     rank: int = 0
     size: int = 1
+    in_step: bool = False
 
     @classmethod
-    def of(cls, distributed: bool) -> Ranks:
+    def of(cls, distributed: bool, *, in_step: bool = False) -> Ranks:
         """The ranks of torch.distributed's default group, or this process alone.
 
         Raises:
@@ -64,14 +70,17 @@ class Ranks:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             remedy = "start the program with torchrun and call init_process_group first"
             raise ConfigError(f"distributed work needs a process group: {remedy}")
-        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), in_step)
 
     def owns(self, number: int) -> bool:
-        """Whether item `number` of a list is this rank's, where ranks take turns."""
-        return number % self.size == self.rank
+        """Whether this rank runs item `number` of a list, where ranks take turns."""
+        return self.in_step or number % self.size == self.rank
 
     def share_layers(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """This rank's part of linear layers, where decompositions cost all ranks about the same."""
+        """This rank's part of linear layers, where decompositions cost all ranks about the same.
+
+        Those of a sharded model hold their whole weights.
+        """
         shapes = {name: linear_shape(module) for name, module in modules.items()}
         costs = {name: math.prod(shape) * max(shape) for name, shape in shapes.items()}
         loads = [0] * self.size
@@ -81,7 +90,12 @@ class Ranks:
             loads[least] += costs[name]
             if least == self.rank:
                 mine.add(name)
-        return {name: module for name, module in modules.items() if name in mine}
+        found = {}
+        for name, module in modules.items():
+            layer = whole_layer(module)  # which all ranks take part in
+            if name in mine:
+                found[name] = layer
+        return found
 
     def gather(self, value: T, step: str) -> list[T]:
         """The value of every rank, in their order. Tensors in it should be on the CPU.
@@ -143,7 +157,7 @@ class Ranks:
             DistributedError: a rank has ended.
             CalibrationError: the device has no memory for a single packed sum.
         """
-        if self.size == 1:
+        if self.size == 1 or self.in_step:
             return
         groups = capture.sums()
         # The number of a layer's sum on each rank; None where it was never called.
@@ -260,6 +274,32 @@ def _peers_needed() -> Iterator[None]:
         raise DistributedError(f"{says}: see what it said, and start all again") from error
 
 
+def check_sharded(model: nn.Module, distributed: bool, asked: Mapping[str, bool]) -> None:
+    """Refuses what cannot be done to a model that FSDP2 has sharded over ranks.
+
+    Args:
+        model: the model.
+        distributed: whether the ranks are to work together.
+        asked: which of such options are asked for, by what messages call them.
+
+    Raises:
+        ConfigError: an option is, or the ranks are not to.
+        ModelError: the model is sharded in another way.
+    """
+    if not is_sharded(model):
+        return
+    if not distributed:
+        raise ConfigError(
+            "FSDP2 has sharded the model, and each of its passes needs all ranks: give every rank "
+            "the same batches and distributed=True"
+        )
+    for name in (name for name, wanted in asked.items() if wanted):
+        raise ConfigError(
+            f"{name} is not possible for a model that FSDP2 has sharded: leave it out, or load the "
+            'whole model (with device_map="auto" where it does not fit on one device)'
+        )
+
+
 def text_given(batches: Iterable[Batch]) -> dict[str, object]:
     """The text; nothing of one that may be read but once, which is compared at its end."""
     return TextSum(batches).given() if isinstance(batches, Sequence | Tensor) else {}
@@ -280,7 +320,7 @@ def layers_given(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> di
     for prefix, module in modules.items():
         for name, tensor in [*module.named_parameters(prefix), *module.named_buffers(prefix)]:
             sizes.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-            for part, values in _plain_parts(tensor.detach()).items():
+            for part, values in _plain_parts(whole(tensor.detach())).items():
                 if values.device.type != "meta":  # offloaded: its values are elsewhere
                     flat = values.reshape(-1)
                     samples[name + part] = flat[:: max(1, math.ceil(flat.numel() / _SAMPLES))]

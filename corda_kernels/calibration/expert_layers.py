@@ -9,6 +9,7 @@ from torch import nn
 from corda_kernels.calibration.covariance import Covariance
 from corda_kernels.calibration.covariance_set import CovarianceSet
 from corda_kernels.experts import ExpertParameter
+from corda_kernels.linears import plain_layer
 
 
 def expert_names(name: str, parameter: ExpertParameter) -> list[str]:
@@ -18,9 +19,7 @@ def expert_names(name: str, parameter: ExpertParameter) -> list[str]:
 
 def expert_layer(parameter: ExpertParameter, expert: int) -> nn.Linear:
     """One expert as a linear layer, whose weight (outputs, inputs) is a view of the parameter."""
-    layer = nn.Linear(parameter.inputs, parameter.outputs, bias=False, device="meta")
-    layer.weight = nn.Parameter(parameter.weight(expert), requires_grad=False)
-    return layer
+    return plain_layer(parameter.weight(expert))
 
 
 def expert_layers(parameters: Mapping[str, ExpertParameter]) -> dict[str, nn.Module]:

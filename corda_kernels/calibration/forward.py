@@ -57,7 +57,9 @@ class Forward:
         # Models with a head of Longformer's choose the tokens of global attention for their base.
         prepared = "global_attention_mask" in structure.arguments(base)
         inside = set(self.targets) <= set(base.modules())
-        self._base = base if inside and not prepared else model
+        # What FSDP2 has sharded it gathers where the outermost module is called.
+        outermost = model in structure.fsdp_modules(model)
+        self._base = base if inside and not prepared and not outermost else model
         self.device = structure.input_device(model)
         self.positions = structure.position_count(model)
         self._vocabulary = structure.vocabulary_size(model)
@@ -175,7 +177,8 @@ class Forward:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block; afterwards every module's mode is as before.
+    """Eval mode without gradients inside the block; afterwards every module's mode is as before,
+    and what FSDP2 has sharded is sharded again.
 
     Quantised weights stay in the layout in which they can be read and trained on.
     """
@@ -187,3 +190,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module in structure.fsdp_modules(model):
+            module.reshard()

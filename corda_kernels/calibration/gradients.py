@@ -43,8 +43,8 @@ def check_model(model: nn.Module) -> None:
     """
     if output_head(model) is None or not callable(getattr(model, "get_input_embeddings", None)):
         raise ModelError(
-            f'{type(model).__name__} is no causal language model of transformers, and sides="both" '
-            'takes gradients of the token losses: load one with its head, or take sides="inputs"'
+            'sides="both" needs a causal language model of transformers with its head, got '
+            f'{type(model).__name__}: load one, or take sides="inputs"'
         )
 
 

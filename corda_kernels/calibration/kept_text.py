@@ -92,7 +92,7 @@ class KeptText:
         """
 
         def step(current: Sequences) -> list[Tensor]:
-            output = self._block(index, current, current.hidden)
+            output = self._block(index, current, current.states[-1])
             kept = current.states if self.run.sides == "both" else []
             return [*kept, output.to(HOST)]
 
@@ -195,7 +195,7 @@ class KeptText:
             self.record()
         for key, group in itertools.groupby(self.sequences, alike):
             smaller = list(group)
-            rows = [len(current.hidden) for current in smaller]
+            rows = [len(current.states[-1]) for current in smaller]
             parts = [torch.split(states, rows) for states in reached[key]]
             for number, current in enumerate(smaller):
                 current.states = [part[number] for part in parts]
@@ -203,7 +203,7 @@ class KeptText:
 
 def alike(sequences: Sequences) -> tuple[int, int]:
     """What sequences of one batch must have in common to run together: their length."""
-    return sequences.batch, sequences.hidden.shape[1]
+    return sequences.batch, sequences.states[-1].shape[1]
 
 
 @dataclass
@@ -227,11 +227,6 @@ class Sequences:
     counted: Tensor | None = None
     states: list[Tensor] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    @property
-    def hidden(self) -> Tensor:
-        """The last of its states."""
-        return self.states[-1]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

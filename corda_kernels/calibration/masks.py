@@ -143,8 +143,8 @@ class RowMasks:
         if call.parts or rows == mask.shape[:1]:  # patches of images, or one row a sequence
             return None
         raise CalibrationError(
-            f"layer {name} received {rows.numel()} rows, which the attention mask of "
-            f"{tuple(mask.shape)} does not fit: run sequences without padding"
+            f"layer {name} received {rows.numel()} rows, which do not match the attention mask of "
+            f"shape {tuple(mask.shape)}: run sequences without padding"
         )
 
     def _numbers(self, mask: Tensor) -> Tensor:

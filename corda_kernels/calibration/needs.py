@@ -113,7 +113,7 @@ def calibration_needs(
     if taken and "input_ids" not in taken:
         kind = type(model).__name__
         raise ModelError(
-            f"what calibrating {kind} needs is known for token ids alone, and it takes "
+            f"what calibration takes is known only for models of token ids, and {kind} takes "
             f"{next(iter(taken))}: calibrate it in one pass, without a memory limit"
         )
     run = CalibrationRun(model, targets, experts)
@@ -251,7 +251,7 @@ def _tried(
             flops = counter.get_total_flops() / max(length, 1)
             return list(zip(channels, groups, strict=True)), outputs, active[-1], flops
     says = f"{type(run.model).__name__} does not run without its weights ({reason})"
-    raise ModelError(f"{says}: plan nothing, and calibrate it with a --memory-limit")
+    raise ModelError(f"{says}: it cannot be planned: calibrate it with a --memory-limit")
 
 
 def _run(run: CalibrationRun, tokens: int, mask: _Mask) -> None:

@@ -141,8 +141,8 @@ def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> Covariance
     """The covariances of what `run_model` lets the model read."""
     if run.sides == "both":
         raise ConfigError(
-            'sides="both" follows the losses of batches, which a function that runs the model does '
-            'not show: give batches, or take sides="inputs"'
+            'sides="both" needs batches to compute losses, not a function that runs the model: '
+            'give batches, or take sides="inputs"'
         )
     if run.distributed or run.checkpoint is not None:
         raise ConfigError(

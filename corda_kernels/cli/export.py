@@ -12,18 +12,29 @@ from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo
 from corda_kernels.errors import ModelError, OutputError
 
-Adapter = Annotated[Path, Argument(metavar="ADAPTER", help="An adapter folder, trained.")]
+Adapter = Annotated[Path, Argument(metavar="ADAPTER", help="The folder of a trained adapter.")]
 
 
 def export(
     adapter: Adapter,
     out: Annotated[Path, Argument(metavar="OUT", help="The LoRA folder to write.")],
     rank: Annotated[
-        int | None, Option(help="Rank to cut the LoRA off at; it has twice its components.")
+        int | None,
+        Option(help="Rank of the exported LoRA, by an SVD of each layer; by default its own."),
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write ADAPTER as a LoRA of one rank and one alpha, for the untouched base."""
+    """Write a trained adapter as a plain LoRA of one rank.
+
+    Serving engines read one rank and one alpha for all layers. OUT has that, fits the untouched
+    base whatever the adapter's form, and may have a smaller --rank. Needs no base model.
+
+    \b
+    Example:
+      corda-kernels export my-adapter my-lora --rank 32
+
+    Prints the rank and, with --rank, the share of the change that the worst layer lost.
+    """
     from corda_kernels.adapter import export_lora
     from corda_kernels.adapter.folder import ADAPTER_FILES
 
@@ -41,7 +52,8 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, Argument(metavar="OUT", help="The model folder to write.")],
     model: Annotated[
-        str | None, Option(help="The base model; by default the one noted in the adapter.")
+        str | None,
+        Option(help="The base: a folder, hub id or GGUF file; by default that named in ADAPTER."),
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
@@ -49,20 +61,28 @@ def merge(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Fold ADAPTER into its base model and write the result with its tokenizer."""
+    """Add a trained adapter to its base model's weights.
+
+    For engines without LoRA. OUT is a model like any other, with its tokenizer, and as large as the
+    base. A quantised base is rejected: export the adapter instead.
+
+    \b
+    Example:
+      corda-kernels merge my-adapter my-model --model MODEL
+    """
     from corda_kernels import adapter as adapters
-    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.card import render_card
     from corda_kernels.adapter.lora import base_name, read_lora
     from corda_kernels.models import MODEL_FILES, save_model
 
     source = model or base_name(read_lora(adapter).config)
     outputs.check_output(out, folder=True)
     if source is None:
-        raise ModelError(f"{adapter} does not say where its base is: say so with --model")
+        raise ModelError(f"{adapter} does not name its base model: give --model")
     if any((out / name).exists() for name in ("adapter_config.json", "corda.json")):
         raise OutputError(
-            f"{out} holds an adapter, which would be loaded on the merged model: choose another "
-            "folder"
+            f"{out} holds an adapter, which transformers would load on top of the merged model: "
+            "choose another folder"
         )
     if Path(source).is_dir() and out.resolve() == Path(source).resolve():
         raise OutputError(f"{out} is the base itself: choose another folder")
@@ -71,12 +91,12 @@ def merge(
     try:
         network = options.load(source, dtype, device, task=task, trust_remote_code=trusted)
     except ModelError as error:
-        remedy = "" if model else "; say where the base is with --model"
+        remedy = "" if model else "; if the base is elsewhere, give --model"
         raise ModelError(f"{error}{remedy}") from error
     size = network.get_memory_footprint(return_buffers=False)
     outputs.check_output(out, folder=True, needed_bytes=size)
     merged: Any = adapters.merge(adapters.load_for_training(network, adapter))
     made = f"{source} with the LoRA of {adapter.resolve().name} folded into its weights."
-    card = model_card(source, "Merged model", made)
+    card = render_card(source, "Merged model", made)
     save_model(merged, out, source=source, card=card, trust_remote_code=trusted)
     echo(f"{out}: a plain model; load it with {type(merged).__name__}.from_pretrained('{out}')")

@@ -27,31 +27,44 @@ def init(
     out: Annotated[Path, Argument(metavar="OUT", help="The adapter folder to write.")],
     mode: Annotated[
         Literal["kpm", "ipm", "task"],
-        Option(help="kpm keeps knowledge, ipm learns a task, task starts from its gradient."),
+        Option(
+            help="kpm: train the smallest components, to keep what the text shows; ipm: the "
+            "largest, to learn it; task: start from the gradient of the text's loss."
+        ),
     ],
     data: options.Data = None,
     keep: Annotated[
         Path | None,
         Option(
-            help="Knowledge to keep, with --mode task: text, or covariances (.safetensors).",
+            help="Text of the knowledge to keep, or its covariance file, with --mode task.",
         ),
     ] = None,
-    keep_field: Annotated[str | None, Option(help="As --field, of --keep.")] = None,
-    keep_template: Annotated[str | None, Option(help="As --template, of --keep.")] = None,
-    cov: Annotated[Path | None, Option(help="Covariance file, instead of --data.")] = None,
+    keep_field: Annotated[str | None, Option(help="Like --field, for --keep.")] = None,
+    keep_template: Annotated[str | None, Option(help="Like --template, for --keep.")] = None,
+    cov: Annotated[Path | None, Option(help="Covariance file, in place of --data.")] = None,
     mix: Annotated[
-        list[str] | None, Option(metavar="FILE=WEIGHT", help="Covariance file to mix; repeatable.")
+        list[str] | None,
+        Option(metavar="FILE=WEIGHT", help="Covariance file to mix; give several."),
     ] = None,
     rank: Annotated[
-        int, Option(help="Components of a layer: half the LoRA's rank, with --mode task all.")
+        int,
+        Option(
+            help="Components of each layer. The LoRA's rank is twice that; with --mode task or "
+            "--residual weight it is the same."
+        ),
     ] = 32,
     budget: Annotated[
         str | None,
-        Option(help="Parameters to share out over the layers: 2500000, 1% of the model, or r=32."),
+        Option(
+            help="Adapter parameters to share out over the layers, in place of --rank: 2500000, 1% "
+            "of the model, or r=32, as many as that rank takes."
+        ),
     ] = None,
-    min_rank: Annotated[int, Option(help="Least rank of a layer under a budget.")] = 0,
-    max_rank: Annotated[int | None, Option(help="Largest rank of a layer under a budget.")] = None,
-    rank_multiple: Annotated[int, Option(help="Divisor of all ranks under a budget.")] = 1,
+    min_rank: Annotated[int, Option(help="Fewest components of a layer under a budget.")] = 0,
+    max_rank: Annotated[
+        int | None, Option(help="Most components of a layer under a budget.")
+    ] = None,
+    rank_multiple: Annotated[int, Option(help="Round ranks down to a multiple of this.")] = 1,
     candidates: options.Candidates = 1,
     selection: options.Selection = "argmin",
     field: options.Field = None,
@@ -65,21 +78,27 @@ def init(
     targets: options.Targets = None,
     experts: options.Experts = None,
     exclude_modules: options.Exclude = None,
-    hold: Annotated[float, Option(help="Strength of the hold on the components, 1 to 16.")] = 1.0,
+    hold: Annotated[
+        float,
+        Option(
+            help="Factor on the initial lengths in the LoRA, from 1 to 16. The larger, the closer "
+            "training stays to the chosen components."
+        ),
+    ] = 1.0,
     residual: Annotated[
-        Literal["none", "weight"], Option(help="weight: the published form, W − BA in the base.")
+        Literal["none", "weight"],
+        Option(help="weight: CorDA's published form, for which the base becomes W − BA."),
     ] = "none",
     sides: options.Sides = "inputs",
     labels: options.Labels = None,
-    freeze_a: Annotated[
-        bool, Option("--freeze-a", help="Train B alone, with --mode task.")
-    ] = False,
+    freeze_a: Annotated[bool, Option("--freeze-a", help="Train only B, with --mode task.")] = False,
     damping: options.Damping = 0.01,
     method: Annotated[
-        Literal["auto", "exact", "randomized"], Option(help="Method of the decomposition.")
+        Literal["auto", "exact", "randomized"],
+        Option(help="exact: a dense SVD; randomized: an iteration; auto: by size."),
     ] = "auto",
     save_base: Annotated[
-        bool, Option("--save-base", help="Also store W − BA, with --residual weight.")
+        bool, Option("--save-base", help="Also write the base W − BA to OUT/base.")
     ] = False,
     overwrite: options.Overwrite = False,
     stability: options.Stability = False,
@@ -90,36 +109,44 @@ def init(
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Make an adapter for MODEL from calibration text, in OUT.
+    """Make an adapter from calibration text.
 
-    The text is a sample of the knowledge to keep (kpm) or of the task to learn (ipm, task). In its
-    place a covariance file can be given (--cov), or several to mix (--mix, once for each).
+    Give a sample of the knowledge to keep (--mode kpm) or of the task to learn (ipm, task), as text
+    (--data), as a covariance file (--cov) or as a mixture of several (--mix).
+
+    \b
+    Examples:
+      corda-kernels init MODEL my-adapter --mode ipm --data my-task.jsonl \\
+          --template 'Question: {question}\\nAnswer: {answer}' --samples 64 --seq-len 512
+      corda-kernels init MODEL my-adapter --mode kpm --cov nq.safetensors --rank 16
+
+    OUT is a folder that PEFT loads on the unchanged base: PeftModel.from_pretrained(base, OUT,
+    is_trainable=True). The adapter starts at zero, so that nothing changes before training.
     """
     from corda_kernels import models
     from corda_kernels.adapter import attach, save_adapter, write_adapter
     from corda_kernels.adapter.attaching import subtract_initial
-    from corda_kernels.adapter.card import model_card
+    from corda_kernels.adapter.card import render_card
     from corda_kernels.adapter.folder import ADAPTER_FILES, check_adapter_folder
     from corda_kernels.init import CordaConfig, check_targets, corda_adapter
     from corda_kernels.report.content import describe_mixture, describe_ranks
 
     given, first, published = context.params, options.first_rank(), residual == "weight"
     if sum(bool(source) for source in (data, cov, mix)) != 1:
-        raise ConfigError("give one of --data, --cov and --mix")
+        raise ConfigError("give exactly one of --data, --cov and --mix")
     layout = (field, template, chat_template, answers_only)
     if data is None and any((*layout, candidates > 1, memory_limit is not None)):
         raise ConfigError(
             "--field, --template, --chat-template, --answers-only, --candidates and --memory-limit "
-            "are of a calibration on --data: leave them out with covariance files, which are read "
-            "whole"
+            "are about text (--data): leave them out with --cov and --mix"
         )
     if save_base and not published:
         raise ConfigError(
-            "--save-base stores the base without the part that --residual weight takes out of it: "
-            "otherwise the adapter sits on MODEL as it is"
+            "--save-base goes with --residual weight, which changes the base: leave it out, since "
+            "this adapter fits MODEL as it is"
         )
     if keep is None and (keep_field or keep_template):
-        raise ConfigError("--keep-field and --keep-template are of --keep: give it, or leave them")
+        raise ConfigError("--keep-field and --keep-template describe --keep: give it too")
     form = "weight" if published else None
     config = options.options_of(CordaConfig, context, residual=form)
     if first:
@@ -181,7 +208,7 @@ def init(
     _report_stability(record, asked=stability and bool(data) and candidates == 1)
     if save_base and made.initial is not None:
         subtract_initial(network, made.initial)
-        card = model_card(
+        card = render_card(
             model,
             "Residual of a CorDA adapter",
             "W − B A of the adapter beside it stands in the adapted layers: by itself it is no "
@@ -224,6 +251,6 @@ def _report_stability(record: AdapterRecord, *, asked: bool) -> None:
         echo(f"calibration: {Stability.from_json(record.stability).summary(record.rank)}")
     elif asked:
         echo(
-            "calibration: whether the text was enough is not known, for it fills one batch: use "
-            "more text or a smaller --batch-size"
+            "calibration: the text fills one batch, which has no halves to compare: use more text "
+            "or a smaller --batch-size"
         )

@@ -20,17 +20,27 @@ if TYPE_CHECKING:
 def inspect(
     file: Annotated[Path, Argument(metavar="FILE", help="A covariance file or an adapter folder.")],
     html: Annotated[
-        Path | None, Option(metavar="PAGE", help="Page with figures to write as well.")
+        Path | None, Option(metavar="PAGE", help="Also write a page with figures to this file.")
     ] = None,
     cov: Annotated[
-        Path | None, Option(help="Covariances of an adapter, to show on its page as well.")
+        Path | None, Option(help="The covariance file that FILE was made from, for the page.")
     ] = None,
     model: Annotated[
-        str | None, Option(help="Model whose spectra of W·C to show on the page as well.")
+        str | None, Option(help="The base model, to put the spectra of W·C on the page.")
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Show, layer by layer, what FILE holds, and whether it came from enough samples."""
+    """Show, layer by layer, what a file or folder holds.
+
+    Of a covariance file: tokens, outliers and condition of every input. Of an adapter: rank and
+    singular values of every layer, and how it was made. Of both: whether there was enough text,
+    where that was judged. Lines below the table explain its columns.
+
+    \b
+    Examples:
+      corda-kernels inspect my-adapter
+      corda-kernels inspect my-adapter --cov nq.safetensors --html my-adapter.html
+    """
     from corda_kernels.adapter import folder
     from corda_kernels.adapter.lora import CONFIG_FILE
     from corda_kernels.calibration import CovarianceSet

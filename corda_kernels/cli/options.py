@@ -51,46 +51,49 @@ def parse_targets(option: CallbackParam, given: str | None) -> str | list[str] |
     return endings
 
 
-Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a hub id or a GGUF file.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="Base model: a folder, hub id or GGUF file.")]
 Data = Annotated[
     str | None,
     Option(
         metavar="FILE|-|NAME:SPLIT",
-        help="Calibration text: a file of text, JSON (lines), CSV or parquet, .gz too; - for "
-        "standard input; or a data set of the hub.",
+        help="Calibration text: a file of text, JSON, JSON lines, CSV or parquet (.gz too, except "
+        "parquet); - for standard input; or a hub data set, such as openai/gsm8k:main:train.",
     ),
 ]
-Field = Annotated[str | None, Option(help="Field that holds the text.")]
+Field = Annotated[str | None, Option(help="Record field that holds the text; by default text.")]
 Template = Annotated[
-    str | None, Option(help=r"Text with fields, such as 'Q: {question}\nA: {answer[0]}'.")
+    str | None, Option(help=r"Text of a record's fields, such as 'Q: {question}\nA: {answer[0]}'.")
 ]
 ChatTemplate = Annotated[
-    bool, Option("--chat-template", help="Lay texts out by the tokenizer's chat template.")
+    bool, Option("--chat-template", help="Lay conversations out by the tokenizer's chat template.")
 ]
 AnswersOnly = Annotated[
     bool,
-    Option("--answers-only", help="Count the assistant's turns alone, the rest as their context."),
+    Option("--answers-only", help="Average over the assistant's turns only; the rest is context."),
 ]
-Samples = Annotated[int, Option(min=1, help="Number of calibration sequences.")]
+Samples = Annotated[int, Option(min=1, help="Number of sequences to calibrate on.")]
 SeqLen = Annotated[int, Option(min=1, help="Number of tokens in each sequence.")]
 BatchSize = Annotated[
     int | None,
-    Option(min=1, help="Sequences in a forward pass; by default of 2048 tokens, on a GPU 8192."),
+    Option(min=1, help="Sequences in a forward pass; by default for 2048 tokens, 8192 on a GPU."),
 ]
-Pack = Annotated[bool, Option(help="Pack texts into full sequences.")]
+Pack = Annotated[
+    bool, Option(help="Join documents and cut them into full sequences, or keep them apart.")
+]
 Targets = Annotated[
     str | None,
     Option(
         callback=parse_targets,
-        help="all-linear, endings by commas, or a regular expression; by default all linear "
-        "layers, of a vision–language model those of its language model.",
+        help="Layers: endings of their names (q_proj,v_proj), a regular expression for whole "
+        "names, or all-linear: all linear layers but output heads, which is the default; of a "
+        "vision–language model the default is those of its language model.",
     ),
 ]
 Task = Annotated[
     str | None,
     Option(
-        help="What MODEL is loaded for, such as causal-lm, seq2seq-lm, sequence-classification or "
-        "feature-extraction; by default what its config names."
+        help="Task to load the model for, such as causal-lm, seq2seq-lm, sequence-classification "
+        "or feature-extraction; by default the one its config names."
     ),
 ]
 Exclude = Annotated[
@@ -100,38 +103,41 @@ Exclude = Annotated[
 Experts = Annotated[
     Literal["shared", "each"] | None,
     Option(
-        help="Fused experts as well: shared: one covariance for the hidden states that a layer's "
-        "experts read; each: one an expert there too. Their down projections have one each."
+        help="Adapt the experts of a mixture too. Their gate and up projections have one "
+        "covariance a layer (shared) or one an expert (each), down projections one an expert."
     ),
 ]
 Candidates = Annotated[
-    int, Option(min=1, help="Samples of the text, each of --samples sequences, to select from.")
+    int, Option(min=1, help="Samples of the text, --samples sequences each, to choose from.")
 ]
 Selection = Annotated[
     Literal["argmin", "pool"],
-    Option(help="argmin: each layer keeps its best candidate; pool: all text counts."),
+    Option(help="Of several --candidates, each layer takes the best (argmin) or all (pool)."),
 ]
 Damping = Annotated[
-    float, Option(help="Share of its mean diagonal that is added to a covariance; 0 for none.")
+    float, Option(help="Share of its mean diagonal added to each covariance's diagonal; 0: none.")
 ]
-Seed = Annotated[int, Option(help="Random seed of the choice of texts and of random starts.")]
+Seed = Annotated[int, Option(help="Random seed of the order of texts and of the decomposition.")]
 Device = Annotated[
-    str, Option(help="cpu, cuda (under torchrun each rank's own) or cuda:1; auto prefers a GPU.")
+    str, Option(help="cpu, cuda (under torchrun one GPU a rank), cuda:1, or auto: a GPU if any.")
 ]
 Dtype = Annotated[
-    str | None, Option(help="float32, bfloat16 or float16; by default the checkpoint's own.")
+    str | None, Option(help="Dtype of the weights, such as bfloat16; by default as stored.")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    Option("--trust-remote-code", help="Run the Python code beside MODEL; read it first."),
+    Option("--trust-remote-code", help="Run Python code that comes with the model; read it first."),
 ]
-Stability = Annotated[bool, Option(help="Judge whether there are enough samples; takes longer.")]
+Stability = Annotated[
+    bool, Option(help="Judge by two halves of the text whether it was enough; takes longer.")
+]
 MemoryLimit = Annotated[
     str | None,
     Option(
         metavar="SIZE",
         callback=parse_size,
-        help="Memory for covariances, such as 8GB; if they take more, the model runs by block.",
+        help="Memory for covariances, such as 8GB; by default no limit. If they need more, the "
+        "text goes through the model block by block.",
     ),
 ]
 Sides = Annotated[
@@ -139,9 +145,12 @@ Sides = Annotated[
 ]
 Labels = Annotated[
     Literal["given", "sampled"] | None,
-    Option(help="given: gradients of the text; sampled: of tokens drawn from the model."),
+    Option(
+        help="Tokens whose loss these gradients are of: the text's own (given) or drawn from the "
+        "model (sampled). By default given; for init in modes kpm and ipm sampled."
+    ),
 ]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace a result that is in OUT already.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing result in OUT.")]
 
 
 # What `token_batches` takes as it is given.

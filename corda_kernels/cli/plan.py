@@ -23,16 +23,30 @@ def plan(
         Option(
             metavar="SIZE",
             callback=options.parse_size,
-            help="Memory of a device, such as 80GB, to show what fits into it.",
+            help="Memory of your device, such as 80GB: show also what fits into it.",
         ),
     ] = None,
-    stability: options.Stability = False,
+    stability: Annotated[
+        bool,
+        Option(help="Count what --stability of init and calibrate takes, three times as much."),
+    ] = False,
     sides: options.Sides = "inputs",
     dtype: options.Dtype = None,
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Show what calibrating MODEL needs, in one pass and block by block; loads no weights."""
+    """Show the memory and FLOPs that calibrating a model takes.
+
+    Reads the model's config, and loads no weights. The table has a column for each way to run: all
+    covariances in one pass; block by block, which holds those of one decoder block at a time; and
+    with --memory also with the other blocks' weights offloaded.
+
+    \b
+    Example:
+      corda-kernels plan meta-llama/Llama-2-7b-hf --samples 256 --memory 80GB
+
+    The last line says with which command to go on.
+    """
     # A text on the command line, bytes once it is parsed.
     limit: Any = memory
     from corda_kernels.calibration.experts import by_parameter

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from corda_kernels.adapter.base import exact_targets
 from corda_kernels.adapter.experts import not_selectable, rewritten_layers
 from corda_kernels.adapter.model import has_adapter, residual_marker
-from corda_kernels.adapter.record import exact_targets
 from corda_kernels.calibration import CovarianceSet
+from corda_kernels.calibration.distributed import check_sharded
 from corda_kernels.calibration.expert_layers import expert_covariances, expert_layers
 from corda_kernels.calibration.needs import covariance_bytes
 from corda_kernels.errors import (
@@ -92,11 +93,13 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
         ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
     """
     if has_adapter(model):
-        raise ModelError("the model carries an adapter: load the base afresh, or merge the adapter")
+        raise ModelError(
+            "the model carries an adapter already: load the base again, or merge the adapter first"
+        )
     if residual_marker(model) is not None:
         raise ModelError(
-            "this model is what an adapter has left of its base (as init --save-base stores it): "
-            "load the untouched base"
+            "this model is the residual of an adapter, as init --save-base writes it: load the "
+            "untouched base"
         )
     check_unwrapped(model)
     asked = config.experts is not None
@@ -127,6 +130,13 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
         left_out[name] = f"it is {outputs} × {inputs}, too small for rank {config.rank}"
     check_unshared(model, modules)
     check_experts(experts, config, use_peft=use_peft)
+    sharded = {
+        'residual="weight"': bool(config.residual),
+        'sides="both"': config.sides == "both",
+        "an adapter of fused experts": bool(experts),
+        "use_peft=False": not use_peft,
+    }
+    check_sharded(model, config.distributed, sharded)
     saved = [*(config.modules_to_save or ()), *classification_heads(model)] if use_peft else []
     _check_saved(model, [*modules, *experts], saved)
     if config.residual == "weight":
@@ -214,8 +224,7 @@ def check_given(
         _check_gradients(layers.each, given["data"], config)
     if len(found) == 2 and not any(all(name in g for g in found.values()) for name in layers.each):
         raise CovarianceError(
-            "data and keep have covariances of different layers, and none of the same: calibrate "
-            "both with the same targets"
+            "data and keep have no layer in common: calibrate both with the same targets"
         )
 
 
@@ -243,9 +252,9 @@ def check_memory(
         needed += block or whole
     if needed > limit:
         raise ConfigError(
-            "the covariances of the text to keep are held beside what else is calibrated: raise "
-            f"the memory limit to {needed} bytes, choose fewer targets, or calibrate that text by "
-            "itself and give its covariances"
+            "the covariances of the text to keep do not fit beside those of data: raise the memory "
+            f"limit to {needed} bytes, choose fewer targets, or calibrate that text by itself and "
+            "give its covariances"
         )
     return limit - kept
 
@@ -277,8 +286,8 @@ def _check_gradients(
         found = covariances.gradients.get(name)
         if name in covariances and found is None:
             raise CovarianceError(
-                f"there is no gradient for layer {name}, and {config.mode!r} with "
-                f'sides="both" builds on it: calibrate(…, sides="both", labels="{config.labels}")'
+                f"there is no gradient for layer {name}, which {config.mode!r} with "
+                f'sides="both" needs: calibrate(…, sides="both", labels="{config.labels}")'
             )
         if found is not None and found.mean.shape != linear_shape(module):
             raise CovarianceError(
@@ -288,7 +297,7 @@ def _check_gradients(
     labels = covariances.provenance.get("labels", config.labels)
     if labels != config.labels:
         raise CovarianceError(
-            f'the gradients are of {labels} labels, and labels="{config.labels}" is asked for: '
+            f'the gradients are of {labels} labels, but labels="{config.labels}" was asked for: '
             f'calibrate(…, sides="both", labels="{config.labels}"), or in another mode than "task" '
             f'CordaConfig(…, labels="{labels}")'
         )
@@ -317,7 +326,7 @@ def warn_rank_deficient(
         )
     warn(
         f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
-        f"singular, for one {name} ({note['tokens']} tokens, {note['channels']} channels): "
+        f"singular, among them {name} ({note['tokens']} tokens, {note['channels']} channels): "
         f"{effect}; use more samples or longer sequences",
         RankDeficientWarning,
     )

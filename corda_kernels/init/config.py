@@ -97,13 +97,11 @@ class CalibrationPlan:
         one_of("labels", self.labels, ("given", "sampled"))
         if self.sides == "both" and self.experts == "shared":
             raise ConfigError(
-                "gradients of fused experts are of the tokens that are routed to each: give "
-                'experts="each"'
+                'sides="both" needs a covariance of each fused expert: give experts="each"'
             )
         if self.sides == "both" and self.candidates > 1:
             raise ConfigError(
-                "candidates are selected by their covariances, and gradients are of one sample: "
-                "leave candidates at 1"
+                'sides="both" takes gradients of one sample of the text: leave candidates at 1'
             )
 
     @property
@@ -199,7 +197,9 @@ class CordaConfig(CalibrationPlan):
     def __new__(cls, *args: Any, **options: Any) -> CordaConfig:
         """Refuses options of LoraConfig that are not passed on, with the reason."""
         for name in options.keys() & _OF_PEFT.keys():
-            raise ConfigError(f"{name} of PEFT's LoraConfig has no place here: {_OF_PEFT[name]}")
+            raise ConfigError(
+                f"{name} of PEFT's LoraConfig is not an option here: {_OF_PEFT[name]}"
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -214,19 +214,19 @@ class CordaConfig(CalibrationPlan):
         if self.mode == "task":
             if self.labels == "sampled" or self.hold != 1 or self.residual is not None:
                 raise ConfigError(
-                    'mode "task" is a plain LoRA at the scale of LoRA\'s own, from the gradient of '
-                    "the task's own labels (that of sampled ones is 0 but for noise): leave labels "
-                    'at "given", hold at 1 and residual at None'
+                    'mode "task" needs the gradient of the text\'s own labels (of sampled ones '
+                    'it is only noise), and has no hold or residual: leave labels at "given", '
+                    "hold at 1 and residual at None"
                 )
         elif self.freeze_a:
             raise ConfigError(
-                f'in mode "{self.mode}" half of the LoRA starts at zero in A, and would never be '
-                'trained: freeze_a is of mode "task"'
+                f'freeze_a is for mode "task": in mode "{self.mode}" half of A starts at zero and '
+                "must be trained"
             )
         if self.sides == "both" and (self.stability or self.budget is not None):
             raise ConfigError(
-                'stability and budgets are of the spectra of W·C, which neither mode "task" nor '
-                'sides="both" decomposes: leave stability off, and give a rank instead of a budget'
+                'stability and budgets need the decomposition of W·C, which mode "task" and '
+                'sides="both" do not make: leave stability off, and give a rank instead of a budget'
             )
         one_of("residual", self.residual, (None, "weight"))
         one_of("method", self.method, ("auto", "exact", "randomized"))
@@ -248,9 +248,8 @@ class CordaConfig(CalibrationPlan):
         real_number("lora_dropout", self.lora_dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
         if self.residual is not None and (self.hold != 1 or self.use_dora or self.lora_dropout):
             raise ConfigError(
-                'residual="weight" is the published form: it has a scale of its own (no hold), is '
-                "no DoRA, and dropout would drop pretrained weight: leave residual at None for "
-                "these"
+                'residual="weight" goes with neither hold, use_dora nor lora_dropout, which would '
+                "drop pretrained weight: leave residual at None for these"
             )
 
     @property

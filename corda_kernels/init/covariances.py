@@ -141,8 +141,8 @@ def _in_blocks(model: nn.Module, plan: CalibrationPlan, parts: int) -> bool:
         return False
     if plan.all_at_once:
         raise ConfigError(
-            "a budget is shared out by the spectra of all layers, which block by block are not at "
-            f"hand at once: raise the memory limit to {needed} bytes, or give a rank instead"
+            "a budget needs the covariances of all layers at once: raise the memory limit to "
+            f"{needed} bytes, or give a rank instead"
         )
     if largest > limit:
         less = ", or judge no stability, which takes a third of it" if sets == 3 else ""

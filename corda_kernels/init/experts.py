@@ -45,13 +45,13 @@ def check_experts(
         reason = "CordaLinear cannot adapt fused experts: use PEFT"
     elif Version(peft.__version__) < _PEFT:
         reason = (
-            f"PEFT {peft.__version__} takes some experts' adapters for others' where a model has "
-            f"several: install PEFT {_PEFT} or newer"
+            f"PEFT {peft.__version__} confuses the adapters of several expert parameters: install "
+            f"PEFT {_PEFT} or newer"
         )
     elif config.freeze_a or config.residual or config.use_dora or config.lora_dropout:
         reason = (
-            'fused experts are adapted without freeze_a, residual="weight", lora_dropout and '
-            "use_dora only: do without these"
+            'freeze_a, residual="weight", lora_dropout and use_dora are not possible for fused '
+            "experts: leave them out"
         )
     for name, parameter in parameters.items():
         remedy = f"leave {name} and the like out by exclude_modules, or experts at None"

@@ -11,7 +11,7 @@ from torch import nn
 
 from corda_kernels.adapter import Adapter, AdapterRecord, attach
 from corda_kernels.adapter.attaching import check_at_hand
-from corda_kernels.adapter.record import describe_base, exact_targets
+from corda_kernels.adapter.base import describe_base, exact_targets
 from corda_kernels.arguments import flag, instance_of
 from corda_kernels.calibration import CovarianceSet
 from corda_kernels.calibration.batches import Batch
@@ -342,10 +342,9 @@ def _shared_out(
         first = next(found for each in multiples if any((found := shared(budget=each)).values()))
         name = max(first, key=first.__getitem__)
         raise RankError(
-            f"a budget of {budget} adapter parameters does not pay for the {first[name]} "
-            f"component(s) of layer {name}, which is first in line and takes "
-            f"{first[name] * prices[name]}: raise the budget, or write it as the rank it would "
-            "hold in all layers (r=8)"
+            f"a budget of {budget} adapter parameters is too small: layer {name} comes first and "
+            f"takes {first[name] * prices[name]} for {first[name]} component(s): raise the budget, "
+            "or write it as the rank it would hold in all layers (r=8)"
         )
     return {"budget": budget, "spent": spent, "condition": config.condition, "ranks": ranks}
 
@@ -358,6 +357,6 @@ def _check_kinds(data: object, config: CordaConfig, keep: object) -> None:
         instance_of("keep", keep, Iterable, CalibrationError, remedy=remedy)
         if config.mode != "task":
             raise ConfigError(
-                f'mode "{config.mode}" is made of one sample, `data`: leave keep out, or take mode '
+                f'mode "{config.mode}" does not use keep, only data: leave keep out, or take mode '
                 '"task"'
             )

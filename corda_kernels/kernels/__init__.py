@@ -337,7 +337,7 @@ def _check_syrk(
 ) -> None:
     for name, array in (("c", c), ("absmax", absmax), ("outlier_count", outlier_count)):
         if array is not None and not holds_numbers(array):
-            raise ConfigError(f"{name} must be a dense array with its numbers at hand")
+            raise ConfigError(f"{name} must be a dense array that holds its values")
     d = c.shape[-1] if c.ndim else 0
     if c.shape != (d, d) or c.dtype not in (torch.float32, torch.float64):
         raise _misfit("c", "(d, d) in float32 or float64", c)

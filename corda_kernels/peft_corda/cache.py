@@ -19,13 +19,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from corda_kernels import adapter, fields
-from corda_kernels.adapter.record import (
-    BASE_FIELDS,
-    LayerNote,
-    base_difference,
-    describe_base,
-    target_modules,
-)
+from corda_kernels.adapter.base import BASE_FIELDS, base_difference, describe_base, target_modules
+from corda_kernels.adapter.record import LayerNote
 from corda_kernels.errors import AdapterError, CacheError, CompatibilityWarning, warn
 from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD

@@ -92,9 +92,9 @@ class Observer:
             # Outside of the handler, for the error holds on to the first sums.
             self.on_host, seen = True, self._tokens
             warn(
-                "memory ran out while run_model ran: it is called again, with covariances that the "
-                f"CPU sums up, which takes longer; if it reads an iterator, {seen} tokens of that "
-                "are used up; memory_limit bounds covariances",
+                "memory ran out in run_model: it is called again with sums on the CPU, which takes "
+                f"longer; if it reads an iterator, {seen} tokens of that are used up; memory_limit "
+                "bounds the memory of covariances",
                 OutOfMemoryWarning,
             )
         if self._tokens < seen:

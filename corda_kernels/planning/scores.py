@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -209,13 +209,11 @@ def layer_spectra(
     small = [
         is_small(part.matrix) and bool(share[names[0]].weight.is_cpu) for part, names in groups
     ]
+    bar: Any = {"description": "scoring", "unit": "inputs", "total": len(groups)}
     shown = progress and ranks.rank == 0
-    bar = progress_bar(description="scoring", unit="layers", shown=shown, total=len(share))
     found: dict[str, LayerSpectrum] = {}
-    with bar:
-        for part in map_layers(scored, groups, small):
-            found.update(part)
-            bar.update(len(part))
+    for part in progress_bar(map_layers(scored, groups, small), shown=shown, **bar):
+        found |= part
     gathered = ranks.gather(found, "spectra")
     return {name: next(part[name] for part in gathered if name in part) for name in modules}
 

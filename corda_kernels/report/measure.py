@@ -25,7 +25,7 @@ _SHIFT = 1e-2
 
 
 @torch.no_grad()
-def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list[dict[str, Any]]:
+def measure_inputs(covariances: CovarianceSet) -> list[dict[str, Any]]:
     """Of every distinct covariance what `measured_input` gives, and its spectrum, as JSON.
 
     Those of single experts, of which there may be thousands, are left out.
@@ -42,8 +42,8 @@ def measure_inputs(covariances: CovarianceSet, *, progress: bool = True) -> list
     own = {name for names in by_parameter(covariances).values() for name in names}
     groups = [(part, names) for part, names in covariances.groups() if names[0] not in own]
     notes = map_layers(_measured, groups, [is_small(part.matrix) for part, _ in groups])
-    bar: dict[str, Any] = {"description": "spectra", "unit": "covariances", "total": len(groups)}
-    found = {note["layers"][0]: note for note in progress_bar(notes, shown=progress, **bar)}
+    bar = progress_bar(notes, description="spectra", unit="covariances", total=len(groups))
+    found = {note["layers"][0]: note for note in bar}
     return [found[names[0]] for _, names in groups]
 
 
@@ -80,11 +80,7 @@ def _measured(group: Group) -> dict[str, Any]:
 
 
 def measure_spectra(
-    modules: Mapping[str, nn.Module],
-    covariances: CovarianceSet,
-    *,
-    damping: float | None,
-    progress: bool = True,
+    modules: Mapping[str, nn.Module], covariances: CovarianceSet, *, damping: float | None
 ) -> dict[str, dict[str, Any]]:
     """Shape, condition of C and whole spectrum of W·C, damped, by layer, as JSON.
 
@@ -97,5 +93,5 @@ def measure_spectra(
         raise CovarianceError(
             "the covariances cover none of the model's layers: give the model that they come from"
         )
-    spectra = layer_spectra(covered, covariances, damping=damping or 0.0, progress=progress)
+    spectra = layer_spectra(covered, covariances, damping=damping or 0.0, progress=True)
     return {name: measured_layer(covered[name], {}, spectra[name], "ratio") for name in spectra}

@@ -211,19 +211,19 @@ class CompactnessPenalty(_Penalty):
         }
         if live.record is None or not initial:
             raise AdapterError(
-                "the compactness penalty is about components that stand in A and B themselves: "
-                'make the adapter with residual="weight", or use drift_penalty'
+                "the compactness penalty needs components that A and B hold themselves: make the "
+                'adapter with residual="weight", or use DriftPenalty'
             )
         if live.record.mode == "ipm":
             raise ConfigError(
-                "the compactness penalty says nothing in IPM, where the adapter holds the largest "
-                "components, so that its bound never exceeds its start: use drift_penalty"
+                "the compactness penalty has no effect in mode ipm, where it never exceeds its "
+                "initial value: use DriftPenalty"
             )
         if live.record.sides == "both":
             raise ConfigError(
                 "the compactness penalty bounds the spectrum of W·C, and this adapter holds "
                 f'components of {live.record.product}: make it with sides="inputs", or use '
-                "drift_penalty"
+                "DriftPenalty"
             )
         super().__init__(live, covariances, live.record.damping or 0.0)
         largest = {

@@ -100,8 +100,8 @@ class RankSchedule:
         # Then only the sum of the components began at 0, not each of them.
         if getattr(config, "init_lora_weights", None) == "orthogonal":
             raise AdapterError(
-                'a part of a LoRA that began with init_lora_weights="orthogonal" changes the base, '
-                "trained or not: a schedule needs another start"
+                'a LoRA that began with init_lora_weights="orthogonal" changes the base if some of '
+                "its rows are left out: a schedule needs another start"
             )
         record = live.record
         smallest_first = record is not None and ENDS[record.mode] == "smallest"

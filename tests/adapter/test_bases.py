@@ -197,9 +197,7 @@ def test_a_residual_gets_no_new_adapter(
     base = stored_residual(calibrated, tmp_path / "residual")
     for residual in (None, "weight"):
         config = CordaConfig("ipm", rank=4, residual=residual, progress=False)
-        with pytest.raises(
-            ModelError, match=r"is what an adapter has left of its base .*untouched"
-        ):
+        with pytest.raises(ModelError, match=r"is the residual of an adapter.*untouched"):
             init_corda(base, calibrated()[1], config)
     # Nor one that was made for the untouched base.
     for use_peft in (True, False):

@@ -118,7 +118,7 @@ def test_an_adapter_of_a_residual_that_stock_peft_loaded_is_refused(
 ) -> None:
     adapt(calibrated(), residual="weight").save_pretrained(tmp_path / "checkpoint")
     stock = PeftModel.from_pretrained(calibrated()[0], tmp_path / "checkpoint")
-    with pytest.raises(AdapterError, match="belongs on W − B0 A0"):
+    with pytest.raises(AdapterError, match="belongs on the residual W − B0 A0"):
         export_lora(stock, tmp_path / "out")
 
 

@@ -105,7 +105,9 @@ def test_a_residual_whose_initial_factors_are_not_at_hand_is_refused(
     base = model.unload()
     for note in ("corda_record", "corda_initial"):
         assert not hasattr(base, note)
-    with pytest.raises(AdapterError, match=r"belongs on W − B0 A0, .* load_for_training"):
+    with pytest.raises(
+        AdapterError, match=r"belongs on the residual W − B0 A0, .* load_for_training"
+    ):
         live_adapter(plain(base))
 
 

@@ -24,7 +24,8 @@ from corda_kernels import (
     save_adapter,
 )
 from corda_kernels.adapter import CordaLinear, LayerAdapter, attach
-from corda_kernels.adapter.record import describe_base, initial_checksum
+from corda_kernels.adapter.base import describe_base
+from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.calibration import Covariance
 from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
 from corda_kernels.init import check_targets, corda_adapter

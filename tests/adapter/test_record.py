@@ -10,13 +10,8 @@ from kinds import Calibrated
 from torch import nn
 
 from corda_kernels.adapter import AdapterRecord
-from corda_kernels.adapter.record import (
-    FORMAT,
-    LayerNote,
-    base_difference,
-    check_base,
-    describe_base,
-)
+from corda_kernels.adapter.base import base_difference, describe_base
+from corda_kernels.adapter.record import FORMAT, LayerNote, check_base
 from corda_kernels.errors import AdapterError
 from corda_kernels.targets import target_linears
 

@@ -130,6 +130,10 @@ def test_what_is_wrong_has_no_speed() -> None:
     assert line == "| SmolLM2-135M, r = 32 | IPM | corda_kernels | – | – | 5.0e-01, wrong |"
     (line,) = (row for row in tables.pipelines(pipeline).splitlines() if "| patch_peft" in row)
     assert line.startswith("| patch_peft | computes something else: no speed | – |")
+    shown = tables.covariances(committed("gpu-covariance")).splitlines()
+    (line,) = (row for row in shown if "1536 bfloat16" in row)
+    assert "| – | 5.3e-05, wrong |" in line
+    assert line.endswith("| – |")
 
 
 def test_all_rows_of_a_table_have_its_columns() -> None:

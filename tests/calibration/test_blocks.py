@@ -340,14 +340,14 @@ def test_regrouped_sequences_keep_their_order(make: Make) -> None:
     def rows() -> dict[Any, Tensor]:
         together: dict[Any, list[Tensor]] = {}
         for current in text.sequences:
-            together.setdefault(alike(current), []).append(current.hidden)
+            together.setdefault(alike(current), []).append(current.states[-1])
         return {key: torch.cat(hidden) for key, hidden in together.items()}
 
     before = rows()
     for most in (3, 2, 1):
         run.max_rows = most
         text._regroup()
-        assert max(len(current.hidden) for current in text.sequences) == most
+        assert max(len(current.states[-1]) for current in text.sequences) == most
         assert all(torch.equal(found, before[key]) for key, found in rows().items())
 
 
@@ -428,7 +428,7 @@ def test_a_batch_that_does_not_fit_the_model_is_named(make: Make) -> None:
 
 
 def test_fewer_batches_than_parts_are_an_error(make: Make) -> None:
-    with pytest.raises(CalibrationError, match="2 parts need text each"):
+    with pytest.raises(CalibrationError, match="of 2 parts of the text, part 1 is empty"):
         stream(make("llama"), random_batches()[:1], parts=2)
 
 

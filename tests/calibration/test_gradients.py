@@ -208,7 +208,7 @@ def test_what_gives_no_gradients_is_refused(tiny_model: Make) -> None:
     for labels, says in ((ids[:, 1:], "shape"), (ids + 64, "label .* tokens are 0 to 63")):
         with pytest.raises(BatchError, match=says):
             calibrate(model, [{"input_ids": ids, "labels": labels}], **BOTH)
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="needs a causal language model"):
         calibrate(model.model, [ids], **BOTH)
     with pytest.raises(ConfigError, match="sides"):
         calibrate(model, [ids], sides="outputs", progress=False)

@@ -56,11 +56,11 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "hold of the published form": (
         (*INIT, *TEXT, "--residual", "weight", "--hold", 8),
-        'residual="weight" is the published form: it has a scale of its own (no hold)',
+        'residual="weight" goes with neither hold, use_dora nor lora_dropout',
     ),
     "a base to store that stays as it is": (
         (*INIT, *TEXT, "--save-base"),
-        "--save-base stores the base without the part that --residual weight takes out of it",
+        "--save-base goes with --residual weight, which changes the base",
     ),
     "damping": ((*INIT, *TEXT, "--damping", -1), "damping must be at least 0 and finite"),
     "dtype": ((*INIT, *TEXT, "--dtype", "int8"), "dtype 'int8' is not one of float32"),
@@ -76,14 +76,14 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/nan", "{tmp}/out.safetensors", *TEXT, *SMALL),
         "layer model.layers.0.self_attn.o_proj received NaN or Inf",
     ),
-    "neither data nor covariances": (INIT, "give one of --data, --cov and --mix"),
+    "neither data nor covariances": (INIT, "give exactly one of --data, --cov and --mix"),
     "data and covariances": (
         (*INIT, *TEXT, "--cov", "{tmp}/c"),
-        "give one of --data, --cov and --mix",
+        "give exactly one of --data, --cov and --mix",
     ),
     "covariances and a mixture": (
         (*INIT, "--cov", "{tmp}/c", "--mix", "{tmp}/c=1"),
-        "give one of --data, --cov and --mix",
+        "give exactly one of --data, --cov and --mix",
     ),
     "a mixture without a weight": (
         (*INIT, "--mix", "{tmp}/c"),
@@ -96,7 +96,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "candidates of covariances": (
         (*INIT, "--cov", "{tmp}/c", "--candidates", 2),
-        "--candidates and --memory-limit are of a calibration on --data: leave them out",
+        "--candidates and --memory-limit are about text (--data): leave them out",
     ),
     "budget": (
         (*INIT, *TEXT, "--budget", "lots"),
@@ -126,11 +126,11 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "memory limit of covariances": (
         (*INIT, "--cov", "{tmp}/c", "--memory-limit", "1GB"),
-        "--memory-limit are of a calibration on --data: leave them out with covariance files",
+        "--memory-limit are about text (--data): leave them out with --cov and --mix",
     ),
     "a budget by block": (
         (*INIT, *TEXT, "--budget", "r=4", "--memory-limit", "1KB"),
-        "a budget is shared out by the spectra of all layers, which block by block are not at hand",
+        "a budget needs the covariances of all layers at once: raise the memory limit to",
     ),
     "rank of the stability": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, *SMALL, "--rank", 0),
@@ -158,7 +158,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "resuming without checkpoints": (
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", 0, "--resume"),
-        "--resume goes on from a checkpoint, and --checkpoint-every 0 keeps none: leave one of",
+        "--resume continues from a checkpoint, and --checkpoint-every 0 writes none: leave one",
     ),
     "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such covariance file"),
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
@@ -200,7 +200,7 @@ def test_an_interruption_is_one_line(
     text = ("--data", place / "text.txt")
     status, out, lines = command("calibrate", place / "model", tmp_path / "out", *text)
     assert (status, out) == (130, "")
-    assert lines[-1].startswith("interrupted: nothing was left half written")
+    assert lines[-1].startswith("interrupted: no file is half written")
     assert not list(tmp_path.iterdir())
 
 

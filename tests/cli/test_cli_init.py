@@ -184,7 +184,7 @@ def test_a_stored_residual_cannot_be_initialised_again(
     invoke("init", place / "model", out, *data, "--residual", "weight", "--save-base")
     status, _, lines = command("init", out / "base", tmp_path / "second", *data)
     assert (status, len(lines)) == (2, 1)
-    assert lines[0].startswith("error: this model is what an adapter has left of its base")
+    assert lines[0].startswith("error: this model is the residual of an adapter")
 
 
 def test_a_base_to_store_counts_as_needed_space(
@@ -244,6 +244,6 @@ def test_text_that_fills_one_batch_leaves_no_verdict_and_says_so(
     _, shown, _ = command(
         "init", place / "model", tmp_path / "judged", "--mode", "ipm", *data, "--stability"
     )
-    assert "calibration: whether the text was enough is not known, for it fills one batch" in shown
+    assert "calibration: the text fills one batch, which has no halves to compare" in shown
     _, shown, _ = command("init", place / "model", tmp_path / "out", "--mode", "ipm", *data)
     assert "calibration:" not in shown

@@ -141,7 +141,7 @@ def test_merge_says_how_to_find_a_base_that_moved(
     shutil.rmtree(moved)
     status, _, lines = command("merge", out, tmp_path / "merged")
     assert (status, len(lines)) == (2, 1)
-    assert lines[0].endswith("say where the base is with --model")
+    assert lines[0].endswith("if the base is elsewhere, give --model")
     invoke("merge", out, tmp_path / "merged", "--model", place / "model")
 
 

@@ -364,7 +364,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
     expected = {name: part.S_WC for name, part in eigens(model).items()}
     cramped = Cramped(monkeypatch)
     with pytest.warns(
-        OutOfMemoryWarning, match="called again, .* the CPU sums up.* 24 tokens"
+        OutOfMemoryWarning, match="called again with sums on the CPU.* 24 tokens"
     ) as caught:
         preprocess_corda(model, lora(), run, memory_limit=memory_limit)
     assert len(caught) == 1

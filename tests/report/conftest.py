@@ -120,9 +120,9 @@ def reports(
 ) -> dict[str, Report]:
     """One of every kind, by name."""
     covariances = CovarianceSet.load(run / "covariances.safetensors")
-    inputs = measure_inputs(covariances, progress=False)
+    inputs = measure_inputs(covariances)
     modules = target_linears(calibrated()[0])
-    spectra = measure_spectra(modules, covariances, damping=SCORING_DAMPING, progress=False)
+    spectra = measure_spectra(modules, covariances, damping=SCORING_DAMPING)
     found = {
         name: adapter_report(name, read_adapter(run / name))
         for name in ("ipm", "kpm", "pool", "published", "old")

@@ -39,8 +39,7 @@ def test_spectra_are_relative_to_their_mean_and_in_the_sets_order(
     }
     spectra["singular"] = torch.cat([spectra["a"], torch.zeros(4, dtype=torch.float64)])
     found = measure_inputs(
-        CovarianceSet({name: covariance(values) for name, values in spectra.items()}),
-        progress=False,
+        CovarianceSet({name: covariance(values) for name, values in spectra.items()})
     )
     assert [note["layers"] for note in found] == [[name] for name in spectra]
     for note, values in zip(found, spectra.values(), strict=True):
@@ -64,16 +63,16 @@ def test_a_wide_covariance_with_negative_eigenvalues_is_refused_by_its_layers_na
     values[-1] = least  # rounding, or no covariance
     of_layer = CovarianceSet({"block.3.q_proj": covariance(values)})
     if least > -1e-2:
-        (note,) = measure_inputs(of_layer, progress=False)
+        (note,) = measure_inputs(of_layer)
         assert note["smallest"] == 0
         assert note["largest"] == pytest.approx(12 / float(values.sum()), rel=0.01)
     else:
         with pytest.raises(DecompositionError, match=r"layer block\.3\.q_proj: .* negative eigen"):
-            measure_inputs(of_layer, progress=False)
+            measure_inputs(of_layer)
 
 
 def test_a_covariance_of_zeros_has_no_spectrum() -> None:
-    (note,) = measure_inputs(CovarianceSet({"a": covariance(torch.zeros(5))}), progress=False)
+    (note,) = measure_inputs(CovarianceSet({"a": covariance(torch.zeros(5))}))
     assert note["effective_rank"] == 0
     assert note.keys().isdisjoint({"largest", "smallest", "spectrum"})
 
@@ -82,13 +81,13 @@ def test_what_is_not_finite_is_named() -> None:
     broken = covariance(torch.ones(5))
     broken.matrix[0, 1] = float("nan")
     with pytest.raises(DecompositionError, match=r"layer a: .*NaN or Inf"):
-        measure_inputs(CovarianceSet({"a": broken}), progress=False)
+        measure_inputs(CovarianceSet({"a": broken}))
 
 
 def test_products_are_those_of_the_damped_covariance(calibrated: Calibrated) -> None:
     model, covariances = calibrated()
     modules: dict[str, Any] = target_linears(model, ["q_proj", "down_proj"])
-    found = measure_spectra(modules, covariances, damping=0.01, progress=False)
+    found = measure_spectra(modules, covariances, damping=0.01)
     assert found.keys() == modules.keys()
     for name, note in found.items():
         weight = modules[name].weight.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,29 @@ RANKS: dict[str, dict[str, Any]] = {
 
 
 def scaled(folder: Path, engine: str) -> dict[str, Tensor]:
-    """ΔW (out, in) by layer, as an engine that knows one rank and one alpha computes it."""
+    """ΔW (out, in) by layer, as an engine computes it: "one" rank and alpha for all layers, the
+    rank of each "tensor", or what the "patterns" say for the layer, of which the first counts."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {}
     for key, A in tensors.items():
         if key.endswith(".lora_A.weight"):
             B = tensors[key.replace("lora_A", "lora_B")]
-            rank = config["r"] if engine == "vllm" else len(A)
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            found[name] = config["lora_alpha"] / rank * (B @ A)
+            rank, alpha = config["r"], config["lora_alpha"]
+            if engine == "tensor":
+                rank = len(A)
+            elif engine == "patterns":
+                rank = matched(config["rank_pattern"], name, rank)
+                alpha = matched(config["alpha_pattern"], name, alpha)
+            found[name] = alpha / rank * (B @ A)
     return found
+
+
+def matched(pattern: dict[str, float], name: str, default: float) -> float:
+    """What PEFT's rank_pattern or alpha_pattern says of a layer."""
+    found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
 
 
 @torch.no_grad()
@@ -103,8 +116,9 @@ def test_every_tool_reads_the_trained_model(
     assert same(loaded)
     stock = PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
     assert same(copy.deepcopy(stock).merge_and_unload())
-    for engine in ("vllm", "llama.cpp"):
+    for engine in ("one", "tensor", "patterns"):
         assert same(changed(base, scaled(export, engine)))
+    assert same(changed(base, scaled(folder, "patterns")))
 
     # Going on from the folder is going on. GPT-2 has dropout.
     ends = []

@@ -349,7 +349,7 @@ def test_a_covariance_of_another_size_is_refused(calibrated: Calibrated, adapt: 
 
 def test_compactness_of_an_ipm_adapter_is_refused(calibrated: Calibrated, adapt: Make) -> None:
     start = calibrated()
-    with pytest.raises(ConfigError, match="says nothing in IPM"):
+    with pytest.raises(ConfigError, match="has no effect in mode ipm"):
         CompactnessPenalty(adapt(start, mode="ipm", residual="weight"), start[1])()
 
 
@@ -358,7 +358,7 @@ def test_compactness_of_a_plain_lora_is_refused(
 ) -> None:
     start = calibrated()
     for model, covariances in (plain_lora(), (adapt(start, mode="kpm"), start[1])):
-        with pytest.raises(AdapterError, match='make the adapter with residual="weight", or use d'):
+        with pytest.raises(AdapterError, match='make the adapter with residual="weight", or use D'):
             CompactnessPenalty(model, covariances)()
 
 
