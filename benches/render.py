@@ -68,7 +68,7 @@ TABLES: dict[str, Table] = {
     "forms": Table(forms_table, ("adapter-forms/finetune",)),
     "first-step": Table(tables.first_steps, ("cpu-adapter-first",)),
     "gradients": Table(tables.gradients, ("cpu-gradients",)),
-    "divergence": Table(tables.divergences, ("cpu-divergence",)),
+    "divergence": Table(tables.divergences, ("cpu-divergence", "cpu-divergence-held-out")),
     "penalties": Table(tables.penalties, ("cpu-penalty",)),
     "adapter-cost": Table(tables.adapter_costs, ("cpu-adapter-cost",)),
     "gpu-speed": Table(tables.gpu_speed, ("gpu-covariance", "gpu-svd-llama2-7b")),

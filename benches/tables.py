@@ -414,19 +414,22 @@ def gradients(results: Results) -> str:
     return markdown(header, rows) + notes(about, measured_on(results))
 
 
-def divergences(results: Results) -> str:
-    """How well estimates of the KL order changes."""
-    found = results["divergence"]
-    rows = [[name, f"{value:.2f}"] for name, value in found["correlation"].items()]
-    rows.append(
-        ["KL of one half of the text with that of the other", f"{found['halves of the text']:.2f}"]
-    )
+def divergences(first: Results, other: Results) -> str:
+    """How well estimates of the KL order changes: those that ρ was found on, then others."""
+    found = [results["divergence"] for results in (first, other)]
+    halves = "KL of one half of the text with that of the other"
+    rows = [
+        [name, *(f"{each['correlation'][name]:.2f}" for each in found)]
+        for name in found[0]["correlation"]
+    ]
+    rows.append([halves, *(f"{each['halves of the text']:.2f}" for each in found)])
+    medians = " and ".join(f"{each['median of KL over estimate']:.2f}" for each in found)
     about = (
-        f"{len(found['changes'])} changes; the median of the KL over the first estimate is "
-        f"{found['median of KL over estimate']:.2f}."
+        f"{len(found[0]['changes'])} changes in each column; the median of the KL over the first "
+        f"estimate is {medians}."
     )
-    header = ("", "rank correlation with the KL")
-    return markdown(header, rows) + notes(about, measured_on(results))
+    header = ("rank correlation with the KL", "changes of seed 0", "of seed 1")
+    return markdown(header, rows) + notes(about, measured_on(first))
 
 
 def penalties(results: Results) -> str:

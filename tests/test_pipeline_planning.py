@@ -216,7 +216,7 @@ def test_a_budget_below_the_first_layer_in_line_names_its_price(calibrated: Cali
     assert price > 192
     first = corda_adapter(model, covariances, config("ipm", budget=price, rank_multiple=2))
     assert list(components(first).values()) == [2]
-    assert str(caught.value).partition("layer ")[2].startswith(f"{min(first.layers)},")
+    assert str(caught.value).partition("layer ")[2].startswith(f"{min(first.layers)} ")
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ class CalibrationRun:
         flag("distributed", self.distributed)
         flag("progress", self.progress)
         model = self.model
+        self.linears, fused = target_layers(model, self.targets, experts=self.experts is not None)
         self.ranks = Ranks.of(self.distributed, in_step=is_sharded(model))
         self.shown = self.progress and self.ranks.rank == 0
-        self.linears, fused = target_layers(model, self.targets, experts=self.experts is not None)
         self.experts_modules = {parameter.module for parameter in fused.values()}
         self.readers: dict[str, Reader] = {
             **self.linears,

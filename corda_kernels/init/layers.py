@@ -66,7 +66,7 @@ def made_layers(
     ranks = Ranks.of(config.distributed)
     share = ranks.share_layers({name: modules[name] for name in modules if components[name]})
     shown = config.progress and ranks.rank == 0
-    made: dict[str, MadeLayer] = {}
+    maker, made = _Maker(covariances, components, config, keep), dict[str, MadeLayer]()
     bar = progress_bar(description="decomposing", unit="layers", shown=shown, total=len(share))
     with bar:
         for together in _loaded_together(share, covariances):
@@ -74,8 +74,7 @@ def made_layers(
                 for name in together:
                     stack.enter_context(weights_at_hand(share[name]))
                 weights = {name: linear_weight(share[name]).detach() for name in together}
-                decomposed = _decomposed(weights, covariances, components, config, keep)
-                for name, layer in decomposed:
+                for name, layer in maker.made(weights):
                     made[name] = layer
                     bar.update()
     if ranks.size > 1:
@@ -109,109 +108,98 @@ def _loaded_together(
         yield together
 
 
-def _decomposed(
-    weights: Mapping[str, Tensor],
-    covariances: CovarianceSet,
-    components: Mapping[str, int],
-    config: CordaConfig,
-    keep: CovarianceSet | None,
-) -> Iterator[tuple[str, MadeLayer]]:
-    """Each layer's decomposition, on the CPU where a device's memory runs out, as an adapter."""
-    left = dict(weights)
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes adapters of layers' weights; see `made_layers`."""
 
-    def adapters(of: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
-        if config.mode == "task":
-            for name, layer in _task_starts(of, covariances, components, config, keep):
+    covariances: CovarianceSet
+    components: Mapping[str, int]
+    config: CordaConfig
+    keep: CovarianceSet | None
+
+    def made(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
+        """Each layer's adapter, by the CPU where a device's memory runs out."""
+        one = self._task_starts if self.config.mode == "task" else self._adapters
+        left = dict(weights)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for name, layer in one(weights):
                 del left[name]
                 yield name, layer
-            return
-        for name, part in _parts(of, covariances, components, config):
-            note = LayerNote.of(part.S, covariances[name].tokens, part.residual)
-            whole = min(of[name].shape)
-            first = {"largest": 0, "smallest": whole - components[name]}[config.which]
+        for name, weight in left.items():  # one by one, which takes less
+            try:
+                found = dict(one({name: weight}))
+            except torch.OutOfMemoryError:
+                reason = f"{weight.device} has too little memory to decompose layer {name}"
+                warn(f"{reason}: the CPU takes over", OutOfMemoryWarning)
+                found = dict(one({name: weight.cpu()}))
+            yield from found.items()
+
+    def _adapters(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
+        """Of the components that the mode trains."""
+        config = self.config
+        for name, part in self._parts(weights):
+            weight = weights[name]
+            note = LayerNote.of(part.S, self.covariances[name].tokens, part.residual)
+            whole = min(weight.shape)
+            first = {"largest": 0, "smallest": whole - len(part.S)}[config.which]
             spectrum = {}
             if config.sides == "inputs":
                 spectrum = sampled_spectrum(part.S, first, whole)
             if config.residual is None:
-                found = adapter_factors(of[name], part, hold=config.hold)
+                found = adapter_factors(weight, part, hold=config.hold)
             else:
-                found = published_factors(of[name], part)
+                found = published_factors(weight, part)
             A, B = found.A.float().contiguous(), found.B.float().contiguous()
             adapter = LayerAdapter(A, B, found.scaling)
             if config.residual is not None:  # what is trained are tensors of their own
                 adapter = replace(adapter, A=A.clone(), B=B.clone(), initial=adapter)
-            del left[name]
             yield name, MadeLayer(adapter, note, spectrum)
 
-    with contextlib.suppress(torch.OutOfMemoryError):
-        yield from adapters(weights)
-    for name, weight in list(left.items()):  # one by one, which takes less
-        try:
-            yield from adapters({name: weight})
-        except torch.OutOfMemoryError:
-            reason = f"{weight.device} has too little memory to decompose layer {name}"
-            warn(f"{reason}: the CPU takes over", OutOfMemoryWarning)
-            yield from adapters({name: weight.cpu()})
+    def _parts(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, CoSVD]]:
+        """The components of W·C, or of D^½ W C^½ where both sides count."""
+        config = self.config
+        options: dict[str, Any] = {
+            "which": config.which,
+            "method": config.method,
+            "damping": config.damping,
+            "seed": config.seed,
+        }
+        if config.sides == "inputs":
+            matrices = {name: self.covariances[name].matrix for name in weights}
+            return co_svd_layers(weights, matrices, rank=self.components, **options)
 
+        def both(name: str) -> tuple[str, CoSVD]:
+            with _named(name):
+                return name, co_svd(
+                    weights[name],
+                    self.covariances[name].matrix,
+                    rank=self.components[name],
+                    output_covariance=self.covariances.gradients[name].matrix,
+                    power=0.5,
+                    **options,
+                )
 
-def _parts(
-    weights: Mapping[str, Tensor],
-    covariances: CovarianceSet,
-    components: Mapping[str, int],
-    config: CordaConfig,
-) -> Iterator[tuple[str, CoSVD]]:
-    """The components of W·C, or of D^½ W C^½ where both sides count."""
-    options: dict[str, Any] = {
-        "which": config.which,
-        "method": config.method,
-        "damping": config.damping,
-    }
-    if config.sides == "inputs":
-        matrices = {name: covariances[name].matrix for name in weights}
-        return co_svd_layers(weights, matrices, rank=components, seed=config.seed, **options)
+        return map_layers(both, weights, [*map(is_small, weights.values())])
 
-    def both(name: str) -> tuple[str, CoSVD]:
-        W = weights[name]
-        with _named(name):
-            return name, co_svd(
-                W,
-                covariances[name].matrix,
-                rank=components[name],
-                seed=config.seed,
-                output_covariance=covariances.gradients[name].matrix,
-                power=0.5,
-                **options,
-            )
+    def _task_starts(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, MadeLayer]]:
+        """Of the steepest directions of each layer's gradient."""
 
-    return map_layers(both, weights, [*map(is_small, weights.values())])
+        def start(name: str) -> tuple[str, MadeLayer]:
+            gradient = self.covariances.gradients[name].mean.to(weights[name].device)
+            with _named(name):
+                rows, S, residual = steepest_rows(
+                    gradient,
+                    None if self.keep is None else self.keep[name].matrix,
+                    rank=self.components[name],
+                    damping=self.config.damping,
+                    method=self.config.method,
+                    seed=self.config.seed,
+                )
+            note = LayerNote.of(S, self.covariances[name].tokens, residual)
+            found = task_factors(rows, len(gradient)).to(torch.float32)
+            return name, MadeLayer(LayerAdapter(found.A, found.B), note, {})
 
-
-def _task_starts(
-    weights: Mapping[str, Tensor],
-    covariances: CovarianceSet,
-    components: Mapping[str, int],
-    config: CordaConfig,
-    keep: CovarianceSet | None,
-) -> Iterator[tuple[str, MadeLayer]]:
-    """Each layer's LoRA in the steepest directions of its gradient."""
-
-    def start(name: str) -> tuple[str, MadeLayer]:
-        gradient = covariances.gradients[name].mean.to(weights[name].device)
-        with _named(name):
-            rows, S, residual = steepest_rows(
-                gradient,
-                None if keep is None else keep[name].matrix,
-                rank=components[name],
-                damping=config.damping,
-                method=config.method,
-                seed=config.seed,
-            )
-        note = LayerNote.of(S, covariances[name].tokens, residual)
-        found = task_factors(rows, len(gradient)).to(torch.float32)
-        adapter = LayerAdapter(found.A, found.B)
-        return name, MadeLayer(adapter, note, {})
-
-    return map_layers(start, weights, [*map(is_small, weights.values())])
+        return map_layers(start, weights, [*map(is_small, weights.values())])
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""Statistics for other methods, and the former address of `corda_kernels.peft_corda`."""
+"""Statistics for other methods, axolotl's plugin, and the former address of `peft_corda`."""

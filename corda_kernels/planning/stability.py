@@ -166,7 +166,7 @@ def subspace_stability(
         progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: an option is not possible.
+        ConfigError: neither end is asked for, or an option is not possible.
         CovarianceError: a half is no CovarianceSet, or does not cover a layer.
         DecompositionError: a covariance does not fit its layer.
     """
@@ -179,6 +179,8 @@ def subspace_stability(
             raise CovarianceError(f"a half has no covariance of layer {missing[0]}: calibrate it")
     for each in ends:
         one_of("each end", each, tuple(AGREEMENT))
+    if not ends:
+        raise ConfigError("there is nothing to compare: ask for the largest or smallest components")
     weights = LinearWeights(modules)
     ranks = {name: min(rank, *linear_shape(module)) for name, module in modules.items()}
     decompositions = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import CONFIG, FIRST, INITIAL, NO_BASE, WEIGHTS, same
-from kinds import Calibrated
+from kinds import Calibrated, Make
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corda_kernels import export_lora, load_for_training
-from corda_kernels.adapter import AdapterFactors, read_adapter
+from corda_kernels.adapter import AdapterFactors, adapter_of, attach, read_adapter
 from corda_kernels.adapter.published import residual
 from corda_kernels.errors import AdapterError
 
@@ -248,19 +249,21 @@ def test_what_peft_refuses_leaves_the_base_as_it_was(
 
 
 def test_no_layer_loses_its_part_where_memory_runs_out_for_one(
-    calibrated: Calibrated, published: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Calibrated, adapt: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, _ = calibrated()
+    base, _ = narrow = calibrated(intermediate_size=16)
+    adapter = adapter_of(adapt(copy.deepcopy(narrow), use_peft=False, residual="weight"))
     before, kinds = copy.deepcopy(base.state_dict()), list(map(type, base.modules()))
 
     def failing(weight: Tensor, factors: AdapterFactors) -> Tensor:
-        if weight.numel() > 32 * 32:  # those of the MLP, which come after the attention's
+        if weight.shape == (32, 32):  # the largest, and none is the first
             raise torch.OutOfMemoryError("full")
         return residual(weight, factors)
 
     monkeypatch.setattr("corda_kernels.adapter.attaching.residual", failing)
+    adapter = dataclasses.replace(adapter, layers=dict(reversed(adapter.layers.items())))
     with pytest.raises(torch.OutOfMemoryError):
-        load_for_training(base, published)
+        attach(base, adapter)
     assert list(map(type, base.modules())) == kinds
     assert same(dict(base.state_dict()), dict(before))
     assert not hasattr(base.config, "corda_residual")

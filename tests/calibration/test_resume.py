@@ -295,7 +295,7 @@ def test_the_default_interval_costs_about_a_hundredth(
     capture = InputCapture(layers)
     journal = Journal(checkpoint(tmp_path, every=None), dict, torch.device(device), Ranks())
     for name, layer in layers.items():
-        capture._read(name, torch.zeros(1, layer.in_features))
+        capture._read(name, torch.zeros(1, layer.in_features), None)
     written = 2 * (narrow**2 + wide**2)
     operations = 4 * narrow * wide + narrow**2 + wide**2
     rate = 1_000 if device == "cpu" else 200_000

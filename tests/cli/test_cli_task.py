@@ -120,7 +120,7 @@ def test_what_does_not_go_together_is_refused(
     for more, says in (
         (("--mode", "task", "--budget", "r=4"), "give a rank"),
         (("--mode", "kpm", "--keep", place / "text.txt"), "leave keep out"),
-        (("--mode", "task", "--keep-field", "text"), "of --keep"),
+        (("--mode", "task", "--keep-field", "text"), "describe --keep"),
         (("--mode", "ipm", "--freeze-a"), "freeze_a"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 from corda_kernels.kernels import triton_syrk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

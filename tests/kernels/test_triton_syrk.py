@@ -18,7 +18,7 @@ from corda_kernels import kernels
 from corda_kernels.errors import ConfigError
 from corda_kernels.kernels import available_backends, syrk_, use_backend
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 import triton
 import triton.language as tl
 

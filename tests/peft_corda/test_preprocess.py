@@ -344,12 +344,12 @@ class Cramped:
         self.tried: list[bool] = []
         join = InputCapture._join_or_found
 
-        def cramped(capture: InputCapture, name: str, x: Tensor) -> None:
+        def cramped(capture: InputCapture, name: str, *arguments: Any) -> None:
             if name.startswith("model.layers.1"):
                 self.tried.append(capture.on_host)
                 if not capture.on_host:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            join(capture, name, x)
+            join(capture, name, *arguments)
 
         monkeypatch.setattr(InputCapture, "_join_or_found", cramped)
         monkeypatch.setattr(observe, "has_own_memory", lambda device: True)

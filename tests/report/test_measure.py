@@ -39,8 +39,7 @@ def test_spectra_are_relative_to_their_mean_and_in_the_sets_order(
     }
     spectra["singular"] = torch.cat([spectra["a"], torch.zeros(4, dtype=torch.float64)])
     found = measure_inputs(
-        CovarianceSet({name: covariance(values) for name, values in spectra.items()}),
-        progress=False,
+        CovarianceSet({name: covariance(values) for name, values in spectra.items()})
     )
     assert [note["layers"] for note in found] == [[name] for name in spectra]
     for note, values in zip(found, spectra.values(), strict=True):
