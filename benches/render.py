@@ -76,7 +76,6 @@ TABLES: dict[str, Table] = {
     "gpu-svd": Table(tables.decompositions, ("gpu-svd-llama2-7b",)),
     "gpu-svd-batched": Table(tables.batched, ("gpu-svd-batched",)),
     "gpu-llama-shape": Table(tables.end_to_end, ("gpu-llama-shape",)),
-    # For when the study has run.
     "starts": Table(starts_table, ("finetune-starts/finetune",)),
     # For when a GPU has run the rest of benches/gpu.sh.
     "gpu-svd-methods": Table(tables.decompositions, ("gpu-svd",)),
