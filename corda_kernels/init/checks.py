@@ -327,6 +327,6 @@ def warn_rank_deficient(
     warn(
         f"the covariances of {len(short)} layer(s) come from fewer tokens than channels and are "
         f"singular, among them {name} ({note['tokens']} tokens, {note['channels']} channels): "
-        f"{effect}; use more samples or longer sequences",
+        f"{effect}. The adapter is valid; more samples or longer sequences improve it",
         RankDeficientWarning,
     )
