@@ -403,7 +403,7 @@ def test_too_few_tokens_are_warned_of_with_what_damping_did(
     assert text.startswith("the covariances of 2 layer(s) come from fewer tokens than channels")
     assert "down_proj (40 tokens, 48 channels)" in text
     assert effect in text
-    assert text.endswith("use more samples or longer sequences")
+    assert text.endswith("more samples or longer sequences improve it")
 
 
 def test_layers_that_are_no_targets_are_not_warned_of(calibrated: Calibrated) -> None:
