@@ -133,7 +133,7 @@ finetune() {
         return
     fi
     part finetune 540 "$python" benches/finetune.py run "$model" "$FINETUNE_DATA" \
-        "$out/$name-finetune" --profile gpu
+        "$out/$name-starts" --profile starts-gpu
 }
 
 (($#)) || set -- kernel tests covariance llama svd batched peft pipeline methods finetune
