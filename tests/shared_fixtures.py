@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-# Test processes side by side, and those that they start, would otherwise fight for the cores. It
-# must be set before torch is loaded.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import torch
 from families import DECODER
-from hypothesis import settings
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from corda_kernels import CovarianceSet
     from corda_kernels.adapter import LayerAdapter
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
-if torch.cuda.is_available():
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
-else:
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before the kernels are defined
-
-# How long an example takes depends on what runs beside it.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 _SIZES = DECODER | {
     "vocab_size": 64,
