@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from families import DECODER
+from family_sizes import DECODER
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
