@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -58,8 +58,9 @@ def llama_factory(base: str, adapter: str) -> PeftModel:
 def ms_swift(base: str, adapter: str) -> PeftModel:
     """4.6.0: `TunerMixin.prepare_model`, `Swift.from_pretrained`, the trainer's checkpointing."""
     model = load_base(base).requires_grad_(False)
+    config = LoraConfig(**PeftConfig.from_pretrained(adapter).to_dict())  # one of its own class
     model = PeftModel.from_pretrained(
-        model, adapter, revision=None, adapter_name="default", is_trainable=True
+        model, adapter, revision=None, adapter_name="default", is_trainable=True, config=config
     )
     for folder in Path(adapter).iterdir():
         if (folder / "adapter_config.json").exists():
