@@ -1,6 +1,8 @@
 """A row of PEFT's method comparison (MetaMathQA) for a model with a CorDA start.
 
     python benches/method_comparison.py MODEL DATA OUT.json --mode ipm --rank 16
+    … --rank 4 --samples 4 --max-steps 2 --eval-steps 1 --batch-size 1 --problems 1 --prose 1 \
+        --max-new-tokens 4 --max-seq-length 128          # a minute on a core, to see that it runs
 
 The loop, the defaults and the JSON are those of method_comparison/MetaMathQA/run.py in PEFT's
 repository as of August 2026, without its validations on the way. The data are not its own: DATA is
@@ -161,6 +163,7 @@ def row(given: argparse.Namespace) -> dict[str, Any]:
         model.save_pretrained(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
     name = Path(given.model).name
+    method = "lora" if given.mode == "lora" else f"corda-{given.mode}"
     config = model.peft_config["default"].to_dict()
     packages = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
     system = ("system", "release", "version", "machine", "processor")
@@ -169,8 +172,8 @@ def row(given: argparse.Namespace) -> dict[str, Any]:
         "run_info": {
             "created_at": created,
             "total_time": time.perf_counter() - began,
-            "experiment_name": f"corda/{name}-{given.mode}-rank{given.rank}",
-            "peft_branch": "main",
+            "experiment_name": f"{method}/{name}-rank{2 * given.rank}",
+            "peft_branch": f"v{version('peft')}",
             "peft_worktree_is_dirty": False,
             "train_config": {
                 "model_id": name,
