@@ -26,6 +26,7 @@ from wrong_arguments import (
 import corda_kernels as ck
 from corda_kernels.planning import (
     Stability,
+    drift_weights,
     parse_budget,
     subspace_stability,
     uniform_budget,
@@ -78,6 +79,24 @@ PLANNING: dict[str, Case] = {
                 *([1, -1], [1, "1"], [1, True], [1, None], [1, 1j], [1, [1]], [1, 10**400]),
             ],
             "normalize": [*CHOICES, None],
+        },
+    ),
+    "drift_weights": Case(
+        drift_weights,
+        lambda w: {
+            "model": w.model,
+            "sets": [w.covariances] * 2,
+            "held_out": [w.covariances] * 2,
+            "steps": 1,
+            "progress": False,
+        },
+        {
+            "model": [*OTHERS, nn.Linear(2, 2)],
+            "held_out": [*OTHERS, []],
+            "rank": COUNTS,
+            "steps": [*COUNTS, 10**30],
+            "damping": DAMPINGS,
+            "normalize": CHOICES,
         },
     ),
     "select_covariance": Case(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
-from corda_kernels.arguments import instance_of, one_of, real_number, shown
+from corda_kernels.arguments import instance_of, one_of, real_number, shown, whole_number
 from corda_kernels.calibration import Covariance, CovarianceSet
-from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.planning.selection import check_alike
+from corda_kernels.errors import ConfigError, CovarianceError, ModelError
+from corda_kernels.linalg import co_svd
+from corda_kernels.linears import linear_weight
+from corda_kernels.planning.selection import check_alike, model_layer
+from corda_kernels.progress import progress_bar
 from corda_kernels.versions import library_versions
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
+_MOST_STEPS = 10_000
 _NOT_NOTED = ("stability", "versions")  # long, or said already
 
 
@@ -35,6 +41,7 @@ def mix_covariances(
         sets: one for each domain, of the same layers.
         weights: one for each domain; or those of each layer by name (layers that read one input
             must agree); each at least 0, not all of them. They are divided by their sum.
+            `drift_weights` chooses some.
         normalize: "trace" scales all to the trace of the weighted mean first, layer by layer;
             "tokens" takes them as they are, means over each domain's tokens.
 
@@ -46,7 +53,7 @@ def mix_covariances(
         ConfigError: the weights do not fit the sets, or an option is not possible.
         CovarianceError: the sets are none, cover different layers, or are normalised differently.
 
-    Source: context mixtures of CorDA++; the trace normalisation is an addition.
+    Source: context mixtures of CorDA++; the trace normalisation and drift are additions.
     """
     one_of("normalize", normalize, ("trace", "tokens"))
     _check_sets(sets)
@@ -75,11 +82,97 @@ def mix_covariances(
     )
 
 
-def _check_sets(sets: Sequence[CovarianceSet]) -> None:
+@torch.no_grad()
+def drift_weights(
+    model: nn.Module,
+    sets: Sequence[CovarianceSet],
+    held_out: Sequence[CovarianceSet],
+    *,
+    normalize: Literal["trace", "tokens"] = "trace",
+    rank: int = 32,
+    damping: float | None = 0.01,
+    steps: int = 4,
+    progress: bool = True,
+) -> dict[str, tuple[float, ...]]:
+    """Weights by which no domain's outputs depend much on what KPM would train.
+
+    With U the r smallest left singular vectors of W·C, C the mixture, training may change all of
+    UUᵀW. Its share of the energy of a domain's outputs on text that was not calibrated on is
+
+        drift_d = ‖UᵀW C_d^½‖² / ‖W C_d^½‖² = tr(UᵀW C_d WᵀU) / tr(W C_d Wᵀ)
+
+    summed over the layers that read one input. Of all weights that are multiples of 1/steps those
+    are chosen, for each input, by which the largest of drift_d/best_d is least, best_d being what
+    domain d would have in a mixture of its own. So a domain that is quiet anyway is not given up.
+
+    Args:
+        model: whose layers they are.
+        sets: one for each domain, of the same layers.
+        held_out: as many, of other samples of the same domains.
+        normalize: see `mix_covariances`.
+        rank: r, cut to what a layer allows.
+        damping: of the mixture, times its mean diagonal.
+        steps: how fine the weights are; for two domains `steps` + 1 decompositions of each layer.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The weights of each layer by name.
+
+    Raises:
+        ConfigError: an option is not possible.
+        ModelError: the model is none.
+        CovarianceError: the sets do not go together, or the model lacks a layer of theirs.
+    """
+    one_of("normalize", normalize, ("trace", "tokens"))
+    whole_number("rank", rank, 1)
+    whole_number("steps", steps, 1, _MOST_STEPS)
+    instance_of("model", model, nn.Module, ModelError)
+    _check_sets(sets, held_out)
+    if len(held_out) != len(sets):
+        raise ConfigError(f"{len(sets)} domains need as many held-out sets, got {len(held_out)}")
+    grid = [
+        tuple(count / steps for count in counts)
+        for counts in itertools.product(range(steps + 1), repeat=len(sets))
+        if sum(counts) == steps
+    ]
+    alone = [grid.index(tuple(row)) for row in torch.eye(len(sets)).tolist()]
+    chosen: dict[str, tuple[float, ...]] = {}
+    groups = _shared_by_all([*sets, *held_out])
+    for names in progress_bar(groups, description="drift", unit="inputs", shown=progress):
+        layers = [linear_weight(model_layer(model, name)).detach() for name in names]
+        outside = [part[names[0]].matrix for part in held_out]
+        mixtures = (_mixture(sets, names[0], shares, normalize).matrix for shares in grid)
+        drifts = torch.stack([_drift(layers, C, outside, rank, damping) for C in mixtures])
+        worst = (drifts / drifts[alone].diagonal()).amax(1)
+        chosen.update(dict.fromkeys(names, grid[int(worst.argmin())]))
+    return {name: chosen[name] for name in sets[0]}
+
+
+def _drift(
+    layers: list[Tensor], mixture: Tensor, outside: list[Tensor], rank: int, damping: float | None
+) -> Tensor:
+    """Drift of each domain's held-out outputs, (domains), summed over layers of one input."""
+    moved = torch.zeros(len(outside), dtype=torch.float64)
+    whole = torch.zeros_like(moved)
+    for weight in layers:
+        k, C = min(rank, *weight.shape), mixture.to(weight.device)
+        part = co_svd(weight, C, rank=k, which="smallest", damping=damping)
+        W = weight.double()
+        trained = part.U.mT @ W
+        for domain, matrix in enumerate(outside):
+            C = matrix.to(W)
+            moved[domain] += float(((trained @ C) * trained).sum())
+            whole[domain] += float(((W @ C) * W).sum())
+    # Below this it is rounding, of which there is no ratio.
+    return (moved / whole.clamp_min(1e-300)).clamp_min(1e-14)
+
+
+def _check_sets(sets: Sequence[CovarianceSet], held_out: Sequence[CovarianceSet] = ()) -> None:
     instance_of("sets", sets, Sequence, CovarianceError)
+    instance_of("held_out", held_out, Sequence, CovarianceError)
     if not sets:
         raise CovarianceError("there are no covariances to mix: give at least one set")
-    for index, part in enumerate(sets):
+    for index, part in enumerate([*sets, *held_out]):
         instance_of("each set", part, CovarianceSet, CovarianceError)
         check_alike(f"sets 0 and {index}", part, sets[0].normalize, sets[0])
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import ConfigError, CovarianceError
-from corda_kernels.planning import mix_covariances
+from corda_kernels.planning import drift_weights, mix_covariances
 
 
 def covariance(matrix: Tensor, *, tokens: int = 10, absmax: float = 1.0) -> Covariance:
@@ -123,6 +123,53 @@ def test_an_input_that_one_domain_never_saw() -> None:
     torch.testing.assert_close(mixed["o"].matrix, domain(1)["o"].matrix / 4)
 
 
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "o"):
+            setattr(self, name, nn.Linear(6, 6, bias=False))
+            nn.init.eye_(getattr(self, name).weight)
+
+
+def diagonal(*energies: float) -> CovarianceSet:
+    shared = covariance(torch.diag(torch.tensor(energies, dtype=torch.float32)))
+    return CovarianceSet(dict.fromkeys(("q", "k", "o"), shared))
+
+
+def test_drift_keeps_what_either_domain_needs() -> None:
+    # Each is quiet in three channels, both in two of them: a mixture trains those, a vertex does
+    # not know which they are.
+    first, second = diagonal(9, 4, 1, 3, 1, 2), diagonal(1, 9, 4, 0.5, 1, 2)
+    chosen = drift_weights(Layers(), [first, second], [first, second], rank=2, progress=False)
+    (weights,) = set(chosen.values())
+    drifts = {}
+    for step in range(5):
+        C = (step / 4) * first["q"].matrix / first["q"].matrix.trace() + (1 - step / 4) * second[
+            "q"
+        ].matrix / second["q"].matrix.trace()
+        quiet = C.diagonal().argsort()[:2]
+        drifts[step / 4, 1 - step / 4] = [
+            float(each["q"].matrix.diagonal()[quiet].sum()) for each in (first, second)
+        ]
+    best = drifts[1, 0][0], drifts[0, 1][1]
+    worst = {
+        key: max(value / least for value, least in zip(values, best, strict=True))
+        for key, values in drifts.items()
+    }
+    assert worst[weights] == pytest.approx(min(worst.values()))
+    assert 0 < weights[0] < 1
+
+
+def test_drift_is_measured_on_held_out_text() -> None:
+    first, second = diagonal(9, 4, 1, 3, 1, 2), diagonal(1, 9, 4, 0.5, 1, 2)
+    # On other text the first domain is the second: then nothing speaks for its own covariance.
+    chosen = drift_weights(Layers(), [first, second], [second, second], rank=2, progress=False)
+    mixed = mix_covariances([first, second], chosen)
+    assert mixed.provenance["mixture"]["weights"] == chosen
+    of_q = mix_covariances([first, second], chosen["q"])
+    torch.testing.assert_close(mixed["q"].matrix, of_q["q"].matrix)
+
+
 def test_what_is_refused() -> None:
     good = [domain(1), domain(2)]
     lacking = CovarianceSet({name: good[1][name] for name in ("q", "k")})
@@ -147,6 +194,11 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(error, match=says):
             mix_covariances(sets, weights, **options)  # type: ignore[arg-type]
+    for options, says in (({"rank": 0}, "rank"), ({"steps": 0}, "steps")):
+        with pytest.raises(ConfigError, match=says):
+            drift_weights(Layers(), good, good, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="as many held-out sets"):
+        drift_weights(Layers(), good, good[:1])
 
 
 @pytest.mark.parametrize("make", [np.float32, torch.tensor])
