@@ -5,14 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Results = dict[str, Any]
+from cells import (
+    EMPTY,
+    Results,
+    end_error,
+    markdown,
+    measured_on,
+    mebibytes,
+    model_name,
+    notes,
+    ratio,
+    relative,
+    seconds,
+)
 
-_MIB = 2**20
-_WIDTH = 108  # of the documents
 _CALLED = {
     "addmm": "torch.addmm",
     "published": "PEFT",
@@ -29,33 +38,6 @@ _BATCHED = {
 }
 _MODE = {"largest": "IPM", "smallest": "KPM"}
 _STAGES = ("forward", "covariance", "decomposition", "attaching")
-_LIBRARIES = ("torch", "transformers", "peft")
-_EMPTY = "–"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
-    """A table whose first `text` columns are aligned left, the others right."""
-    rules = ["---"] * text + ["---:"] * (len(header) - text)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
-
-
-def notes(*sentences: str) -> str:
-    """What stands below a table."""
-    said = " ".join(filter(None, sentences))
-    return "\n\n" + textwrap.fill(said, _WIDTH, break_long_words=False)
-
-
-def measured_on(*results: Results) -> str:
-    """A sentence for each machine that the results were made on."""
-    lines = []
-    for each in results:
-        about = each["environment"]
-        versions = ", ".join(f"{name} {about['versions'][name]}" for name in _LIBRARIES)
-        where = about["machine"]
-        if about["device"] != "cpu":
-            where += f", {about['device']}"
-        lines.append(f"Measured on {where}, {about['threads']} threads; {versions}.")
-    return " ".join(dict.fromkeys(lines))
 
 
 def speed(covariance: Results, svd: Results, accuracy: Results, *adapters: Results) -> str:
@@ -97,9 +79,9 @@ def gpu_speed(covariance: Results, svd: Results) -> str:
         [
             f"{_MODE[row['which']]}: decomposition of LLaMA-2-7B's {row['layers']} layers, "
             f"r = {row['rank']}",
-            _EMPTY,
+            EMPTY,
             seconds(row["timing"]),
-            _EMPTY,
+            EMPTY,
         ]
         for row in svd["rows"]
     ]
@@ -157,9 +139,9 @@ def _adapter(results: Results) -> list[list[str]]:
         [
             f"{task['mode'].upper()}: {called.format(task['tokens'])}",
             f"PEFT {peft['seconds']:.1f} s, {mebibytes(peft['growth'])}",
-            _EMPTY,
+            EMPTY,
             f"{found[name]['seconds']:.1f} s, {mebibytes(found[name]['growth'])}",
-            _EMPTY,
+            EMPTY,
             ratio(peft["seconds"] / found[name]["seconds"]),
         ]
         for name, called in names.items()
@@ -237,7 +219,7 @@ def accuracies(results: Results) -> str:
                 "not finite" if run[key] is None else end_error(which, run[key])
                 for key, which in (("top", "largest"), ("energy", "smallest"))
             ),
-            _EMPTY if run["bottom"] is None else relative(run["bottom"]),
+            EMPTY if run["bottom"] is None else relative(run["bottom"]),
         ]
         for run in results["runs"]
     ]
@@ -291,17 +273,17 @@ def pipelines(*results: Results) -> str:
         for row in each["pipeline"]:
             name = mode + _CALLED.get(row["name"], row["name"])
             if not row["passed"]:
-                rows.append([name, "computes something else: no speed", *[_EMPTY] * 9])
+                rows.append([name, "computes something else: no speed", *[EMPTY] * 9])
                 continue
             stages = row.get("stages") or {"forward": row["forward"]}
-            cells = [f"{stages[stage]:.1f}" if stage in stages else _EMPTY for stage in _STAGES]
-            faster, beyond, growth = _EMPTY, _EMPTY, _EMPTY
+            cells = [f"{stages[stage]:.1f}" if stage in stages else EMPTY for stage in _STAGES]
+            faster, beyond, growth = EMPTY, EMPTY, EMPTY
             if peft:
                 faster = ratio(peft["seconds"] / row["seconds"])
                 if row["forward"] and row["beyond"] > 0:
                     beyond = ratio(peft["beyond"] / row["beyond"])
-                growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else _EMPTY
-            overlap = _EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
+                growth = ratio(row["growth"] / peft["growth"]) if peft["growth"] else EMPTY
+            overlap = EMPTY if row["overlap"] is None else f"{row['overlap']:.6f}"
             memory = [mebibytes(row["growth"]), growth]
             rows.append([name, f"{row['seconds']:.1f}", *cells, faster, beyond, *memory, overlap])
     header = ("", "seconds", *_STAGES, "times as fast", "beyond", "memory", "of PEFT's", "overlap")
@@ -439,7 +421,7 @@ def penalties(results: Results) -> str:
             run["method"].removesuffix("-even"),
             f"{run['learning_rate']:g}",
             run["penalty"] or "none",
-            f"{run['strength']:g}" if run["strength"] else _EMPTY,
+            f"{run['strength']:g}" if run["strength"] else EMPTY,
             *(
                 f"{run[name]['change']:+.2f} ± {run[name]['change_se']:.2f}"
                 for name in ("task", "knowledge", "text")
@@ -471,41 +453,3 @@ def adapter_costs(results: Results) -> str:
         f"{results['sequences']} × {results['tokens']} tokens."
     )
     return markdown(header, rows) + notes(about, measured_on(results))
-
-
-def model_name(source: str) -> str:
-    """The last part of a folder or hub id: where it lay is nobody's business."""
-    return source.rstrip("/").rpartition("/")[2]
-
-
-def seconds(timing: dict[str, float] | None) -> str:
-    """The median; nothing of what is wrong."""
-    if timing is None:
-        return _EMPTY
-    value = timing["p50"]
-    if value >= 1:
-        return f"{value:.1f} s"
-    return f"{1e3 * value:.0f} ms" if value >= 0.01 else f"{1e3 * value:.2f} ms"
-
-
-def ratio(value: float | None) -> str:
-    return _EMPTY if value is None else f"{value:.2f}"
-
-
-def share(value: float | None) -> str:
-    return _EMPTY if value is None else f"{value:.0%}"
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / _MIB:,.0f} MiB"
-
-
-def relative(error: float | None) -> str:
-    return "not checked" if error is None else f"{error:.1e}"
-
-
-def end_error(which: str, error: float | None) -> str:
-    """Of B A for the largest; for the smallest the norm of the tail over the least possible."""
-    if error is None or which == "largest":
-        return relative(error)
-    return f"1 + {error - 1:.1e}"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import ADAPTER, BLOCKS, FAMILIES, PAGE, PLAN, REFUSALS, Batch, Family, page
+from families import ADAPTER, BLOCKS, FAMILIES, PAGE, PLAN, REFUSALS, Family, page
+from family_batches import Batch
 from peft import PeftModel
 from torch import Tensor, nn
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cells
 import matplotlib
 import pytest
 import render
@@ -202,13 +203,13 @@ def test_a_random_model_is_shown_part_by_part() -> None:
 def test_a_second_machine_is_named_too() -> None:
     one, other = committed("cpu-svd"), committed("cpu-svd")
     other["environment"] |= {"device": "A card", "threads": 16}
-    assert tables.measured_on(one, one).count("Measured") == 1
-    both = tables.measured_on(one, other)
+    assert cells.measured_on(one, one).count("Measured") == 1
+    both = cells.measured_on(one, other)
     assert both.count("Measured") == 2
     assert "A card, 16 threads" in both
 
 
 def test_the_folder_of_a_model_is_not_told() -> None:
-    assert tables.model_name("/home/someone/SmolLM2-135M/") == "SmolLM2-135M"
-    assert tables.model_name("org/model") == "model"
-    assert tables.model_name("model") == "model"
+    assert cells.model_name("/home/someone/SmolLM2-135M/") == "SmolLM2-135M"
+    assert cells.model_name("org/model") == "model"
+    assert cells.model_name("model") == "model"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import DECODER
+from family_sizes import DECODER
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
