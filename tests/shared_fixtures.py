@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import pytest
 import torch
 from family_sizes import DECODER
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from corda_kernels import CovarianceSet
     from corda_kernels.adapter import LayerAdapter
+
+# Each save of an adapter compiles the templates of PEFT's card and of ours anew.
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 _SIZES = DECODER | {
     "vocab_size": 64,

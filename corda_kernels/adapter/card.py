@@ -13,6 +13,9 @@ CARD_FILE = "README.md"
 # What vLLM's --max-lora-rank may be (MaxLoRARanks in its config/lora.py, as of 0.14).
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+_ENVIRONMENT = Environment(
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
 _MODES = {
     "kpm": "KPM: the smallest components, so that what the calibration text holds is kept",
     "ipm": "IPM: the largest components, those that the calibration text uses most",
@@ -64,11 +67,8 @@ def render_card(
         form: by which the text goes: "model" for a whole one, else of a LoRA.
         rank: of a LoRA.
     """
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return _ENVIRONMENT.from_string(template).render(
         source=source,
         source_as_json=json.dumps(source),  # JSON strings are YAML ones too
         title=title,

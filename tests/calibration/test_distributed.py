@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,9 @@ TOLD = {
 
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    options = ["--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    """Runs a script by torchrun, which forks the ranks: they need not load torch again."""
+    options = ["--standalone", "--nproc-per-node", ranks, "--run-path", "--start-method", "fork"]
+    return run_ranks(1, "-m", "torch.distributed.run", *options, *arguments)
 
 
 @pytest.fixture(scope="module")
