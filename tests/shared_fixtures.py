@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pytest
 import torch
+import typer.main
 from family_sizes import DECODER
 from torch import Tensor, nn
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 # Each save of an adapter compiles the templates of PEFT's card and of ours anew.
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+# Each run of the command line makes its commands anew, from the signatures of our functions.
+typer.main.get_command = functools.cache(typer.main.get_command)
+# No power fails in a test, and a disk takes 10 ms for each file that it is to have.
+os.fsync = lambda _: None
 
 _SIZES = DECODER | {
     "vocab_size": 64,
