@@ -4,7 +4,7 @@
     python benches/chebyshev.py 2048 64
 
 For W with Gaussian entries, and C of the tokens of Gaussian noise, whose spectrum is flat, or as in
-`bench svd`. Printed are the thread's seconds, the applications of W·C or its inverse by precision,
+`svd.py`. Printed are the thread's seconds, the applications of W·C or its inverse by precision,
 and the error against a dense float64 SVD. Both iterations get the same products, start in float32
 where the other does, and stop at the same estimate of the error.
 """
@@ -18,15 +18,15 @@ from collections import Counter
 from unittest import mock
 
 import torch
-from torch import Tensor
-
-from corda_kernels.bench.svd_cases import (
+from svd_cases import (
     DAMPING,
     adapter_error,
     realistic_covariance,
     reference,
     tail_energy_ratio,
 )
+from torch import Tensor
+
 from corda_kernels.kernels import batched_svd
 from corda_kernels.linalg import krylov
 from corda_kernels.linalg.krylov import Stop, _error, _orthonormal, leading_pairs

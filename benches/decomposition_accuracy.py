@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.utils import logging
-
-from corda_kernels import CovarianceSet, load_model
-from corda_kernels.bench.svd_cases import (
+from svd_cases import (
     EPS,
     Reference,
     adapter_error,
     reference,
     tail_energy_ratio,
 )
+from torch import Tensor
+from transformers.utils import logging
+
+from corda_kernels import CovarianceSet, load_model
 from corda_kernels.bench.timing import environment
 from corda_kernels.files import write_json
 from corda_kernels.linalg import co_svd_layers, parallel_map

@@ -1,4 +1,4 @@
-"""Peak memory of the decomposition beyond its inputs, for the cases of `corda-kernels bench svd`.
+"""Peak memory of the decomposition beyond its inputs, for the cases of `svd_cases.py`.
 
 On a CPU it is the high-water mark of a process of its own for each end (Linux). The list "memory"
 of a results file is replaced by what is found.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from svd import ours
+from svd_cases import CASES, ENDS, Case, make_case
 
-from corda_kernels.bench.svd import ours
-from corda_kernels.bench.svd_cases import CASES, ENDS, Case, make_case
 from corda_kernels.files import write_json
 from corda_kernels.linalg import End
 from corda_kernels.memory import can_forget_peak, forget_peak, peak_bytes, used_bytes

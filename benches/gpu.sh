@@ -77,7 +77,7 @@ covariance() {
 svd() { # All layers of LLaMA-2-7B
     local sizes=(--cases llama2-7b)
     [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4)
-    part svd-llama2-7b 120 "$python" -m corda_kernels bench svd --device "$device" --methods ours \
+    part svd-llama2-7b 120 "$python" benches/svd.py --device "$device" --methods ours \
         "${sizes[@]}" --json "$out/$name-svd-llama2-7b.json"
 }
 
@@ -117,7 +117,7 @@ batched() { # Many small matrices
 methods() { # Against PEFT's full SVDs and cuSOLVER's, which take their time
     local sizes=(--cases smollm2-block,4096x4096)
     [[ -n $small ]] && sizes=(--cases smollm2-block --rank 4)
-    part svd 90 "$python" -m corda_kernels bench svd --device "$device" "${sizes[@]}" \
+    part svd 90 "$python" benches/svd.py --device "$device" "${sizes[@]}" \
         --json "$out/$name-svd.json"
 }
 

@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import DEVICE, Contest, Sized
+from svd_cases import DAMPING, realistic_covariance
 from torch import Tensor
 
-from corda_kernels.bench.svd_cases import DAMPING, realistic_covariance
 from corda_kernels.planning import compactness
 
 # (out, in) of a layer.

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import DEVICE, Contest, Sized
+from svd_cases import DAMPING, realistic_covariance
 from torch import Tensor
 
 from corda_kernels import regularized_inverse
-from corda_kernels.bench.svd_cases import DAMPING, realistic_covariance
 
 # Matrices in a batch, channels of each.
 CASES = [(1, 576), (1, 1536), (16, 192)]

@@ -13,17 +13,17 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import DEVICE, Contest, Sized
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from corda_kernels import CordaConfig, calibrate
-from corda_kernels.bench.svd import published_missing
-from corda_kernels.bench.svd_cases import (
+from svd import published_missing
+from svd_cases import (
     DAMPING,
     adapter_error,
     reference,
     tail_energy_ratio,
 )
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from corda_kernels import CordaConfig, calibrate
 from corda_kernels.init import corda_adapter
 from corda_kernels.linears import linear_weight
 from corda_kernels.targets import target_linears

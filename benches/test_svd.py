@@ -12,9 +12,9 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, Contest, Sized
+from svd import Parts, methods
+from svd_cases import ENDS, Case, end_error, realistic_covariance, references
 
-from corda_kernels.bench.svd import Parts, methods
-from corda_kernels.bench.svd_cases import ENDS, Case, end_error, realistic_covariance, references
 from corda_kernels.linalg import End
 
 # (layers that share the input, out, in), rank: of SmolLM2-135M, and one that is a bit larger.

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from svd_cases import make_case
 from torch import Tensor
 
 from corda_kernels.bench.covariance import addmm_baseline
-from corda_kernels.bench.svd_cases import make_case
 from corda_kernels.bench.timing import environment, measure
 from corda_kernels.kernels import syrk_, triton_syrk, use_backend
 from corda_kernels.kernels.triton_syrk import TMA, TMA_WIDE, Tile

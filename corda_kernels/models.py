@@ -74,9 +74,11 @@ def load_model(
     where, options = _locate(source, trust_remote_code)
     packed = "gguf_file" in options
     if packed:
-        from transformers import GgufConfig
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        if "gguf" in AUTO_QUANTIZATION_CONFIG_MAPPING:  # before 5.17 it is always dequantised
+            gguf = AUTO_QUANTIZATION_CONFIG_MAPPING["gguf"]
+            options["quantization_config"] = gguf(dequantize=True)
         dtype = dtype or torch.float32
     with _loading_errors(source):
         config, kind = _config_and_class(where, task, options)

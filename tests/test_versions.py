@@ -33,3 +33,8 @@ print(library_versions()["corda_kernels"])
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert ran.stdout.strip() == corda_kernels.__version__
+
+
+def test_the_citation_is_of_this_version() -> None:
+    lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {corda_kernels.__version__}" in lines

@@ -90,25 +90,35 @@ def by_setting(results: Results) -> dict[tuple[str, float], list[Run]]:
 def best(results: Results) -> dict[str, list[Run]]:
     """By method the runs with its best learning rate.
 
-    That is the one with the lowest mean training loss over the last quarter of the steps, over
-    the seeds that all rates of the method have been run with. No problem is trained on twice, so
-    that this is a loss on unseen problems, and none of those that are reported.
+    That is the candidate with the lowest mean training loss over the last quarter of the steps,
+    over the seeds that all candidates have been run with. No problem is trained on twice, so that
+    this is a loss on unseen problems, and none of those that are reported.
     """
-    rates: dict[str, dict[float, list[Run]]] = {}
-    for (method, rate), runs in by_setting(results).items():
-        rates.setdefault(method, {})[rate] = runs
+    return {method: _compared(tried)[0][0] for method, tried in candidates(results).items()}
+
+
+def candidates(results: Results) -> dict[str, list[list[Run]]]:
+    """By method the runs with each rate that may be its best one, the lowest loss first.
+
+    With the seeds that all rates share, these are as good as the lowest within the share `tie`.
+    """
+    tie = results["settings"].get("tie", 0.0)
+    rates: dict[str, list[list[Run]]] = {}
+    for (method, _), runs in by_setting(results).items():
+        rates.setdefault(method, []).append(runs)
+    found = {method: _compared(tried) for method, tried in rates.items()}
     return {
-        method: min(_comparable(found), key=lambda pair: pair[1])[0]
-        for method, found in rates.items()
+        method: [runs for runs, loss in tried if loss <= (1 + tie) * tried[0][1]]
+        for method, tried in found.items()
     }
 
 
-def _comparable(rates: Mapping[float, list[Run]]) -> Iterable[tuple[list[Run], float]]:
-    """Of each rate its runs, and their loss over the seeds that all rates share."""
-    shared = set.intersection(*({run["seed"] for run in runs} for runs in rates.values()))
-    for runs in rates.values():
-        losses = [last_loss(run) for run in runs if run["seed"] in shared]
-        yield runs, statistics.fmean(losses) if losses else math.inf
+def _compared(rates: Sequence[list[Run]]) -> list[tuple[list[Run], float]]:
+    """Each rate's runs and their loss over the seeds that all of them share, the lowest first."""
+    shared = set.intersection(*({run["seed"] for run in runs} for runs in rates))
+    losses = [[last_loss(run) for run in runs if run["seed"] in shared] for runs in rates]
+    means = [statistics.fmean(each) if each else math.inf for each in losses]
+    return sorted(zip(rates, means, strict=True), key=lambda pair: pair[1])
 
 
 def last_loss(run: Run) -> float:

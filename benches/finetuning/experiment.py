@@ -35,7 +35,7 @@ from corda_kernels.init import CalibrationPlan, covariance_stages
 from corda_kernels.sources import help_topics
 
 from .claims import claim
-from .comparison import best
+from .comparison import candidates
 from .data import (
     PROBLEM,
     QUESTION,
@@ -140,8 +140,8 @@ class Experiment:
             for name in group:
                 tried = [run for run in grid if run.method.name == name]
                 yield from ((run, True) for run in tried)
-                chosen = best(collected(self.folder)).get(name, [])
-                rates = {found["learning_rate"] for found in chosen}
+                tied = candidates(collected(self.folder)).get(name, [])
+                rates = {runs[0]["learning_rate"] for runs in tied}
                 for run in tried:
                     if run.learning_rate in rates:
                         yield from ((again, False) for again in self.profile.repeats(run))
@@ -367,4 +367,6 @@ def collected(folder: Path) -> dict[str, Any]:
     )
     files = (folder / "runs" / f"{run.name}.json" for run in runs)
     done = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    return {"settings": settings, "base": base, "planned": profile.planned, "runs": done}
+    found = {"settings": settings, "base": base, "runs": done}
+    tied = {method: len(rates) for method, rates in candidates(found).items()}
+    return {**found, "planned": profile.planned(tied)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .methods import METHODS, Method
@@ -46,6 +46,8 @@ class Profile:
         learning_rates: how many of each method's, all with the first seed.
         seeds: how many, of each group; the others with the best learning rate. Each is another
             order of other problems.
+        tie: rates whose loss with the first seed is above the lowest by at most this share of it
+            are run with the other seeds too, before the best one is chosen.
         rank: components of every layer; LoRA has twice that rank, or the same (`lora-r`).
         steps: of training.
         batch_size: problems a step.
@@ -82,6 +84,7 @@ class Profile:
     samples: int
     seq_len: int
     candidates: int = 5
+    tie: float = 0.0
     ranked: int = 32
     apart: int = 0
     outside: bool = False
@@ -104,12 +107,12 @@ class Profile:
         )
         return (replace(run, seed=seed) for seed in range(1, seeds))
 
-    @property
-    def planned(self) -> int:
-        """How many runs the profile has."""
+    def planned(self, tied: Mapping[str, int]) -> int:
+        """How many runs the profile has where so many rates of a method may be its best one."""
         return sum(
-            len(group) * (self.learning_rates + seeds - 1)
+            self.learning_rates + (seeds - 1) * tied.get(name, 1)
             for group, seeds in zip(self.methods, self.seeds, strict=True)
+            for name in group
         )
 
 
@@ -169,6 +172,7 @@ PROFILES = {
         text_tokens=48,
         samples=16,
         seq_len=256,
+        tie=0.03,
         ranked=0,
         apart=48,
     ),
@@ -188,6 +192,7 @@ PROFILES = {
         text_tokens=128,
         samples=64,
         seq_len=512,
+        tie=0.03,
         ranked=0,
         apart=256,
         device="cuda",

@@ -182,7 +182,7 @@ def _computed(
         x = module._apply_gate(y) if module.has_gate else module.act_fn(y)
         y = _projected(module, "down_proj", expert, x)
         note(module, "down_proj", expert, x, rows, y)
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):  # from transformers 5.20 on
             y = module.post_expert_norm(y)
         y = y * weights[rows, places, None]
         result.index_add_(0, rows, y.to(result.dtype))

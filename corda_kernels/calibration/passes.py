@@ -19,6 +19,7 @@ from corda_kernels.calibration.gradients import Labels, Sides
 from corda_kernels.calibration.journal import CalibrationCheckpoint, foreign
 from corda_kernels.calibration.masks import RowMasks
 from corda_kernels.calibration.run import CalibrationRun, Normalize, OnUnseen, Targets
+from corda_kernels.calibration.watched import Watch
 from corda_kernels.errors import BatchError, ConfigError, NonFiniteActivationError
 
 
@@ -43,8 +44,8 @@ def calibrate(
     The model runs in eval mode, on text without its output head; its hooks, modes and weights are
     as before afterwards, whatever happens. Layers that read the same tensor share one covariance.
     Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
-    smaller batches, in the end with sums on the host, and warns; what runs the model by itself is
-    not started again.
+    smaller batches, in the end with sums on the host, and warns; a function that runs the model is
+    called once more, with sums on the host.
 
     Sequences of equal length of consecutive batches run together, which changes no sum: some 8,192
     tokens on a device with memory of its own, 2,048 on a CPU and with gradients. Each batch runs by
@@ -58,7 +59,8 @@ def calibrate(
             never counts: masks tell where it is, and in a decoder's sequence labels of -100. Where
             text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
             model reads the tokens with a zero, and they do not count either.
-            Alternatively a function without arguments that runs the model, as it likes.
+            Alternatively a function without arguments that runs the model, as it likes, and on the
+            same data each time that it is called.
         targets: see `corda_kernels.targets.target_layers`.
         experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
             layer of the hidden states that they read, under the name of the parameter
@@ -149,22 +151,9 @@ def _watched(run: CalibrationRun, run_model: Callable[[], object]) -> Covariance
             "a function that runs the model can be neither shared out over ranks nor resumed: give "
             "batches, or leave distributed and checkpoint out"
         )
-    capture, calls, tokens = run.capture(run.readers, RowMasks(run.model)), 0, 0
-
-    def end(*_: object) -> None:
-        nonlocal calls, tokens
-        before, tokens = tokens, capture.tokens()
-        capture.end_pass(calls, (before, tokens))
-        calls += 1
-
-    with evaluating(run.model), capture:
-        ending = run.model.register_forward_hook(end)
-        try:
-            run_model()
-        finally:
-            ending.remove()
-        end()  # of what ran parts of the model alone
-    return run.result(capture, tokens)
+    watch = Watch(run.model, run_model, "calibrate fewer targets at a time")
+    capture = watch.sums(lambda: run.capture(run.readers, RowMasks(run.model)))
+    return run.result(capture, capture.tokens())
 
 
 def _accumulate(run: CalibrationRun, batches: Iterable[Batch]) -> tuple[InputCapture, TextSum]:

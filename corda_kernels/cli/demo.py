@@ -48,6 +48,7 @@ def demo(
     samples: options.Samples = 16,
     seq_len: options.SeqLen = 256,
     steps: Annotated[int, Option(min=1, help="Training steps, of two sequences each.")] = 8,
+    stability: options.Stability = True,
     seed: options.Seed = 0,
 ) -> None:
     """Run the whole flow on SmolLM2-135M, on the CPU.
@@ -67,8 +68,11 @@ def demo(
     """
     from corda_kernels import init, models, sources, text
     from corda_kernels.calibration import CovarianceSet
+    from corda_kernels.documents import read_texts
 
     source, base, started = _gguf_file(), out / "base", time.perf_counter()
+    if data not in (None, "-"):
+        next(read_texts(data), None)  # a file that does not serve is refused before the work
     outputs.check_output(base, folder=True, needed_bytes=1 << 30)
     if (base / "config.json").is_file():
         echo("1. SmolLM2-135M is unpacked already")
@@ -88,7 +92,7 @@ def demo(
 
     echo(f"2. calibrating on {sum(ids.numel() for ids in calibration)} tokens")
     file, model = out / "covariances.safetensors", options.load(str(base), None, "cpu")
-    plan = init.CalibrationPlan(rank=rank, stability=True)
+    plan = init.CalibrationPlan(rank=rank, stability=stability)
     for found in init.covariance_stages(model, calibration, plan):
         found.save(file)
     covariances = CovarianceSet.load(file)

@@ -41,9 +41,13 @@ def export(
     outputs.check_output(out, folder=True)
     options.check_unused(out, overwrite, ADAPTER_FILES)
     written = export_lora(adapter, out, rank)
-    lost = f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
+    note = ""
+    if written.layer:
+        note = f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
+    elif rank is not None and rank > written.rank:
+        note = f", its own: --rank {rank} would be more"
     echo(
-        f"{out}: a plain LoRA of rank {written.rank}{lost if written.layer else ''}; load it with "
+        f"{out}: a plain LoRA of rank {written.rank}{note}; load it with "
         f"PeftModel.from_pretrained(base, '{out}')"
     )
 

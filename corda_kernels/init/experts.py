@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from torch import nn
 
 from corda_kernels.adapter.experts import oriented
@@ -26,7 +24,6 @@ from corda_kernels.planning.ranks import Shape
 from corda_kernels.planning.scores import LayerSpectrum
 from corda_kernels.structure import text_config
 
-_PEFT = Version("0.20")
 # What configurations call the number of experts that a token is sent to.
 _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "topk")
 
@@ -37,17 +34,12 @@ def check_experts(
     """Makes sure that adapters of expert parameters, by name, are possible.
 
     Raises:
-        ConfigError: PEFT is not used, or too old, or an option does not go with experts.
+        ConfigError: PEFT is not used, or an option does not go with experts.
         AdapterError: weights are offloaded.
     """
     reason = ""
     if not use_peft:
         reason = "CordaLinear cannot adapt fused experts: use PEFT"
-    elif Version(peft.__version__) < _PEFT:
-        reason = (
-            f"PEFT {peft.__version__} confuses the adapters of several expert parameters: install "
-            f"PEFT {_PEFT} or newer"
-        )
     elif config.freeze_a or config.residual or config.use_dora or config.lora_dropout:
         reason = (
             'freeze_a, residual="weight", lora_dropout and use_dora are not possible for fused '

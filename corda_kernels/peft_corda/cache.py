@@ -26,7 +26,6 @@ from corda_kernels.files import write_json
 from corda_kernels.linalg import CoSVD
 from corda_kernels.linears import linear_layers
 from corda_kernels.outputs import atomic_path
-from corda_kernels.peft_corda.observe import Observed
 from corda_kernels.peft_corda.targets import Target
 from corda_kernels.versions import library_versions
 
@@ -51,6 +50,20 @@ _NOTES: Mapping[str, fields.Schema] = {
     "damping?": fields.maybe(fields.number(0)),
     "calls?": {"*": fields.is_whole},
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What was seen of one layer's inputs.
+
+    Attributes:
+        matrix: C (in, in) float32, or float64 for such inputs; the mean over tokens, or over calls
+            for normalize "peft".
+        calls: forward calls of the layer.
+    """
+
+    matrix: Tensor
+    calls: int
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from corda_kernels.peft_corda.cache import CordaEigens
 from corda_kernels.peft_corda.preprocess import Options, preprocess_corda
 
 # Versions of PEFT under which the tests of this integration have passed.
-TRIED_VERSIONS = ("0.19.1", "0.20.0", "0.21.2")
+TRIED_VERSIONS = ("0.20.0", "0.21.2")
 
 _TRIED = f"this integration was tried with peft {', '.join(TRIED_VERSIONS)}"
 _PARENT, _NAME = "peft.tuners.lora", "corda"

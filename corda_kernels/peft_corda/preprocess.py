@@ -12,6 +12,9 @@ from peft import LoraConfig
 from torch import nn
 
 from corda_kernels.arguments import instance_of, one_of, readable_path, shown, whole_number
+from corda_kernels.calibration.capture import InputCapture
+from corda_kernels.calibration.masks import RowMasks
+from corda_kernels.calibration.watched import Watch
 from corda_kernels.errors import (
     CalibrationError,
     CompatibilityWarning,
@@ -24,7 +27,6 @@ from corda_kernels.linalg import co_svd_layers
 from corda_kernels.linalg.operand import check_damping
 from corda_kernels.outputs import check_output
 from corda_kernels.peft_corda import cache
-from corda_kernels.peft_corda.observe import Observed, Observer
 from corda_kernels.peft_corda.targets import Target, corda_targets
 from corda_kernels.progress import progress_bar
 
@@ -130,7 +132,7 @@ def preprocess_corda(
     method, normalize = theirs.corda_method, ours.normalize
     recipe = {"corda_method": method, "damping": ours.damping, "normalize": normalize}
     eigens: dict[str, cache.CordaEigens] = {}
-    kept: dict[str, Observed] = {}
+    kept: dict[str, cache.Observed] = {}
     if cache.is_written(theirs.cache_file):
         eigens, _ = cache.read_cache(theirs.cache_file, targets, recipe, model)
         ours.check_seen(targets, eigens, f"are not in {theirs.cache_file}")
@@ -138,8 +140,8 @@ def preprocess_corda(
         for path in (theirs.cache_file, theirs.covariance_file):
             if path is not None:
                 check_output(path)
-        observer = Observer(hooked_model or model, run_model, normalize) if run_model else None
-        for found in _covariances(model, targets, theirs, ours, observer):
+        watch = Watch(hooked_model or model, run_model, "pass memory_limit") if run_model else None
+        for found in _covariances(model, targets, theirs, ours, watch):
             if not theirs.prune_temporary_fields:
                 kept = dict(found)
             eigens |= _decompose(found, targets, theirs, ours)
@@ -215,8 +217,8 @@ def _covariances(
     targets: dict[str, Target],
     theirs: CordaConfig,
     ours: Options,
-    observer: Observer | None,
-) -> Iterator[dict[str, Observed]]:
+    watch: Watch | None,
+) -> Iterator[dict[str, cache.Observed]]:
     """The layers' covariances, from their file or from passes of `run_model`; all, or in parts."""
     file = theirs.covariance_file
     if cache.is_written(file):
@@ -224,21 +226,34 @@ def _covariances(
         ours.check_seen(targets, found, f"are not in {file}")
         yield found
         return
-    if observer is None:
+    if watch is None:
         raise ConfigError(
             "run_model is None, but neither the cache nor the covariance file is written yet: pass "
             "a function that runs the model on calibration data"
         )
     for part in _parts(targets, ours.memory_limit):
-        found = observer.observe(part)
+        found = _observed(watch, part, ours.normalize)
         ours.check_seen(part, found, "never received a token")
         if file is not None:
             cache.write_covariances(file, found, model, ours.normalize)
         yield found
 
 
+def _observed(watch: Watch, names: Iterable[str], normalize: str) -> dict[str, cache.Observed]:
+    """What each layer that is called reads; those that the model does not have are passed by."""
+    every = dict(watch.model.named_modules())
+    readers = {name: every[name] for name in names if name in every}
+
+    def capture() -> InputCapture:
+        masks = RowMasks(watch.model)
+        return InputCapture(readers, normalize=normalize, statistics=False, masks=masks)
+
+    found = watch.sums(capture).covariances()
+    return {name: cache.Observed(each.matrix, each.calls) for name, each in found.items()}
+
+
 def _decompose(
-    found: dict[str, Observed], targets: dict[str, Target], theirs: CordaConfig, ours: Options
+    found: dict[str, cache.Observed], targets: dict[str, Target], theirs: CordaConfig, ours: Options
 ) -> dict[str, cache.CordaEigens]:
     """The layers' components. Uses `found` up: each is freed after its last reader."""
     order = list(found)

@@ -386,5 +386,6 @@ def test_the_folder_of_a_nameless_base_names_none(
         model, covariances = calibrated()
         model.name_or_path = ""
         save_adapter(adapt((model, covariances), residual=residual), tmp_path)
-        assert described(tmp_path)["base_model_name_or_path"] == expected
+        named = described(tmp_path)["base_model_name_or_path"]
+        assert (named or None) == expected  # before 0.21, PEFT writes an empty name
         assert "base_model:" not in (tmp_path / "README.md").read_text()

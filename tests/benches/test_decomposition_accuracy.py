@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from decomposition_accuracy import bottom_gap
-
-from corda_kernels.bench.svd_cases import Reference
+from svd_cases import Reference
 
 
 def diagonal(values: list[float]) -> Reference:

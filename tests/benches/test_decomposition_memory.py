@@ -8,11 +8,11 @@ from typing import Any
 
 import decomposition_memory
 import pytest
+import svd
 import torch
 from decomposition_memory import bound, measured, print_growth
+from svd_cases import ENDS, Case, make_case
 
-from corda_kernels.bench import svd
-from corda_kernels.bench.svd_cases import ENDS, Case, make_case
 from corda_kernels.linalg import End
 from corda_kernels.memory import can_forget_peak
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [[(24, 24), (8, 24)], [(40, 24)], [(24, 40)]]
-    monkeypatch.setattr("corda_kernels.bench.svd_cases._BLOCKS", {"smollm2-block": (1, shapes)})
+    monkeypatch.setattr("svd_cases._BLOCKS", {"smollm2-block": (1, shapes)})
 
 
 def test_the_bound_is_of_the_largest_groups() -> None:

@@ -84,6 +84,18 @@ def test_the_best_rate_has_the_lowest_last_training_loss_over_shared_seeds() -> 
     assert [each["learning_rate"] for each in best(results(*runs))["lora"]] == [3e-3]
 
 
+def test_tied_rates_are_compared_over_all_seeds() -> None:
+    runs = [
+        run("lora", rate, seed, [1.5, 1.0], last=last)
+        for rate, lasts in ((1e-3, (0.82, 0.7)), (3e-3, (0.8, 0.9)), (1e-2, (0.9,)))
+        for seed, last in enumerate(lasts)
+    ]
+    found = results(*runs)
+    assert best(found)["lora"][0]["learning_rate"] == 3e-3
+    found["settings"]["tie"] = 0.03
+    assert best(found)["lora"][0]["learning_rate"] == 1e-3
+
+
 def test_a_run_that_broke_off_is_named_and_not_compared() -> None:
     broken = run("lora", 3e-3, 0, [1.5, 1.0], last=0.1) | {
         "training_loss": [0.1],

@@ -158,6 +158,21 @@ def test_only_the_best_rate_is_run_with_the_other_seeds(open_: Callable[..., Exp
     assert len(done) == 5
 
 
+def test_rates_that_are_as_good_by_one_seed_are_run_with_all(
+    open_: Callable[..., Experiment],
+) -> None:
+    profile = replace(PROFILE, methods=(("lora",),), learning_rates=3, seeds=(2,), tie=0.03)
+    first, second, third = METHODS["lora"].learning_rates[:3]
+    experiment = open_(profile)
+    done: list[Run] = []
+    _with_losses(experiment, done, {first: 1.02, second: 1.0, third: 1.04})
+    experiment.go_on()
+    again = [run.learning_rate for run in done if run.seed]
+    assert again == [first, second]
+    results = collected(experiment.folder)
+    assert results["planned"] == len(results["runs"]) == 5
+
+
 def test_the_best_rate_is_not_chosen_before_another_process_has_done_its_run(
     open_: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,5 +332,5 @@ def test_a_profile_names_every_run_once_and_measures_at_its_end() -> None:
         assert len({run.name for run in runs}) == len(runs)
         first = [run for run in runs if run.learning_rate == run.method.learning_rates[0]]
         again = [each for run in first for each in profile.repeats(run)]
-        assert profile.planned == len(runs) + len(again)
+        assert profile.planned({}) == len(runs) + len(again)
         assert profile.checkpoints[-1] == profile.steps

@@ -179,6 +179,16 @@ def test_a_function_that_runs_the_model_shows_no_losses(tiny_model: Make) -> Non
         calibrate(tiny_model("llama"), run_model, sides="both", progress=False)
 
 
+def test_padding_in_what_a_function_runs_is_told_by_a_mask_or_warned_of(tiny_model: Make) -> None:
+    model = tiny_model("llama", pad_token_id=0)
+    padded = torch.cat([random_ids(2, 5), torch.zeros(2, 3).long()], 1)
+    with pytest.warns(PaddingWarning, match=r"call 1 of the model .* no attention mask"):
+        calibrate(model, lambda: [model(ids) for ids in (random_ids(2, 5), padded)])
+    mask = torch.where(padded == 0, -1e9, 0.0)
+    with pytest.raises(CalibrationError, match=r"call 0 .* other values than 1 .* and 0"):
+        calibrate(model, lambda: model(padded, attention_mask=mask))
+
+
 class Cramped(nn.Module):
     """A model that has memory for so many sequences at a time."""
 

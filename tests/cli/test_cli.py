@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import re
 import sys
@@ -33,7 +34,7 @@ def test_help_names_every_command(invoke: Callable[..., str]) -> None:
 def test_doctor_shows_versions_and_backends(invoke: Callable[..., str]) -> None:
     shown = dict(re.split(r"\s{2,}", line) for line in invoke("doctor").splitlines())
     assert shown["corda_kernels"] == corda_kernels.__version__
-    assert shown["torch"] == torch.__version__
+    assert shown["torch"] == importlib.metadata.version("torch")
     for backend in available_backends():
         assert shown[f"backend {backend}"].startswith(("ready", "no: "))
 

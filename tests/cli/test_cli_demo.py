@@ -37,6 +37,19 @@ def test_the_demo_says_how_to_get_its_model(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_demo_refuses_data_before_it_unpacks_the_model(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
+    module = importlib.import_module("corda_kernels.cli.demo")
+    monkeypatch.setattr(module, "_gguf_file", lambda: place / "model")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"question": "Who?"}\n')
+    status, _, lines = command("demo", "--out", out, "--data", data)
+    assert status == 2
+    assert "question" in lines[0]
+    assert not out.exists()
+
+
 def test_a_demo_that_was_stopped_while_unpacking_unpacks_again(
     monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
 ) -> None:

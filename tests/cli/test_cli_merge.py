@@ -127,9 +127,9 @@ def test_export_cuts_a_lora_off_and_says_what_is_lost(
         found = lora.get_delta_weight("default").detach()
         assert (found - whole).norm() / whole.norm() == pytest.approx(error, rel=1e-3), name
 
-    for rank in (8, 20):  # nothing to cut off
+    for rank, said in ((8, ""), (20, ", its own: --rank 20 would be more")):  # nothing to cut off
         shown = invoke("export", out, tmp_path / f"all-{rank}", "--rank", rank)
-        assert "a plain LoRA of rank 8; load it with" in shown
+        assert f"a plain LoRA of rank 8{said}; load it with" in shown
 
 
 def test_merge_says_how_to_find_a_base_that_moved(

@@ -255,6 +255,8 @@ ODD: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("architecture", ODD)
 @pytest.mark.filterwarnings("ignore::corda_kernels.errors.LeftOutWarning")
 def test_a_skeleton_needs_what_the_model_does(architecture: str, tmp_path: Path) -> None:
+    if architecture == "opt":  # before, it looks at the values of its mask
+        pytest.importorskip("transformers", minversion="5.18")
     config = AutoConfig.for_model(architecture, **TINY | ODD[architecture])
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

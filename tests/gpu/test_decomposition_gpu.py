@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
-
-from corda_kernels import co_svd, co_svd_layers, regularized_inverse
-from corda_kernels.bench.svd_cases import (
+from svd_cases import (
     adapter_error,
     realistic_covariance,
     reference,
     tail_energy_ratio,
 )
+from torch import Tensor
+
+from corda_kernels import co_svd, co_svd_layers, regularized_inverse
 from corda_kernels.kernels import use_backend
 from corda_kernels.linalg import End, extreme_eigenvalues, layers, singular_values
 

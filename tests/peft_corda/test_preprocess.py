@@ -14,6 +14,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as peft_own
 from torch import Tensor, nn
 
+from corda_kernels.calibration import watched
 from corda_kernels.calibration.capture import InputCapture
 from corda_kernels.errors import (
     CacheError,
@@ -25,7 +26,7 @@ from corda_kernels.errors import (
     TargetError,
 )
 from corda_kernels.linears import linear_weight
-from corda_kernels.peft_corda import observe, preprocess_corda
+from corda_kernels.peft_corda import preprocess_corda
 
 LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -352,7 +353,7 @@ class Cramped:
             join(capture, name, *arguments)
 
         monkeypatch.setattr(InputCapture, "_join_or_found", cramped)
-        monkeypatch.setattr(observe, "has_own_memory", lambda device: True)
+        monkeypatch.setattr(watched, "has_own_memory", lambda device: True)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 10_000])
@@ -364,7 +365,7 @@ def test_sums_that_a_device_has_no_memory_for_are_made_on_the_host(
     expected = {name: part.S_WC for name, part in eigens(model).items()}
     cramped = Cramped(monkeypatch)
     with pytest.warns(
-        OutOfMemoryWarning, match="called again with sums on the CPU.* 24 tokens"
+        OutOfMemoryWarning, match=r"called again with sums on the CPU.* 1 call\(s\)"
     ) as caught:
         preprocess_corda(model, lora(), run, memory_limit=memory_limit)
     assert len(caught) == 1
@@ -379,7 +380,7 @@ def test_memory_that_runs_out_on_the_host_is_the_callers_matter(
 ) -> None:
     model, run = make()
     Cramped(monkeypatch)
-    monkeypatch.setattr(observe, "has_own_memory", lambda device: False)
+    monkeypatch.setattr(watched, "has_own_memory", lambda device: False)
     with pytest.raises(torch.OutOfMemoryError):
         preprocess_corda(model, lora(), run)
 
@@ -398,7 +399,7 @@ def test_text_that_is_used_up_when_memory_runs_out_is_missed(
         add(capture, *arguments)
 
     monkeypatch.setattr(InputCapture, "_add", cramped)
-    monkeypatch.setattr(observe, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(watched, "has_own_memory", lambda device: True)
 
     def run_model() -> None:
         for ids in sequences:
@@ -406,7 +407,9 @@ def test_text_that_is_used_up_when_memory_runs_out_is_missed(
 
     with (
         pytest.warns(OutOfMemoryWarning),
-        pytest.raises(CalibrationError, match="ran 8 tokens where the first had run 40"),
+        pytest.raises(
+            CalibrationError, match=r"in call 2 of the model .* called it 1 time\(s\) only"
+        ),
     ):
         preprocess_corda(model, lora(), run_model)
 

@@ -52,7 +52,15 @@ def test_an_example_runs_and_stock_peft_loads_its_adapter(
             for i in range(16)
         ],
     )
-    data = {"plain_loop": [text, text], "trl_dpo": [text, preferences]}.get(name, [text])
+    problems = written(
+        tmp_path / "problems.jsonl",
+        [{"question": sentence(i, 70), "answer": sentence(i + 1, 70)} for i in range(16)],
+    )
+    data = {
+        "plain_loop": [text, text],
+        "trl_dpo": [text, preferences],
+        "trl_grpo": [problems],
+    }.get(name, [text])
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", [name, str(base), *data, str(out)])
     monkeypatch.setattr(corda, "preprocess_corda", corda.preprocess_corda)  # put back afterwards
@@ -64,3 +72,6 @@ def test_an_example_runs_and_stock_peft_loads_its_adapter(
     with torch.no_grad():
         logits = scope["model"].eval()(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=1e-4)
+        with model.disable_adapter():
+            trained = not torch.equal(model(input_ids=ids).logits, logits)
+    assert trained

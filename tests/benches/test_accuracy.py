@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-from corda_kernels.bench.svd_cases import (
+from svd_cases import (
     EPS,
     Reference,
     adapter_error,
     reference,
     tail_energy_ratio,
 )
+from torch import Tensor
 
 
 def matrices(out: int, width: int) -> tuple[Tensor, Tensor]:

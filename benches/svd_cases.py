@@ -1,4 +1,4 @@
-"""What `bench svd` decomposes, and how far a decomposition is from a float64 reference.
+"""What `svd.py` decomposes, and how far a decomposition is from a float64 reference.
 
 The layers are those of a model, or made up in a model's shapes. Errors are in the terms that matter
 to an adapter.

@@ -1,26 +1,38 @@
-"""CO-SVD at both ends against the published procedure and what else torch offers."""
+"""CO-SVD at both ends against the published procedure and what else torch offers.
+
+For the largest components (IPM) and the smallest (KPM). Prints seconds, the ratio to PEFT and the
+error against float64. A result that is wrong gets no time.
+
+    python benches/svd.py [--cases CASES] [--model M --cov C] [--methods METHODS] [--json FILE]
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from corda_kernels.bench.svd_cases import (
+from svd_cases import (
+    CASES,
     DAMPING,
     Case,
     Part,
+    check_case,
     end_error,
     make_case,
     references,
 )
-from corda_kernels.bench.timing import Timing, measure
+from torch import Tensor, nn
+
+from corda_kernels.bench.timing import Timing, environment, measure
 from corda_kernels.errors import ConfigError
+from corda_kernels.files import write_json
 from corda_kernels.linalg import End, co_svd_layers
 
 BASELINE = "published"
@@ -224,3 +236,49 @@ def bench_case(
                     row = replace(row, timing=timing, speedup=base / timing.p50 if base else None)
                 yield row
             found.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", help=f"by commas: {', '.join(CASES)}")
+    parser.add_argument("--model", help="of the case model: a folder or hub id")
+    parser.add_argument("--cov", help="its covariance file, from corda-kernels calibrate")
+    parser.add_argument("--rank", type=int, help="by default 32, for LLaMA-2's shapes 128")
+    parser.add_argument(
+        "--methods",
+        help="by commas: published (PEFT's), ours, svd_lowrank, on a GPU also torch's SVD drivers",
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="check large layers against float64 too, in minutes"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write all results to")
+    given = parser.parse_args()
+    source = None if given.model is None or given.cov is None else (given.model, given.cov)
+    default = f"{'smollm2-block' if given.model is None else 'model'},4096x4096"
+    names, device = (given.cases or default).split(","), torch.device(given.device)
+    try:
+        chosen = methods(device, given.methods.split(",") if given.methods else [])
+        for name in names:
+            check_case(name, given.rank, source)
+    except ConfigError as error:
+        parser.error(str(error))
+    found: dict[str, Any] = {"environment": environment(device), "rows": []}
+    print(", ".join(f"{key} {value}" for key, value in found["environment"].items()))
+    if missing := published_missing():
+        print(f"without published: {missing}")
+    print(HEADER)
+    for name in names:
+        for row in bench_case(
+            make_case(name, device, given.rank, source), chosen, exact=given.exact
+        ):
+            print(row.line(), flush=True)
+            found["rows"].append(asdict(row))
+            if given.json:  # after every one, so that who stops it keeps them
+                write_json(given.json, found)
+
+
+if __name__ == "__main__":
+    main()
