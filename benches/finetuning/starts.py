@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .bootstrap import Difference, differences
 from .comparison import (
     REFERENCE,
+    Point,
     Results,
     Run,
     at,
     best,
     broken_off,
     by_setting,
+    candidates,
     final_task,
     last_loss,
     most_of_the_fall,
@@ -31,15 +33,53 @@ _TASK = (
     "seconds",
 )
 _KEPT = ("start", "rate", "steps", "knowledge", "− LoRA's", "prose", "− LoRA's")
+_DIRECT = ("start", "against", "steps", "its steps", "knowledge", "its knowledge", "difference")
+# A start and its control, or the simpler one of two.
+_PAIRS = (("kpm-hold1", "random"), ("kpm-both", "kpm-hold1"), ("task-keep", "white"))
 
 
 def starts(results: Results) -> str:
-    """The task, then what is forgotten at equal loss, at the best rates, with a legend above."""
+    """The task, what is forgotten at equal loss, and direct comparisons, with a legend above."""
     chosen = best(results)
     reference = chosen.get(REFERENCE, [])
     task = [_task(results, runs, reference) for runs in chosen.values()]
     kept = [_kept(results, runs, reference) for runs in chosen.values()]
-    return f"{_about(results)}\n\n{markdown(task, _TASK)}\n\n{markdown(kept, _KEPT)}"
+    direct = [_direct(results, *pair) for pair in _pairs(results)]
+    tables = [markdown(task, _TASK), markdown(kept, _KEPT), markdown(direct, _DIRECT)]
+    return "\n\n".join([_about(results), *tables])
+
+
+def _pairs(results: Results) -> list[tuple[list[Run], list[Run]]]:
+    """What is compared directly: those above, and LoRA and `task-keep` with LoRA's other rates."""
+    chosen = best(results)
+    pairs = [(chosen[name], chosen[to]) for name, to in _PAIRS if {name, to} <= chosen.keys()]
+    tried = candidates(results).get(REFERENCE, [])
+    others = [runs for runs in tried if rate(runs[0]) != rate(chosen[REFERENCE][0])]
+    return pairs + [
+        (chosen[name], runs)
+        for runs in others
+        for name in (REFERENCE, "task-keep")
+        if name in chosen
+    ]
+
+
+def _direct(results: Results, runs: Sequence[Run], reference: Sequence[Run]) -> list[str]:
+    """A row of a start against another in LoRA's place, over the seeds that both have."""
+    base, seeds = results["base"], {run["seed"] for run in reference}
+    targets = most_of_the_fall(final_task(reference), base)
+    ours = at([run for run in runs if run["seed"] in seeds], base, targets)
+    theirs = at(reference, base, targets)
+
+    def shown(form: str, value: Callable[[Point], float]) -> list[str]:
+        return [spread(map(value, each), form) if each else "–" for each in (ours, theirs)]
+
+    return [
+        f"{runs[0]['method']} {rate(runs[0])}",
+        f"{reference[0]['method']} {rate(reference[0])}",
+        *shown(".0f", lambda point: point.step),
+        *shown("+.3f", lambda point: point.changes["knowledge"]),
+        _against(runs, reference, "knowledge"),
+    ]
 
 
 def rates(results: Results) -> str:
@@ -73,7 +113,8 @@ def _about(results: Results) -> str:
         "the interval of 95 % of a paired bootstrap over items. Steps and "
         f"{kind}, calibration and decomposition included, are until the task is at LoRA's final "
         "loss; in the second table all is read off where the task has made nine tenths of LoRA's "
-        "fall, – where it never has."
+        "fall, – where it never has. The third table has the same of two starts, at nine tenths "
+        'of the fall of the one after "against".'
         + f" Runs whose loss ceased to be finite: {broken}."
         * bool(broken)
     )

@@ -109,20 +109,36 @@ def test_a_sample_in_which_the_loss_is_not_reached_is_compared_where_the_method_
     assert found.high == pytest.approx(0.27 - 0.2607, abs=2e-3)
 
 
+SETTINGS = {"profile": "starts", "model": "tiny", "rank": 4, "steps": 16, "batch_size": 2}
+SETTINGS |= {"problems": 40, "questions": 30, "texts": 5, "device": "cpu", "tie": 0.03}
+
+
+def test_a_start_is_compared_with_its_control_and_lora_with_its_other_rate() -> None:
+    slow = LORA | {"task": (-0.2, -0.8)}
+    lora = [run("lora", s, noisy(s, **LORA)) for s in (0, 1)]
+    others = [run("lora", s, noisy(s, **slow), rate=2e-3) for s in (0, 1)]
+    controls = [run("random", s, noisy(5 + s, **LORA)) for s in (0, 1)]
+    kpm = [run("kpm-hold1", s, noisy(s, **OURS)) for s in (0, 1)]
+    runs = [*lora, *others, *controls, *kpm]
+    results = {"settings": SETTINGS, "base": BASE, "planned": 9, "runs": runs}
+    *_, control, other = starts(results).split("\n\n")[3].split("\n")
+    assert control.startswith("| kpm-hold1 1e-3 | random 1e-3 |")
+    found = differences(kpm, controls)["knowledge"]
+    assert found is not None
+    assert f"| {found.mean:+.3f} [" in control
+    cells = other.split(" | ")
+    assert cells[:2] == ["| lora 1e-3", "lora 2e-3"]
+    targets = most_of_the_fall(final_task(others), BASE)
+    for index, compared in enumerate((lora, others)):
+        steps = [point.step for point in at(compared, BASE, targets) or []]
+        assert cells[2 + index].split(" ")[0] == f"{sum(steps) / 2:.0f}"
+
+
 def test_the_tables_say_what_a_method_gains_and_costs() -> None:
-    settings = {
-        "profile": "starts",
-        "model": "tiny",
-        "rank": 4,
-        "steps": 16,
-        "batch_size": 2,
-        "tie": 0.03,
-    }
-    settings |= {"problems": 40, "questions": 30, "texts": 5, "device": "cpu"}
     runs = [each for pair in PAIRS for each in pair]
     runs.append(run("kpm", 0, noisy(5, **OURS), rate=3e-3))
-    results = {"settings": settings, "base": BASE, "planned": 9, "runs": runs}
-    about, task, kept = starts(results).split("\n\n")
+    results = {"settings": SETTINGS, "base": BASE, "planned": 9, "runs": runs}
+    about, task, kept, direct = starts(results).split("\n\n")
     assert about.startswith("5 of 9 runs (profile starts)")
     rows = {line.split(" | ")[0]: line.split(" | ") for line in task.split("\n")}
     ours, lora = map(list, zip(*PAIRS, strict=True))
@@ -133,3 +149,4 @@ def test_the_tables_say_what_a_method_gains_and_costs() -> None:
     assert rows["| lora"][6:] == ["–", "15 ± 0", "62 ± 0 |"]
     assert len(rates(results).split("\n")) == 2 * (2 + 3) + 1
     assert kept.count("[") == 2
+    assert len(direct.split("\n")) == 2  # neither a control nor another rate of LoRA's
