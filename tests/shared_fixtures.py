@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pytest
 import torch
+import typer.main
 from family_sizes import DECODER
 from torch import Tensor, nn
 
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 
 # Each save of an adapter compiles the templates of PEFT's card and of ours anew.
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+# Each run of the command line makes its commands anew, from the signatures of our functions.
+typer.main.get_command = functools.cache(typer.main.get_command)
+# No power fails in a test, and a disk takes 10 ms for each file that it is to have.
+os.fsync = lambda _: None
+# Without a GPU `torch.manual_seed` notes the stack for errors that may come later: 2 ms.
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 _SIZES = DECODER | {
     "vocab_size": 64,
@@ -51,7 +59,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """A fixed seed, and NaN in all memory that torch hands out unwritten, so that it shows."""
-    torch.manual_seed(0)
+    _seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -87,7 +95,7 @@ def calibrated(
     def give(architecture: str = "llama", **changes: Any) -> tuple[nn.Module, CovarianceSet]:
         key = architecture, *sorted(changes.items())
         if key not in made:
-            torch.manual_seed(0)
+            _seed(0)
             folder = tmp_path_factory.mktemp(architecture)
             tiny_model(architecture, **({"initializer_range": 0.1} | changes)).save_pretrained(
                 folder

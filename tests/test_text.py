@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from byte_tokenizer import all_tokens, byte_tokenizer, write, write_records
+from characters import CHARACTERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from corda_kernels.documents import decode_escapes, read_texts
 from corda_kernels.errors import ConfigError, DataError
 from corda_kernels.text import token_batches
 
+TEXTS = st.text(CHARACTERS)
 CHATML = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"
 
 
@@ -101,7 +103,7 @@ class TestTemplate:
         }
         assert self.render(tmp_path, template, record) == text
 
-    @given(before=st.text(), value=st.text(), after=st.text())
+    @given(before=TEXTS, value=TEXTS, after=TEXTS)
     def test_any_text_and_value_pass_unchanged(self, tmp_path_factory, before, value, after):
         def braces(text):
             return text.replace("{", "{{").replace("}", "}}")
@@ -185,7 +187,7 @@ class TestEscapes:
     def test_are_read_as_in_python(self, written, meant):
         assert decode_escapes(written) == meant
 
-    @given(st.text())
+    @given(TEXTS)
     def test_every_text_can_be_written(self, text):
         written = text.replace("\\", "\\\\").replace("\n", r"\n").replace("\t", r"\t")
         assert decode_escapes(written) == text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from corda_kernels.outputs import atomic_path
 
-from .comparison import Results, best, by_setting, trajectory
+from .comparison import Results, Run, best, trajectory
 from .methods import METHODS
 
 _SMOOTH = 8  # steps whose mean is drawn
@@ -24,7 +24,7 @@ _DASHES |= {"keep": "--", "frozen": ":"}
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Writes convergence.svg and forgetting.svg: at the best learning rates, and at all of them."""
+    """Writes convergence.svg and forgetting.svg: means over the seeds, at the best rates."""
     # Equal results make equal files.
     with matplotlib.rc_context({"svg.hashsalt": "finetune", "font.size": 9}):
         _save(_convergence(results), folder / "convergence.svg")
@@ -34,20 +34,13 @@ def draw(results: Results, folder: Path) -> None:
 def _convergence(results: Results) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     training, task = figure.subplots(1, 2)
-    chosen = best(results)
-    for method in filter(chosen.__contains__, METHODS):
-        runs = chosen[method]
+    for label, style, runs in _methods(results):
         losses = _smoothed(_mean([run["training_loss"] for run in runs]))
-        steps = range(_SMOOTH, _SMOOTH + len(losses))
-        label = f"{method} {runs[0]['learning_rate']:.0e}".replace("e-0", "e-")
-        training.plot(steps, losses, label=label, **_style(method))
+        training.plot(range(_SMOOTH, _SMOOTH + len(losses)), losses, label=label, **style)
         points = [trajectory(run, results["base"]) for run in runs]
-        task.plot(
-            [point.step for point in points[0]],
-            _mean([[point.task for point in each] for each in points]),
-            marker=".",
-            **_style(method),
-        )
+        steps = [point.step for point in points[0]]
+        losses = _mean([[point.task for point in each] for each in points])
+        task.plot(steps, losses, marker=".", **style)
     training.set(title=f"training, mean of {_SMOOTH} steps", ylabel="loss (nats a token)")
     task.set(title="test problems", ylabel="loss (nats a token)")
     for axis in (training, task):
@@ -59,26 +52,29 @@ def _convergence(results: Results) -> Figure:
 def _forgetting(results: Results) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    names: dict[str, Any] = {}
-    for (method, _), runs in by_setting(results).items():
-        for run in runs:
-            points = trajectory(run, results["base"])
-            for axis, measure in zip(axes, ("knowledge", "text"), strict=True):
-                (line,) = axis.plot(
-                    [point.task for point in points],
-                    [point.changes[measure] for point in points],
-                    marker=".",
-                    linewidth=0.8,
-                    **_style(method),
-                )
-                names.setdefault(method, line)
+    for label, style, runs in _methods(results):
+        points = [trajectory(run, results["base"]) for run in runs]
+        losses = _mean([[point.task for point in each] for each in points])
+        for axis, measure in zip(axes, ("knowledge", "text"), strict=True):
+            changes = _mean([[point.changes[measure] for point in each] for each in points])
+            # Both axes have the same lines: one of them gives the legend.
+            named = {"label": label} if measure == "text" else {}
+            axis.plot(losses, changes, marker=".", **named, **style)
     for axis, title in zip(axes, ("answers to questions", "prose"), strict=True):
         axis.axhline(0, color="lightgray", zorder=0)
         axis.invert_xaxis()
         axis.set(title=title, xlabel="loss on the test problems (nats a token)")
         axis.set(ylabel="change of the loss (nats a token)")
-    figure.legend(names.values(), names, loc="outside right center", fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)
     return figure
+
+
+def _methods(results: Results) -> Iterator[tuple[str, dict[str, Any], list[Run]]]:
+    """Of each method its label, the style of its lines, and the runs at its best rate."""
+    chosen = best(results)
+    for method in filter(chosen.__contains__, METHODS):
+        rate = f"{chosen[method][0]['learning_rate']:.0e}".replace("e-0", "e-")
+        yield f"{method} {rate}", _style(method), chosen[method]
 
 
 def _style(method: str) -> dict[str, Any]:
