@@ -125,12 +125,9 @@ def test_the_components_are_the_weights_part_at_its_end_of_the_spectrum(
             torch.testing.assert_close(lengths, torch.full_like(lengths, hold / 3**0.5))
             columns = P / P.norm(dim=0)
             parts = columns.T @ weight
-            torch.testing.assert_close(
-                S0 / S0.norm(dim=1)[:, None],
-                parts / parts.norm(dim=1)[:, None],
-                rtol=0,
-                atol=1e-5,
-            )
+            # By what P's rounding to float32 changes them, which is much of a tiny part.
+            scaled = S0 * (parts.norm(dim=1) / S0.norm(dim=1))[:, None]
+            assert (scaled - parts).norm() < 1e-6 * weight.norm()
             product = columns @ parts
         assert (product - expected).norm() < 1e-6 * weight.norm()
         noted = adapter.record.layers[name]
