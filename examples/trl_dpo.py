@@ -2,6 +2,8 @@
 
     python examples/trl_dpo.py MODEL KNOWLEDGE PREFERENCES OUT
 
+It takes TRL: pip install -c constraints.txt trl
+
 KNOWLEDGE is text that the model should keep. PREFERENCES is a JSON lines file of `prompt`,
 `chosen` and `rejected`. No second model is needed for the reference: TRL switches the adapter off,
 and what is left is the untouched base.

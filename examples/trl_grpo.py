@@ -2,6 +2,8 @@
 
     python examples/trl_grpo.py MODEL PROBLEMS OUT
 
+It takes TRL: pip install -c constraints.txt trl
+
 PROBLEMS is a JSON lines file of `question` and `answer`, as GSM8K's. A completion earns a reward
 where it has the last word of the answer.
 """

@@ -2,6 +2,8 @@
 
     python examples/trl_sft.py MODEL DATA OUT
 
+It takes TRL: pip install -c constraints.txt trl
+
 DATA is a JSON lines file of `messages`, `prompt` and `completion`, or `text`.
 """
 

@@ -154,7 +154,8 @@ def record_of(model: nn.Module) -> AdapterRecord:
     if made is None:
         raise AdapterError(
             "the model's adapter has no record of how it was made: stock PEFT saves and loads it "
-            "all the same; load_for_training also reads the record, corda.json"
+            "all the same (save_pretrained); load_for_training also reads the record, corda.json, "
+            "which may be copied from the folder of the start"
         )
     return made
 

@@ -36,7 +36,9 @@ done in {seconds:.0f} s. What is where:
 next:
   corda-kernels inspect {out}/covariances.safetensors
   corda-kernels merge {out}/ipm {out}/ipm-merged --model {base}
-  corda-kernels init {base} my-adapter --mode ipm --data my-task.jsonl --field text"""
+  corda-kernels init {base} my-start --mode ipm --rank 32 \\
+      --data my-task.jsonl --template 'Question: {{question}}\\nAnswer: {{answer}}' \\
+      --samples 64 --seq-len 512"""
 
 
 def demo(
@@ -51,7 +53,7 @@ def demo(
     stability: options.Stability = True,
     seed: options.Seed = 0,
 ) -> None:
-    """Run the whole flow on SmolLM2-135M, on the CPU.
+    """Run the whole flow on SmolLM2-135M-Instruct, on the CPU.
 
     Calibrates on text, makes a KPM and an IPM adapter, trains each for a few steps and exports it.
     Checks that each adapter starts at the base, and that its export equals the trained model. The

@@ -217,10 +217,7 @@ def init(
         base = out / "base"
         models.save_model(network, base, source=model, card=card, trust_remote_code=trusted)
         echo(f"{base}: the base that it sits on")
-    load = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"
-    if published:
-        load = f"corda_kernels.load_for_training(base, '{out}')"
-    echo(f"next: model = {load}, then train it")
+    echo(f"next: model = corda_kernels.load_for_training(base, '{out}'), then train it")
 
 
 def _covariances(cov: Path | None, mix: list[str] | None) -> CovarianceSet:

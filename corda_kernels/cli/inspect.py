@@ -11,7 +11,7 @@ from typer import Argument, Option
 from corda_kernels import outputs
 from corda_kernels.cli import options
 from corda_kernels.cli.printing import echo, show
-from corda_kernels.errors import ConfigError
+from corda_kernels.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from corda_kernels.report.content import Report
@@ -49,6 +49,8 @@ def inspect(
     from corda_kernels.report.page import check_matplotlib, write_page
     from corda_kernels.targets import target_linears
 
+    if not file.exists():
+        raise DataError(f"{file}: no such file or folder")
     if html is None and (cov or model):
         raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
     if cov is not None and not file.is_dir():

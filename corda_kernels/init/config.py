@@ -150,7 +150,8 @@ class CordaConfig(CalibrationPlan):
             published form, which writes W − B A into the base and trains A and B.
         damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
             without and take 0.01 then.
-        targets: the layers; see `corda_kernels.targets.target_layers`.
+        targets: the layers: endings of their names, a regular expression for whole names, or
+            "all-linear"; see `corda_kernels.targets.target_layers`.
         experts: see `calibrate`; gradients take "each". Fused experts that `targets` selects are
             adapted too. The rank of each is `rank` over the number of experts that a token is sent
             to, at least 1.

@@ -160,7 +160,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("calibrate", "{place}/model", "{tmp}/out", *TEXT, "--checkpoint-every", 0, "--resume"),
         "--resume continues from a checkpoint, and --checkpoint-every 0 writes none: leave one",
     ),
-    "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such covariance file"),
+    "inspect nothing": (("inspect", "{tmp}/none"), "{tmp}/none: no such file or folder"),
     "inspect a text": (("inspect", "{place}/text.txt"), "{place}/text.txt is truncated or not a"),
     "inspect a model": (("inspect", "{place}/model"), "{place}/model has no corda.json"),
     "export nothing": (("export", "{tmp}/none", "{tmp}/out"), "{tmp}/none: no such adapter folder"),

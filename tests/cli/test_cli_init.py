@@ -91,8 +91,7 @@ def test_the_published_form_is_an_option(
         assert (layer.rank, layer.scaling) == (4, 1.0)
     out = tmp_path / "plain"
     shown = invoke("init", place / "model", out, *data, "--residual", "none")
-    loading = f"PeftModel.from_pretrained(base, '{out}', is_trainable=True)"
-    assert f"next: model = {loading}, then train it" in shown
+    assert f"next: model = corda_kernels.load_for_training(base, '{out}'), then train it" in shown
     assert read_adapter(out).record.residual is None
 
 
