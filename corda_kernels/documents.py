@@ -208,7 +208,7 @@ def _value(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
                 present = ", ".join(each) or "nothing"
             raise DataError(
                 f"{where} has no field '{name}': present: {present}; choose what there is with "
-                f"--field or --template (--chat-template reads {LAYOUTS})"
+                f"field or template (--field, --template; --chat-template reads {LAYOUTS})"
             ) from error
     if value is None or isinstance(value, list | dict):
         item = next(iter(value or ["key"])) if isinstance(value, dict) else 0

@@ -167,7 +167,6 @@ def text_batches(
     given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Tensor]]:
     """Token batches of the text that a command's options describe, `samples` for each candidate."""
-    from corda_kernels.documents import decode_escapes
     from corda_kernels.text import fitting_batch_size, token_batches
 
     kind = resolve_device(given["device"]).partition(":")[0]
@@ -184,18 +183,25 @@ def text_batches(
         tokenizer,
         samples=given["samples"] * given["candidates"],
         batch_size=given["batch_size"] or fitting,
-        template=None if given["template"] is None else decode_escapes(given["template"]),
+        template=_template(given),
         **{name: given[name] for name in _OF_TEXT},
     )
 
 
 def text_provenance(given: Mapping[str, Any]) -> dict[str, Any]:
     """What to note of the text beside the covariances, in JSON's terms."""
-    names = ("template", "samples", *_OF_TEXT)
     # What of the file's name is not UTF-8 is replaced.
     file = os.fsencode(Path(given["data"]).name).decode(errors="replace")
     samples = given["samples"] * given["candidates"]
-    return {"file": file} | {name: given[name] for name in names} | {"samples": samples}
+    same = {name: given[name] for name in _OF_TEXT}
+    return {"file": file, "template": _template(given)} | same | {"samples": samples}
+
+
+def _template(given: Mapping[str, Any]) -> str | None:
+    """The template with the line feeds that it is meant to have."""
+    from corda_kernels.documents import decode_escapes
+
+    return None if given["template"] is None else decode_escapes(given["template"])
 
 
 def under_torchrun() -> bool:

@@ -55,6 +55,9 @@ def test_init_writes_an_adapter_that_starts_at_the_base(
     noted = adapter_of(adapted).record.calibration["data"]
     assert noted["file"] == file
     assert noted["samples"] == 8
+    # What stood for a line feed on the command line is one.
+    template = "Q: {question}\nA: {answer[0]}" if "--template" in options else None
+    assert noted["template"] == template
 
 
 def test_options_of_init_reach_the_adapter(
