@@ -49,8 +49,6 @@ def inspect(
     from corda_kernels.report.page import check_matplotlib, write_page
     from corda_kernels.targets import target_linears
 
-    if not file.exists():
-        raise DataError(f"{file}: no such file or folder")
     if html is None and (cov or model):
         raise ConfigError("--cov and --model are for a page: give --html PAGE as well")
     if cov is not None and not file.is_dir():
@@ -60,6 +58,8 @@ def inspect(
     if html is not None:
         check_matplotlib()
         outputs.check_output(html)
+    if not file.exists():
+        raise DataError(f"{file}: no such file or folder")
     if (file / CONFIG_FILE).is_file() and not (file / folder.RECORD_FILE).is_file():
         _inspect_lora(file)
         return

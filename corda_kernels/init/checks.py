@@ -37,7 +37,7 @@ from corda_kernels.planning.ranks import (
     parse_budget,
     uniform_budget,
 )
-from corda_kernels.structure import check_unwrapped, classification_heads
+from corda_kernels.structure import check_unwrapped, classification_heads, devices
 from corda_kernels.targets import check_unshared, target_layers
 
 
@@ -90,7 +90,8 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
         ConfigError: the budget cannot be read.
         RankError: the rank is not possible for a layer that is named, or for none; or the budget
             does not pay for the least.
-        ModelError: the model carries an adapter already, is the residual of one, or is wrapped.
+        ModelError: the model carries an adapter already, is the residual of one, is wrapped, or is
+            on a device that has no float64.
     """
     if has_adapter(model):
         raise ModelError(
@@ -102,6 +103,9 @@ def check_targets(model: nn.Module, config: CordaConfig, *, use_peft: bool = Tru
             "untouched base"
         )
     check_unwrapped(model)
+    for device in devices(model):
+        if device.type not in ("cpu", "cuda", "meta"):  # meta: offloaded weights
+            raise ModelError(f"layers on {device} cannot be decomposed: move the model to the CPU")
     asked = config.experts is not None
     modules, experts = target_layers(model, config.targets, config.exclude_modules, experts=asked)
     left_out = _not_adaptable(model, modules, config) if use_peft else {}

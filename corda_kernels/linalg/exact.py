@@ -43,7 +43,7 @@ def exact(W: Tensor, C: Tensor, rank: int, which: End) -> tuple[Tensor, Tensor]:
     for index in map(tuple, torch.nonzero(null).tolist()):
         block = U[index][:, -int(null[index]) :]
         block.copy_(block @ torch.linalg.svd(block.mT @ W[index], full_matrices=False).U)
-    kept = slice(rank) if which == "largest" else slice(-rank, None)
+    kept = {"largest": slice(rank), "smallest": slice(-rank, None)}[which]
     return lift(U[..., kept]), S[..., kept]
 
 

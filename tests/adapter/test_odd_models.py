@@ -27,7 +27,7 @@ from corda_kernels.adapter import CordaLinear, LayerAdapter, attach
 from corda_kernels.adapter.base import describe_base
 from corda_kernels.adapter.record import initial_checksum
 from corda_kernels.calibration import Covariance
-from corda_kernels.errors import AdapterError, LeftOutWarning, TargetError
+from corda_kernels.errors import AdapterError, LeftOutWarning, ModelError, TargetError
 from corda_kernels.init import check_targets, corda_adapter
 from corda_kernels.targets import target_linears
 
@@ -248,6 +248,16 @@ def test_one_layer_of_two_names_is_refused() -> None:
     model["again"] = model["first"]
     with pytest.raises(TargetError, match="first shares its weight with again"):
         check_targets(model, config())
+
+
+def test_a_device_without_decompositions_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Vision()
+    # No machine of these tests has such a device.
+    monkeypatch.setattr("corda_kernels.init.checks.devices", lambda _: {torch.device("mps")})
+    with pytest.raises(ModelError, match="layers on mps cannot be decomposed: move the model"):
+        init_corda(model, [torch.zeros(1, 3, 4, 4)], CordaConfig("ipm", rank=2))
 
 
 def test_an_offloaded_model_is_refused_before_anything_runs(calibrated: Calibrated) -> None:
