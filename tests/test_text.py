@@ -159,7 +159,9 @@ class TestTemplate:
 
     def test_neither_field_nor_template_nor_text(self, tmp_path):
         path = write_records(tmp_path, {"question": "who", "answer": "me"})
-        message = r"data\.jsonl:1 has no field .text.: present: question, answer; .*field or template \("
+        message = (
+            r"data\.jsonl:1 has no field 'text': present: question, answer; .* \(--field, --te"
+        )
         with pytest.raises(DataError, match=message):
             next(read_texts(path))
 
