@@ -52,6 +52,7 @@ def test_the_card_says_how_the_adapter_was_made(mode: str, expected: str) -> Non
     text = adapter_card(record(mode=mode), 8)
     made = f"in mode {mode.upper()}, from the {expected} components of W·C, "
     assert f"Initialised by corda_kernels 1.2 {made}" in text
+    assert "and C the covariance of its inputs.\n" in text
     assert "4 components of each layer at most, calibrated on 1,234 tokens." in text
 
 
