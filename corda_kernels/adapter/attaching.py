@@ -73,7 +73,7 @@ def load_for_training(
     with _on_base(base_model, layers, made):
         try:
             config = PeftConfig.from_peft_type(**described)
-            with _patterns_matched():
+            with _quiet_peft():
                 # They would start at random.
                 warnings.filterwarnings("error", ".*missing adapter keys")
                 wrapped = PeftModel.from_pretrained(
@@ -148,7 +148,7 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
     derived = bool(config.use_dora or config.modules_to_save)
     source = config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT sets it, and warns of any other
-    with _patterns_matched():
+    with _quiet_peft():
         wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
     config.base_model_name_or_path = source
     _check_wrapped(model, adapter.layers.keys(), alone=True)
@@ -164,10 +164,12 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
 
 
 @contextmanager
-def _patterns_matched() -> Iterator[None]:
-    """Inside the block PEFT does not say that it ignores ranks of parameters, which it follows: its
-    check looks among modules only."""
+def _quiet_peft() -> Iterator[None]:
+    """Inside the block PEFT does not warn of what its user cannot change: that it ignores ranks of
+    parameters, which it follows (its check looks among modules only), and that it uses a name of
+    transformers that is deprecated."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
         yield
 

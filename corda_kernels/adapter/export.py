@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,11 +53,15 @@ class LoraExport:
         error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 where
             nothing was cut off.
         layer: that layer's name; None where nothing was cut off.
+        median: of the layers' errors.
+        total: error of all layers' ΔW together.
     """
 
     rank: int
     error: float = 0.0
     layer: str | None = None
+    median: float = 0.0
+    total: float = 0.0
 
 
 def export_lora(
@@ -116,14 +122,17 @@ def export_lora(
                     "be copied: export it at its own rank, without patterns"
                 )
     if cut is not None:
-        errors = {}
+        lost, energies = {}, {}
         for name, change in changes.items():
             rows = cut if change.A.ndim == 2 else min(cut, change.rank)
-            changes[name], errors[name] = _truncated(change, rows)
+            changes[name], lost[name], energies[name] = _truncated(change, rows)
+        errors = {name: _error(lost[name], energies[name]) for name in lost}
         worst = max(errors, key=errors.__getitem__)
-        result = LoraExport(cut, errors[worst], worst)
-        lost = f"an error of {result.error:.2%} at most in any layer"
-        note = f"Cut off from rank {most}, with {lost}."
+        total = _error(sum(lost.values()), sum(energies.values()))
+        result = LoraExport(cut, errors[worst], worst, median(errors.values()), total)
+        note = (
+            f"Cut off from rank {most}, with an error of {result.error:.2%} at most in any layer."
+        )
     elif patterns:
         # Experts are left as they are: padded to the rank of linear layers they would be as many
         # times larger as a token has experts.
@@ -183,17 +192,20 @@ def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:
 
 @without_autocast()
 @torch.no_grad()
-def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float]:
-    """The nearest product of `rank`, with factors of equal norms, and its relative error."""
+def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float, float]:
+    """The nearest product of `rank`, with factors of equal norms; ‖ΔW − ΔW'‖² and ‖ΔW‖²."""
     left, right = torch.linalg.qr(change.B.double()), torch.linalg.qr(change.A.double().mT)
     U, S, Vh = torch.linalg.svd(change.scaling * (left.R @ right.R.mT))
     root = S[..., :rank].sqrt()
     B = left.Q @ (U[..., :rank] * root[..., None, :])
     A = (root[..., None] * Vh[..., :rank, :]) @ right.Q.mT
-    energy = float(S.square().sum())
-    error = (float(S[..., rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
+    lost, energy = float(S[..., rank:].square().sum()), float(S.square().sum())
     # Layers of a budget may have less than the rank.
-    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
+    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), lost, energy
+
+
+def _error(lost: float, energy: float) -> float:
+    return math.sqrt(lost / energy) if energy else 0.0
 
 
 @without_autocast()
