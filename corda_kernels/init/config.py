@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from corda_kernels.adapter.factors import ENDS, check_hold, lora_rows
@@ -293,3 +295,8 @@ class CordaConfig(CalibrationPlan):
     def all_at_once(self) -> bool:
         """Whether block by block will not do, since a budget needs the spectra of all layers."""
         return self.budget is not None
+
+
+# `__new__` would hide the options from help().
+_without_self = partial(CordaConfig.__init__, None)  # type: ignore[arg-type]
+CordaConfig.__signature__ = inspect.signature(_without_self)  # type: ignore[attr-defined]
