@@ -61,6 +61,14 @@ class CoSVD:
     residual: Tensor
     dual: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by the names of their fields."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def of(self, index: int) -> CoSVD:
+        """One decomposition of a batch."""
+        return CoSVD(**{name: tensor[index] for name, tensor in self.tensors().items()})
+
 
 @torch.no_grad()
 def co_svd(
@@ -262,9 +270,9 @@ def decompose(
         U, S = exact(W.double(), C.double(), rank, which)
         error = given_up = torch.zeros_like(S[..., 0])
     else:
-        end = top if which == "largest" else bottom
+        iterate = {"largest": top, "smallest": bottom}[which]
         generator = torch.Generator(W.device).manual_seed(seed)
-        U, S, error, largest = end(W, C, rank, generator)
+        U, S, error, largest = iterate(W, C, rank, generator)
         # Of null directions the order is a question to W, not to M.
         null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
         lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either

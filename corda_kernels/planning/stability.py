@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,17 +202,21 @@ def subspace_stability(
     for end, name, part in progress_bar(decompositions, shown=progress, **bar):
         if name not in of_first:
             of_first[name] = part
-        elif end == "largest":
-            overlap = (of_first.pop(name).U.mT @ part.U).square().sum()
-            found[name][AGREEMENT[end]] = float(overlap) / part.U.shape[1]
         else:
-            weight = weights[name]
-            both = [half[name].matrix.to(weight.device) for half in halves]
-            pair = (of_first.pop(name), part)
-            found[name][AGREEMENT[end]] = _bottom_agreement(weight, both, pair, damping)
+            both = [half[name].matrix for half in halves]
+            judged = _JUDGES[end](weights[name], both, (of_first.pop(name), part), damping)
+            found[name][AGREEMENT[end]] = judged
     layers = {name: LayerStability(**shares) for name, shares in found.items()}
     tokens = [max((c.tokens for c in half.values()), default=0) for half in halves]
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
+
+
+def _top_agreement(
+    weight: Tensor, both: list[Tensor], parts: tuple[CoSVD, CoSVD], damping: float | None
+) -> float:
+    """Overlap ‖U₁ᵀU₂‖²/rank."""
+    first, second = parts
+    return float((first.U.mT @ second.U).square().sum()) / second.U.shape[1]
 
 
 def _bottom_agreement(
@@ -221,7 +225,7 @@ def _bottom_agreement(
     """Mean over both directions of 1 − log(e/e_best)/log(e_chance/e_best), cut to 0 … 1."""
     agreement = 0.0
     for here, there in ((0, 1), (1, 0)):
-        matrix = both[there].double()
+        matrix = both[there].to(weight.device).double()
         shift = (damping or 0.0) * matrix.diagonal().mean()
         W = weight.double()
         full = torch.linalg.matrix_norm(W @ matrix + shift * W)
@@ -237,3 +241,9 @@ def _bottom_agreement(
         else:  # a flat spectrum: every subspace is as good
             agreement += 0.5
     return agreement
+
+
+_JUDGES: dict[End, Callable[[Tensor, list[Tensor], tuple[CoSVD, CoSVD], float | None], float]] = {
+    "largest": _top_agreement,
+    "smallest": _bottom_agreement,
+}
