@@ -33,7 +33,7 @@ def target_linears(
 
     Raises:
         TargetError: see `target_layers`; or `targets` select fused experts alone.
-        ModelError: the model is none.
+        ModelError: `model` is no module.
     """
     found, _ = target_layers(model, targets, exclude)
     if not found:

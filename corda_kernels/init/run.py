@@ -75,8 +75,8 @@ def init_corda(
 
     Raises:
         TargetError: no layer matches.
-        RankError: a layer that is named is too small for the rank, or all are, found before
-            anything runs; or a budget does not pay for a single component.
+        RankError: a named layer, or every layer, is too small for the rank (found before anything
+            runs); or a budget does not pay for a single component.
         ConfigError: the budget cannot be read, or the covariances that it needs exceed the memory
             limit; or there are fewer batches than candidates; or an option needs PEFT.
         CovarianceError: given covariances do not cover the layers, or do not have their sizes.
