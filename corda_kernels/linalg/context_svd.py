@@ -11,7 +11,7 @@ X = U_I (D U_I)ᵀ W, a projection that is oblique.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def check(
 
     The devices may differ.
     """
-    arguments.one_of("which", which, ("largest", "smallest"))
+    arguments.one_of("which", which, get_args(End))
     arguments.one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
     check_shapes(weight, covariance)

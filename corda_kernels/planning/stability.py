@@ -31,12 +31,11 @@ _FIELDS: dict[str, Schema] = {
     "rank": whole(1),
     "damping": lambda _: True,  # see check_damping
     "tokens": lambda value: list_of(is_whole)(value) and len(value) == 2,
-    "layers": {"*": {"top?": maybe(is_number), "bottom?": maybe(is_number)}},
+    "layers": {"*": {f"{name}?": maybe(is_number) for name in AGREEMENT.values()}},
 }
 
 # Bounds of the verdicts "stable" and "fair".
-_TOP = (0.9, 0.75)
-_BOTTOM = (0.75, 0.5)
+_BOUNDS = {"top": (0.9, 0.75), "bottom": (0.75, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ class Stability:
             ConfigError: the layer was measured at neither end.
         """
         instance_of("layer", layer, LayerStability)
-        ends = ((layer.top, _TOP), (layer.bottom, _BOTTOM))
-        grades = [sum(x < bound for bound in bounds) for x, bounds in ends if x is not None]
+        known = {name: share for name, share in vars(layer).items() if share is not None}
+        grades = [sum(x < bound for bound in _BOUNDS[name]) for name, x in known.items()]
         if not grades:
             raise ConfigError("the layer's stability was measured at neither end: measure one")
         return ("stable", "fair", "unstable")[max(grades)]
@@ -151,7 +150,7 @@ def subspace_stability(
     *,
     rank: int,
     damping: float | None = 0.01,
-    ends: Sequence[str] = ("largest", "smallest"),
+    ends: Sequence[str] = tuple(AGREEMENT),
     progress: bool = False,
 ) -> Stability:
     """Compares the subspaces that two halves of a calibration text lead to.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from corda_kernels.adapter import LayerAdapter, live_adapter
-from corda_kernels.adapter.factors import ENDS
+from corda_kernels.adapter.factors import MODES
 from corda_kernels.adapter.linear import low_rank
 from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
@@ -109,7 +109,7 @@ class RankSchedule:
                 "its rows are left out: a schedule needs another start"
             )
         record = live.record
-        end: End = "largest" if record is None else ENDS[record.mode]
+        end: End = "largest" if record is None else MODES[record.mode].end
         halves = 1 if record is None else record.rows
         ranks = {name: layer.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))
