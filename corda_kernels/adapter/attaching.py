@@ -32,15 +32,16 @@ def load_for_training(
 ) -> PeftModel | nn.Module:
     """Attaches an adapter from its folder, ready to train or to run.
 
-    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
-    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
-    folder, such as embeddings that were trained too, it restores. Only an adapter with
-    `residual="weight"` needs this function.
+    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)`, after a
+    check that the base is the right one if the folder has corda.json. PEFT also restores what else
+    is in the folder, such as trained embeddings. Only an adapter with `residual="weight"` needs
+    this function.
+
 
     Args:
-        base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,
-            also the one that `--save-base` stored). It is wrapped in place.
-        path: a folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
+        base_model: the untouched base that the adapter was made for, or with `residual="weight"`
+            the one that `--save-base` stored. It is wrapped in place.
+        path: folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
         use_peft: False for CordaLinear layers in place of a PeftModel.
 
     Returns:
@@ -49,7 +50,8 @@ def load_for_training(
     Raises:
         AdapterError: the folder is incomplete or altered, or belongs to another base.
         ModelError: the base is no model.
-        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
+        TargetError: the adapter has `residual="weight"`, and the base is quantised.
+
     """
     instance_of("the base", base_model, nn.Module, ModelError)
     flag("use_peft", use_peft)

@@ -65,8 +65,8 @@ def demo(
     Example:
       corda-kernels demo --out corda-demo
 
-    Writes a folder with the model, its covariances and the adapters, and with matplotlib pages with
-    figures. The last lines that it prints say what is where.
+    Writes a folder with the model, its covariances and the adapters, and pages with figures if
+    matplotlib is installed. The last lines say what is where.
     """
     from corda_kernels import init, models, sources, text
     from corda_kernels.calibration import CovarianceSet

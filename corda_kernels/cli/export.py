@@ -67,7 +67,7 @@ def merge(
 ) -> None:
     """Add a trained adapter to its base model's weights.
 
-    For engines without LoRA. OUT is a model like any other, with its tokenizer, and as large as the
+    Use it for engines without LoRA. OUT is a plain model with its tokenizer, as large as the
     base. A quantised base is rejected: export the adapter instead.
 
     \b
