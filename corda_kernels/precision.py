@@ -11,5 +11,6 @@ import torch
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Products inside keep their dtype, also where a caller trains under torch.autocast."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
         yield

@@ -24,7 +24,7 @@ class Stopwatch:
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self._gpus = {device for device in devices if device.type == "cuda"}
+        self._gpus = {device for device in devices if device.type not in ("cpu", "meta")}
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
@@ -55,7 +55,7 @@ class Stopwatch:
 
     def _count(self) -> None:
         for device in self._gpus:
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device)
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -16,6 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Loads torch, but not in the process that only hands tests out: the others wait for it."""
     if config.option.dist != "no" and not hasattr(config, "workerinput"):
         return
+    gc.disable()  # until all libraries are loaded, see below
     import torch
     from hypothesis import settings
 
@@ -28,3 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("untimed", deadline=None)
     settings.load_profile("untimed")
     config.pluginmanager.import_plugin("shared_fixtures")
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the libraries' objects out of later collections, which took an eighth of the time."""
+    gc.freeze()
+    gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from corda_kernels.outputs import (
     atomic_path,
     check_output,
     format_bytes,
+    staged_folder,
     temporary_folder,
 )
 
@@ -192,6 +194,29 @@ def test_a_written_file_has_the_mode_of_any_new_file(
     finally:
         os.umask(umask)
     assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_the_disk_has_every_file_before_it_takes_its_place(
+    tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave the new name with nothing behind it."""
+    target = tmp_path / "result"
+    on_disk = set()
+
+    def note(descriptor: int) -> None:
+        assert not target.exists()
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    if folder:
+        with staged_folder(target, replaced=re.compile("a|b")) as fresh:
+            for name in ("a", "b"):
+                (fresh / name).write_text(name)
+    else:
+        write_json(target, {})
+    files = [target / "a", target / "b"] if folder else [target]
+    assert on_disk == {file.stat().st_ino for file in files}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

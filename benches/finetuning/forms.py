@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from corda_kernels import CovarianceSet, co_svd_layers
+from corda_kernels.adapter.factors import MODES
 from corda_kernels.linears import linear_weight
 from corda_kernels.targets import target_linears
 
@@ -61,7 +62,7 @@ def components(
         weights,
         {name: covariances[name].matrix for name in weights},
         rank=dict.fromkeys(weights, rank),
-        which="smallest" if mode == "kpm" else "largest",
+        which=MODES[mode].end,
         damping=_DAMPING,
     )
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from corda_kernels.adapter.factors import MODES
 from corda_kernels.adapter.record import AdapterRecord
 
 CARD_FILE = "README.md"
@@ -16,12 +17,6 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _ENVIRONMENT = Environment(
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
-_MODES = {
-    "kpm": "KPM: the smallest components, so that what the calibration text holds is kept",
-    "ipm": "IPM: the largest components, those that the calibration text uses most",
-    "task": "a task start: A holds the steepest directions of the task's gradient, per unit of "
-    "change to what is kept, and B is zero",
-}
 
 
 def adapter_card(record: AdapterRecord, rank: int) -> str:
@@ -36,7 +31,9 @@ def adapter_card(record: AdapterRecord, rank: int) -> str:
     components = f"{record.rank} components of each layer at most, calibrated"
     if record.mode == "task":
         components = "Its gradient is taken"
-    made = f"Initialised by {maker} with {_MODES[record.mode]}. {components} on {tokens:,} tokens."
+    why = f"{record.trains}, {MODES[record.mode].purpose}"
+    made = f"Initialised by {maker} in mode {record.mode.upper()}, from {why}. "
+    made += f"{components} on {tokens:,} tokens."
     form = "published" if record.residual else "budget" if record.allocation else "plain"
     if record.mode == "task":
         form = "frozen" if record.freeze_a else "task"

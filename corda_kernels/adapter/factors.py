@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,30 @@ from corda_kernels.errors import CordaError, DecompositionError
 from corda_kernels.linalg import CoSVD, End
 from corda_kernels.precision import without_autocast
 
-# The end of the spectrum that each mode trains.
-ENDS: dict[str, End] = {"kpm": "smallest", "ipm": "largest", "task": "largest"}
 # Beyond it, and below one over it, factors in float32 overflow or vanish.
 _MOST_HOLD = 1e30
+
+
+class Mode(NamedTuple):
+    """What a mode trains.
+
+    Attributes:
+        end: of the spectrum.
+        rows: of A, and columns of B, for each component of an adapter beside the untouched base:
+            two where a LoRA of W's own components is to start at zero.
+        purpose: why these components, in words that follow them.
+    """
+
+    end: End
+    rows: int
+    purpose: str
+
+
+MODES = {
+    "kpm": Mode("smallest", 2, "so that what the calibration text holds is kept"),
+    "ipm": Mode("largest", 2, "those that the calibration text uses most"),
+    "task": Mode("largest", 1, "per unit of change to what is kept"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +166,8 @@ def task_factors(rows: Tensor, outputs: int) -> AdapterFactors:
 
 
 def lora_rows(mode: str, residual: str | None) -> int:
-    """Rows of A, and columns of B, for each component: two where a LoRA of W's own components is
-    to start at zero."""
-    return 2 if residual is None and mode != "task" else 1
+    """Rows of A, and columns of B, for each component; one where W has lost it to the adapter."""
+    return MODES[mode].rows if residual is None else 1
 
 
 def check_hold(hold: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corda_kernels import fields
 from corda_kernels.adapter.base import BASE_FIELDS, base_difference, exact_targets
 from corda_kernels.adapter.experts import file_name, peft_key, peft_layout
-from corda_kernels.adapter.factors import ENDS, AdapterFactors, LayerAdapter, lora_rows
+from corda_kernels.adapter.factors import MODES, AdapterFactors, LayerAdapter, lora_rows
 from corda_kernels.errors import AdapterError
 from corda_kernels.files import digest
 
@@ -110,7 +110,7 @@ class AdapterRecord:
         format: of this file.
     """
 
-    mode: Annotated[str, fields.one_of(*ENDS)]
+    mode: Annotated[str, fields.one_of(*MODES)]
     rank: Annotated[int, fields.whole(1)]
     hold: Annotated[float | None, fields.maybe(fields.is_positive)]
     residual: Annotated[str | None, fields.one_of(None, "weight")]
@@ -145,6 +145,13 @@ class AdapterRecord:
         if self.mode == "task":
             return "Ḡ·C^-½"
         return "W·C" if self.sides == "inputs" else "D^½·W·C^½"
+
+    @property
+    def trains(self) -> str:
+        """The components that the adapter is made of, in words."""
+        if self.mode == "task":
+            return "the steepest directions of the task's gradient"
+        return f"the {MODES[self.mode].end} components of {self.product}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""

@@ -283,7 +283,7 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (device.startswith("cuda") and under_torchrun()):
+    if device.startswith("cpu") or not under_torchrun():
         return device
     rank = os.environ.get("LOCAL_RANK", "")
     if device != "cuda" or not rank.isdecimal():

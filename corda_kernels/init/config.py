@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from corda_kernels.adapter.factors import ENDS, check_hold, lora_rows
+from corda_kernels.adapter.factors import MODES, check_hold, lora_rows
 from corda_kernels.arguments import flag, name_list, one_of, real_number, seed_number, whole_number
 from corda_kernels.calibration.experts import Experts
 from corda_kernels.calibration.gradients import Labels, Sides
@@ -16,6 +16,7 @@ from corda_kernels.linalg.operand import check_damping
 from corda_kernels.planning.ranks import check_bounds, parse_budget
 from corda_kernels.planning.scores import CONDITIONS, Condition
 from corda_kernels.planning.selection import METHODS, Method
+from corda_kernels.planning.stability import AGREEMENT
 from corda_kernels.targets import check_selection
 
 # Options of PEFT's LoraConfig that an adapter of this package cannot have, and why.
@@ -107,7 +108,7 @@ class CalibrationPlan:
     @property
     def ends(self) -> tuple[End, ...]:
         """The ends of the spectrum at which the stability is judged."""
-        return ("largest", "smallest")
+        return tuple(AGREEMENT)
 
     @property
     def all_at_once(self) -> bool:
@@ -205,7 +206,7 @@ class CordaConfig(CalibrationPlan):
 
     def __post_init__(self) -> None:
         """Refuses values that are not allowed."""
-        one_of("mode", self.mode, tuple(ENDS))
+        one_of("mode", self.mode, tuple(MODES))
         if self.mode == "task":
             object.__setattr__(self, "sides", "both")
         elif self.labels is None:
@@ -276,7 +277,7 @@ class CordaConfig(CalibrationPlan):
     @property
     def which(self) -> End:
         """The end of the spectrum that the mode trains."""
-        return ENDS[self.mode]
+        return MODES[self.mode].end
 
     @property
     def ends(self) -> tuple[End, ...]:

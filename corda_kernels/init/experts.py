@@ -27,6 +27,9 @@ from corda_kernels.structure import text_config
 # What configurations call the number of experts that a token is sent to.
 _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "topk")
 
+# How the fields of the experts' notes are joined to that of their parameter; all have one rank.
+_JOINED = {"rank": max, "tokens": max, "sigma_max": max, "sigma_min": min, "residual": max}
+
 
 def check_experts(
     parameters: Mapping[str, ExpertParameter], config: CordaConfig, *, use_peft: bool
@@ -124,14 +127,8 @@ def _united(parameter: ExpertParameter, parts: list[MadeLayer]) -> MadeLayer:
         torch.stack([part.adapter.B for part in parts]),
         parts[0].adapter.scaling,
     )
-    notes = [part.note for part in parts]
-    note = LayerNote(
-        rank=notes[0].rank,
-        tokens=max(each.tokens for each in notes),
-        sigma_max=max(each.sigma_max for each in notes),
-        sigma_min=min(each.sigma_min for each in notes),
-        residual=max(each.residual for each in notes),
-    )
+    notes = {field: [getattr(part.note, field) for part in parts] for field in vars(parts[0].note)}
+    note = LayerNote(**{field: _JOINED[field](values) for field, values in notes.items()})
     return MadeLayer(oriented(parameter, adapter), note, {})
 
 

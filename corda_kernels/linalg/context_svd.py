@@ -11,7 +11,7 @@ X = U_I (D U_I)ᵀ W, a projection that is oblique.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class CoSVD:
     damping: Tensor
     residual: Tensor
     dual: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by the names of their fields."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def of(self, index: int) -> CoSVD:
+        """One decomposition of a batch."""
+        return CoSVD(**{name: tensor[index] for name, tensor in self.tensors().items()})
 
 
 @torch.no_grad()
@@ -185,7 +193,7 @@ def check(
 
     The devices may differ.
     """
-    arguments.one_of("which", which, ("largest", "smallest"))
+    arguments.one_of("which", which, get_args(End))
     arguments.one_of("method", method, ("auto", "exact", "randomized"))
     check_damping(damping)
     check_shapes(weight, covariance)
@@ -257,9 +265,9 @@ def decompose(
         U, S = exact(W.double(), C.double(), rank, which)
         error = given_up = torch.zeros_like(S[..., 0])
     else:
-        end = top if which == "largest" else bottom
+        iterate = {"largest": top, "smallest": bottom}[which]
         generator = torch.Generator(W.device).manual_seed(seed)
-        U, S, error, largest = end(W, C, rank, generator)
+        U, S, error, largest = iterate(W, C, rank, generator)
         # Of null directions the order is a question to W, not to M.
         null = (largest == 0) | (S[..., -1] <= largest * null_share(W))
         lost = ~(error <= STOP[which].tolerance)  # NaN has not converged either

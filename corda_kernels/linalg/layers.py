@@ -99,8 +99,7 @@ def co_svd_layers(
         W = torch.stack([weights[name] for name in names])
         C = damped(torch.stack([covariances[name].to(W.device) for name in names]), damping)
         found, error = decompose(W, C, ranks[names[0]], which, method, seed)
-        parts = map(CoSVD, found.U, found.S, found.damping, found.residual)
-        return list(zip(names, parts, error, strict=True))
+        return list(zip(names, map(found.of, range(len(names))), error, strict=True))
 
     groups = _together(weights, covariances, ranks)
     here = groups.pop(_CPU)
@@ -113,7 +112,7 @@ def co_svd_layers(
         running.append(streamed_map(in_batch, batches, device, workers))
     for name, found, given_up in chain.from_iterable(chain.from_iterable(running)):
         if found.U.is_cuda:
-            for tensor in (found.U, found.S, found.damping, found.residual):
+            for tensor in found.tensors().values():
                 # Memory of another stream, which must not be used again there too soon.
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         warn_given_up(given_up, f"layer {name}: ")

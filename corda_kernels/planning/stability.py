@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,12 +31,11 @@ _FIELDS: dict[str, Schema] = {
     "rank": whole(1),
     "damping": lambda _: True,  # see check_damping
     "tokens": lambda value: list_of(is_whole)(value) and len(value) == 2,
-    "layers": {"*": {"top?": maybe(is_number), "bottom?": maybe(is_number)}},
+    "layers": {"*": {f"{name}?": maybe(is_number) for name in AGREEMENT.values()}},
 }
 
 # Bounds of the verdicts "stable" and "fair".
-_TOP = (0.9, 0.75)
-_BOTTOM = (0.75, 0.5)
+_BOUNDS = {"top": (0.9, 0.75), "bottom": (0.75, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ class Stability:
             ConfigError: the layer was measured at neither end.
         """
         instance_of("layer", layer, LayerStability)
-        ends = ((layer.top, _TOP), (layer.bottom, _BOTTOM))
-        grades = [sum(x < bound for bound in bounds) for x, bounds in ends if x is not None]
+        known = {name: share for name, share in vars(layer).items() if share is not None}
+        grades = [sum(x < bound for bound in _BOUNDS[name]) for name, x in known.items()]
         if not grades:
             raise ConfigError("the layer's stability was measured at neither end: measure one")
         return ("stable", "fair", "unstable")[max(grades)]
@@ -151,7 +150,7 @@ def subspace_stability(
     *,
     rank: int,
     damping: float | None = 0.01,
-    ends: Sequence[str] = ("largest", "smallest"),
+    ends: Sequence[str] = tuple(AGREEMENT),
     progress: bool = False,
 ) -> Stability:
     """Compares the subspaces that two halves of a calibration text lead to.
@@ -202,17 +201,21 @@ def subspace_stability(
     for end, name, part in progress_bar(decompositions, shown=progress, **bar):
         if name not in of_first:
             of_first[name] = part
-        elif end == "largest":
-            overlap = (of_first.pop(name).U.mT @ part.U).square().sum()
-            found[name][AGREEMENT[end]] = float(overlap) / part.U.shape[1]
         else:
-            weight = weights[name]
-            both = [half[name].matrix.to(weight.device) for half in halves]
-            pair = (of_first.pop(name), part)
-            found[name][AGREEMENT[end]] = _bottom_agreement(weight, both, pair, damping)
+            both = [half[name].matrix for half in halves]
+            judged = _JUDGES[end](weights[name], both, (of_first.pop(name), part), damping)
+            found[name][AGREEMENT[end]] = judged
     layers = {name: LayerStability(**shares) for name, shares in found.items()}
     tokens = [max((c.tokens for c in half.values()), default=0) for half in halves]
     return Stability(rank, damping, (tokens[0], tokens[1]), layers)
+
+
+def _top_agreement(
+    weight: Tensor, both: list[Tensor], parts: tuple[CoSVD, CoSVD], damping: float | None
+) -> float:
+    """Overlap ‖U₁ᵀU₂‖²/rank."""
+    first, second = parts
+    return float((first.U.mT @ second.U).square().sum()) / second.U.shape[1]
 
 
 def _bottom_agreement(
@@ -221,7 +224,7 @@ def _bottom_agreement(
     """Mean over both directions of 1 − log(e/e_best)/log(e_chance/e_best), cut to 0 … 1."""
     agreement = 0.0
     for here, there in ((0, 1), (1, 0)):
-        matrix = both[there].double()
+        matrix = both[there].to(weight.device).double()
         shift = (damping or 0.0) * matrix.diagonal().mean()
         W = weight.double()
         full = torch.linalg.matrix_norm(W @ matrix + shift * W)
@@ -237,3 +240,9 @@ def _bottom_agreement(
         else:  # a flat spectrum: every subspace is as good
             agreement += 0.5
     return agreement
+
+
+_JUDGES: dict[End, Callable[[Tensor, list[Tensor], tuple[CoSVD, CoSVD], float | None], float]] = {
+    "largest": _top_agreement,
+    "smallest": _bottom_agreement,
+}

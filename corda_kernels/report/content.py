@@ -17,12 +17,6 @@ from corda_kernels.planning import Selection, Stability
 from corda_kernels.planning.ranks import component_size
 from corda_kernels.planning.scores import SCORING_DAMPING
 
-# What an adapter of each mode trains.
-_TRAINS = {
-    "ipm": "the largest components of {product}",
-    "kpm": "the smallest components of {product}",
-    "task": "the steepest directions of the task's gradient",
-}
 # What is raised by code that reads a note of another form than it expects.
 _ALTERED = (CovarianceError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -293,11 +287,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         title=f"{record.mode.upper()} adapter of {describe_ranks(record)} for {len(record.layers)} "
         f"layers of {record.base_name} ({', '.join(form)})",
         summary=(
-            (
-                "trains",
-                _TRAINS[record.mode].format(product=record.product)
-                + (", B alone" if record.freeze_a else ""),
-            ),
+            ("trains", f"{record.trains}{', B alone' if record.freeze_a else ''}"),
             ("trainable parameters", f"{trainable:,}"),
             ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
             *lines,

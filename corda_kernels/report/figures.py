@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from corda_kernels.planning.stability import AGREEMENT
 from corda_kernels.report.content import Input, Report, Spectrum
 from corda_kernels.report.names import by_kind, printable, short
 
@@ -241,8 +242,9 @@ def _stability(report: Report) -> list[Panel]:
 
     height = 1.2 + 0.2 * len(kinds)
     panels = [_draw("Verdict by layer", _BLOCK, "layer (kind)", plot, height)]
-    for title, end in (("Largest components", "top"), ("Smallest components", "bottom")):
-        values = {n: v for n, layer in layers.items() if (v := getattr(layer, end)) is not None}
+    for end, name in AGREEMENT.items():
+        values = {n: v for n, layer in layers.items() if (v := getattr(layer, name)) is not None}
+        title = f"{end.capitalize()} components"
         panels += _lines(title, "agreement of the halves (0 … 1)", values, log=False)
     return panels
 

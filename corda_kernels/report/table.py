@@ -128,8 +128,7 @@ def _stability_cells(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
     if (stability := report.stability) is None:
         return
     for name, layer in stability.layers.items():
-        shares = {"top": layer.top, "bottom": layer.bottom}
-        cells = {end: f"{share:.2f}" for end, share in shares.items() if share is not None}
+        cells = {end: f"{x:.2f}" for end, x in vars(layer).items() if x is not None}
         yield name, cells | {"verdict": stability.verdict(layer)}
 
 

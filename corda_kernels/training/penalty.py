@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_kernels.adapter import AdapterFactors, LayerAdapter, live_adapter
+from corda_kernels.adapter.factors import MODES
 from corda_kernels.adapter.linear import base_layer
 from corda_kernels.adapter.model import LiveAdapter
 from corda_kernels.arguments import instance_of, one_of
@@ -214,10 +215,10 @@ class CompactnessPenalty(_Penalty):
                 "the compactness penalty needs components that A and B hold themselves: make the "
                 'adapter with residual="weight", or use DriftPenalty'
             )
-        if live.record.mode == "ipm":
+        if MODES[live.record.mode].end != "smallest":
             raise ConfigError(
-                "the compactness penalty has no effect in mode ipm, where it never exceeds its "
-                "initial value: use DriftPenalty"
+                "the compactness penalty is for the smallest components; in mode "
+                f"{live.record.mode} it never exceeds its initial value: use DriftPenalty"
             )
         if live.record.sides == "both":
             raise ConfigError(

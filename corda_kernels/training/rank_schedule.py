@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from corda_kernels.adapter import LayerAdapter, live_adapter
-from corda_kernels.adapter.factors import ENDS
+from corda_kernels.adapter.factors import MODES
 from corda_kernels.adapter.linear import low_rank
 from corda_kernels.arguments import one_of, real_number
 from corda_kernels.errors import AdapterError, ConfigError
+from corda_kernels.linalg import End
 
 Kind = Literal["linear", "cosine", "entropy"]
 
@@ -104,13 +105,13 @@ class RankSchedule:
                 "its rows are left out: a schedule needs another start"
             )
         record = live.record
-        smallest_first = record is not None and ENDS[record.mode] == "smallest"
+        end: End = "largest" if record is None else MODES[record.mode].end
         halves = 1 if record is None else record.rows
         ranks = {name: layer.rank // halves for name, layer in live.layers.items()}
         control = RankControl(self, _ends(model), list(ranks.values()))
         with contextlib.ExitStack() as stack:
             for name, layer in live.layers.items():
-                hook = _reverting(layer, control, ranks[name], smallest_first)
+                hook = _reverting(layer, control, ranks[name], end)
                 handle = live.modules[name].register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield control
@@ -182,7 +183,7 @@ def _ends(model: nn.Module) -> Tensor:
 
 
 def _reverting(
-    layer: LayerAdapter, control: RankControl, full: int, smallest_first: bool
+    layer: LayerAdapter, control: RankControl, full: int, end: End
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
     """A forward hook that takes away what the components beyond the present rank have learnt."""
 
@@ -191,7 +192,8 @@ def _reverting(
         if rank == full:
             return None
         components = torch.arange(layer.rank, device=layer.A.device) % full
-        unused = components < full - rank if smallest_first else components >= rank
+        # Both in descending order: of the smallest the last ones stay.
+        unused = {"largest": components >= rank, "smallest": components < full - rank}[end]
         learnt = low_rank(args[0], layer.A[unused], layer.B[:, unused])
         if layer.initial is not None:
             initial = layer.initial.to(layer.A.device)

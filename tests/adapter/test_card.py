@@ -47,10 +47,12 @@ def test_a_nameless_base_is_not_made_up() -> None:
         assert "None" not in text
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("kpm", "KPM: the small"), ("ipm", "IPM: the lar")])
+@pytest.mark.parametrize(("mode", "expected"), [("kpm", "smallest"), ("ipm", "largest")])
 def test_the_card_says_how_the_adapter_was_made(mode: str, expected: str) -> None:
     text = adapter_card(record(mode=mode), 8)
-    assert f"Initialised by corda_kernels 1.2 with {expected}" in text
+    made = f"in mode {mode.upper()}, from the {expected} components of W·C, "
+    assert f"Initialised by corda_kernels 1.2 {made}" in text
+    assert "and C the covariance of its inputs.\n" in text
     assert "4 components of each layer at most, calibrated on 1,234 tokens." in text
 
 

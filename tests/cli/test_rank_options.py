@@ -40,6 +40,8 @@ def test_ranks_do_not_share_a_gpu(torchrun: pytest.MonkeyPatch) -> None:
     shared = "--device cuda:1 .* gives no rank a GPU of its own: .* give --device cuda"
     with pytest.raises(ConfigError, match=shared):
         options.resolve_device("cuda:1")
+    with pytest.raises(ConfigError, match=r"--device xpu .* gives no rank a GPU of its own"):
+        options.resolve_device("xpu")
 
 
 @pytest.mark.parametrize("rank", [None, "first"])

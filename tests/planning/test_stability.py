@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from corda_kernels.calibration import Covariance, CovarianceSet
 from corda_kernels.errors import CovarianceError, DecompositionError
 from corda_kernels.planning import LayerStability, Stability, subspace_stability
-from corda_kernels.planning.stability import _BOTTOM, _TOP
+from corda_kernels.planning.stability import _BOUNDS
 
 SIZES = {"wide": (24, 60), "square": (48, 48), "tall": (60, 24)}
 ENDS = (["largest", "smallest"], ["smallest"], ["largest"])
-FAIR = {"top": sum(_TOP) / 2, "bottom": sum(_BOTTOM) / 2}
+FAIR = {"top": sum(_BOUNDS["top"]) / 2, "bottom": sum(_BOUNDS["bottom"]) / 2}
 
 
 def modules() -> dict[str, nn.Module]:
@@ -80,7 +80,7 @@ def test_unrelated_halves_do_not_agree() -> None:
     halves = calibration(400, seed=1), calibration(400, seed=2)
     found = subspace_stability(modules(), *halves, rank=4)
     for layer in found.layers.values():
-        assert layer.top < _TOP[1]
+        assert layer.top < _BOUNDS["top"][1]
         assert found.verdict(layer) == "unstable"
     assert found.summary().startswith("not enough samples: use at least four times as many (0 of 3")
 
@@ -186,12 +186,12 @@ def test_tokens_of_each_half_are_told() -> None:
         (1.0, 1.0, "stable"),
         (1.0, None, "stable"),
         (None, 1.0, "stable"),
-        (_TOP[0], _BOTTOM[0], "stable"),
+        (_BOUNDS["top"][0], _BOUNDS["bottom"][0], "stable"),
         (FAIR["top"], None, "fair"),
         (None, FAIR["bottom"], "fair"),
         (FAIR["top"], 1.0, "fair"),
         (1.0, FAIR["bottom"], "fair"),
-        (_TOP[1], _BOTTOM[1], "fair"),
+        (_BOUNDS["top"][1], _BOUNDS["bottom"][1], "fair"),
         (0.0, 1.0, "unstable"),
         (0.0, FAIR["bottom"], "unstable"),
         (0.0, None, "unstable"),

@@ -349,7 +349,7 @@ def test_a_covariance_of_another_size_is_refused(calibrated: Calibrated, adapt: 
 
 def test_compactness_of_an_ipm_adapter_is_refused(calibrated: Calibrated, adapt: Make) -> None:
     start = calibrated()
-    with pytest.raises(ConfigError, match="has no effect in mode ipm"):
+    with pytest.raises(ConfigError, match="in mode ipm it never exceeds"):
         CompactnessPenalty(adapt(start, mode="ipm", residual="weight"), start[1])()
 
 
