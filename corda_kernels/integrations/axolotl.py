@@ -82,5 +82,6 @@ def _text(cfg: Any, arguments: Any) -> list[dict[str, torch.Tensor]]:
 def _rows(cfg: Any, samples: int) -> list[dict[str, torch.Tensor]]:
     from axolotl.common.datasets import load_datasets
 
-    rows = islice(load_datasets(cfg=cfg).train_dataset, samples)  # `take` needs that many
+    # Not `take`, which raises an IndexError in datasets 4 where there are fewer.
+    rows = islice(load_datasets(cfg=cfg).train_dataset, samples)
     return [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in rows]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ OPTIONS = {"mode": "ipm", "rank": 4, "progress": False}
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    rows = SimpleNamespace(train_dataset=Dataset.from_list(ROWS))
+    rows = SimpleNamespace(train_dataset=ROWS)  # only iterated: see `_rows`
     data = SimpleNamespace(load_datasets=lambda cfg: rows)
     monkeypatch.setitem(sys.modules, "axolotl.common.datasets", data)  # type: ignore[arg-type]
     with monkeypatch.context() as only_here:
