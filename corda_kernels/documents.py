@@ -33,34 +33,36 @@ def read_texts(
 ) -> Iterator[str]:
     """Yields the documents of a file or another source, without blank ones.
 
-    What a file holds is told by its name, before a final .gz if it is compressed:
+    A file's name, without a final .gz, says how to read it:
 
-    - .jsonl, .ndjson, .json: one object and so one document a line, where blank lines are ignored,
-      or an array of objects or texts;
+    - .jsonl, .ndjson, .json: one object, and so one document, a line (blank lines are ignored), or
+      an array of objects or texts;
     - .csv, .tsv, .parquet, .arrow: one document a row;
     - anything else is UTF-8 text, in which a document is a run of whole paragraphs.
 
     Args:
-        data: the file; or "-" for standard input, which holds JSON if it begins like it, else text;
-            or, where there is no such file, a data set of the hub with its split, "name:split" or
-            "name:configuration:split"; or a `datasets.Dataset`, or any other iterable of texts and
-            records. One that has no length is read in its own order, as far as needed.
-        field: name of the field that holds the text; "text" if there is no template either.
-        template: text with fields in braces, such as "Q: {question}\\nA: {answer[0]}": names,
-            list indices and keys, nothing else. A literal brace is written twice.
-        chat_tokenizer: lays out each document by its chat template. Where neither `field` nor
-            `template` is given that is the record's conversation: its `messages`; `conversations`
-            (ShareGPT); or `prompt` and `completion`, texts or lists of messages. Its `tools` go
-            along. Any other text becomes a user's message.
+        data: a file; "-" for standard input, which is read as JSON if it begins as JSON does, else
+            as text; if there is no such file, a data set of the hub with its split, "name:split" or
+            "name:configuration:split"; or a `datasets.Dataset`, or another iterable of texts and
+            records. An iterable without a length is read in its own order, as far as needed.
+        field: name of the field that holds the text; by default "text".
+        template: text with fields in braces, such as "Q: {question}\\nA: {answer[0]}", in place
+            of `field`. Braces take names, list indices and keys; a literal brace is written twice.
+        chat_tokenizer: tokenizer whose chat template lays out each document. Without `field` and
+            `template` this is the record's conversation, with its `tools`: `messages`;
+            `conversations` (ShareGPT); or `prompt` and `completion`, texts or lists of messages.
+            Any other text becomes a user's message.
         min_chars: length from which a document of plain text ends at the next blank line. Text
-            without blank lines is cut at a line end instead, or at the latest after four times
-            that length.
-        seed: of the random order of the documents; None keeps the data's.
+            without blank lines is cut at a line end instead, at the latest after four times that
+            length.
+        seed: random seed of the documents' order; None keeps the data's.
 
     Raises:
-        ConfigError: both `field` and `template` are given, or an option is not possible.
-        DataError: the data, the template or the tokenizer is not usable; while iterating, that a
-            document is not a record or does not fit, with its line or number.
+        ConfigError: both `field` and `template` are given, or an option has a value that is not
+            allowed.
+        DataError: the data, the template or the tokenizer cannot be used; or, while iterating, a
+            document is no record or does not fit the template, with its line or number.
+
         MissingExtraError: the data needs the library datasets, which is not installed.
     """
     layout = Layout(field, template, chat_tokenizer)

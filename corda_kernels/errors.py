@@ -84,7 +84,7 @@ class CheckpointError(CordaError):
 
 
 class DistributedError(CordaError):
-    """Another rank of a distributed run has ended or is out of reach, or was given other things."""
+    """Another rank of a distributed run has ended, cannot be reached, or got different inputs."""
 
 
 class DecompositionError(CordaError):
@@ -104,7 +104,7 @@ class AdapterError(CordaError):
 
 
 class CacheError(CordaError):
-    """A file that PEFT keeps results in is damaged, or was made with other options."""
+    """A cache file of PEFT's CorDA is damaged, or was made with other options."""
 
 
 class CompatibilityError(CordaError):
@@ -152,7 +152,7 @@ class ConvergenceWarning(CordaWarning):
 
 
 class CompatibilityWarning(CordaWarning):
-    """Another library, or a file of its making, is used in a way that cannot be checked."""
+    """Another library, or a file that it wrote, is used in a way that cannot be checked."""
 
 
 def warn(message: str, category: type[CordaWarning]) -> None:

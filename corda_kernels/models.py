@@ -55,19 +55,21 @@ def load_model(
     """Loads a transformers model for inference.
 
     Args:
-        source: a folder, a hub id, or a GGUF file. Weights that transformers can dequantise as it
-            loads them (GGUF, compressed-tensors, fine-grained FP8, MXFP4) are floating numbers
-            then; those of bitsandbytes and torchao stay as they are.
-        task: what for, one of `TASKS`; None for the class that its config names. A classification
-            head that the checkpoint lacks starts at random, with a warning.
+        source: a folder, a hub id, or a GGUF file. Weights that transformers can dequantise while
+            loading (GGUF, compressed-tensors, fine-grained FP8, MXFP4) become floating-point
+            numbers; those of bitsandbytes and torchao stay as they are.
+        task: task to load the model for, such as "causal-lm" or "sequence-classification" (see
+            `corda_kernels.models.TASKS`); None for the class that its config names. A
+            classification head that the checkpoint lacks starts at random, with a warning.
         dtype: a torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
-        device: where to put it.
+        device: device to put the model on.
         trust_remote_code: whether to run Python code that comes with the model, if it does not
             load otherwise.
 
     Raises:
         ModelError: there is no such folder or file, it is not a model, it needs code of its own
-            that is not trusted, or the hub cannot be reached; or the dtype or device is none.
+            that is not trusted, or the hub cannot be reached; or there is no such dtype or device.
+
     """
     dtype = None if dtype is None else parse_dtype(dtype)
     place = usable_device(device, ModelError)
@@ -184,11 +186,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def load_tokenizer(source: StrPath, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to a model; the arguments are as in `load_model`.
+    """Loads a model's tokenizer; the arguments are as in `load_model`.
 
     Raises:
-        ModelError: there is none, or it cannot be read, or needs code of its own that is not
-            trusted.
+        ModelError: there is no tokenizer, it cannot be read, or it needs code of its own that is
+            not trusted.
+
     """
     from transformers import AutoTokenizer
 

@@ -33,7 +33,7 @@ def target_linears(
 
     Raises:
         TargetError: see `target_layers`; or `targets` select fused experts alone.
-        ModelError: the model is none.
+        ModelError: `model` is no module.
     """
     found, _ = target_layers(model, targets, exclude)
     if not found:
@@ -52,24 +52,25 @@ def target_layers(
 
     Args:
         model: a transformers model, or any module with linear layers.
-        targets: "all-linear" for every linear layer except the output and classification heads,
-            layers tied to an embedding, and those whose weights other code takes past any adapter
-            (in state-space mixers and in WavLM's attention); None for the same, of a
-            vision–language model those of its language model; a list of names of modules and expert
-            parameters, or of their endings (`["q_proj", "experts.down_proj"]`); or a regular
-            expression that the whole name must match.
+        targets: "all-linear" for every linear layer except output and classification heads, layers
+            tied to an embedding, and layers whose weights other code reads past an adapter (in
+            state-space mixers and in WavLM's attention). None for the same, in a vision–language
+            model for its language model alone. Or a list of names of modules and expert parameters,
+            or of endings of names (`["q_proj", "experts.down_proj"]`); or a regular expression that
+            the whole name must match.
         exclude: names, endings or a regular expression of layers to leave out.
-        experts: whether fused experts are asked for, which makes "all-linear" all of them as well.
+        experts: whether "all-linear" and None include fused experts.
 
     Returns:
-        Both in the model's order. One of them may be empty.
+        Linear layers, and expert parameters, in the model's order. One of them may be empty.
 
     Raises:
-        TargetError: `targets` or `exclude` match nothing, also with a single ending; `exclude`
-            leaves nothing; the output head is asked for although it is tied to the embeddings;
-            `experts` are asked for, but the model has no fused ones, or none is selected; or layers
+        TargetError: `targets` or `exclude`, or one of their endings, match nothing; `exclude`
+            leaves nothing; the output head is named although it is tied to the embeddings;
+            `experts` is set, but the model has no fused experts, or none is selected; or layers
             hold the integers of GPTQ or AWQ.
-        ModelError: the model is none.
+        ModelError: `model` is no module.
+
     """
     instance_of("the model", model, nn.Module, ModelError)
     for name, module in model.named_modules():

@@ -43,38 +43,42 @@ def token_batches(
 ) -> list[dict[str, Tensor]]:
     """Turns text, from a file or elsewhere, into batches of token ids.
 
-    Every document is tokenised as the tokenizer does by default: one that puts a BOS token before
-    a text does so here for each document, which is how its model saw documents in training. Only
-    the output of a chat template is taken as it is, since it writes its own special tokens.
+    Every document is tokenised with the tokenizer's defaults: a tokenizer that puts a BOS token
+    before a text does so for each document, as its model saw documents in training. The output of a
+    chat template is taken as it is, because it contains its special tokens.
+
 
     Args:
-        data: see `corda_kernels.documents.read_texts`, as for `field` and `template`.
+        data: a file, the name of a hub data set, "-" for standard input, a `datasets.Dataset`, or
+            an iterable of texts and records; see `corda_kernels.documents.read_texts`.
         tokenizer: the model's tokenizer.
         samples: number of sequences.
-        seq_len: tokens a sequence; at most that many where `pack` is off.
-        batch_size: sequences a batch, or a function that gives it for the number of sequences that
-            were found; the last batch may have fewer. `fitting_batch_size` knows a good one.
-        field: name of the field that holds the text.
-        template: the text with fields in braces.
-        chat_template: lays out each document as a conversation, by the tokenizer's chat template.
-        answers_only: lets the assistant's turns alone count, with the tokens that close them; the
-            model reads the rest as their context. It takes conversations and `chat_template`.
-        pack: joins the documents, each closed by EOS if the tokenizer has one, and cuts them into
-            full sequences. Otherwise each document is a sequence of its own, cut off at `seq_len`
-            and padded on the right, without EOS.
-        seed: of the random order in which documents are taken.
+        seq_len: number of tokens in each sequence; the most if `pack` is off.
+        batch_size: number of sequences in each batch (the last may have fewer), or a function that
+            computes it from the number of sequences found, such as one of `fitting_batch_size`.
+        field: name of a record's field that holds the text; by default "text".
+        template: text with names of fields in braces, in place of `field`.
+        chat_template: whether to lay out each document as a conversation, by the tokenizer's chat
+            template.
+        answers_only: whether the assistant's turns alone count, with the tokens that close them;
+            the model reads the rest as context. Needs conversations and `chat_template`.
+        pack: whether to join the documents, each closed by EOS if the tokenizer has one, and cut
+            them into full sequences. Otherwise each document is a sequence of its own, cut off at
+            `seq_len` and padded on the right, without EOS.
+        seed: random seed of the order in which documents are taken.
 
     Returns:
-        Batches with `input_ids` (batch, seq) int64; where `pack` is off, `attention_mask`
-        (batch, seq) int64; with `answers_only`, `token_mask` (batch, seq) bool. Fewer samples than
-        asked for, with a DataWarning, if the text runs out: its last short piece is left out when
-        packing, unless there is nothing else.
+        Batches with `input_ids` (batch, seq) int64; if `pack` is off, `attention_mask` (batch, seq)
+        int64; with `answers_only`, `token_mask` (batch, seq) bool. If the text runs out, there are
+        fewer samples, with a DataWarning; packing leaves out a last short piece, unless there is
+        nothing else.
 
     Raises:
-        ConfigError: a count is not positive, another option is none, both `field` and `template`
-            are given, or `answers_only` does not go with the others.
-        DataError: the data cannot be read, holds no text, or does not fit what was asked; or the
-            answers cannot be told in what the chat template makes of a conversation.
+        ConfigError: an option has a value that is not allowed, both `field` and `template` are
+            given, or `answers_only` is combined with options that it excludes.
+        DataError: the data cannot be read, holds no text, or does not have the fields asked for; or
+            the answers cannot be found in the output of the chat template.
+
         MissingExtraError: the data needs the library datasets, which is not installed.
     """
     _check_positive(samples=samples, seq_len=seq_len)

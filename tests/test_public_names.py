@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ def test_what_is_public_is_documented() -> None:
         if not value.__doc__ or value.__doc__.strip().startswith(f"{what}(")
     ]
     assert not bare
+
+
+def test_help_shows_the_options_of_a_config() -> None:
+    config = corda_kernels.CordaConfig
+    assert {field.name for field in fields(config)} == set(inspect.signature(config).parameters)
 
 
 def test_an_error_is_documented_and_can_be_caught_as_ours() -> None:

@@ -32,15 +32,16 @@ def load_for_training(
 ) -> PeftModel | nn.Module:
     """Attaches an adapter from its folder, ready to train or to run.
 
-    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)` after a
-    check that it is the right base, where the folder has corda.json. What else PEFT finds in the
-    folder, such as embeddings that were trained too, it restores. Only an adapter with
-    `residual="weight"` needs this function.
+    This is PEFT's own `PeftModel.from_pretrained(base_model, path, is_trainable=True)`, after a
+    check that the base is the right one if the folder has corda.json. PEFT also restores what else
+    is in the folder, such as trained embeddings. Only an adapter with `residual="weight"` needs
+    this function.
+
 
     Args:
-        base_model: the untouched base that the adapter was made for (or, for `residual="weight"`,
-            also the one that `--save-base` stored). It is wrapped in place.
-        path: a folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
+        base_model: the untouched base that the adapter was made for, or with `residual="weight"`
+            the one that `--save-base` stored. It is wrapped in place.
+        path: folder written by `save_adapter`, `corda-kernels init`, PEFT or Trainer.
         use_peft: False for CordaLinear layers in place of a PeftModel.
 
     Returns:
@@ -49,7 +50,8 @@ def load_for_training(
     Raises:
         AdapterError: the folder is incomplete or altered, or belongs to another base.
         ModelError: the base is no model.
-        TargetError: the adapter has taken a part of the weights over, and the base is quantised.
+        TargetError: the adapter has `residual="weight"`, and the base is quantised.
+
     """
     instance_of("the base", base_model, nn.Module, ModelError)
     flag("use_peft", use_peft)
@@ -73,7 +75,7 @@ def load_for_training(
     with _on_base(base_model, layers, made):
         try:
             config = PeftConfig.from_peft_type(**described)
-            with _patterns_matched():
+            with _quiet_peft():
                 # They would start at random.
                 warnings.filterwarnings("error", ".*missing adapter keys")
                 wrapped = PeftModel.from_pretrained(
@@ -148,7 +150,7 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
     derived = bool(config.use_dora or config.modules_to_save)
     source = config.base_model_name_or_path
     config.base_model_name_or_path = None  # PEFT sets it, and warns of any other
-    with _patterns_matched():
+    with _quiet_peft():
         wrapped = get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=not derived)
     config.base_model_name_or_path = source
     _check_wrapped(model, adapter.layers.keys(), alone=True)
@@ -164,10 +166,12 @@ def _attach_peft(model: nn.Module, adapter: Adapter, *, copy: bool) -> PeftModel
 
 
 @contextmanager
-def _patterns_matched() -> Iterator[None]:
-    """Inside the block PEFT does not say that it ignores ranks of parameters, which it follows: its
-    check looks among modules only."""
+def _quiet_peft() -> Iterator[None]:
+    """Inside the block PEFT does not warn of what its user cannot change: that it ignores ranks of
+    parameters, which it follows (its check looks among modules only), and that it uses a name of
+    transformers that is deprecated."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
         yield
 

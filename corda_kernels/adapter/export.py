@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -47,40 +49,45 @@ class LoraExport:
     """What `export_lora` wrote.
 
     Attributes:
-        rank: of every linear layer; experts may have a smaller one.
-        error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 where
+        rank: rank of every linear layer; experts may have a smaller one.
+        error: ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of the layer in which a smaller rank lost most; 0 if
             nothing was cut off.
-        layer: that layer's name; None where nothing was cut off.
+        layer: that layer's name; None if nothing was cut off.
+        median: median of the layers' errors.
+        total: error of all layers' ΔW together.
+
     """
 
     rank: int
     error: float = 0.0
     layer: str | None = None
+    median: float = 0.0
+    total: float = 0.0
 
 
 def export_lora(
     source: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None
 ) -> LoraExport:
-    """Writes what training has learnt as a plain LoRA of one rank, for the untouched base.
+    """Writes what training has changed as a plain LoRA of one rank, for the untouched base.
 
-    An adapter of uniform ranks is copied. One made under a budget is padded with zeros to its
-    largest rank and its scaling folded into B, so that engines that know one rank and one alpha
-    read it right. Of an adapter with `residual="weight"` the change B A − B0 A0 is written as
-    `[B, ΔB][ΔA; A0]`, of twice the rank; what the residual's own rounding took from the base stays
-    behind. What a trainer has saved beside the factors is kept as it is.
+    An adapter of uniform ranks is copied. An adapter made under a budget is padded with zeros to
+    its largest rank, and its scaling is folded into B, for engines that read one rank and one
+    alpha. With `residual="weight"` the change B A − B0 A0 is written as `[B, ΔB][ΔA; A0]`, of twice
+    the rank, without the rounding of the residual. What a trainer saved beside the factors is kept.
 
     Args:
-        source: an adapted model, or an adapter's folder, whoever wrote it; the base is not needed.
-        out: the folder to write.
-        rank: cuts every layer off at this rank, by an SVD of its B A whose singular values both
-            factors share. None keeps everything.
+        source: an adapted model, or the folder of an adapter, also of one that another tool wrote;
+            the base is not needed.
+        out: folder to write.
+        rank: rank to truncate every layer's B A to, by an SVD; None keeps everything.
 
     Returns:
         The rank that was written, and how much was lost.
 
     Raises:
-        AdapterError: the source is no LoRA, or a damaged or diverged one; or a rank is asked for
-            with DoRA.
+        AdapterError: the source is no LoRA, or is damaged or diverged; or a rank is given with
+            DoRA.
+
         RankError: the rank is not at least 1.
         OutputError: the folder cannot be written, is the source itself, or holds a model or an
             adapter with a record.
@@ -116,14 +123,17 @@ def export_lora(
                     "be copied: export it at its own rank, without patterns"
                 )
     if cut is not None:
-        errors = {}
+        lost, energies = {}, {}
         for name, change in changes.items():
             rows = cut if change.A.ndim == 2 else min(cut, change.rank)
-            changes[name], errors[name] = _truncated(change, rows)
+            changes[name], lost[name], energies[name] = _truncated(change, rows)
+        errors = {name: _error(lost[name], energies[name]) for name in lost}
         worst = max(errors, key=errors.__getitem__)
-        result = LoraExport(cut, errors[worst], worst)
-        lost = f"an error of {result.error:.2%} at most in any layer"
-        note = f"Cut off from rank {most}, with {lost}."
+        total = _error(sum(lost.values()), sum(energies.values()))
+        result = LoraExport(cut, errors[worst], worst, median(errors.values()), total)
+        note = (
+            f"Cut off from rank {most}, with an error of {result.error:.2%} at most in any layer."
+        )
     elif patterns:
         # Experts are left as they are: padded to the rank of linear layers they would be as many
         # times larger as a token has experts.
@@ -183,36 +193,40 @@ def _padded(change: AdapterFactors, rank: int) -> AdapterFactors:
 
 @without_autocast()
 @torch.no_grad()
-def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float]:
-    """The nearest product of `rank`, with factors of equal norms, and its relative error."""
+def _truncated(change: AdapterFactors, rank: int) -> tuple[AdapterFactors, float, float]:
+    """The nearest product of `rank`, with factors of equal norms; ‖ΔW − ΔW'‖² and ‖ΔW‖²."""
     left, right = torch.linalg.qr(change.B.double()), torch.linalg.qr(change.A.double().mT)
     U, S, Vh = torch.linalg.svd(change.scaling * (left.R @ right.R.mT))
     root = S[..., :rank].sqrt()
     B = left.Q @ (U[..., :rank] * root[..., None, :])
     A = (root[..., None] * Vh[..., :rank, :]) @ right.Q.mT
-    energy = float(S.square().sum())
-    error = (float(S[..., rank:].square().sum()) / energy) ** 0.5 if energy else 0.0
+    lost, energy = float(S[..., rank:].square().sum()), float(S.square().sum())
     # Layers of a budget may have less than the rank.
-    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), error
+    return _padded(AdapterFactors(A.to(change.A), B.to(change.B)), rank), lost, energy
+
+
+def _error(lost: float, energy: float) -> float:
+    return math.sqrt(lost / energy) if energy else 0.0
 
 
 @without_autocast()
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Folds the adapter into the weights and takes it off; the model is plain again.
+    """Adds the adapter to the weights and removes it.
 
     Without PEFT each weight becomes W + s·B A, summed in float64 and rounded once. A PeftModel is
     merged by its own `merge_and_unload`.
 
     Args:
-        model: from `init_corda` or `load_for_training`, with PEFT or without. It is used up.
+        model: result of `init_corda` or `load_for_training`, with PEFT or without. Do not use it
+            afterwards.
 
     Returns:
         The base model, with merged weights.
 
     Raises:
-        AdapterError: the model carries no adapter, or a diverged one.
-        ModelError: what is given is no model.
+        AdapterError: the model has no adapter, or a diverged one.
+        ModelError: `model` is no module.
         TargetError: a layer is quantised.
     """
     instance_of("the model", model, nn.Module, ModelError)

@@ -41,11 +41,12 @@ MODES = {
 
 @dataclass(frozen=True, eq=False)
 class AdapterFactors:
-    """A low-rank matrix scaling·B·A, or one for each expert of a parameter (see `experts.py`).
+    """A low-rank matrix scaling·B·A, or one for each expert of a parameter.
 
     Attributes:
-        A: (rank, in); of experts (E, rank, in).
-        B: (out, rank); of experts (E, out, rank).
+        A: (rank, in), or (experts, rank, in).
+        B: (out, rank), or (experts, out, rank).
+
         scaling: factor of the product, LoRA's alpha/rank.
     """
 
@@ -104,36 +105,37 @@ class LayerAdapter(AdapterFactors):
 @without_autocast()
 @torch.no_grad()
 def adapter_factors(weight: Tensor, co_svd: CoSVD, *, hold: float = 1.0) -> AdapterFactors:
-    """A LoRA of twice as many rows as there are components, which starts at exactly zero.
+    """The factors of a LoRA that starts at exactly zero, of twice the decomposition's rank.
 
-    Training a component B0 A0 = U Uᵀ W of the weight adds to it
+    Training the part B0 A0 = U Uᵀ W of the weight changes the weight by
 
         (B0 + ΔB)(A0 + ΔA) − B0 A0  =  B0 ΔA + ΔB A0 + ΔB ΔA
 
-    The LoRA with B = [P, Q], A = [R; S] that starts at P ∝ U, Q = 0, R = 0, S ∝ Uᵀ W has the
-    product P R + Q S. That is 0 at the start, and takes the same first-order steps: the gradient of
-    R is Pᵀ G as that of ΔA is B0ᵀ G, the gradient of Q is G Sᵀ as that of ΔB is G A0ᵀ, and P and S
-    have none until R and Q have moved.
+    The LoRA has B = [P, Q] and A = [R; S], hence the product P R + Q S, and starts at P ∝ U, Q = 0,
+    R = 0, S ∝ Uᵀ W. So it is 0 at the start, and its first-order steps are the same: R gets the
+    gradient Pᵀ G as ΔA gets B0ᵀ G, Q gets G Sᵀ as ΔB gets G A0ᵀ, and P and S get none until R and Q
+    have moved.
 
-    The columns of P and the rows of S all have the length hold/√3, which for a hold of 1 is that of
-    the rows of LoRA's own A, and the scaling is 1/hold, so that learning rates of LoRA suit.
-    The larger `hold` is, the smaller is the share by which an optimiser of Adam's kind turns P and
-    S, and the closer the change stays to the tangent space {U X + Y Uᵀ W}.
+    All columns of P and rows of S have the length hold/√3, and the scaling is 1/hold. With a hold
+    of 1 this is the length of the rows of LoRA's own A, so that LoRA's learning rates suit. The
+    larger `hold` is, the less an optimiser such as Adam turns P and S, and the closer the change
+    stays to the tangent space {U X + Y Uᵀ W}.
 
-    A component that W does not have (UᵀW vanishes) gets a row of zeros in S; its R can train.
+    A component that W lacks (UᵀW vanishes) gets a row of zeros in S; its row of R can be trained.
 
     Args:
         weight: W (out, in), any floating dtype.
-        co_svd: its decomposition, U (out, rank).
-        hold: positive.
+        co_svd: decomposition of W·C, with U (out, rank).
+        hold: factor on the initial lengths, positive.
 
     Returns:
         A (2·rank, in) and B (out, 2·rank) in the decomposition's dtype, with scaling 1/hold.
 
     Raises:
         ConfigError: hold is not positive and finite.
-        DecompositionError: the weight is no dense tensor of floating numbers, or the decomposition
-            is not that of one of its shape.
+        DecompositionError: the weight is no dense floating-point tensor, or the decomposition does
+            not have its shape.
+
     """
     hold = check_hold(hold)
     rows, noise = component_rows(weight, co_svd)

@@ -57,11 +57,12 @@ _FRESH = "copy it from the folder of the fresh adapter"
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Writes an adapter's folder from plain data; see `save_adapter`.
+    """Writes the folder of an adapter that is not attached to a model; see `save_adapter`.
 
     Raises:
-        AdapterError: the adapter trains more than its factors (DoRA, modules_to_save), which are
-            in a model only.
+        AdapterError: the adapter trains more than its factors (DoRA, modules_to_save), which only a
+            model holds.
+
         OutputError: see `save_adapter`.
     """
     for option in ("use_dora", "modules_to_save"):

@@ -29,7 +29,7 @@ class CordaLinear(AdaptedLayer):
 
     Raises:
         TargetError: the base is no linear layer.
-        AdapterError: the factors are none, or of another layer's size.
+        AdapterError: the factors are not factors, or do not have the layer's size.
     """
 
     def __init__(self, base: nn.Module, factors: AdapterFactors, *, copy: bool = True) -> None:
@@ -45,7 +45,7 @@ class CordaLinear(AdaptedLayer):
         self.scaling = factors.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) → (..., out), in the dtype that the base gives."""
+        """x (..., in) → (..., out), in the dtype of the base's output."""
         y: Tensor = self.base(x)
         return (y + self.scaling * low_rank(x, self.A, self.B)).to(y.dtype)
 

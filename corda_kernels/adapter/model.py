@@ -191,8 +191,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the adapter's folder: what `save_pretrained` writes, the record and a model card.
 
     Args:
-        model: from `init_corda` or `load_for_training`, with PEFT or without.
-        path: a folder; an adapter that it holds already is replaced, other files stay.
+        model: result of `init_corda` or `load_for_training`, with PEFT or without.
+        path: folder to write; an adapter in it is replaced, other files stay.
+
 
     Raises:
         AdapterError: the model carries no adapter with a record.

@@ -35,33 +35,34 @@ def calibrate_blocks(
 ) -> Iterator[CovarianceSet]:
     """Runs the model over calibration text one decoder block at a time.
 
-    Equivalent to `calibrate`, whose covariances come out in pieces: the sets of all blocks together
-    cover the same layers with the same numbers. Every block runs once over the text, as in one
-    pass.
+    Equivalent to `calibrate`, in pieces: the sets of all blocks together cover the same layers with
+    the same numbers. Every block runs once over the text, as in one pass.
 
-    Beside the model there are in memory the covariances of one block and the hidden states of the
-    whole text in the model's dtype, on the host. Where a device's memory runs out, the block starts
-    again with smaller batches, in the end with sums on the host, and warns; for that the host keeps
-    the hidden states from before the block as well.
+    Beside the model, memory holds the covariances of one block, and on the host the hidden states
+    of the whole text in the model's dtype. If a device's memory runs out, the block starts again
+    with smaller batches, in the end with sums on the host, and warns; for that the host also keeps
+    the hidden states from before the block.
+
 
     Args:
         model: a transformers decoder whose blocks run one after the other; weights may be offloaded
             by accelerate.
         batches: see `calibrate`.
-        options: those of `calibrate`. All `targets` must lie in the decoder's blocks. A
-            `checkpoint` keeps the sums of every finished block; after a kill finished blocks only
-            run, and the one that was cut off starts again. With `distributed` each rank keeps the
-            hidden states of its own batches. With `sides="both"` every block runs twice over the
-            text: once forwards, its inputs being kept on the host, and once more, from the last
-            block to the first, for the covariances and the gradients of its layers. So the host
-            holds as many hidden states of the whole text as there are blocks, and one more.
+        options: the options of `calibrate`. All `targets` must lie in the decoder's blocks. A
+            `checkpoint` keeps the sums of every finished block: a run that continues sends the text
+            through these without summing, and starts the interrupted block again. With
+            `distributed` each rank keeps the hidden states of its own batches. With `sides="both"`
+            every block runs twice over the text: forwards, and then, from the last block to the
+            first, for covariances and gradients. The inputs of all blocks are kept on the host for
+            that, so it holds one copy of the text's hidden states for each block, and one more.
+
 
     Returns:
-        An iterator over the blocks that hold targets, in their order, or in reverse where gradients
-        are taken.
+        An iterator over the covariances of each block that holds targets, in the blocks' order; in
+        reverse with `sides="both"`.
 
     Raises:
-        ConfigError: see `calibrate`, as for ModelError.
+        ConfigError, ModelError: see `calibrate`.
         TargetError: no layer matches.
         CalibrationError: there were no tokens, a batch is malformed, a target lies outside of the
             blocks or was never called, or the model does more than run its blocks in order.

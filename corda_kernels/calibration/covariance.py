@@ -19,16 +19,17 @@ class Covariance:
     """Second moment of one layer's inputs, C = (1/n) Σ x xᵀ, with channel statistics.
 
     Attributes:
-        matrix: (in, in) float32 (or float64), symmetric; the mean over tokens, or over hook calls
-            where the set's `normalize` is "peft".
-        tokens: number of tokens it was taken from.
+        matrix: (in, in) float32 (or float64), symmetric; the mean over tokens, or over calls if the
+            set's `normalize` is "peft".
+        tokens: number of tokens that it was taken from.
         calls: number of forward calls of the layer.
         absmax: (in,) float32, the largest |x| of each channel.
-        outlier_count: (in,) int64, how many |x| of each channel exceeded the threshold.
-        outlier_threshold: in units of x.
+        outlier_count: (in,) int64, number of |x| above the threshold in each channel.
+        outlier_threshold: threshold in units of x.
 
     Raises:
-        CovarianceError: a value is not what it must be. Entries are not read.
+        CovarianceError: an attribute has the wrong type, shape or dtype. Entries are not checked.
+
     """
 
     matrix: Tensor
@@ -92,7 +93,7 @@ class Gradient:
             would be tr D · tr C if g and x were independent.
 
     Raises:
-        CovarianceError: a value is no such tensor. Entries are not read.
+        CovarianceError: an attribute is no such tensor. Entries are not checked.
     """
 
     matrix: Tensor

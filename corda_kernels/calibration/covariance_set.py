@@ -51,18 +51,18 @@ _NOTES: dict[str, fields.Check] = {
 
 
 class CovarianceSet(Mapping[str, Covariance]):
-    """Covariances by module name; modules that read the same tensor hold the same `Covariance`.
+    """Covariances by module name; modules that read the same tensor share one `Covariance`.
 
     Attributes:
         normalize: "tokens" (mean over tokens) or "peft" (each call divided by |max x|, mean over
             calls).
         left_out: weights of the model that calibration could not reach, by name, with the reason.
-        gradients: D and Ḡ of every layer by its name, of `calibrate(…, sides="both")`; else {}.
+        gradients: D and Ḡ by layer name, from `calibrate(…, sides="both")`; otherwise empty.
         provenance: JSON-like notes on where the numbers come from (model, data, versions,
             stability).
 
     Raises:
-        CovarianceError: a value is not what it must be.
+        CovarianceError: an argument has the wrong type or value.
     """
 
     def __init__(
@@ -110,19 +110,20 @@ class CovarianceSet(Mapping[str, Covariance]):
         return [(self[members[0]], members) for members in names.values()]
 
     def merge(self, other: CovarianceSet, *, names: Sequence[str] | None = None) -> CovarianceSet:
-        """Both samples together, layer by layer, token-weighted; sharing is kept where both share.
+        """The covariances of both samples together, weighted by tokens, layer by layer.
 
-        Notes on what the text was are kept where both say the same. Stability and selection were
-        of one sample alone, and are not.
+        Layers share a covariance if they do in both sets. Of the provenance, notes on the text are
+        kept where both agree; stability and selection, which are about one sample, are dropped.
 
         Args:
-            other: of the same model, normalised alike.
-            names: the layers of either, in the order that they are to have. One that is in one set
-                only is then what it is there; without names both sets must cover the same.
+            other: covariances of the same model, normalised in the same way.
+            names: layers of either set, in the order wanted; a layer of one set alone is taken from
+                there. None if both sets cover the same layers.
 
         Raises:
             CovarianceError: the sets cover different layers or are normalised differently, or only
-                one has gradients, or theirs are of other labels.
+                one has gradients, or the gradients are of different labels.
+
         """
         arguments.instance_of("other", other, CovarianceSet, CovarianceError)
         if self.normalize != other.normalize:

@@ -65,20 +65,20 @@ _FLOP_PER_BYTE_ELSEWHERE = 200_000
 
 @dataclass(frozen=True)
 class CalibrationCheckpoint:
-    """Where a calibration keeps its sums while it runs.
+    """The file in which a calibration keeps its sums while it runs.
 
     Attributes:
-        path: the file; it appears after `every` tokens, and stays until `discard`. Parts of a run,
-            decoder blocks and ranks have files of their own, with endings to this name.
-        every: tokens between two writes; None for so many that writing takes about a hundredth of
-            the time. Sums are kept when the batch in which the count is reached has run, with those
-            that run together with it; block by block those of a finished block, if the text has
-            that many tokens.
-        resume: whether to go on from what the file holds, if it is there.
+        path: file to write; it appears after `every` tokens, and stays until `discard`. Parts of a
+            run, decoder blocks and ranks each have a file of their own, whose name begins so.
+        every: number of tokens between two writes; None for so many that writing takes about 1 % of
+            the time. Sums are written after the batch that reaches the number, and those that run
+            together with it; block by block, after each block, if the text has that many tokens.
+        resume: whether to continue from the file, if it exists.
 
     Raises:
-        CheckpointError: the path is none.
-        ConfigError: another value is not possible.
+        CheckpointError: the path is no path.
+        ConfigError: another attribute has a value that is not allowed.
+
     """
 
     path: str | os.PathLike[str]

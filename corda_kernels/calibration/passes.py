@@ -39,77 +39,80 @@ def calibrate(
     sides: Sides = "inputs",
     labels: Labels = "given",
 ) -> CovarianceSet:
-    """Runs the model over calibration data: the covariance of every target layer's inputs.
+    """Runs the model over calibration data and returns the covariance of each layer's inputs.
 
-    The model runs in eval mode, on text without its output head; its hooks, modes and weights are
-    as before afterwards, whatever happens. Layers that read the same tensor share one covariance.
-    Sums are kept in float32 or better. Where a device's memory runs out, it starts again with
-    smaller batches, in the end with sums on the host, and warns; a function that runs the model is
-    called once more, with sums on the host.
+    The model runs in eval mode, on text without its output head. Afterwards its hooks, modes and
+    weights are as before, also after an error. Layers that read the same tensor share one
+    covariance. Sums are kept in float32 or better. If a device's memory runs out, calibration
+    starts again with smaller batches, in the end with sums on the host, and warns; a function that
+    runs the model is called once more, with sums on the host.
 
-    Sequences of equal length of consecutive batches run together, which changes no sum: some 8,192
-    tokens on a device with memory of its own, 2,048 on a CPU and with gradients. Each batch runs by
-    itself where `normalize` is "peft", and on such a device where `batches` can be read but once.
-    Messages count in the batches that were given.
+    Sequences of equal length from consecutive batches run together, which changes sums only by
+    rounding: some 8,192 tokens on a device with its own memory, 2,048 on a CPU and with gradients.
+    Each batch runs by itself if `normalize` is "peft", or, on a device with its own memory, if
+    `batches` can be read only once. Messages count the batches as given.
+
 
     Args:
         model: a transformers model, or any other module.
-        batches: what the model takes: token ids (batch, seq), or mappings of its forward's
-            arguments, such as `input_ids`, `attention_mask`, `pixel_values` or `labels`. Padding
-            never counts: masks tell where it is, and in a decoder's sequence labels of -100. Where
-            text has a `token_mask` (batch, seq) of ones and zeros, such as `labels != -100`, the
-            model reads the tokens with a zero, and they do not count either.
-            Alternatively a function without arguments that runs the model, as it likes, and on the
-            same data each time that it is called.
-        targets: see `corda_kernels.targets.target_layers`.
-        experts: of fused experts. "shared" adds all of them to "all-linear", with one covariance a
-            layer of the hidden states that they read, under the name of the parameter
-            ("model.layers.0.mlp.experts.gate_up_proj"), and one an expert of what its down
-            projection reads, under that name and the expert's number ("….experts.down_proj.5").
-            "each" has one an expert of the hidden states as well, of the tokens that are routed to
-            it. An expert's own are drawn towards the mean of its layer, which an expert without
-            tokens has alone, with a warning; see `calibration.shrinkage`. None leaves experts out
-            of "all-linear", and is "shared" for those that `targets` names.
+        batches: token ids (batch, seq), or mappings of the arguments of the model's forward, such
+            as `input_ids`, `attention_mask`, `pixel_values` or `labels`. Padding never counts:
+            masks tell where it is, and in the decoder of an encoder–decoder also labels of -100.
+            The `token_mask` of a text, (batch, seq) of ones and zeros such as `labels != -100`,
+            marks the tokens that count; the model reads the others too.
+
+            Instead of batches a function without arguments may be given, which runs the model on
+            the same data each time it is called.
+        targets: layers to calibrate; see `corda_kernels.targets.target_layers`.
+        experts: "shared" adds fused experts to "all-linear". All experts of a layer then have one
+            covariance of the hidden states they read, under the name of the parameter
+            ("model.layers.0.mlp.experts.gate_up_proj"), and each expert has one of the inputs of
+            its down projection, under that name and its number ("….experts.down_proj.5").
+            With "each" every expert also has a covariance of the hidden states that are routed to
+            it. An expert's own covariances are drawn towards the mean of its layer; an expert
+            without tokens gets that mean, with a warning. None leaves experts out of "all-linear",
+            and means "shared" for those that `targets` names.
         outlier_threshold: |x| above which an activation is counted as an outlier, in units of x.
         normalize: "tokens" for the mean over tokens; "peft" divides each call's input by |max x|
             and takes the mean over calls, as PEFT's own CorDA does.
-        on_unseen: what to do about targets that were never called: "error", or "skip" to leave them
-            out, and not to name experts without tokens.
-        checkpoint: where to keep what has been summed up so far, and whether to go on from it after
-            a kill. The result is the same to the last bit, interrupted or not. Each of several
-            ranks keeps a file of its own, and must find it where as many ranks go on.
-        distributed: whether the ranks of torch.distributed, which must all be given the same, run
-            a share of the batches each; all get the same result. They compare model, batches and
-            options before the first forward pass, batches that can be read but once at their end.
+        on_unseen: "error" to stop at targets that were never called, "skip" to leave them out (and
+            not to warn of experts without tokens).
+        checkpoint: file for the sums so far, and whether to continue from it. An interrupted run
+            gives the same result to the last bit. Each of several ranks has a file of its own, and
+            a run must continue with the same number of ranks.
+        distributed: whether the ranks of torch.distributed share the batches. All ranks must be
+            given the same model, batches and options, which they compare before the first forward
+            pass (batches that can be read only once, at their end); all get the same result.
         progress: whether to show a progress bar with tokens per second.
-        sides: "both" also takes gradients, by one backward pass through the activations after each
-            forward pass, here with the output head: D = (1/n) Σ g gᵀ (out, out),
-            Ḡ = (1/n) Σ g xᵀ (out, in) and the number (1/n) Σ ‖g‖² ‖x‖² of every layer by its name,
-            in `gradients` of the result. g (out,) is the gradient of the summed token losses at one
-            token's output. The sum goes over the same n tokens as in C: padding does not count; a
-            token whose own label is masked does, since later losses depend on it. So Ḡ is the
-            layer's weight gradient of the summed losses, over n; where a trainer takes the mean
-            over tokens with a label, that gradient times their share. Of fused experts it takes
-            "each": an expert's mean is that over the tokens that are routed to it, drawn towards
-            its layer's by one token's weight.
-        labels: of the losses. "given": `labels` of a batch, (batch, seq) int64 as in transformers
-            (a token's loss is that of its successor, -100 for none), the text itself where there
-            are none. "sampled": for each token whose successor counts in that way, all of them
-            where there are no labels, a token drawn from the model's own distribution (seeded by
-            the batch's number); then D and C are the Kronecker factors of the Fisher matrix, and
-            ½ tr(D ΔW C ΔWᵀ), scaled as in `DriftPenalty`, estimates the mean KL divergence to the
-            base.
+        sides: "both" also takes gradients, by a backward pass through the activations after each
+            forward pass, which then includes the output head. `gradients` of the result has for
+            every layer D = (1/n) Σ g gᵀ (out, out), Ḡ = (1/n) Σ g xᵀ (out, in) and the number
+            (1/n) Σ ‖g‖² ‖x‖². Here g (out,) is the gradient of the summed token losses at the
+            layer's output for one token, and the sums go over the same n tokens as in C: padding
+            does not count, a token with a masked label does, because later losses depend on it. So
+            Ḡ is the weight gradient of the summed losses, divided by n. Fused experts need
+            `experts="each"`: an expert's means are over the tokens that are routed to it, drawn
+            towards its layer's mean by the weight of one token.
+        labels: tokens that the losses are of. "given": a batch's `labels`, (batch, seq) int64 as in
+            transformers (position i predicts the label at i + 1; -100 for no loss), or without them
+            the text itself. "sampled": tokens drawn from the model's own distribution, seeded by
+            the batch's number, where a label counts, or everywhere without labels. Then D and C are
+            the Kronecker factors of the Fisher matrix, and ½ tr(D ΔW C ΔWᵀ), scaled as in
+            `DriftPenalty`, estimates the mean KL divergence from the base.
+
+
+
 
     Returns:
         Covariances by module name, C = (1/n) Σ x xᵀ with x (in,) one token's input.
 
     Raises:
-        ModelError: the model is none, or sides is "both" and it has no head.
+        ModelError: `model` is no module, or sides is "both" and it has no output head.
         TargetError: no layer matches.
-        CalibrationError: there were no tokens, a batch is malformed or holds what the model does
-            not take, or a target was never called.
+        CalibrationError: there were no tokens, a batch is malformed or holds an argument that the
+            model does not take, or a target was never called.
         NonFiniteActivationError: a layer received NaN or Inf.
-        CheckpointError: the checkpoint to go on from is damaged, or of another run.
+        CheckpointError: the checkpoint to continue from is damaged, or of another run.
         DistributedError: another rank has ended, or was given something else.
         ConfigError: an option has a value that is not allowed; or `distributed` without a process
             group.

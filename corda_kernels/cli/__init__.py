@@ -77,11 +77,9 @@ def main() -> None:
         app(args=arguments)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # on which Typer is silent
-            echo(
-                f"{_who()}interrupted: no file is half written; calibrate --resume continues from "
-                "its last checkpoint",
-                err=True,
-            )
+            resume = "; --resume continues from the last checkpoint"
+            hint = resume if "calibrate" in arguments else ""
+            echo(f"{_who()}interrupted: no file is half written{hint}", err=True)
         raise
     except Exception as error:
         if debug:

@@ -23,11 +23,11 @@ bench = Typer(name="bench", help="Time the kernels here, against torch.", no_arg
 @bench.command()
 def covariance(
     dims: Annotated[
-        str, Option(help="Numbers of channels (columns of X), by commas.")
+        str, Option(help="Numbers of channels (columns of X), separated by commas.")
     ] = "576,1536,4096",
     tokens: Annotated[int, Option(help="Number of tokens (rows of X).")] = 8192,
     dtypes: Annotated[
-        str, Option(help="Dtypes of X, by commas: float32, bfloat16, float16, float64.")
+        str, Option(help="Dtypes of X, separated by commas: float32, bfloat16, float16, float64.")
     ] = "float32,bfloat16",
     device: options.Device = "auto",
     model: Annotated[

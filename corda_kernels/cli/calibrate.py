@@ -37,7 +37,9 @@ def calibrate(
     sides: options.Sides = "inputs",
     labels: options.Labels = None,
     rank: Annotated[int, Option(help="Number of components that --stability compares.")] = 32,
-    damping: options.Damping = 0.01,
+    damping: Annotated[
+        float, Option(help="Damping for --stability and --candidates; the file has none.")
+    ] = 0.01,
     stability: options.Stability = True,
     memory_limit: options.MemoryLimit = None,
     resume: Annotated[

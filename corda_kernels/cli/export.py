@@ -33,7 +33,8 @@ def export(
     Example:
       corda-kernels export my-adapter my-lora --rank 32
 
-    Prints the rank and, with --rank, the share of the change that the worst layer lost.
+    Prints the rank and, with --rank, the share of the change that was lost: of all layers
+    together, in the median and in the worst layer.
     """
     from corda_kernels.adapter import export_lora
     from corda_kernels.adapter.folder import ADAPTER_FILES
@@ -43,7 +44,10 @@ def export(
     written = export_lora(adapter, out, rank)
     note = ""
     if written.layer:
-        note = f", with {written.error:.2%} of the change lost in {written.layer}, the worst layer"
+        note = (
+            f", with {written.total:.2%} of the change lost (median of the layers "
+            f"{written.median:.2%}, worst {written.error:.2%} in {written.layer})"
+        )
     elif rank is not None and rank > written.rank:
         note = f", its own: --rank {rank} would be more"
     echo(
@@ -67,7 +71,7 @@ def merge(
 ) -> None:
     """Add a trained adapter to its base model's weights.
 
-    For engines without LoRA. OUT is a model like any other, with its tokenizer, and as large as the
+    Use it for engines without LoRA. OUT is a plain model with its tokenizer, as large as the
     base. A quantised base is rejected: export the adapter instead.
 
     \b

@@ -92,7 +92,10 @@ def init(
     sides: options.Sides = "inputs",
     labels: options.Labels = None,
     freeze_a: Annotated[bool, Option("--freeze-a", help="Train only B, with --mode task.")] = False,
-    damping: options.Damping = 0.01,
+    damping: Annotated[
+        float,
+        Option(help="Share of its mean diagonal added to each covariance's diagonal; 0: none."),
+    ] = 0.01,
     method: Annotated[
         Literal["auto", "exact", "randomized"],
         Option(help="exact: a dense SVD; randomized: an iteration; auto: by size."),

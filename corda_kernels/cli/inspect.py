@@ -32,9 +32,9 @@ def inspect(
 ) -> None:
     """Show, layer by layer, what a file or folder holds.
 
-    Of a covariance file: tokens, outliers and condition of every input. Of an adapter: rank and
-    singular values of every layer, and how it was made. Of both: whether there was enough text,
-    where that was judged. Lines below the table explain its columns.
+    A covariance file has tokens, outliers and condition of every input; an adapter has rank and
+    singular values of every layer, and how it was made. Both say whether there was enough text, if
+    that was judged. Lines below the table explain its columns.
 
     \b
     Examples:

@@ -114,9 +114,6 @@ Selection = Annotated[
     Literal["argmin", "pool"],
     Option(help="Of several --candidates, each layer takes the best (argmin) or all (pool)."),
 ]
-Damping = Annotated[
-    float, Option(help="Share of its mean diagonal added to each covariance's diagonal; 0: none.")
-]
 Seed = Annotated[int, Option(help="Random seed of the order of texts and of the decomposition.")]
 Device = Annotated[
     str, Option(help="cpu, cuda (under torchrun one GPU a rank), cuda:1, or auto: a GPU if any.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from corda_kernels.adapter.factors import MODES, check_hold, lora_rows
@@ -42,13 +44,14 @@ class CalibrationPlan:
     """How text becomes covariances, whatever is made of them.
 
     Attributes:
-        rank: at which the stability is judged.
-        candidates: into how many candidates to deal the batches out, one after the other in turn,
-            each a sample of its own: candidate i takes batch i and every `candidates`-th after it.
-        selection: of candidates, see `select_covariance`.
-        condition: of candidates, see `select_covariance`.
-        damping: of the comparison of halves, and of the scores of candidates, which cannot do
-            without and take 0.01 then.
+        rank: rank at which the stability is judged.
+        candidates: number of samples that the batches make: batch i belongs to sample i modulo
+            this number.
+        selection: see `select_covariance`.
+        condition: see `select_covariance`.
+        damping: damping for the comparison of halves and the scores of candidates; scores need one,
+            and take 0.01 where it is None.
+
         targets: see `calibrate`.
         experts: see `calibrate`; "both" sides take "each".
         stability: whether to compare two halves of the text, which every other batch belongs to;
@@ -127,57 +130,62 @@ class CordaConfig(CalibrationPlan):
 
     Attributes:
         mode: "kpm" trains the smallest components and calibrates on the knowledge to keep; "ipm"
-            trains the largest and calibrates on the new task. "task" starts from the task's
-            gradient Ḡ: a plain LoRA with A = V_rᵀ C^-½ of the largest singular pairs of Ḡ C^-½,
-            scaled to the RMS of LoRA's own, and B = 0, where C is that of the knowledge to keep
-            (the identity without, as in LoRA-GA and LoRA-One); see `steepest_rows`.
-        rank: number of components of every layer; the LoRA's rank is twice that, in mode "task"
-            and with `residual="weight"` the same. Under a budget it only sets the rank at which
+            trains the largest and calibrates on the new task. "task" starts from the gradient
+            Ḡ of the task's loss: a plain LoRA with B = 0 and A = V_rᵀ C^-½, scaled to the RMS of
+            LoRA's own A. V_r holds the first right singular vectors of Ḡ C^-½; C is the covariance
+            of the knowledge to keep, or the identity without one (as in LoRA-GA and LoRA-One).
+        rank: number of components of every layer. The LoRA's rank is twice that; in mode "task"
+            and with `residual="weight"` it is the same. Under a budget it is only the rank at which
             stability is judged.
-        budget: shares so many adapter parameters out over the layers instead: a number of them, a
-            share of the model (0.01 or "1%"), or "r=128", what so many components would take in all
-            layers.
-        min_rank: what every layer gets at least of a budget.
-        max_rank: what a layer gets at most of a budget; None for all it can have.
-        rank_multiple: of which every rank under a budget is a multiple.
-        candidates: into how many candidates to deal the batches out, one after the other in turn,
-            each a sample of its own.
+        budget: number of adapter parameters to share out over the layers, in place of `rank`; or a
+            share of the model's (0.01 or "1%"); or "r=128" for what 128 components would take in
+            all layers.
+        min_rank: lowest rank of a layer under a budget.
+        max_rank: highest rank of a layer under a budget; None for no limit.
+        rank_multiple: number to a multiple of which ranks under a budget are rounded down.
+        candidates: number of samples that the batches make: batch i belongs to sample i modulo
+            this number.
+
         selection: "argmin" keeps for each layer the candidate with the lowest score, as CorDA++
             does; "pool" takes all of them together. See `select_covariance`.
-        condition: π in the scores of selection and budget; see `planning.compactness`.
-        hold: how firmly training is held to what the components span; see `adapter_factors`. Twice
-            as much about quarters the share of the change that leaves them. 1 to 16 were tried.
+        condition: definition of π in the scores of selection and budget; see
+            `planning.compactness`.
+        hold: factor on the initial lengths in the LoRA; see `adapter_factors`. Doubling it
+            divides the share of the change's energy outside the components' tangent space by about
+            four. Values from 1 to 16 were tried.
+
         residual: None for a plain LoRA that starts at zero on the untouched base; "weight" for the
             published form, which writes W − B A into the base and trains A and B.
-        damping: added to each covariance, times its mean diagonal; None for none. Scores cannot do
-            without and take 0.01 then.
-        targets: the layers: endings of their names, a regular expression for whole names, or
-            "all-linear"; see `corda_kernels.targets.target_layers`.
-        experts: see `calibrate`; gradients take "each". Fused experts that `targets` selects are
-            adapted too. The rank of each is `rank` over the number of experts that a token is sent
-            to, at least 1.
-        exclude_modules: layers to leave out of these, as `targets` names them.
+        damping: share of each covariance's mean diagonal that is added to its diagonal; None for
+            none. Scores need one, and then take 0.01.
+        targets: layers to adapt: endings of their names, a regular expression for whole names, or
+            "all-linear"; None for "all-linear", in a vision–language model of its language model.
+            See `corda_kernels.targets.target_layers`.
+        experts: "shared" or "each" to adapt fused experts too, see `calibrate`; gradients need
+            "each". An expert's rank is `rank` divided by the number of experts that a token is
+            sent to, at least 1.
+        exclude_modules: layers to leave out, named as in `targets`.
         modules_to_save: modules that are trained whole beside the adapter, as in PEFT's LoraConfig;
-            a classification head is one without being named.
+            a classification head need not be named.
         lora_dropout: as in LoraConfig.
         use_dora: as in LoraConfig. It starts at the base exactly in float32 only.
-        method: of the decomposition; see `co_svd`.
-        seed: of the randomised method.
-        stability: whether to find out, where batches are given, if there were enough of them, by
-            decomposing two halves of them as well, which takes about as long again; not with
-            several candidates.
-        memory_limit: of the covariances, in bytes; if all of them take more, the model is
-            calibrated and decomposed block by block; a budget is then refused. Gradients count too,
-            and all covariances of a text to keep. None for no limit.
-        sides: "both" weights the outputs too: components of D^½ W C^½ in place of W C, where
-            D = E[g gᵀ] of the gradients at the layer's outputs. Mode "task" takes gradients anyway.
-        labels: of the losses whose gradients those are, see `calibrate`; None for "sampled", and in
-            mode "task" "given".
-        freeze_a: in mode "task" whether A stays as it is and only B is trained, so that the change
-            never leaves the span of A's rows; not with fused experts.
-        distributed: whether the ranks of torch.distributed share the work; all of them must be
-            given the same model, batches and options, which they compare before they begin, and
-            end up with the same adapter.
+        method: method of the decomposition; see `co_svd`.
+        seed: random seed of the decomposition.
+        stability: whether to judge if there were enough batches, by decomposing two halves of them
+            as well. That takes about as long again, and is not possible with several candidates.
+        memory_limit: most bytes that covariances may take; None for no limit. If they need more,
+            the model is calibrated and decomposed block by block, and a budget is refused.
+            Gradients count too, and all covariances of a text to keep.
+        sides: "both" takes components of D^½ W C^½ in place of W C, where D = E[g gᵀ] of the
+            gradients g at the layer's outputs. Mode "task" takes gradients in any case.
+        labels: tokens whose losses these gradients are of, see `calibrate`; None for "given" in
+            mode "task" and "sampled" in the others.
+        freeze_a: whether to train B alone in mode "task", so that the change never leaves the span
+            of A's rows; not with fused experts.
+        distributed: whether the ranks of torch.distributed share the work. All ranks must be given
+            the same model, batches and options, which they compare before they begin; all get the
+            same adapter.
+
         progress: whether to show progress bars.
     """
 
@@ -256,7 +264,7 @@ class CordaConfig(CalibrationPlan):
 
     @property
     def bounds(self) -> tuple[int, int | None, int]:
-        """Of a rank under a budget: the least, the most, and what it is a multiple of."""
+        """The lowest rank under a budget, the highest, and the number it is a multiple of."""
         return self.min_rank, self.max_rank, self.rank_multiple
 
     @property
@@ -281,10 +289,15 @@ class CordaConfig(CalibrationPlan):
 
     @property
     def ends(self) -> tuple[End, ...]:
-        """The end that the mode trains, alone."""
+        """The end of the spectrum that the mode trains, at which the stability is judged."""
         return (self.which,)
 
     @property
     def all_at_once(self) -> bool:
-        """A budget is shared out by the spectra of all layers."""
+        """Whether block by block will not do, since a budget needs the spectra of all layers."""
         return self.budget is not None
+
+
+# `__new__` would hide the options from help().
+_without_self = partial(CordaConfig.__init__, None)  # type: ignore[arg-type]
+CordaConfig.__signature__ = inspect.signature(_without_self)  # type: ignore[attr-defined]

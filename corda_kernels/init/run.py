@@ -57,26 +57,29 @@ def init_corda(
     At the start the adapted model computes what the base does.
 
     Args:
-        model: a transformers model. Its weights stay as they are, but for `residual="weight"`.
+        model: a transformers model. Its weights stay as they are, except with
+            `residual="weight"`.
         data: calibration batches, see `calibrate`; or covariances.
-        config: how.
+        config: how to make the adapter.
         use_peft: False for CordaLinear layers in place of a PeftModel; a classification head is
-            then frozen as the rest.
-        keep: in mode "task" a sample of the knowledge to keep, as batches or covariances; None for
-            no regard to any.
+            then frozen like the rest.
+        keep: sample of the knowledge to keep, as batches or covariances, for mode "task"; None for
+            none.
+
 
     Returns:
-        A stock PeftModel with one LoRA of twice the rank (in mode "task" of the rank), all of it to
-        be trained but for `freeze_a`; or, without PEFT, `model` with its layers replaced by
+        A stock PeftModel with one LoRA of twice the rank (in mode "task" of the same rank), all of
+        it trainable unless `freeze_a`; or, without PEFT, `model` with its layers replaced by
         CordaLinear.
+
 
     Raises:
         TargetError: no layer matches.
-        RankError: a layer that is named is too small for the rank, or all are, found before
-            anything runs; or a budget does not pay for a single component.
-        ConfigError: the budget cannot be read, or all covariances that it needs do not fit into the
-            memory limit; or there are fewer batches than candidates; or an option needs PEFT.
-        CovarianceError: given covariances do not cover the layers, or have other sizes.
+        RankError: a named layer, or every layer, is too small for the rank (found before anything
+            runs); or a budget does not pay for a single component.
+        ConfigError: the budget cannot be read, or the covariances that it needs exceed the memory
+            limit; or there are fewer batches than candidates; or an option needs PEFT.
+        CovarianceError: given covariances do not cover the layers, or do not have their sizes.
         CalibrationError: the forward passes gave no usable covariance for a layer.
         AdapterError: weights are offloaded, found before anything runs.
         DistributedError: another rank has ended, or was given something else.
@@ -109,8 +112,9 @@ def corda_adapter(
         model: see `init_corda`.
         data: see `init_corda`.
         config: see `init_corda`.
-        domain: what the batches are a sample of.
-        use_peft: whether it is to be attached by PEFT, which cannot adapt every layer.
+        domain: name of the text that the batches are a sample of.
+        use_peft: whether PEFT will attach the adapter; PEFT cannot adapt every layer.
+
         keep: see `init_corda`.
 
     Raises:

@@ -61,12 +61,14 @@ def svd_llm_whitening(
     Truncating the SVD of W S loses exactly the singular values cut off, in ‖(W − Ŵ) X‖.
 
     Args:
-        covariances: of the inputs.
-        damping: added to each covariance, times its mean diagonal; None for none.
+        covariances: covariances of the inputs.
+        damping: share of each covariance's mean diagonal that is added to its diagonal; None for
+            none.
 
     Raises:
-        ConfigError: the damping is not possible.
-        DecompositionError: a covariance is singular; a damping mends it.
+        ConfigError: the damping has a value that is not allowed.
+        DecompositionError: a covariance is singular; give a damping.
+
 
     Source: SVD-LLM (arXiv:2403.07378), section 3.1.
     """
@@ -107,17 +109,18 @@ def smoothquant_scales(
 ) -> dict[str, Tensor]:
     """sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1 − α) (in,): X/s and W·s are both easy to quantise.
 
-    Layers that read the same tensor get one scale, from the largest weight of all of them, since
-    what precedes them can be divided only once.
+    Layers that read the same tensor get one scale, from the largest weight of all of them, because
+    the layer before them can be divided only once.
 
     Args:
-        model: whose layers the covariances are of.
-        covariances: of the inputs.
-        alpha: how much of the difficulty moves from X to W, 0 … 1.
+        model: model that the covariances belong to.
+        covariances: covariances of the inputs.
+        alpha: share of the difficulty that moves from X to W, 0 … 1.
 
     Raises:
         ConfigError: alpha is out of range.
-        ModelError: the model is none.
+        ModelError: `model` is no module.
+
         CovarianceError: the model lacks a layer, or has it in another size.
 
     Source: SmoothQuant (arXiv:2211.10438), equation 4.
@@ -143,7 +146,7 @@ def eva_components(covariances: CovarianceSet, *, rank: int) -> dict[str, InputC
     here nothing is subtracted.
 
     Raises:
-        RankError: the rank is none, or larger than a layer's number of inputs.
+        RankError: the rank is no positive number, or exceeds a layer's number of inputs.
 
     Source: EVA (arXiv:2410.07170), section 3.2.
     """

@@ -1,6 +1,6 @@
-"""Streaming primitives, tensors in and out, and the one place that picks them by device.
+"""The kernels, from tensors to tensors, and the one place that picks them by device.
 
-An operation is looked up in `_TABLE` under the backend in force: the one named by `use_backend`,
+An operation is looked up in `_TABLE` under the backend in force: the one named by `use_backend`, or
 else the first in the device's order of preference that has it. `reference` has every operation and
 runs on every device.
 """
@@ -116,10 +116,11 @@ _forced: ContextVar[str | None] = ContextVar("corda_kernels_backend", default=No
 
 
 def available_backends(operation: str | None = None) -> dict[str, str | None]:
-    """Every backend by name, with None where it can run here and the reason where it cannot.
+    """Every backend by name, with None if it can run here and otherwise the reason why not.
 
     Args:
-        operation: names a function of this module; only backends that have it are then listed.
+        operation: name of a function of this module, to list only the backends that have it.
+
 
     Raises:
         BackendError: there is no such function.
@@ -136,7 +137,7 @@ def available_backends(operation: str | None = None) -> dict[str, str | None]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs every kernel inside the block on backend `name`; None restores the choice by device.
 
-    An operation that the backend does not have still runs on `reference`.
+    An operation that the backend lacks runs on `reference`.
 
     Raises:
         BackendError: there is no such backend, or it cannot run here.
@@ -179,21 +180,25 @@ def syrk_(
 
     Equivalent to `c += alpha * x.T @ x` on the lower triangle (the strict upper triangle is left
     unspecified; see `symmetrize_`), `absmax = max(absmax, |x|.amax(0))` and `outlier_count += (|x|
-    > outlier_threshold).sum(0)`. NaN counts in neither statistic, and shows in c. Arrays may be
+    > outlier_threshold).sum(0)`. NaN is ignored in both statistics, and appears in c. Arrays may be
     torch's, NumPy's or CuPy's; none is copied.
+
 
     Args:
         c: (d, d) float32 or float64, updated in place.
-        x: (n, d) bf16, fp16, fp32 or fp64, of any row stride, n ≥ 0; or a list of such, with rows
-            of any number.
-        alpha: factor of the product; it does not touch the statistics.
+        x: (n, d) bf16, fp16, fp32 or fp64, with any row stride, n ≥ 0; or a list of such arrays,
+            each with its own n.
+        alpha: factor of the product; it does not change the statistics.
+
         absmax: (d,) float32, updated in place with the largest |x| of each channel.
         outlier_count: (d,) int64, updated in place with the number of |x| above the threshold in
             each channel.
-        outlier_threshold: in units of x, rounded to its dtype.
+        outlier_threshold: threshold in units of x, rounded to its dtype.
         precision: "high" sums shorter chains on a GPU's tensor cores, and multiplies float32 there
-            in three tf32 products instead of three bf16 ones; on a CPU there is nothing to choose.
-        deterministic: adds in one order, so that a run can be repeated bit for bit on a GPU.
+            in three tf32 products instead of three bf16 ones; it changes nothing on a CPU.
+        deterministic: whether to add in a fixed order, so that a run on a GPU can be repeated bit
+            for bit.
+
 
     Returns:
         c.
@@ -282,7 +287,7 @@ def symmetrize_(c: Tensor) -> Tensor:
     """Copies the lower triangle of `c` (*batch, d, d) onto the upper, in place; returns `c`.
 
     Raises:
-        ConfigError: c is no dense tensor of floating numbers, or not square.
+        ConfigError: c is no dense floating-point tensor, or not square.
     """
     real_tensor("c", c, ConfigError)
     if c.ndim < 2 or c.shape[-1] != c.shape[-2]:
@@ -298,23 +303,24 @@ def batched_svd(t: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
     Equivalent to `torch.linalg.svd(t)[:2]`, up to the signs of the vectors. The core of a
     randomised SVD is such a matrix, and needs no right vectors.
 
-    - On a CPU, and by backend "reference" there, torch computes in float64.
-    - On a GPU backend "cuda" computes in the dtype of t, by one-sided Jacobi in shared memory: up
+    - On a CPU torch computes in float64.
+    - On a GPU backend "cuda" computes in the dtype of t, by one-sided Jacobi in shared memory, up
       to l = 239 in float32 and 169 in float64 on H100 (227 KiB), 202 and 143 on A100 (163 KiB). At
       l = 64 errors are 2e-14 of the largest σ in float64 and 4e-6 in float32; 32 matrices take an
       H100 1.6 and 1.1 ms.
-    - What is larger, or has no such kernel, goes through the eigenvectors of t·tᵀ in float64 on a
-      GPU: there directions below 1e-8 of the largest σ mix, and that is the accuracy of their σ.
+    - On a GPU larger matrices, and all without that backend, go through the eigenvectors of t·tᵀ in
+      float64. Directions below 1e-8 of the largest σ are then mixed, with σ as inexact.
 
     Args:
         t: (*batch, l, l) float32 or float64.
-        exact: leaves out the eigenvectors of t·tᵀ; torch.linalg.svd, which takes several times as
-            long, stands in for them.
+        exact: whether to use torch.linalg.svd, which takes several times as long, in place of the
+            eigenvectors of t·tᵀ.
 
     Returns:
         U (*batch, l, l) with orthonormal columns, also where σ is 0, and S (*batch, l), descending,
-        in the dtype of t. A matrix that holds NaN or Inf gets NaN for both; to raise would mean to
-        wait for the device.
+        in the dtype of t. A matrix with NaN or Inf gets NaN for both, because raising an error
+        would mean waiting for the device.
+
 
     Raises:
         ConfigError: the shape or dtype does not fit.

@@ -40,18 +40,19 @@ _DOUBTFUL = 1e3
 
 @dataclass(frozen=True, eq=False)
 class CoSVD:
-    """A part of the decomposition W·(C + λI)ᵖ = U Σ Vᵀ, in float64; p is 1 but for research.
+    """A part of the decomposition W·(C + λI)ᵖ = U Σ Vᵀ, in float64; p is 1 by default.
 
     Attributes:
         U: (*batch, out, rank), left singular vectors: orthonormal or, given an output covariance D,
             with Uᵀ D U = I.
         S: (*batch, rank), their singular values, descending.
         damping: (*batch), λ as a multiple of the mean diagonal of C.
-        residual: (*batch), what the iteration stopped at, 0 where the exact method ran: the largest
-            error of a wanted vector, as a sine, estimated from Ritz residuals before the last
-            application of M Mᵀ or, for the smallest, of its inverse.
-        dual: (*batch, out, rank), D U where an output covariance D was given, otherwise None and U
-            is its own dual. The part of W that belongs to the components is U dualᵀ W.
+        residual: (*batch), the estimated error at which the iteration stopped, or 0 with the exact
+            method: the largest error of a wanted vector, as a sine, from Ritz residuals before the
+            last application of M Mᵀ or, for the smallest, of its inverse, with M = W·C.
+        dual: (*batch, out, rank), D U if an output covariance D was given, otherwise None, and U
+            takes its place. The components' part of W is U dualᵀ W.
+
     """
 
     U: Tensor
@@ -84,16 +85,17 @@ def co_svd(
 ) -> CoSVD:
     """Decomposes W·C and keeps the `rank` largest or smallest singular pairs.
 
-    The result is that of float64: covariances of real models have conditions up to 1e10, so that in
-    float32 the smallest vectors would be noise. An iteration begins in float32 where that leads
-    somewhere; what comes of it is measured, and corrected, in float64. Directions that C does not
-    see at all (σ = 0) are ordered by what W does on them, the limit of a vanishing damping, by the
-    exact method.
+    The result is accurate as in float64: covariances of real models have condition numbers up to
+    1e10, so the smallest vectors would be noise in float32. An iteration may begin in float32, but
+    its result is measured and corrected in float64. The exact method orders directions in which C
+    is zero (σ = 0) by W, as in the limit of a vanishing damping.
 
-    For research, W·C may become D^½·W·C^power: with X = U dualᵀ W, which is U Uᵀ W without D, the
-    largest leave the least ‖D^½ (W − X) C^power‖_F of all X of that rank, and the smallest are what
-    the best approximation by all others leaves of W. With power 0.5 and no D, ‖(W − X) C^½‖² is
-    the mean ‖Wx − Xx‖² over the inputs, with D weighted as D weights the outputs.
+    For research, D^½·W·C^power can take the place of W·C. Let X = U dualᵀ W, which is U Uᵀ W
+    without D. For the largest pairs X minimises ‖D^½ (W − X) C^power‖_F among all matrices of that
+    rank; for the smallest it is what the best approximation by all other pairs leaves of W. With
+    power 0.5 and no D, ‖(W − X) C^½‖² is the mean of ‖Wx − Xx‖² over the inputs; D weights the
+    outputs.
+
 
     Args:
         weight: (*batch, out, in), any floating dtype.
@@ -102,19 +104,22 @@ def co_svd(
         rank: number of pairs, 1 … min(out, in).
         which: "largest" (IPM trains these) or "smallest" (KPM).
         method: "exact" for a dense SVD; "randomized" for an iteration, which falls back on the
-            exact method with a ConvergenceWarning where it does not converge; "auto" picks by size.
-        damping: λ as a multiple of the mean diagonal of C, and of D its own; None for none.
-        seed: of the random start.
+            exact method with a ConvergenceWarning if it does not converge; "auto" picks by size.
+        damping: multiple of the mean diagonal of C that is added to C's diagonal, and likewise to
+            D's; None for none.
+        seed: random seed of the iteration's start.
+
         output_covariance: D (*batch, out, out), symmetric positive definite once damped; None for
             the identity.
-        power: of C, 1.0 or 0.5.
+        power: exponent of C, 1.0 or 0.5.
 
     Raises:
-        ConfigError: an option has an unknown value.
+        ConfigError: an option has a value that is not allowed.
         RankError: the rank is not possible for this shape.
-        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, an
-            input holds NaN or Inf or leaves the range of float64, D is singular, or C at power 0.5
-            has negative eigenvalues.
+        DecompositionError: an input is no dense floating-point tensor, shapes do not fit, an input
+            holds NaN or Inf or leaves the range of float64, D is singular, or C has negative
+            eigenvalues at power 0.5.
+
 
     Source: CorDA (arXiv:2406.05223), equation 2; for D and power, the head of this file.
     """

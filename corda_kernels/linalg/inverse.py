@@ -23,13 +23,14 @@ _LANCZOS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class RegularizedInverse:
-    """The inverse of C + λ·I, with what it took.
+    """The inverse of C + λ·I, with the damping it needed.
 
     Attributes:
         inverse: (*batch, d, d), symmetric, in the dtype of C.
-        damping: (*batch), λ of each matrix as a multiple of the mean of its diagonal; 0 where C
-            itself could be inverted.
-        attempts: (*batch) int64, how many factorisations each matrix took.
+        damping: (*batch), λ of each matrix as a multiple of the mean of its diagonal; 0 if C itself
+            could be inverted.
+        attempts: (*batch) int64, number of factorisations that each matrix took.
+
     """
 
     inverse: Tensor
@@ -45,13 +46,16 @@ def regularized_inverse(
     """Inverts symmetric positive semi-definite matrices by Cholesky, each with its own damping.
 
     With `damping=None` a matrix is tried as it is, then with λ = eps times the mean of its
-    diagonal, then ten times as much and so on, until it factors and is conditioned well enough for
-    its dtype. Matrices of a batch do not influence each other.
+    diagonal, then with ten times as much and so on, until it can be factored and is conditioned
+    well enough for its dtype. Matrices of a batch do not influence each other.
+
 
     Args:
         matrix: (*batch, d, d) float32 or float64; the lower triangle is read.
-        damping: a fixed λ as a multiple of the mean diagonal, or None for the least that works.
-        max_condition: largest λmax/λmin that `damping=None` accepts; None for 0.1/eps of the dtype.
+        damping: fixed λ as a multiple of the mean diagonal, or None for the least that works.
+        max_condition: largest condition number that `damping=None` accepts; None for 0.1/eps of
+            the dtype.
+
 
     Raises:
         ConfigError: damping or max_condition is out of range.

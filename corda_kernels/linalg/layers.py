@@ -50,28 +50,30 @@ def co_svd_layers(
     damping: float | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, CoSVD]]:
-    """Decomposes the layers of a model; each result is what `co_svd` gives on the layer alone.
+    """Decomposes the layers of a model; each result is what `co_svd` gives for the layer alone.
 
-    On a CPU small layers run side by side, one thread each, those that share a covariance (the very
-    same tensor) one after the other. On a GPU small layers of one shape and rank run in batches,
-    and several batches, or large layers, at a time, each on a stream of its own.
+    On a CPU small layers run side by side, with one thread each; layers that share a covariance
+    (the same tensor object) run one after another. On a GPU small layers of one shape and rank run
+    in batches. Several batches, or large layers, run at once, each on its own stream.
+
 
     Args:
         weights: (out, in) by layer name, any floating dtype.
         covariances: (in, in) by layer name, on any device.
-        rank: of every layer, or by layer name.
+        rank: number of pairs, for all layers or by layer name.
         which: see `co_svd`.
         method: see `co_svd`.
         damping: see `co_svd`.
-        seed: of the random start, the same for every layer.
+        seed: see `co_svd`; the same for every layer.
 
     Yields:
-        The name and decomposition of every layer, on its weight's device, small layers first.
+        The name and the decomposition of each layer, on its weight's device; small layers first.
 
     Raises:
         ConfigError: see `co_svd`.
-        RankError: see `co_svd`; the message begins with the layer's name, as in the next.
-        DecompositionError: see `co_svd`; or a layer has no covariance.
+        RankError: see `co_svd`; the message begins with the layer's name.
+        DecompositionError: see `co_svd`, with the layer's name; or a layer has no covariance.
+
     """
     instance_of("weights", weights, Mapping)
     instance_of("covariances", covariances, Mapping)

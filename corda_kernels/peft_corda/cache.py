@@ -311,21 +311,21 @@ def _checksum(path: StrPath) -> str:
 
 
 def save_adapter(model: PeftModel, path: StrPath) -> None:
-    """Writes a CorDA adapter of PEFT's making in this package's layout, fresh or trained.
+    """Writes an adapter that PEFT made by CorDA, fresh or trained, in this package's layout.
 
-    PEFT's own folder of such an adapter fits the residual W − B·A alone. On the base it does not
-    load, for the components that it would be made of are gone.
+    The folder that PEFT writes fits only the residual W − B·A, and does not load on the base.
     `corda_kernels.load_for_training(base, path)` attaches this one to the untouched base, and
     `export_lora(path, out)` makes a plain LoRA of it.
 
     Args:
-        model: from `get_peft_model`, after `preprocess_corda` with a `cache_file`, which must still
-            be there: it holds the initial factors.
-        path: a folder.
+        model: result of `get_peft_model`, after `preprocess_corda` with a `cache_file`. That file
+            must still exist, because it holds the initial factors.
+        path: folder to write.
 
     Raises:
         AdapterError: the model's active adapter is not CorDA's, or trains more than A and B; or its
-            cache is gone, of PEFT's own making, or lacks a layer.
+            cache is missing, was written by PEFT's own function, or lacks a layer.
+
         CacheError: the cache is damaged, or holds components of other shapes.
         OutputError: the folder cannot be written.
     """

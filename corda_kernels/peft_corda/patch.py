@@ -83,17 +83,18 @@ class PeftPatch(contextlib.ExitStack):
 def patch_peft(**options: Any) -> PeftPatch:
     """Makes `from peft.tuners.lora.corda import preprocess_corda` give this package's function.
 
-    For the rest of the process, or as a context manager for its block. Call it before the import;
-    modules that have the function as a global already are given the new one, under whatever name
-    they hold it. A reference kept elsewhere, in a local variable or an object, stays PEFT's.
+    It holds for the rest of the process, or as a context manager for the block. Call it before that
+    import. Modules that have already imported the function get the new one, under whatever name
+    they hold it; a reference in a local variable or an object stays PEFT's.
 
     Args:
-        options: those of `preprocess_corda`, see `Options`, as defaults for every call.
+        options: the options of `preprocess_corda`, as defaults for every call.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
-        CompatibilityError: the installed PEFT has no such function, or one of other arguments. With
-            a version that is not in `TRIED_VERSIONS` there is a CompatibilityWarning.
+        CompatibilityError: the installed PEFT has no such function, or it takes other arguments. A
+            version that was not tested gives a CompatibilityWarning.
+
     """
     Options(**options)
     if _installed() not in TRIED_VERSIONS:

@@ -39,21 +39,24 @@ _TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `preprocess_corda` that PEFT's function does not have.
+    """The options of `preprocess_corda` that PEFT's function lacks.
 
     Attributes:
         normalize: "peft" divides each call's input by its largest entry and takes the mean over
-            calls, as PEFT does, whose numbers come out; "tokens" for the mean over tokens, another
-            scale of C, by which √σ is split otherwise between A and B.
-        damping: added to each covariance, times its mean diagonal; None for none.
-        method: of the decomposition; see `co_svd`.
-        on_unseen: what to do about targets that were never called: "error", or "skip" to add them
-            to `lora_config.exclude_modules`.
-        memory_limit: bytes that covariances may take; `run_model` is called as often as that needs,
-            each time for some of the layers, and must run the same data each time. None for once.
+            calls, which gives PEFT's numbers; "tokens" takes the mean over tokens, which changes
+            the scale of C, and with it how √σ is split between A and B.
+        damping: share of each covariance's mean diagonal that is added to its diagonal; None for
+            none.
+        method: method of the decomposition; see `co_svd`.
+        on_unseen: "error" to stop at targets that were never called, "skip" to add them to
+            `lora_config.exclude_modules`.
+        memory_limit: most bytes that covariances may take; None for no limit. If they need more,
+            `run_model` is called several times, each time for some of the layers, and must run the
+            same data each time.
 
     Raises:
-        ConfigError: one is not allowed.
+        ConfigError: an option has a value that is not allowed.
+
     """
 
     normalize: Literal["tokens", "peft"] = "peft"
@@ -93,28 +96,30 @@ def preprocess_corda(
     hooked_model: nn.Module | None = None,
     **options: Any,
 ) -> None:
-    """Prepares a model for `get_peft_model` with `init_lora_weights="corda"`, in PEFT's place.
+    """Prepares a model for `get_peft_model` with `init_lora_weights="corda"`.
 
-    Takes what PEFT's function of this name takes and leaves what it leaves: `module.eigens` on
-    every target layer, which `get_peft_model` turns into the adapter and the residual weight.
-    Nothing is changed on the model if this fails.
+    Takes the arguments of PEFT's function of this name and leaves the same result: `module.eigens`
+    on every target layer, which `get_peft_model` turns into the adapter and the residual weight.
+    After an error the model is unchanged.
 
-    All of `lora_config.corda_config` is honoured, save for `use_float16_for_covariance`: sums are
-    kept in float32, for in float16 they overflow.
+    All of `lora_config.corda_config` is used, except `use_float16_for_covariance`: sums are kept in
+    float32, because they overflow in float16.
 
     Args:
-        model: the base.
-        lora_config: PEFT's, with `corda_config`.
-        run_model: runs the model on the calibration data, with batches of any size. Padding does
-            not count if the model is given its `attention_mask`. Where a GPU's memory runs out it
-            is called once more, and must run the same data again. None where the cache or the
-            covariance file is written already.
-        hooked_model: the model that `run_model` runs, if it is another one.
-        options: `normalize`, `damping`, `method`, `on_unseen` and `memory_limit`; see `Options`.
+        model: base model.
+        lora_config: PEFT's LoraConfig, with `corda_config`.
+        run_model: function that runs the model on the calibration data, with batches of any size.
+            Padding does not count if the model gets its `attention_mask`. If a GPU's memory runs
+            out, it is called once more, and must run the same data again. None if the cache or the
+            covariance file exists.
+        hooked_model: model that `run_model` runs, if it is another one.
+        options: `normalize`, `damping`, `method`, `on_unseen` and `memory_limit`; see
+            `corda_kernels.peft_corda.Options`.
 
     Raises:
-        ConfigError: an option is not allowed, or contradicts another.
-        ModelError: the model is none.
+        ConfigError: an option has a value that is not allowed, or contradicts another.
+        ModelError: `model` is no module.
+
         TargetError, RankError: a layer cannot be adapted as asked; found before anything runs.
         CalibrationError: a target was never called, or received NaN or Inf.
         CacheError: a file is damaged, stale, or does not cover the layers.

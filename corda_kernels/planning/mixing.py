@@ -34,24 +34,26 @@ def mix_covariances(
 ) -> CovarianceSet:
     """A convex mixture of the covariances of several domains, C = Σ wᵢ Cᵢ, layer by layer.
 
-    W·C is linear in C, so that energies, its squares, react to the square of a domain's weight:
-    inputs three times as large would count nine times. Traces are therefore made equal first.
+    Covariances are first scaled to equal traces, because inputs three times as large make a
+    covariance nine times as large.
 
     Args:
-        sets: one for each domain, of the same layers.
-        weights: one for each domain; or those of each layer by name (layers that read one input
-            must agree); each at least 0, not all of them. They are divided by their sum.
-            `drift_weights` chooses some.
-        normalize: "trace" scales all to the trace of the weighted mean first, layer by layer;
+        sets: covariances of each domain, for the same layers.
+        weights: weight of each domain, or a mapping from layer names to such weights (equal for
+            layers that read one input). Each is at least 0 and one is positive; they are divided by
+            their sum. `corda_kernels.planning.drift_weights` chooses them.
+        normalize: "trace" first scales all to the trace of the weighted mean, layer by layer;
             "tokens" takes them as they are, means over each domain's tokens.
 
     Returns:
         The mixture. Its tokens, calls and outlier counts are sums. Layers that share an input in
-        all sets share it still. Names, weights and normalisation stand in `provenance["mixture"]`.
+        all sets still share it. `provenance["mixture"]` has names, weights and normalisation.
 
     Raises:
-        ConfigError: the weights do not fit the sets, or an option is not possible.
-        CovarianceError: the sets are none, cover different layers, or are normalised differently.
+        ConfigError: the weights do not fit the sets, or an option has a value that is not allowed.
+        CovarianceError: there are no sets, they cover different layers, or they are normalised
+            differently.
+
 
     Source: context mixtures of CorDA++; the trace normalisation and drift are additions.
     """
@@ -94,34 +96,36 @@ def drift_weights(
     steps: int = 4,
     progress: bool = True,
 ) -> dict[str, tuple[float, ...]]:
-    """Weights by which no domain's outputs depend much on what KPM would train.
+    """Mixture weights with which no domain's outputs depend much on what KPM would train.
 
-    With U the r smallest left singular vectors of W·C, C the mixture, training may change all of
-    UUᵀW. Its share of the energy of a domain's outputs on text that was not calibrated on is
+    With U the r smallest left singular vectors of W·C, and C the mixture, training may change all
+    of UUᵀW. Its share of the energy of a domain's outputs, on text that was not calibrated on, is
 
         drift_d = ‖UᵀW C_d^½‖² / ‖W C_d^½‖² = tr(UᵀW C_d WᵀU) / tr(W C_d Wᵀ)
 
-    summed over the layers that read one input. Of all weights that are multiples of 1/steps those
-    are chosen, for each input, by which the largest of drift_d/best_d is least, best_d being what
-    domain d would have in a mixture of its own. So a domain that is quiet anyway is not given up.
+    summed over the layers that read one input. For each input we choose, among all weights that are
+    multiples of 1/steps, those with the least maximum of drift_d/best_d, where best_d is the drift
+    of domain d if it is calibrated on alone.
 
     Args:
-        model: whose layers they are.
-        sets: one for each domain, of the same layers.
-        held_out: as many, of other samples of the same domains.
+        model: model that the covariances belong to.
+        sets: covariances of each domain, for the same layers.
+        held_out: covariances of other samples of the same domains, in the same order.
         normalize: see `mix_covariances`.
-        rank: r, cut to what a layer allows.
-        damping: of the mixture, times its mean diagonal.
-        steps: how fine the weights are; for two domains `steps` + 1 decompositions of each layer.
+        rank: r, reduced to what a layer allows.
+        damping: share of the mixture's mean diagonal that is added to its diagonal.
+        steps: number of steps from weight 0 to 1; for two domains each layer is decomposed
+            `steps` + 1 times.
         progress: whether to show a progress bar.
 
     Returns:
         The weights of each layer by name.
 
     Raises:
-        ConfigError: an option is not possible.
-        ModelError: the model is none.
-        CovarianceError: the sets do not go together, or the model lacks a layer of theirs.
+        ConfigError: an option has a value that is not allowed.
+        ModelError: `model` is no module.
+        CovarianceError: the sets do not go together, or the model lacks one of their layers.
+
     """
     one_of("normalize", normalize, ("trace", "tokens"))
     whole_number("rank", rank, 1)

@@ -44,49 +44,52 @@ def allocate_ranks(
 ) -> dict[str, int]:
     """Shares a budget of adapter parameters out over the layers.
 
-    Components are filtered one at a time. With n filtered in layer l so far, the next has the score
+    Components are removed one at a time. After n removals in layer l its next component has the
+    score
 
         s_l = log π(C_l) · σ_-(n+1) / Σ_{k=1..R−n−1} σ_k
 
-    (σ_-(j) the j-th smallest, the sum over what would remain), the lowest score goes first, and of
-    equal scores the earlier layer's. A component σ = 0 scores 0, the last of a layer, zero or not,
-    +∞. With c_N the cost of the first N components, rows·(out + in) each, and τ the budget:
+    with σ_-(j) the j-th smallest singular value, and the sum over those that would remain. The
+    lowest score goes first; of equal scores, the earlier layer's. A component σ = 0 scores 0, and
+    the last of a layer +∞. With c_N the cost of the first N components, rows·(out + in) each, and τ
+    the budget:
 
-    - "kpm" trains what was filtered, N = max{N : c_N ≤ τ};
+    - "kpm" trains what was removed, N = max{N : c_N ≤ τ};
     - "ipm" trains what remains, N = min{N : c_total − c_N ≤ τ}.
 
-    Put the other way round, components are granted in that order or in its reverse, and the
-    first that the budget cannot pay ends it: a cheaper one further on is not taken instead, so
-    that a larger budget never takes rank away from a layer. Bounds leave some components out:
+    In other words, components are granted in that order, or in reverse, up to the first that the
+    budget cannot pay. A cheaper one after it is not taken instead, so that a larger budget never
+    takes rank away from a layer. Bounds change which components are granted:
 
     - Components beyond a layer's `max_rank` are left out; their cost is left for other layers.
-    - With `rank_multiple` m, a layer is granted m components at once, at the place of the last of
+    - With `rank_multiple` m a layer is granted m components at once, at the place of the last of
       them. This equals rounding every rank down and sharing out what that frees in the same order.
       A layer with R < m gets 0.
-    - The first components of each layer, up to `min_rank` rounded up to a multiple, or all that
-      the layer can have if that is less, are granted before all others.
+    - The first components of each layer, up to `min_rank` rounded up to a multiple (or all that the
+      layer can have, if fewer), are granted before all others.
+
 
     Args:
-        spectra: singular values of W·C, (R,), descending, any floating dtype, by layer name; their
-            order decides ties.
+        spectra: singular values of W·C by layer name, (R,), descending, any floating dtype. The
+            layers' order decides ties.
         log_condition: log π(C) of each layer, finite and at least 0.
-        shapes: (out, in) of each layer's weight; (experts, out, in) of a parameter of fused
-            experts, each of which is granted a component when the parameter is: its spectrum is
-            their mean, or sum.
+        shapes: (out, in) of each layer's weight, or (experts, out, in) of a parameter of fused
+            experts. All its experts get the same rank; its spectrum is the mean or sum of theirs.
         budget: number of adapter parameters, never exceeded.
-        mode: which components are trained, "kpm" the smallest or "ipm" the largest.
-        min_rank: what every layer gets at least.
-        max_rank: what a layer gets at most; None for R. Without it "kpm" gives most of its budget
-            to the layers with the flattest tails.
-        rank_multiple: every rank is a multiple of it.
-        rows: how many rows of A, and columns of B, the adapter has for a component.
+        mode: "kpm" to train the smallest components, "ipm" the largest.
+        min_rank: lowest rank of a layer.
+        max_rank: highest rank of a layer; None for R. Without it "kpm" gives most of its budget to
+            the layers with the flattest tails.
+        rank_multiple: number that every rank is a multiple of.
+        rows: number of rows of A, and columns of B, that the adapter has for each component.
+
 
     Returns:
         The rank of each layer, 0 … R, in the order of `spectra`.
 
     Raises:
-        ConfigError: the mappings name different layers, a spectrum or log condition is not what it
-            must be, or an option is not possible.
+        ConfigError: the mappings name different layers, a spectrum or log condition has a wrong
+            type or value, or an option has a value that is not allowed.
         RankError: the budget cannot hold `min_rank` in every layer, or a spectrum is longer than
             its layer allows.
 

@@ -44,23 +44,26 @@ def compactness(
 
         s = log π(C) · Σᵢ σᵢ(WC)/σmax(WC)
 
-    with C damped, see `log_condition` for π. The sum, nuclear over spectral norm, is an effective
-    rank between 1 and min(out, in). Real covariances are singular to working precision: only with
-    one damping for all can candidates be compared. W → aW and C → aC change nothing.
+    with C damped. The sum, nuclear over spectral norm, is an effective rank between 1 and
+    min(out, in). Real covariances are singular to working precision, so candidates can be compared
+    only with the same damping. Scaling W or C changes nothing.
 
     Args:
         weight: (*batch, out, in), any floating dtype.
         covariance: (*batch, in, in), symmetric positive semi-definite, any floating dtype.
-        damping: added to C, times its mean diagonal.
-        condition: which π.
+        damping: share of C's mean diagonal that is added to its diagonal.
+        condition: definition of π, with λ the eigenvalues of the damped C divided by their mean:
+            "ratio" for √out·λmax/λmin, the definition of CorDA++; "bound" for √out·√λmax/λmin, the
+            result of its derivation; "tight" for √out/√λmin, a tighter bound.
 
     Returns:
         (*batch) float64; 0 where WC = 0.
 
     Raises:
-        ConfigError: damping or condition is not possible.
-        DecompositionError: an input is no dense tensor of floating numbers, shapes do not fit, an
-            input holds NaN or Inf, or C is singular although damped.
+        ConfigError: damping or condition has a value that is not allowed.
+        DecompositionError: an input is no dense floating-point tensor, shapes do not fit, an input
+            holds NaN or Inf, or C is singular although damped.
+
 
     Source: CorDA++, dynamic covariance selection.
     """

@@ -48,34 +48,35 @@ def select_covariance(
     distributed: bool = False,
     progress: bool = True,
 ) -> CovarianceSet:
-    """Scores candidates by their compactness, layer by layer, and makes one set of them.
+    """Scores candidates by their compactness and makes one set of them, layer by layer.
 
-    Candidates are taken one at a time, and each is let go before the next is asked for: if they
-    are made on demand, no more than two sets are in memory. Layers that read one input decide
-    together, by the sum of their scores, and so do all experts of one fused parameter: a sample
-    that few tokens of one expert are in looks compact to that expert alone.
+    Candidates are taken one at a time, and each is released before the next is asked for, so no
+    more than two sets are in memory if they are made on demand. Layers that read one input choose
+    together, by the sum of their scores. So do all experts of one fused parameter, because a sample
+    with few tokens for one expert looks compact to that expert.
 
     Args:
-        model: whose weights the covariances belong to.
-        candidates: sets of the same layers from different samples of text, or functions that make
-            them; a generator that calibrates on a fresh sample each round will do.
-            `provenance["domain"]`, if a set has it, names the text that it is a sample of.
+        model: model that the covariances belong to.
+        candidates: covariances of the same layers from different samples of text, or functions that
+            make them; for example a generator that calibrates on a new sample each time. A set's
+            `provenance["domain"]`, if present, names the text that it is a sample of.
         selection: "argmin" keeps the candidate with the lowest score, as published (the earlier of
-            equals); "pool" adds all candidates up, weighted by tokens. On held-out samples of one
-            text pooling was better: there the scores differ by chance.
-        damping: added to every candidate for its score, times its mean diagonal. What is returned
-            is not damped.
-        condition: see `log_condition`.
-        distributed: whether the ranks of torch.distributed, which must all be given the same
-            candidates, share the scoring; all get the same result.
+            equals); "pool" takes all candidates together, weighted by tokens. On held-out samples
+            of one text pooling was better, because there scores differ by chance.
+        damping: share of a candidate's mean diagonal that is added to its diagonal for the score;
+            the result is not damped.
+        condition: definition of π in the score; see `corda_kernels.planning.compactness`.
+        distributed: whether the ranks of torch.distributed share the scoring. All ranks must be
+            given the same candidates; all get the same result.
         progress: whether to show a progress bar for each candidate.
 
     Returns:
         The set, with a `Selection` as JSON in `provenance["selection"]`.
 
     Raises:
-        ConfigError: an option has an impossible value.
-        ModelError: the model is none.
+        ConfigError: an option has a value that is not allowed.
+        ModelError: `model` is no module.
+
         CovarianceError: there are no candidates, or they cover different layers, share inputs
             differently or are normalised differently.
         DecompositionError: a candidate does not fit the model, or is not finite.

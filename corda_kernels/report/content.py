@@ -279,6 +279,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         shape = (*factors.B.shape[:-1], factors.A.shape[-1])
         layers[layer] = Layer(shape, note.rank, note.tokens, (note.sigma_max, note.sigma_min))
     trainable = sum(factors.A.numel() + factors.B.numel() for factors in adapter.layers.values())
+    widest = max((factors.A.shape[-2] for factors in adapter.layers.values()), default=0)
     tokens = max((note.tokens for note in record.layers.values()), default=0)
     form = ["residual weight" if record.hold is None else f"hold {record.hold:g}"]
     form += [f"damping {record.damping or 'none'}", *(f"{k} {v}" for k, v in record.lora.items())]
@@ -288,6 +289,7 @@ def adapter_report(name: str, adapter: Adapter, *, run: bool = True) -> Report:
         f"layers of {record.base_name} ({', '.join(form)})",
         summary=(
             ("trains", f"{record.trains}{', B alone' if record.freeze_a else ''}"),
+            ("largest rank of the LoRA", str(widest)),
             ("trainable parameters", f"{trainable:,}"),
             ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
             *lines,
@@ -343,14 +345,15 @@ def _told(
     """Selection and stability, where there are notes on them, and the lines of a summary."""
     selection, stability = None, None
     samples = "their stability was not measured"
-    lines = []
+    unknown = "not recorded (the commands init and calibrate record it)"
+    lines = [] if notes.keys() & {"data", "mixture"} else [("data", unknown)]
     for name, value in notes.items():
         if name == "mixture":
             with _unaltered("the mixture"):
                 value = describe_mixture(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry!r}" for key, entry in value.items() if entry)
-        if name not in ("selection", "stability"):
+        if name not in ("selection", "stability", "tokens"):  # which stand elsewhere
             lines.append((name, str(value)))
     with _unaltered("the selection"):
         if notes.get("selection"):

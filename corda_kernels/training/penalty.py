@@ -104,23 +104,24 @@ class DriftPenalty(_Penalty):
 
         Σ tr(ΔW C ΔWᵀ),   ΔW = s·B A
 
-    over the adapted layers (beside a residual ΔW = s·(B A − B0 A0)). With C = E[x xᵀ] each term is
-    E‖ΔW x‖²: the mean over the tokens of the calibration of the squared change of that layer's
-    output, in the squared unit of its activations. It is not divided by anything. Value and
-    gradient are 0 at the start.
+    over the adapted layers (with `residual="weight"`, ΔW = s·(B A − B0 A0)). With C = E[x xᵀ] each
+    term is E‖ΔW x‖², the mean squared change of that layer's outputs over the calibration's tokens,
+    in squared units of its activations, with no further normalisation. Value and gradient are 0 at
+    the start.
 
-    With `sides="both"` it is Σ ρ tr(D ΔW C ΔWᵀ) instead, D = E[g gᵀ] of the gradients g at the
-    layer's outputs, ρ = E[‖g‖² ‖x‖²] / (tr D · tr C): each layer's change counts by what it does to
-    the loss. With D of sampled labels half of it estimates the mean KL divergence from the base, in
-    nats a token (K-FAC; layers are taken to act independently), so that layers weigh as they do
-    there. ρ gives D ⊗ C the trace of the layer's Fisher matrix: where few tokens have large
-    activations and small gradients it is far from 1.
+    With `sides="both"` it is Σ ρ tr(D ΔW C ΔWᵀ) instead, where D = E[g gᵀ] of the gradients g at
+    the layer's outputs, and ρ = E[‖g‖² ‖x‖²] / (tr D · tr C). A layer's change then counts by its
+    effect on the loss. With D from sampled labels, half of the value estimates the mean KL
+    divergence from the base, in nats a token (as in K-FAC, which takes layers to act
+    independently). ρ gives D ⊗ C the trace of the layer's Fisher matrix; it is far from 1 where few
+    tokens have large activations and small gradients.
 
-    ΔW is never formed, and is no difference of two large products, see `LayerAdapter.change`. The
-    layers that read one input share one product with C.
+    ΔW is computed neither as a matrix nor as a difference of two large products. Layers that read
+    one input share one product with C.
 
     Attributes:
-        layers: names of the layers that are summed over.
+        layers: names of the layers in the sum.
+
     """
 
     @without_autocast()
@@ -130,17 +131,18 @@ class DriftPenalty(_Penalty):
         """Finds the adapter's factors and takes each C, and D, to the device of its layers.
 
         Args:
-            model: from `init_corda` or `load_for_training`, with PEFT or without, or a PeftModel
-                with a plain LoRA; on its device already.
-            covariances: of the text on which outputs are to be kept, for all adapted layers; with
-                gradients where both sides count, see `calibrate`.
-            sides: "inputs", or "both" for D as well.
+            model: result of `init_corda` or `load_for_training`, with PEFT or without, or a
+                PeftModel with a plain LoRA; on its device already.
+            covariances: covariances of the text on which outputs should stay, for all adapted
+                layers; for `sides="both"` with gradients, see `calibrate`.
+            sides: "inputs" for C alone, "both" for C and D.
 
         Raises:
-            AdapterError: the model carries no adapter, or one of another kind.
-            ConfigError: sides has an unknown value.
+            AdapterError: the model has no adapter, or one of another kind.
+            ConfigError: sides has a value that is not allowed.
             CovarianceError: a layer has no covariance or gradient, or one of another size.
-            ModelError: what is given is no model.
+            ModelError: `model` is no module.
+
         """
         one_of("sides", sides, ("inputs", "both"))
         super().__init__(live_adapter(model), covariances)
@@ -171,22 +173,23 @@ class DriftPenalty(_Penalty):
 
 
 class CompactnessPenalty(_Penalty):
-    """How much of each layer's spectrum a KPM adapter takes up, in CorDA++'s measure of it.
+    """How much of each layer's spectrum a KPM adapter holds, by CorDA++'s score.
 
         Σ ‖s·B A C‖_* / σmax(WC)  ≤  Σ s/σmax(WC) · ½ Σᵢ (dᵢ‖Bᵢ‖² + ‖AᵢC‖²/dᵢ)
 
-    over the adapted layers and their components i, of which the right side is computed. The nuclear
-    over the spectral norm is what the adapter holds of the effective rank in `compactness`; log
-    π(C), a constant of the layer, is left out. Any dᵢ > 0 bounds it; dᵢ = ‖A0ᵢC‖/‖B0ᵢ‖ is exact at
-    the start, where the products of A's rows with C, and B's columns, are orthogonal. dᵢ and
-    σmax(WC) stay as they are at the start, and C is damped as it was in the decomposition. No unit.
+    over the adapted layers and their components i; the right side is computed, and has no unit. The
+    left side is the adapter's part of the effective rank in `compactness`, without log π(C), which
+    is constant. Any dᵢ > 0 gives a bound; with dᵢ = ‖A0ᵢC‖/‖B0ᵢ‖ it is exact at the start, where
+    the rows of A C, and the columns of B, are orthogonal. dᵢ and σmax(WC) keep their initial
+    values, and C is damped as in the decomposition.
 
-    It pulls towards B A = 0, not towards the start, where its gradient is not 0.
+    The penalty pulls towards B A = 0, not towards the start, where its gradient is not 0.
 
     Attributes:
-        layers: names of the layers that are summed over.
+        layers: names of the layers in the sum.
 
     Source: the score of CorDA++; its bound by squared norms of factors is an addition.
+
     """
 
     @without_autocast()
@@ -196,13 +199,15 @@ class CompactnessPenalty(_Penalty):
         Args:
             model: a KPM model with `residual="weight"`, from `init_corda` or `load_for_training`,
                 with PEFT or without; on its device already.
-            covariances: those that its adapter was made of.
+            covariances: covariances that its adapter was made from.
+
 
         Raises:
-            ConfigError: the adapter is an IPM one, or both sides weight its components.
-            AdapterError: the model carries no adapter in the published form.
+            ConfigError: the adapter's mode is "ipm", or it was made with `sides="both"`.
+            AdapterError: the model has no adapter in the published form.
             CovarianceError: a layer has no covariance, or one of another size.
-            ModelError: what is given is no model.
+            ModelError: `model` is no module.
+
         """
         live = live_adapter(model)
         initial = {

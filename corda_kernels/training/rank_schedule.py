@@ -28,29 +28,30 @@ KINDS = ("linear", "cosine", "entropy")
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """Which share of each adapter's rank every step of generation uses.
+    """The share of each layer's trained components that every step of generation uses.
 
-    A layer of rank r uses its first k = round(share·r) components as they were trained. The others
-    revert to what they were at the start: leaving them out instead would take pretrained weight out
-    of the model. An IPM adapter's components come with the largest first, those that carry most of
-    the context's outputs; a KPM adapter's with the smallest first, those that disturb the knowledge
-    to keep least. Component i of r is rows i and r + i of the LoRA's factors. What stock PEFT has
-    loaded, or made, has no record of this: its rows come as they are stored.
+    A layer of r components uses its first k = round(share·r) as trained. The others have their
+    initial values: without them, pretrained weight would be missing from the model in the published
+    form. Components of an IPM adapter are ordered from the largest, which carry most of the
+    outputs; those of a KPM adapter from the smallest, which disturb the knowledge to keep least.
+    Component i of r is rows i and r + i of the LoRA's factors. Without the record (stock PEFT
+    loaded or made the adapter), the LoRA's rows are used in the order in which they are stored.
 
-    Steps count from 0, the pass over the prompt; step t reads the t-th new token. With a cache,
-    keys and values of earlier tokens stay as their own step made them.
+    Step 0 is the pass over the prompt; step t reads the t-th new token. With a cache, keys and
+    values of earlier tokens stay as their own step computed them.
 
     Attributes:
-        kind: "linear" or "cosine" go from `first` to `last` with the step; with "entropy" the
-            share follows the entropy of the distribution that the token just read was drawn from,
-            averaged over the sequences of a batch that have not ended. The prompt is then read
-            with the larger of `first` and `last`.
+        kind: "linear" or "cosine" go from `first` to `last` with the step. With "entropy" the share
+            follows the entropy of the distribution that the token just read was drawn from,
+            averaged over the sequences of a batch that have not ended; the prompt is read with the
+            larger of `first` and `last`.
         first: share at step 0, or at an entropy of 0, from 0 to 1.
-        last: share at step `over` and all later ones, or at an entropy of `over` and more.
-        over: steps, or nats of entropy.
+        last: share from step `over` on, or from an entropy of `over` on, from 0 to 1.
+        over: number of steps, or entropy in nats.
 
     Raises:
-        ConfigError: a value is not possible.
+        ConfigError: a value is not allowed.
+
     """
 
     kind: Kind
@@ -69,7 +70,7 @@ class RankSchedule:
         """The share of the rank at a step, or at an entropy in nats.
 
         Raises:
-            ConfigError: it is no number, as where a model's scores are NaN.
+            ConfigError: `at` is no number, for example because the model's scores are NaN.
         """
         what = "a step, or the entropy of a step's scores,"
         at = real_number(what, at, "a number", lambda x: not math.isnan(x))
@@ -80,18 +81,21 @@ class RankSchedule:
 
     @contextlib.contextmanager
     def apply(self, model: nn.Module) -> Iterator[RankControl]:
-        """Inside the block one `generate` of `model` follows the schedule.
+        """Applies the schedule to one call of `model.generate` inside the block.
 
-        What is yielded must be given to `generate` as a logits processor, and says afterwards which
-        ranks were used. While the share is 1, nothing is computed that is not computed otherwise.
-        Below it each adapted layer takes two to four small products more: a schedule saves no time.
+        Give the `RankControl` that it yields to `generate` as a logits processor; afterwards its
+        `ranks` and `average_rank` say what was used. With a share of 1 nothing more is computed;
+        below it each adapted layer takes two to four more small products, so a schedule saves no
+        time.
 
         Args:
-            model: from `init_corda` or `load_for_training`, with PEFT or without; or a PeftModel
-                with a plain LoRA. At the end of the block, also by an exception, it is as before.
+            model: result of `init_corda` or `load_for_training`, with PEFT or without; or a
+                PeftModel with a plain LoRA. After the block, also after an exception, it is as
+                before.
 
         Raises:
-            AdapterError: the model carries no adapter, or one whose start is not known.
+            AdapterError: the model has no adapter, or one whose start is not known.
+
             ConfigError: `generate` was called twice, or without the processor.
         """
         live = live_adapter(model)
@@ -123,10 +127,11 @@ class RankSchedule:
 
 
 class RankControl(LogitsProcessor):  # type: ignore[misc]
-    """Sees every step of one `generate`, sets the rank of the next, and leaves the scores alone.
+    """Follows one `generate` step by step and sets the next step's rank; scores do not change.
 
     Attributes:
-        ranks: used so far, one entry a step, the mean over the adapted layers.
+        ranks: number of components used so far, one entry a step, the mean over adapted layers.
+
     """
 
     def __init__(self, schedule: RankSchedule, ends: Tensor, layer_ranks: list[int]) -> None:

@@ -48,6 +48,15 @@ def test_the_model_is_stock_pefts_with_one_lora_of_twice_the_rank(
     assert config.base_model_name_or_path == calibrated()[0].name_or_path
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_names_that_peft_uses_and_transformers_deprecates_raise_no_warning(
+    calibrated: Calibrated, adapt: Make, tmp_path: Path
+) -> None:
+    model = adapt(calibrated())
+    save_adapter(model, tmp_path)
+    load_for_training(calibrated()[0], tmp_path)
+
+
 @pytest.mark.parametrize("hold", [1, 8])
 def test_under_a_budget_patterns_keep_one_scaling_everywhere(
     calibrated: Calibrated, adapt: Make, hold: float

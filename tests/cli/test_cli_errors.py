@@ -190,17 +190,31 @@ def test_an_error_is_one_line(
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "hint"),
+    [
+        ("calibrate", (), "; --resume continues from the last checkpoint"),
+        ("init", ("--mode", "kpm"), ""),
+    ],
+    ids=["calibrate", "init"],
+)
 def test_an_interruption_is_one_line(
-    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    tmp_path: Path,
+    name: str,
+    options: tuple[str, ...],
+    hint: str,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("corda_kernels.models.load_model", interrupted)
-    text = ("--data", place / "text.txt")
-    status, out, lines = command("calibrate", place / "model", tmp_path / "out", *text)
+    text = ("--data", place / "text.txt", *options)
+    status, out, lines = command(name, place / "model", tmp_path / "out", *text)
     assert (status, out) == (130, "")
-    assert lines[-1].startswith("interrupted: no file is half written")
+    assert lines[-1] == f"interrupted: no file is half written{hint}"
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -105,17 +106,21 @@ def test_export_cuts_a_lora_off_and_says_what_is_lost(
     invoke("init", source, out, "--mode", "ipm", "--data", place / "text.txt", *SMALL)
     base = AutoModelForCausalLM.from_pretrained(source)
     train(PeftModel.from_pretrained(base, str(out), is_trainable=True)).save_pretrained(out)
-    errors = {}
+    errors, spectra = {}, []
     for name, layer in read_adapter(out).layers.items():
         S = torch.linalg.svdvals(layer.B.double() @ layer.A.double())
         errors[name] = float(S[3:].norm() / S.norm())
+        spectra.append(S[:8])
+    S = torch.stack(spectra)
+    total, middle = float(S[:, 3:].norm() / S.norm()), median(errors.values())
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] > 0.01
 
     shown = invoke("export", out, tmp_path / "short", "--rank", 3)
     assert shown.startswith(
-        f"{tmp_path / 'short'}: a plain LoRA of rank 3, with {errors[worst]:.2%} of the change "
-        f"lost in {worst}, the worst layer; load it with PeftModel.from_pretrained(base, "
+        f"{tmp_path / 'short'}: a plain LoRA of rank 3, with {total:.2%} of the change lost "
+        f"(median of the layers {middle:.2%}, worst {errors[worst]:.2%} in {worst}); "
+        "load it with PeftModel.from_pretrained(base, "
     )
     stock = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(source), tmp_path / "short"

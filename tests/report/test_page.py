@@ -175,6 +175,9 @@ def test_the_summary_tells_mode_rank_tokens_parameters_and_verdicts(
     assert reports["ipm"].title.startswith("IPM adapter of rank 4 for 14 layers of")
     assert ipm["trains"] == "the largest components of W·C"
     assert ipm["calibration tokens"] == "480"
+    assert ipm["largest rank of the LoRA"] == "8"
+    assert ipm["data"].startswith("not recorded")
+    assert "tokens" not in ipm
     assert ipm["trainable parameters"] == f"{reports['ipm'].trainable:,}"
     assert "layers stable" in ipm["samples"]
     spent = f"{reports['kpm'].allocation['spent']:,} of {reports['kpm'].allocation['budget']:,}"
