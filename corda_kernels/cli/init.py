@@ -209,6 +209,7 @@ def init(
         echo(f"mixture: {describe_mixture(record.calibration['mixture'])}")
     options.report_selection(record.calibration)
     _report_stability(record, asked=stability and bool(data) and candidates == 1)
+    base: str | Path = model
     if save_base and made.initial is not None:
         subtract_initial(network, made.initial)
         card = render_card(
@@ -220,7 +221,8 @@ def init(
         base = out / "base"
         models.save_model(network, base, source=model, card=card, trust_remote_code=trusted)
         echo(f"{base}: the base that it sits on")
-    echo(f"next: model = corda_kernels.load_for_training(base, '{out}'), then train it")
+    loaded = f"corda_kernels.load_model('{base}')"
+    echo(f"next: model = corda_kernels.load_for_training({loaded}, '{out}'), then train it")
 
 
 def _covariances(cov: Path | None, mix: list[str] | None) -> CovarianceSet:

@@ -85,7 +85,8 @@ def test_the_published_form_is_an_option(
     out = tmp_path / "out"
     data = ("--data", place / "text.txt", *SMALL, "--mode", "ipm")
     shown = invoke("init", place / "model", out, *data, "--residual", "weight")
-    assert f"next: model = corda_kernels.load_for_training(base, '{out}')" in shown
+    loaded = f"corda_kernels.load_model('{place / 'model'}')"
+    assert f"next: model = corda_kernels.load_for_training({loaded}, '{out}')" in shown
     adapter = read_adapter(out)
     assert (adapter.record.hold, adapter.record.residual) == (None, "weight")
     for layer in adapter.layers.values():
@@ -94,7 +95,8 @@ def test_the_published_form_is_an_option(
         assert (layer.rank, layer.scaling) == (4, 1.0)
     out = tmp_path / "plain"
     shown = invoke("init", place / "model", out, *data, "--residual", "none")
-    assert f"next: model = corda_kernels.load_for_training(base, '{out}'), then train it" in shown
+    next_step = f"next: model = corda_kernels.load_for_training({loaded}, '{out}'), then train it"
+    assert next_step in shown
     assert read_adapter(out).record.residual is None
 
 
