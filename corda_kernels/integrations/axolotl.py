@@ -7,6 +7,7 @@ corda: {mode: ipm, rank: 16}
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class CordaArgs(BaseModel):  # type: ignore[misc]
     """What the plugin adds to axolotl's configuration.
 
     Attributes:
-        corda: the arguments of `CordaConfig`; and `samples`, how many rows of the run's own data to
+        corda: the arguments of `CordaConfig`; and `samples`, the most rows of the run's own data to
             calibrate on (256), or `text`, the arguments of `token_batches` but for the tokenizer.
     """
 
@@ -81,5 +82,6 @@ def _text(cfg: Any, arguments: Any) -> list[dict[str, torch.Tensor]]:
 def _rows(cfg: Any, samples: int) -> list[dict[str, torch.Tensor]]:
     from axolotl.common.datasets import load_datasets
 
-    rows = load_datasets(cfg=cfg).train_dataset.take(samples)
+    # Not `take`, which raises an IndexError in datasets 4 where there are fewer.
+    rows = islice(load_datasets(cfg=cfg).train_dataset, samples)
     return [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in rows]

@@ -24,8 +24,8 @@ OPTIONS = {"mode": "ipm", "rank": 4, "progress": False}
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    rows = SimpleNamespace(take=lambda count: ROWS[:count])
-    data = SimpleNamespace(load_datasets=lambda cfg: SimpleNamespace(train_dataset=rows))
+    rows = SimpleNamespace(train_dataset=ROWS)  # only iterated: see `_rows`
+    data = SimpleNamespace(load_datasets=lambda cfg: rows)
     monkeypatch.setitem(sys.modules, "axolotl.common.datasets", data)  # type: ignore[arg-type]
     with monkeypatch.context() as only_here:
         for name, attribute in (
@@ -40,25 +40,28 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def configured(out: Path, **changes: Any) -> Any:
     """What axolotl gives its plugins; a key that is not set is None there."""
-    keys = {"corda": {**OPTIONS, "samples": 4}, "lora_model_dir": None, "rl": None}
+    keys = {"corda": OPTIONS, "lora_model_dir": None, "rl": None}
     return SimpleNamespace(**{**keys, "adapter": "lora", "output_dir": str(out), **changes})
 
 
+@pytest.mark.parametrize("samples", [4, 9])
 def test_axolotl_loads_the_start_that_the_plugin_makes_of_the_first_rows(
     calibrated: Callable[..., tuple[nn.Module, CovarianceSet]],
     logits: Callable[[nn.Module], Tensor],
     tmp_path: Path,
     plugin: Any,
+    samples: int,
 ) -> None:
     base, _ = calibrated()
-    cfg = configured(tmp_path, base_model=base.name_or_path)
+    corda = {**OPTIONS, "samples": samples}
+    cfg = configured(tmp_path, base_model=base.name_or_path, corda=corda)
     # As do_train, then ModelLoader.load, then load_lora.
     plugin.load_datasets(cfg, preprocess=False)
     model = copy.deepcopy(base)
     loaded = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=True)
 
     assert torch.equal(logits(loaded), logits(base))
-    batches = [torch.tensor([row["input_ids"]]) for row in ROWS[:4]]
+    batches = [torch.tensor([row["input_ids"]]) for row in ROWS[:samples]]
     expected = init_corda(copy.deepcopy(base), batches, CordaConfig(**OPTIONS))
     pairs = zip(expected.named_parameters(), loaded.named_parameters(), strict=True)
     for (name, one), (_, other) in pairs:
