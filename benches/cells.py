@@ -34,7 +34,8 @@ def measured_on(*results: Results) -> str:
         where = about["machine"]
         if about["device"] != "cpu":
             where += f", {about['device']}"
-        lines.append(f"Measured on {where}, {about['threads']} threads; {versions}.")
+        threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
+        lines.append(f"Measured on {where}, {threads}; {versions}.")
     return " ".join(dict.fromkeys(lines))
 
 

@@ -26,8 +26,8 @@ def export(
 ) -> None:
     """Write a trained adapter as a plain LoRA of one rank.
 
-    Serving engines read one rank and one alpha for all layers. OUT has that, fits the untouched
-    base whatever the adapter's form, and may have a smaller --rank. Needs no base model.
+    Some serving engines read one rank and one alpha for all layers. OUT has that, fits the
+    untouched base whatever the adapter's form, and may have a smaller --rank. Needs no base model.
 
     \b
     Example:
