@@ -50,7 +50,7 @@ TABLES: dict[str, Table] = {
     "speed": Table(
         tables.speed,
         (
-            *("cpu-covariance", "cpu-svd", "cpu-decomposition-accuracy"),
+            *("cpu-covariance-avx2", "cpu-svd", "cpu-decomposition-accuracy"),
             *("cpu-pipeline", "cpu-pipeline-kpm"),
         ),
     ),

@@ -49,13 +49,9 @@ def speed(covariance: Results, svd: Results, accuracy: Results, *adapters: Resul
         f"{svd['rows'][0]['case']}. Errors are relative to float64: of C for the covariance, of "
         "B·A for IPM; for KPM the norm of UᵀWC over the least possible, where 1 is exact. Ours are "
         "the worst of all layers, PEFT's the worst of a sample.",
-        f"First three rows: {measured_on(covariance, svd)}",
-        f"From tokens to the adapter: {measured_on(*adapters)}",
+        f"Decompositions: {measured_on(svd)}",
+        f"Other rows: {measured_on(covariance, *adapters)}",
     ]
-    if calibration := covariance.get("calibration"):
-        about.append(
-            f"Calibration takes {calibration['ratio']:.2f} times as long as the bare forward pass."
-        )
     return markdown(header, rows) + notes(*about)
 
 
