@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 # The same examples every time, and no shrinking: what fails is printed as it is.
 FUZZ = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
@@ -421,7 +421,7 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     likely=st.booleans(),
     data=st.data(),
 )
-@settings(FUZZ, max_examples=250)
+@settings(FUZZ, max_examples=150)
 def test_any_command_line_ends_in_success_or_one_of_our_errors(
     place: Path,
     tmp_path: Path,

@@ -223,7 +223,7 @@ READS = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(passes=st.lists(READS, max_size=4), seed=st.integers(0, 1000))
 def test_whatever_the_order_of_reads_no_sum_is_wrong(
     passes: list[list[tuple[str, int, bool]]], seed: int

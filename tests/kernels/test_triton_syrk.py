@@ -248,7 +248,7 @@ def test_the_first_programs_look_at_everything_once(n: int, d: int, runs: int) -
     assert bool((seen == 1).all())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 1500),
     d=st.integers(1, 1200),

@@ -14,16 +14,16 @@ from corda_kernels.errors import ConfigError, ConvergenceWarning, DecompositionE
 from corda_kernels.linalg import CoSVD, co_svd, co_svd_layers, layers, parallel_map
 
 # Of more than 256 channels, so that layers without short sides are iterated with.
-SHAPES = {"q": (272, 272), "k": (64, 272), "v": (64, 272), "up": (560, 272), "down": (272, 560)}
+SHAPES = {"q": (272, 272), "k": (64, 272), "v": (64, 272), "up": (400, 272), "down": (272, 400)}
 
 
 @functools.cache
 def model() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    scales = torch.logspace(0, -3, 560)
+    scales = torch.logspace(0, -3, 400)
     matrices = {}
-    for width in (272, 560):
+    for width in (272, 400):
         x = torch.randn(4 * width, width) * scales[:width]
         matrices[width] = x.T @ x / len(x)
     return weights, {name: matrices[shape[1]] for name, shape in SHAPES.items()}

@@ -108,7 +108,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_one_sort_is_the_literal_loop(problem: dict[str, Any]) -> None:
     assert allocate(**problem) == literal_loop(**problem)
@@ -172,7 +172,7 @@ def test_nothing_and_everything(mode: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.integers(0, 3), st.integers(1, 8), st.integers(1, 3))
 def test_bounds_keep_the_budget_and_never_take_rank_away(
     problem: dict[str, Any], least: int, most: int, multiple: int
